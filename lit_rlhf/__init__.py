@@ -1,0 +1,34 @@
+"""lit-rlhf: align language models with human preferences by reinforcement learning, built of Lightning parts.
+
+The names below are imported when they are first used, so that ``import lit_rlhf`` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "algorithms.advantages": ("GAE", "Estimator"),
+    "algorithms.kl": ("FixedKL", "KLController"),
+    "algorithms.objectives": ("Clip", "Objective"),
+    "callbacks": ("ExportAtEnd", "IterationCheckpoint", "MetricsFile", "Predictions", "ProgressBar", "Samples"),
+    "data": ("Demonstrations", "Prompts", "Source"),
+    "errors": ("UserError",),
+    "generation": ("Engine", "NativeEngine", "Sampling"),
+    "models.loading": ("RandomWeights",),
+    "modules": ("SFT", "PolicyGradient", "Update"),
+    "rewards": ("ExactAnswer", "NumericAnswer", "Reward", "RewardFunction", "RewardModel", "ScoreShaping"),
+    "types": ("Completions", "Estimates", "Experience", "Judged", "PromptBatch", "Rollout", "Trajectory"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lit_rlhf.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

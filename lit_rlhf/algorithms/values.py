@@ -1,0 +1,38 @@
+"""The critic's loss."""
+
+import torch
+from torch import Tensor
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = None) -> Tensor:
+    """Half the squared error of each token's value, optionally clipped around the old value.
+
+    lossₜ = ½ (Vₜ − Rₜ)², or with a clip c: ½ max((Vₜ − Rₜ)², (V_old,t + clip(Vₜ − V_old,t, −c, c) − Rₜ)²).
+    Old values and returns are constants: no gradient flows into them.
+
+    Source: the clipped form is that of OpenAI's baselines (ppo2), described in Huang et al. 2022,
+    «The 37 implementation details of PPO», detail 9.
+
+    Args:
+        values: [B, T], of the critic now.
+        old_values: [B, T], of the critic at the start of the update.
+        returns: [B, T], the targets.
+        clip: c > 0 in units of the score, or None.
+
+    Returns:
+        [B, T].
+
+    Raises:
+        ValueError: if clip is not positive.
+
+    >>> value_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([3.0]), clip=0.5)
+    tensor([3.1250])
+    """
+    returns, old_values = returns.detach(), old_values.detach()
+    loss = (values - returns) ** 2
+    if clip is not None:
+        if clip <= 0:
+            raise ValueError(f"clip must be positive, not {clip}")
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        loss = torch.maximum(loss, (near - returns) ** 2)
+    return 0.5 * loss

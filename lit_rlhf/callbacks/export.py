@@ -1,0 +1,23 @@
+"""The trained model as a Hugging Face folder, at the end of the run."""
+
+from pathlib import Path
+
+import lightning
+
+from lit_rlhf.export import save_folder
+
+
+class ExportAtEnd(lightning.Callback):
+    """Writes the actor to ``export/`` in the run's folder, for ``AutoModelForCausalLM`` and vLLM.
+
+    Args:
+        name: The folder's name in the run's folder.
+    """
+
+    def __init__(self, name: str = "export") -> None:
+        self.name = name
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write it."""
+        if trainer.is_global_zero:
+            save_folder(pl_module.actor.model, pl_module.tokenizer, Path(trainer.default_root_dir) / self.name)

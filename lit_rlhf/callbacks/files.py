@@ -1,0 +1,80 @@
+"""Files that grow with a run and are cut back to a checkpoint's state when the run is resumed."""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class TableFile:
+    """A CSV file whose columns may grow.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        self.rows = 0
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row; a new column is empty in the rows before."""
+        new = [name for name in row if name not in self.columns]
+        if new:
+            self._rewrite(self._read(), [*self.columns, *new])
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
+        self.rows += 1
+
+    def restore(self, columns: list[str], rows: int) -> None:
+        """Keep these columns and the first so many rows."""
+        self.columns = columns
+        self._rewrite(self._read()[:rows], columns)
+        self.rows = rows
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: Iterable[Mapping[str, str]], columns: list[str]) -> None:
+        self.columns = columns
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+            if columns:
+                writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+
+class LinesFile:
+    """A JSONL file.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records, one a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def restore(self, size: int) -> None:
+        """Keep the first so many bytes."""
+        if self.size > size:
+            os.truncate(self.path, size)

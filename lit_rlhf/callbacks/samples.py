@@ -1,0 +1,141 @@
+"""Responses to read: ``samples.jsonl`` while training, ``predictions.jsonl`` from ``predict``."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_rlhf.algorithms.kl import k1
+from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.callbacks.files import LinesFile
+from lit_rlhf.types import Completions, Judged
+
+COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score", "rewards", "kl_to_ref")
+
+
+class Samples(lightning.Callback):
+    """Writes the first responses of each iteration, and of each validation, with their scores.
+
+    Each line has the iteration, prompt, response, score, rewards, and KL to the reference in nats. A logger that knows
+    tables (W&B) gets them too. A resumed run's file is cut back to the checkpoint's lines first.
+
+    Args:
+        count: Responses an iteration.
+        table_every_n: Iterations between two tables for the logger.
+        name: The file's name in the run's folder.
+    """
+
+    def __init__(self, count: int = 4, table_every_n: int = 10, name: str = "samples.jsonl") -> None:
+        if count < 0 or table_every_n < 1:
+            raise ValueError(f"count must be 0 or more and table_every_n 1 or more, not {count} and {table_every_n}")
+        self.count = count
+        self.table_every_n = table_every_n
+        self.name = name
+        self.file: LinesFile | None = None
+        self._restored = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Open the file, and cut it back if the run is resumed."""
+        self.file = LinesFile(Path(trainer.default_root_dir) / self.name)
+        if trainer.is_global_zero:
+            self.file.restore(self._restored)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the iteration's first responses."""
+        if not isinstance(outputs, dict) or not isinstance(outputs.get("judged"), Judged):
+            return
+        judged: Judged = outputs["judged"]
+        kl_to_ref = masked_sum(k1(judged.old_logprobs, judged.ref_logprobs), judged.rollout.response_mask, 1)
+        iteration = int(pl_module.iteration)
+        records = self._records(iteration, "train", judged.completions, judged.scores, judged.rewards, kl_to_ref)
+        self._write(trainer, records)
+        if iteration % self.table_every_n == 0 or iteration == 1:
+            self._log_table(trainer, records, iteration)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the first validation responses."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and batch_idx == 0 and isinstance(outputs, dict) and "completions" in outputs:
+            self._write(trainer, self._records(int(pl_module.iteration), "val", **outputs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much of the file belongs to the checkpoint."""
+        return {"size": self.file.size if self.file else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what to cut back to."""
+        self._restored = state_dict["size"]
+
+    def _records(
+        self, iteration: int, stage: str, completions: Completions, scores: Any, rewards: Any, kl_to_ref: Any
+    ) -> list[dict[str, Any]]:
+        return [
+            {
+                "iteration": iteration,
+                "stage": stage,
+                "prompt": completions.prompts[i],
+                "response": completions.responses[i],
+                "terminated": bool(completions.rollout.terminated[i]),
+                "score": float(scores[i]),
+                "rewards": {name: float(value[i]) for name, value in rewards.items()},
+                "kl_to_ref": float(kl_to_ref[i]),
+            }
+            for i in range(min(self.count, len(completions.responses)))
+        ]
+
+    def _write(self, trainer: lightning.Trainer, records: list[dict[str, Any]]) -> None:
+        if trainer.is_global_zero and self.file is not None:
+            self.file.append(records)
+
+    def _log_table(self, trainer: lightning.Trainer, records: list[dict[str, Any]], iteration: int) -> None:
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):
+                rows = [[str(r[c]) if c in ("prompt", "rewards") else r[c] for c in COLUMNS] for r in records]
+                logger.log_table("samples", columns=list(COLUMNS), data=rows, step=iteration)
+
+
+class Predictions(lightning.Callback):
+    """Writes what ``predict`` gives, one JSON line a response.
+
+    Args:
+        name: The file's name in the run's folder.
+    """
+
+    def __init__(self, name: str = "predictions.jsonl") -> None:
+        self.name = name
+        self.file: LinesFile | None = None
+
+    def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start a new file."""
+        self.file = LinesFile(Path(trainer.default_root_dir) / self.name)
+        if trainer.is_global_zero:
+            self.file.restore(0)
+
+    def on_predict_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the batch's responses."""
+        if trainer.is_global_zero and self.file is not None:
+            self.file.append(outputs)
+
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say where they are."""
+        if trainer.is_global_zero and self.file is not None:
+            print(f"predictions: {self.file.path}")

@@ -1,0 +1,130 @@
+"""Texts for a model to imitate."""
+
+from typing import Any, Literal
+
+import lightning
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.data.loader import GlobalBatches, ResumableLoader
+from lit_rlhf.data.records import Record, Source, column, read_records
+from lit_rlhf.data.tokenize import chat_tokens, continued_tokens
+from lit_rlhf.errors import UserError
+from lit_rlhf.types import DemonstrationBatch
+
+Tokenized = tuple[list[int], int]  # the tokens, and how many of them are the prompt's
+
+
+class Demonstrations(lightning.LightningDataModule):
+    """Texts, or prompts with responses, from JSONL, CSV or Parquet files, hub names, or a Python function.
+
+    Args:
+        train: What to learn.
+        validation: Held-out texts.
+        prompt: The prompts' column; None if a record is one text. A prompt may be a conversation.
+        response: The column of responses, or of whole texts if there is no prompt.
+        loss_on: Train on the response only, or on all tokens.
+        max_tokens: Tokens of prompt and response at most; longer ones are cut at the end, and counted.
+        batch_size: Texts of a batch, over all processes.
+
+    Raises:
+        UserError: in ``setup``, for a source that cannot be read or a missing column.
+    """
+
+    def __init__(
+        self,
+        train: str | Source | None = None,
+        validation: str | Source | None = None,
+        prompt: str | None = None,
+        response: str = "text",
+        loss_on: Literal["response", "all"] = "response",
+        max_tokens: int = 512,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "validation": validation}
+        self.prompt = prompt
+        self.response = response
+        self.loss_on = loss_on
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        self.cut: dict[str, int] = {}
+        self._texts: dict[str, list[Tokenized]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenize; Lightning calls it."""
+        for split in ["train", "validation"] if stage == "fit" else ["validation"]:
+            if split not in self._texts and self.sources[split] is not None:
+                self._texts[split] = self._read(split)
+        needed = "train" if stage == "fit" else "validation"
+        if needed not in self._texts:
+            raise UserError(f"data.{needed} is not set: a file, a hub name or module:function with demonstrations")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled, the same order for the same seed and epoch."""
+        if len(self._texts["train"]) < self.batch_size:
+            raise UserError(
+                f"data.batch_size is {self.batch_size}, but {self.sources['train']} has only "
+                f"{len(self._texts['train'])} texts"
+            )
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        """In the file's order; empty if there are no validation texts."""
+        return self._loader("validation", shuffle=False) if "validation" in self._texts else []
+
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        """The same as the validation loader."""
+        return self.val_dataloader()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.tokenizer
+
+    def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
+        assert self.trainer is not None
+        batches = GlobalBatches(
+            len(self._texts[split]),
+            self.batch_size,
+            shuffle=shuffle,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return ResumableLoader(self._texts[split], self._collate, batches)
+
+    def _read(self, split: str) -> list[Tokenized]:
+        source = self.sources[split]
+        assert source is not None
+        records = read_records(source, f"data.{split}")
+        for name in filter(None, (self.prompt, self.response)):
+            column(records, name, f"data.{split}", source)  # tells what is missing
+        texts = [self._tokenize(record, f"data.{split}") for record in records]
+        self.cut[split] = sum(len(tokens) > self.max_tokens for tokens, _ in texts)
+        assert self.trainer is not None
+        if self.trainer.is_global_zero:
+            note = f", {self.cut[split]} cut (longer than {self.max_tokens} tokens)" if self.cut[split] else ""
+            print(f"data: {len(texts)} {split} texts from {source}{note}")
+        return [(tokens[: self.max_tokens], prompt) for tokens, prompt in texts]
+
+    def _tokenize(self, record: Record, field: str) -> Tokenized:
+        prompt = record[self.prompt] if self.prompt else ""
+        response = record[self.response]
+        if not isinstance(prompt, str):
+            turns = [*prompt, {"role": "assistant", "content": response}]
+            opening = chat_tokens(self.tokenizer, prompt, field, add_generation_prompt=True)
+            return chat_tokens(self.tokenizer, turns, field, add_generation_prompt=False), len(opening)
+        if not isinstance(response, str):
+            raise UserError(f"{field}: {self.response} should be text, not {type(response).__name__}")
+        return continued_tokens(self.tokenizer, prompt, response)
+
+    def _collate(self, placed: list[tuple[int, Tokenized]]) -> DemonstrationBatch:
+        width = max(len(tokens) for _, (tokens, _) in placed)
+        batch = torch.full((len(placed), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros(len(placed), width, dtype=torch.bool)
+        for row, (_, (tokens, prompt)) in enumerate(placed):
+            batch[row, : len(tokens)] = torch.tensor(tokens)
+            first = max(1, prompt) if self.loss_on == "response" else 1
+            mask[row, first : len(tokens)] = True
+        return DemonstrationBatch(tokens=batch, mask=mask)

@@ -1,0 +1,99 @@
+"""A loader whose order is a function of seed and epoch, and which knows where it stands."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from lit_rlhf.randomness import Stream, generator
+
+
+class GlobalBatches(Sampler[list[tuple[int, int]]]):
+    """This rank's share of each global batch, as (place in the global batch, index of the record).
+
+    Args:
+        size: Records.
+        batch_size: Records of a global batch; an incomplete last one is dropped when shuffling.
+        shuffle: Whether each epoch has an order of its own.
+        rank: This process.
+        world_size: Processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order; Lightning calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.size, self.batch_size)
+        return full if self.shuffle or not rest else full + 1
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = (
+            torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, self.epoch)).tolist()
+            if self.shuffle
+            else list(range(self.size))
+        )
+        first, self.skip = self.skip, 0
+        for batch in range(first, len(self)):
+            rows = list(enumerate(order[batch * self.batch_size : (batch + 1) * self.batch_size]))
+            share = -(-len(rows) // self.world_size)
+            yield rows[self.rank * share : (self.rank + 1) * share]
+
+
+class ResumableLoader(DataLoader):
+    """A loader that goes on where it stood: Lightning saves and restores its state.
+
+    Args:
+        records: Indexed by number.
+        collate: Makes a batch of (place in the global batch, record) pairs.
+        batches: Which records, in which order.
+    """
+
+    def __init__(
+        self, records: Sequence[Any], collate: Callable[[list[tuple[int, Any]]], Any], batches: GlobalBatches
+    ) -> None:
+        # a generator of its own: making an iterator must not draw from the global one
+        super().__init__(
+            _Placed(records), batch_sampler=batches, collate_fn=collate, generator=torch.Generator().manual_seed(0)
+        )
+        self.batches = batches
+        self.yielded = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.yielded = self.batches.skip
+        for batch in super().__iter__():
+            self.yielded += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batches given out in it."""
+        return {"epoch": self.batches.epoch, "yielded": self.yielded}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the last batch given out."""
+        self.batches.epoch = state["epoch"]
+        self.batches.skip = state["yielded"] % len(self.batches)
+
+
+class _Placed(torch.utils.data.Dataset[tuple[int, Any]]):
+    """Records indexed by (place, number), giving (place, record)."""
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any]:
+        place, number = key
+        return place, self.records[number]

@@ -1,0 +1,167 @@
+"""A small language of restaurant reviews, written as a grammar, so that one can *measure* what a response is.
+
+::
+
+    review  := opening clause{2,4} [verdict]
+    opening := "my" companion "and i" visit "the" place "." | "i" visit "the" place "with my" companion "."
+    clause  := "the" part "was" praise "."
+             | "the" part "was" praise "and" praise "."          two of one mood, and different
+             | "the" part "was" praise "but the" part "was" praise "."   two of opposite mood, of different parts
+    praise  := [degree] adjective
+    verdict := "we will come back soon ." | "i tell all my friends ." | "we will never return ." | "i want my money back ."
+
+A prompt is an opening; a response is the rest. `grammatical` says whether a text is a sentence of the language,
+`positivity` how positive it is: the share of its opinions that praise, from −1 to 1. Everything here is deterministic.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from itertools import product
+
+from transformers import PreTrainedTokenizerFast
+
+GOOD = ("delicious", "excellent", "fresh", "lovely", "perfect", "tasty")
+BAD = ("awful", "bland", "cold", "horrible", "stale", "terrible")
+DEGREES = ("very", "really")
+PARTS = ("soup", "bread", "pasta", "fish", "salad", "dessert")
+COMPANIONS = ("brother", "sister", "mother", "father", "friend", "boss", "neighbour", "cousin", "uncle", "aunt")
+PLACES = tuple(
+    f"{first} {second}"
+    for first, second in product(("golden", "little", "old", "blue", "red"), ("spoon", "garden", "lantern", "kitchen"))
+)
+VISITS = ("visited", "tried", "went to")
+GOOD_VERDICTS = ("we will come back soon .", "i tell all my friends .")
+BAD_VERDICTS = ("we will never return .", "i want my money back .")
+SPECIAL = ("<pad>", "<end>", "<unknown>")
+
+_PRAISE = rf"(?:(?:{'|'.join(DEGREES)}) )?({'|'.join(GOOD + BAD)})"
+_PART = f"({'|'.join(PARTS)})"
+_CLAUSE = re.compile(rf"the {_PART} was {_PRAISE}(?: and {_PRAISE}| but the {_PART} was {_PRAISE})? \.")
+_PLACE = f"(?:{'|'.join(PLACES)})"
+_COMPANION = f"(?:{'|'.join(COMPANIONS)})"
+_VISIT = f"(?:{'|'.join(VISITS)})"
+_OPENING = re.compile(
+    rf"(?:my {_COMPANION} and i {_VISIT} the {_PLACE} \.|i {_VISIT} the {_PLACE} with my {_COMPANION} \.)"
+)
+
+
+def openings() -> list[str]:
+    """All 1,200 openings, in a fixed order that is no alphabet."""
+    texts = [
+        text
+        for companion, visit, place in product(COMPANIONS, VISITS, PLACES)
+        for text in (f"my {companion} and i {visit} the {place} .", f"i {visit} the {place} with my {companion} .")
+    ]
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def review(opening: str, rng: random.Random) -> str:
+    """What follows an opening, drawn from the grammar; each review leans to one side."""
+    lean = rng.choice((0.2, 0.5, 0.8))
+    clauses = [_clause(rng, lean) for _ in range(rng.randint(2, 4))]
+    if rng.random() < 0.5:
+        clauses.append(rng.choice(GOOD_VERDICTS if rng.random() < lean else BAD_VERDICTS))
+    return " ".join(clauses)
+
+
+def grammatical(text: str) -> bool:
+    """Whether a whole review, opening and rest, is a sentence of the language.
+
+    >>> grammatical("i tried the old spoon with my aunt . the soup was very tasty . the fish was cold and stale .")
+    True
+    >>> grammatical("i tried the old spoon with my aunt . the soup was tasty and cold . the fish was stale .")
+    False
+    """
+    opening = _OPENING.match(text)
+    rest = text[opening.end() :].strip() if opening else ""
+    clauses = 0
+    while match := _CLAUSE.match(rest):
+        if not _agrees(match):
+            return False
+        clauses += 1
+        rest = rest[match.end() :].strip()
+    return 2 <= clauses <= 4 and (rest == "" or rest in GOOD_VERDICTS + BAD_VERDICTS)
+
+
+def positivity(text: str) -> float:
+    """(praises − complaints) / (praises + complaints) over adjectives and verdicts, in [−1, 1]; 0 without any.
+
+    >>> positivity("the soup was tasty . the fish was stale . the bread was fresh .")
+    0.3333333333333333
+    """
+    words = text.split()
+    good = sum(word in GOOD for word in words) + sum(verdict in text for verdict in GOOD_VERDICTS)
+    bad = sum(word in BAD for word in words) + sum(verdict in text for verdict in BAD_VERDICTS)
+    return (good - bad) / (good + bad) if good + bad else 0.0
+
+
+def reward(responses: Sequence[str]) -> list[float]:
+    """The rule that the quickstart trains towards: how positive a review is. The best that can be had is 1."""
+    return [positivity(response) for response in responses]
+
+
+def demonstrations() -> list[dict[str, str]]:
+    """Reviews to imitate: eight of each of the first 1,000 openings."""
+    rng = random.Random(1)
+    return [{"prompt": text, "response": " " + review(text, rng)} for text in openings()[:1000] for _ in range(8)]
+
+
+def validation_demonstrations() -> list[dict[str, str]]:
+    """Reviews of openings that are in no training set."""
+    rng = random.Random(2)
+    return [{"prompt": text, "response": " " + review(text, rng)} for text in openings()[1000:]]
+
+
+def prompts() -> list[dict[str, str]]:
+    """The first 1,000 openings."""
+    return [{"prompt": text} for text in openings()[:1000]]
+
+
+def fresh_prompts() -> list[dict[str, str]]:
+    """The 200 openings that are in no training set."""
+    return [{"prompt": text} for text in openings()[1000:]]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word for text in [*openings(), *GOOD_VERDICTS, *BAD_VERDICTS] for word in text.split()}
+    words |= {*GOOD, *BAD, *DEGREES, *PARTS, "the", "was", "and", "but", "."}
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *sorted(words)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[2]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=SPECIAL[0], eos_token=SPECIAL[1], unk_token=SPECIAL[2], padding_side="left"
+    )
+
+
+def _clause(rng: random.Random, lean: float) -> str:
+    part = rng.choice(PARTS)
+    mood = rng.random() < lean
+    form = rng.random()
+    first = rng.choice(GOOD if mood else BAD)
+    text = f"the {part} was {_degree(rng)}{first}"
+    if form < 0.25:
+        second = rng.choice([word for word in (GOOD if mood else BAD) if word != first])
+        text += f" and {_degree(rng)}{second}"
+    elif form < 0.4:
+        other = rng.choice([p for p in PARTS if p != part])
+        text += f" but the {other} was {_degree(rng)}{rng.choice(BAD if mood else GOOD)}"
+    return text + " ."
+
+
+def _degree(rng: random.Random) -> str:
+    return f"{rng.choice(DEGREES)} " if rng.random() < 0.4 else ""
+
+
+def _agrees(clause: re.Match[str]) -> bool:
+    """``and`` joins two different words of one mood, ``but`` two parts of opposite mood."""
+    part, first, same, other, opposite = clause.groups()
+    if same is not None:
+        return same != first and (same in GOOD) == (first in GOOD)
+    if opposite is not None:
+        return other != part and (opposite in GOOD) != (first in GOOD)
+    return True

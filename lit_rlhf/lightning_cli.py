@@ -1,0 +1,144 @@
+"""``fit``, ``validate``, ``test`` and ``predict`` through LightningCLI."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils import logging as transformers_logging
+
+import lit_rlhf.modules  # noqa: F401 (imported, so that short class names resolve)
+from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint, MetricsFile, Predictions, ProgressBar, Samples
+from lit_rlhf.config_errors import explain
+from lit_rlhf.data import Demonstrations, Prompts  # noqa: F401
+from lit_rlhf.errors import UserError
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs/default",
+    "logger": False,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the loaders know their rank
+    "inference_mode": False,  # inference tensors cannot be trained on later
+    "max_epochs": 1,
+    "enable_model_summary": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Tells a mistake in one line and names the nearest right word."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line and exit with status 2."""
+        print(f"lit-rlhf: error: {explain(message)}", file=sys.stderr)
+        sys.exit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` to the run's folder, and the configuration to the loggers."""
+
+    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Only when training: validating a run does not change what it was trained with."""
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(text))
+
+
+class CLI(LightningCLI):
+    """LightningCLI with the run's folder and lit-rlhf's callbacks."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser with one-line errors."""
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a YAML file; several: the later wins")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The two callbacks that have options."""
+        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Samples, "samples")
+
+    def before_instantiate_classes(self) -> None:
+        """Put W&B's files into the run's folder, and an older run's folder out of the way."""
+        config = self.config[self.subcommand]
+        folder = config.trainer.default_root_dir
+        for logger in _as_list(config.trainer.logger):
+            if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":
+                logger.init_args["save_dir"] = str(folder)
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        first_process = "LOCAL_RANK" not in os.environ or os.environ.get("RANK", os.environ["LOCAL_RANK"]) == "0"
+        if self.subcommand == "fit" and config.ckpt_path is None and first_process:
+            move_aside(Path(folder))
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; what they refuse is the user's mistake."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def run(args: Sequence[str] | None = None) -> None:
+    """Run a subcommand of LightningCLI.
+
+    Args:
+        args: Its words; None: those of the command line (which child processes of DDP repeat).
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    _quieten()
+    CLI(
+        lightning.LightningModule,
+        lightning.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+        trainer_defaults={
+            **TRAINER_DEFAULTS,
+            "callbacks": [MetricsFile(), Predictions(), ProgressBar(), ExportAtEnd()],
+        },
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "lit-rlhf"},
+        args=None if args is None else list(args),
+    )
+
+
+def move_aside(folder: Path) -> None:
+    """Rename an older run's folder to the first free ``NAME.1``, ``NAME.2``, …: nothing already written is lost."""
+    if not (folder / "config.yaml").exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    print(f"{folder} held an older run; it is now {aside}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _quieten() -> None:
+    """Warnings of Lightning that do not apply here."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You are running.*without validation.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,1 @@
+"""Hugging Face models in their four roles: actor, critic, reference, reward model."""

@@ -1,0 +1,142 @@
+"""The language model as the trainer sees it: log-probabilities of chosen tokens, and the next token's logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+
+from lit_rlhf.errors import UserError
+
+CHUNK_ELEMENTS = 2**25
+"""Logits held at a time, in floats: the head runs in chunks of CHUNK_ELEMENTS / vocabulary tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """What a forward says of each chosen token; 0 at the others."""
+
+    logprobs: Tensor  # [B, S] float32, of the token at each place given those before it
+    entropy: Tensor  # [B, S] float32, of the distribution it was drawn from, in nats
+    values: Tensor | None  # [B, S] float32, V after the token at each place; None without a value head
+
+
+class Actor(nn.Module):
+    """A decoder-only Hugging Face model, its temperature, and a value head if the critic shares its trunk.
+
+    log π(aₜ | sₜ) = log softmax(logits / temperature)[aₜ], in float32. Logits exist only for the tokens asked for and
+    only a chunk at a time: in the backward pass each chunk's are computed again.
+
+    Args:
+        model: A causal language model of transformers.
+        temperature: Divides the logits wherever log-probabilities are taken.
+        shared_critic: Whether the actor also predicts values, by a linear head (at first 0) on its last hidden state.
+        value_grad_scale: Factor on the gradient that flows from the value head into the trunk; 0 stops it.
+
+    Raises:
+        UserError: if the model's logits are not a function of hidden state and head that is known here.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        shared_critic: bool = False,
+        value_grad_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.value_grad_scale = value_grad_scale
+        self.value_head = new_value_head(model) if shared_critic else None
+        _check_head(self)
+
+    def forward(self, tokens: Tensor, chosen: Tensor) -> TokenStats:
+        """Log-probabilities and entropies at the chosen places.
+
+        Args:
+            tokens: [B, S] int64, right-padded (a causal model does not see what stands behind).
+            chosen: Bool [B, S]; the first place of a row cannot be chosen, nothing stands before it.
+        """
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        predicted = chosen[:, 1:]
+        logprobs, entropy = self._head(hidden[:, :-1][predicted], tokens[:, 1:][predicted])
+        values = None
+        if self.value_head is not None:
+            values = self.value_head(_scale_gradient(hidden, self.value_grad_scale)).squeeze(-1).float()
+        return TokenStats(logprobs=_spread(logprobs, chosen), entropy=_spread(entropy, chosen), values=values)
+
+    def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits of the token after the last one, [B, V] float32, before the temperature.
+
+        Args:
+            tokens: [B, N], those that the cache does not hold yet.
+            mask: [B, cached + N], left-padded.
+            positions: [B, N].
+            cache: Extended in place.
+        """
+        hidden = self.model.base_model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.logits(hidden[:, -1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head with the model's own scaling of its logits, in float32."""
+        config = self.model.config
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if scaling := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        chunk = max(1, CHUNK_ELEMENTS // self.model.config.vocab_size)
+        pieces = [
+            checkpoint(self._chunk, h, t, use_reentrant=False, preserve_rng_state=False)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+        logprobs, entropy = zip(*pieces, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    def _chunk(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = torch.log_softmax(self.logits(hidden) / self.temperature, dim=-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def new_value_head(model: PreTrainedModel) -> nn.Linear:
+    """A linear map from hidden state to value that is 0 at first, so that the first advantages are the rewards."""
+    head = nn.Linear(model.get_output_embeddings().in_features, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x.detach() + (x - x.detach()) * scale
+
+
+def _spread(x: Tensor, chosen: Tensor) -> Tensor:
+    return torch.zeros(chosen.shape, dtype=x.dtype, device=x.device).masked_scatter(chosen, x)
+
+
+@torch.no_grad()
+def _check_head(actor: Actor) -> None:
+    """Trunk and head, taken apart, must give the logits of the model as a whole."""
+    model = actor.model
+    if any(p.is_meta for p in model.parameters()):
+        return
+    was_training = model.training
+    model.eval()
+    tokens = torch.arange(3, device=model.device)[None] % model.config.vocab_size
+    whole = model(input_ids=tokens).logits.float()
+    parts = actor.logits(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    model.train(was_training)
+    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after its head in a way that lit-rlhf does not know"
+        )

@@ -1,0 +1,75 @@
+"""Models with a scalar head: the critic (a value after every token) and the reward model (a score after the last)."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.actor import new_value_head
+from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, read_config
+
+
+class ScalarModel(nn.Module):
+    """A decoder's trunk and a linear head that gives one number at each token.
+
+    Args:
+        trunk: The decoder without its language-model head.
+        head: Linear map from hidden state to one number.
+    """
+
+    def __init__(self, trunk: PreTrainedModel, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One float32 number after each token.
+
+        Args:
+            tokens: [B, S] int64, right-padded.
+
+        Returns:
+            [B, S].
+        """
+        hidden = self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.head(hidden).squeeze(-1).float()
+
+
+def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
+    """The trunk and scalar head of a sequence classifier with one label.
+
+    Raises:
+        UserError: if the classifier's head is not one linear layer, as in every decoder of transformers.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{field}: {type(model).__name__} has no linear head named score; is it a decoder?")
+    return ScalarModel(model.base_model, head)
+
+
+def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel:
+    """A reward model: a sequence classifier with one label.
+
+    Raises:
+        UserError: if there is none, or it has more labels than one.
+    """
+    return from_classifier(load_model(source, "score", field), field)
+
+
+def load_critic(source: ModelSource, field: str = "critic") -> ScalarModel:
+    """A critic from a reward model (its head is kept) or from a language model (its head is new, at first 0).
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    architectures = [] if isinstance(source, RandomWeights) else read_config(source, field).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        return load_reward_model(source, field)
+    model = load_model(source, "causal", field)
+    return ScalarModel(model.base_model, new_value_head(model))
+
+
+@torch.no_grad()
+def freeze(module: nn.Module) -> nn.Module:
+    """The module without gradients, in eval mode."""
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,36 @@
+"""Rollouts as text."""
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.types import Completions, PromptBatch, Rollout
+
+
+def complete(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> Completions:
+    """The responses as text, with their prompts and the prompts' columns repeated for each response.
+
+    Args:
+        rollout: n responses for each prompt of the batch, prompt-major.
+        batch: The prompts.
+        tokenizer: The actor's.
+    """
+    n = len(rollout.tokens) // len(batch.prompts)
+    starts, ends = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()
+    tokens = rollout.tokens.tolist()
+    return Completions(
+        prompts=[prompt for prompt in batch.prompts for _ in range(n)],
+        responses=[_response(tokenizer, tokens[i], starts[i], ends[i]) for i in range(len(tokens))],
+        columns={name: [value for value in values for _ in range(n)] for name, values in batch.columns.items()},
+        rollout=rollout,
+    )
+
+
+def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:
+    """What the response adds to the prompt's text.
+
+    A tokenizer may drop the space in front of a text's first token, so the response is read off behind the prompt.
+    """
+    prompt = tokenizer.decode(tokens[:start], skip_special_tokens=True)
+    both = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    if both.startswith(prompt):
+        return both[len(prompt) :]
+    return tokenizer.decode(tokens[start:end], skip_special_tokens=True)

@@ -1,0 +1,99 @@
+"""The update phase: from experience to optimizer steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.algorithms.masked import Aggregation
+from lit_rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Update:
+    """How an iteration's experience is learnt from. The defaults are PPO's.
+
+    Args:
+        epochs: Passes over the experience.
+        minibatches: Optimizer steps a pass.
+        max_tokens: Padded tokens of a micro-batch at most; changes memory and speed, never the result.
+        aggregation: How token losses become one: ``token``, ``sequence`` or ``constant`` means.
+        whiten_advantages: Scale the iteration's advantages to mean 0 and variance 1, over all ranks.
+        whiten_rewards: Scale its rewards to variance 1 before the advantages; their mean stays.
+        value_clip: Clip range of the value loss around the old value; None: plain.
+        value_coef: Factor of the value loss.
+        entropy_coef: Factor of the entropy bonus.
+        clip_grad_norm: Largest gradient norm of each optimizer's parameters; None: unbounded.
+        target_kl: Stop the iteration's epochs once a minibatch's KL to the old policy exceeds it (nats a token).
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    epochs: int = 4
+    minibatches: int = 4
+    max_tokens: int = 8192
+    aggregation: Aggregation = "token"
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    value_clip: float | None = 0.2
+    value_coef: float = 1.0
+    entropy_coef: float = 0.0
+    clip_grad_norm: float | None = 1.0
+    target_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("value_clip", "clip_grad_norm", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive or null, not {value}")
+
+
+@dataclass(frozen=True)
+class ReferenceKL:
+    """How the KL to the reference enters.
+
+    Args:
+        where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss.
+        estimator: k1, k2 or k3. In the reward, k1 is unbiased; in the loss, k1 has no gradient on average, so k2 or k3.
+
+    Raises:
+        ValueError: for k1 in the loss.
+    """
+
+    where: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+
+    def __post_init__(self) -> None:
+        if self.where == "loss" and self.estimator == "k1":
+            raise ValueError("estimator k1 in the loss has an expected gradient of 0; take k2 or k3")
+
+
+def check_finite(**values: Tensor) -> None:
+    """Stop before the step if a loss or gradient is not a number.
+
+    Raises:
+        UserError: naming what is not finite.
+    """
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"the {name.replace('_', ' ')} is {float(value):g}: stopped before the step; the last checkpoint is good. "
+                "A smaller learning rate, a value_clip or a score clip usually helps"
+            )
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
+    """Clip the parameters' gradient norm in place, and return what it was.
+
+    Raises:
+        UserError: if it is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf if max_norm is None else max_norm)
+    check_finite(gradient_norm=norm)
+    return norm

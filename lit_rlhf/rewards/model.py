@@ -1,0 +1,78 @@
+"""A reward model: a sequence classifier with one label."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.models.loading import ModelSource, load_tokenizer
+from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
+from lit_rlhf.rewards.reward import Reward
+from lit_rlhf.types import Completions, Prompt, pack
+
+
+class RewardModel(Reward):
+    """A Hugging Face sequence classifier with one label, asked at the response's last token (its stop token included).
+
+    With the actor's vocabulary it reads the actor's tokens; with another one the text is tokenized again.
+
+    Args:
+        model: A folder or hub id, or a configuration for random weights.
+        weight: Factor of this reward in the score.
+        max_tokens: Padded tokens in one forward at most.
+    """
+
+    def __init__(self, model: ModelSource, weight: float = 1.0, max_tokens: int = 16384) -> None:
+        super().__init__(weight)
+        self.source = model
+        self.max_tokens = max_tokens
+        self.model: ScalarModel | None = None
+        self.retokenizer: PreTrainedTokenizerBase | None = None
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load the model, frozen, and its tokenizer if it is another than the actor's."""
+        if self.model is not None:
+            return
+        self.model = load_reward_model(self.source, "rewards.model")
+        freeze(self.model)
+        own = load_tokenizer(self.source, "rewards.model")
+        if own.get_vocab() != tokenizer.get_vocab():
+            self.retokenizer = own
+            print(f"rewards: {self.source} has another vocabulary than the actor; texts are tokenized again for it")
+
+    @torch.no_grad()
+    def forward(self, completions: Completions) -> Tensor:
+        """The score of prompt and response, [B]."""
+        assert self.model is not None, "prepare() comes first"
+        rollout = completions.rollout
+        tokens, lengths = rollout.tokens, rollout.lengths
+        if self.retokenizer is not None:
+            tokens, lengths = _tokenize(self.retokenizer, completions)
+            tokens, lengths = tokens.to(rollout.tokens.device), lengths.to(rollout.tokens.device)
+        scores = torch.empty(len(tokens), device=tokens.device)
+        for rows in pack(lengths.cpu(), self.max_tokens):
+            rows = rows.to(tokens.device)
+            some = tokens[rows, : int(lengths[rows].max())]
+            scores[rows] = self.model(some).gather(1, lengths[rows, None] - 1).squeeze(1)
+        return scores
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> tuple[Tensor, Tensor]:
+    """Prompt and response as this tokenizer writes them, ended where the actor ended; right-padded."""
+    rows: list[list[int]] = []
+    pairs: Sequence[tuple[Prompt, str]] = list(zip(completions.prompts, completions.responses, strict=True))
+    for (prompt, response), terminated in zip(pairs, completions.rollout.terminated.tolist(), strict=True):
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt + response)["input_ids"]
+            if terminated and ids[-1] != tokenizer.eos_token_id:
+                ids = [*ids, tokenizer.eos_token_id]
+        else:
+            turns = [*prompt, {"role": "assistant", "content": response}]
+            ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        rows.append(list(ids))
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad_token_id)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens, lengths
