@@ -1,15 +1,19 @@
 """Reward functions of the recipes, and a pattern for your own.
 
-A function gets, by keyword, whichever it names of: prompts, responses (text), terminated (the response ended by itself),
-and any column of the prompts' file; it returns one number a response.
+A function gets, by keyword, whichever it names of: prompts, responses (text), terminated (the response ended by
+itself), and any column of the prompts' file; it returns one number a response.
 """
 
 import re
 
-HAPPY = frozenset(
-    "beautiful brave bright cake cheerful delicious enjoyed excited friend friends fun funny glad good great happily happy "
-    "helped hug hugged hugs joy kind laughed laughing love loved lovely nice party play played proud safe sang shared "
-    "smile smiled smiling sunny sweet thankful together warm wonderful yummy".split()
+HAPPY = re.compile(
+    r"""\b(
+    beautiful | brave | bright | cake | cheerful | delicious | enjoyed | excited | friend | friends |
+    fun | funny | glad | good | great | happily | happy | helped | hug | hugged | hugs | joy | kind |
+    laughed | laughing | love | loved | lovely | nice | party | play | played | proud | safe | sang |
+    shared | smile | smiled | smiling | sunny | sweet | thankful | together | warm | wonderful | yummy
+    )\b""",
+    re.VERBOSE,
 )
 
 
@@ -20,6 +24,6 @@ def happy_story(responses: list[str], terminated: list[bool]) -> list[float]:
     """
     scores = []
     for response, ended in zip(responses, terminated, strict=True):
-        different = HAPPY.intersection(re.findall(r"[a-z]+", response.lower()))
+        different = set(HAPPY.findall(response.lower()))
         scores.append(min(len(different), 10) / 10 * (1.0 if ended else 0.5))
     return scores

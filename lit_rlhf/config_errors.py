@@ -106,5 +106,5 @@ def _class_names(key: str) -> list[str]:
 
 
 def _subclasses(base: type) -> list[type]:
-    direct = base.__subclasses__()
+    direct: list[type] = base.__subclasses__()
     return [*direct, *(deeper for c in direct for deeper in _subclasses(c))]

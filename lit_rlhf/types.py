@@ -154,8 +154,9 @@ class Experience:
         """These rows, cut to their longest response."""
         rollout = self.rollout.select(rows)
         time = rollout.response_mask.shape[1]
-        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollout"}
-        return Experience(rollout=rollout, **{k: None if v is None else v[rows][:, :time] for k, v in others.items()})
+        others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollout"}
+        cut: dict[str, Any] = {k: None if v is None else v[rows][:, :time] for k, v in others.items()}
+        return Experience(rollout=rollout, **cut)
 
     def minibatches(self, count: int, max_tokens: int, generator: torch.Generator) -> Iterator[list["Experience"]]:
         """Cut the rows, shuffled, into ``count`` minibatches, each a list of micro-batches.

@@ -39,8 +39,8 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> T
 class Clip(Objective):
     """PPO's clipped surrogate.
 
-    lossₜ = −min(ρₜ Aₜ, clip(ρₜ, 1 − ε, 1 + ε_high) Aₜ). With ``dual`` = c > 1 the loss of a token with Aₜ < 0 is at most
-    −c Aₜ, so that one runaway ratio cannot dominate a step.
+    lossₜ = −min(ρₜ Aₜ, clip(ρₜ, 1 − ε, 1 + ε_high) Aₜ). With ``dual`` = c > 1 the loss of a token with Aₜ < 0 is at
+    most −c Aₜ, so that one runaway ratio cannot dominate a step.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; the dual clip: Ye et al. 2020 (arXiv 1912.09729),
     equation 5; asymmetric bounds: Yu et al. 2025 (arXiv 2503.14476).

@@ -8,13 +8,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.modules.module import iteration_of
 
 
 class IterationCheckpoint(ModelCheckpoint):
     """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` by a metric, and copies to keep.
 
-    A checkpoint is taken after an iteration is complete: after its validation, where one is due. So what is resumed goes
-    on exactly where the run stood, and ``--ckpt_path last`` finds it.
+    A checkpoint is taken after an iteration is complete: after its validation, where one is due. So what is resumed
+    goes on exactly where the run stood, and ``--ckpt_path last`` finds it.
 
     Args:
         every_n: Iterations between two ``last.ckpt``.
@@ -54,20 +55,20 @@ class IterationCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save, unless the iteration's validation is still to come."""
         if not _validation_is_due(trainer):
-            self._save(trainer, int(pl_module.iteration))
+            self._save(trainer, iteration_of(pl_module))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save after the iteration's validation."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save(trainer, int(pl_module.iteration))
+            self._save(trainer, iteration_of(pl_module))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Nothing: iterations count, not epochs."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save what is not saved yet."""
-        if int(pl_module.iteration) > self.saved_iteration:
-            self._write(trainer, "last.ckpt", int(pl_module.iteration))
+        if iteration_of(pl_module) > self.saved_iteration:
+            self._write(trainer, "last.ckpt", iteration_of(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""
@@ -109,4 +110,4 @@ class IterationCheckpoint(ModelCheckpoint):
 def _validation_is_due(trainer: lightning.Trainer) -> bool:
     """Whether Lightning will validate after this batch; it has no public question for it."""
     loop = trainer.fit_loop
-    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))  # type: ignore[arg-type]

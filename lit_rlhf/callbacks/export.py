@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning
 
 from lit_rlhf.export import save_folder
+from lit_rlhf.modules.module import AlignmentModule
 
 
 class ExportAtEnd(lightning.Callback):
@@ -19,5 +20,6 @@ class ExportAtEnd(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write it."""
+        assert isinstance(pl_module, AlignmentModule)
         if trainer.is_global_zero:
             save_folder(pl_module.actor.model, pl_module.tokenizer, Path(trainer.default_root_dir) / self.name)

@@ -7,6 +7,7 @@ import lightning
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rlhf.callbacks.files import TableFile
+from lit_rlhf.modules.module import iteration_of
 
 
 class MetricsFile(lightning.Callback):
@@ -41,7 +42,7 @@ class MetricsFile(lightning.Callback):
         """A row of the validation."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             metrics = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            self._append(trainer, {"progress/iteration": pl_module.iteration, **metrics})
+            self._append(trainer, {"progress/iteration": iteration_of(pl_module), **metrics})
 
     def state_dict(self) -> dict[str, Any]:
         """How much of the file belongs to the checkpoint."""

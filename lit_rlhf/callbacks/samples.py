@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.callbacks.files import LinesFile
+from lit_rlhf.modules.module import iteration_of
 from lit_rlhf.types import Completions, Judged
 
 COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score", "rewards", "kl_to_ref")
@@ -49,7 +50,7 @@ class Samples(lightning.Callback):
             return
         judged: Judged = outputs["judged"]
         kl_to_ref = masked_sum(k1(judged.old_logprobs, judged.ref_logprobs), judged.rollout.response_mask, 1)
-        iteration = int(pl_module.iteration)
+        iteration = iteration_of(pl_module)
         records = self._records(iteration, "train", judged.completions, judged.scores, judged.rewards, kl_to_ref)
         self._write(trainer, records)
         if iteration % self.table_every_n == 0 or iteration == 1:
@@ -67,7 +68,7 @@ class Samples(lightning.Callback):
         """Write the first validation responses."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and batch_idx == 0 and isinstance(outputs, dict) and "completions" in outputs:
-            self._write(trainer, self._records(int(pl_module.iteration), "val", **outputs))
+            self._write(trainer, self._records(iteration_of(pl_module), "val", **outputs))
 
     def state_dict(self) -> dict[str, Any]:
         """How much of the file belongs to the checkpoint."""

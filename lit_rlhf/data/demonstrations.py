@@ -1,6 +1,6 @@
 """Texts for a model to imitate."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning
 import torch
@@ -80,8 +80,7 @@ class Demonstrations(lightning.LightningDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's."""
-        assert self.trainer is not None
-        return self.trainer.lightning_module.tokenizer
+        return cast(Any, self.trainer).lightning_module.tokenizer
 
     def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
         assert self.trainer is not None

@@ -69,7 +69,7 @@ class ResumableLoader(DataLoader):
         self.batches = batches
         self.yielded = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.yielded = self.batches.skip
         for batch in super().__iter__():
             self.yielded += 1

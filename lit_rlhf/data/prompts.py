@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning
 import torch
@@ -109,8 +109,7 @@ class Prompts(lightning.LightningDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The actor's."""
-        assert self.trainer is not None
-        return self.trainer.lightning_module.tokenizer
+        return cast(Any, self.trainer).lightning_module.tokenizer
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
         prompts = self._prompts[split]
@@ -128,18 +127,19 @@ class Prompts(lightning.LightningDataModule):
             tokens = prompt_tokens(self.tokenizer, prompt, f"data.{split}")
             if self.first_tokens is not None and len(tokens) > self.first_tokens:
                 tokens = tokens[: self.first_tokens]
-                prompt = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                prompt = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
             if len(tokens) > self.max_tokens:
                 if self.too_long == "drop":
                     self.dropped[split] += 1
                     continue
                 self.cut[split] += 1
                 tokens = tokens[-self.max_tokens :] if self.too_long == "cut_left" else tokens[: self.max_tokens]
-                prompt = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                prompt = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
             kept.append(_TokenizedPrompt(prompt, tokens, record))
         if not kept:
             raise UserError(
-                f"data.{split}: all {len(records)} prompts of {source} are longer than data.max_tokens={self.max_tokens}"
+                f"data.{split}: all {len(records)} prompts of {source} are longer than "
+                f"data.max_tokens={self.max_tokens}"
             )
         if self.trainer is None or self.trainer.is_global_zero:
             print(f"data: {len(kept)} {split} prompts from {source}{self._counted(split)}")

@@ -8,7 +8,8 @@
              | "the" part "was" praise "and" praise "."          two of one mood, and different
              | "the" part "was" praise "but the" part "was" praise "."   two of opposite mood, of different parts
     praise  := [degree] adjective
-    verdict := "we will come back soon ." | "i tell all my friends ." | "we will never return ." | "i want my money back ."
+    verdict := "we will come back soon ." | "i tell all my friends ."
+             | "we will never return ." | "i want my money back ."
 
 A prompt is an opening; a response is the rest. `grammatical` says whether a text is a sentence of the language,
 `positivity` how positive it is: the share of its opinions that praise, from −1 to 1. Everything here is deterministic.

@@ -9,7 +9,7 @@ from lit_rlhf.types import Conversation, Prompt
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, field: str) -> list[int]:
-    """A prompt's tokens, ready to be continued: no end-of-sequence token behind, the chat template's opening of the turn.
+    """A prompt's tokens, ready to be continued: no end-of-sequence token behind; a conversation's next turn is opened.
 
     Args:
         tokenizer: The model's.
@@ -38,16 +38,17 @@ def chat_tokens(
         )
     if tokenizer.chat_template is None:
         raise UserError(f"{field}: the prompts are conversations, but the model's tokenizer has no chat template")
-    return tokenizer.apply_chat_template(
+    ids: Any = tokenizer.apply_chat_template(
         conversation, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
     )
+    return list(ids)
 
 
 def continued_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], int]:
     """Prompt and response as one text, ended; and how many tokens are the prompt's.
 
-    The two are tokenized together, so that a text cut in two has the tokens it would have whole; the prompt's tokens are
-    those that it shares with the whole from the start.
+    The two are tokenized together, so that a text cut in two has the tokens it would have whole; the prompt's tokens
+    are those that it shares with the whole from the start.
     """
     whole = [*_opened(tokenizer, prompt + response), tokenizer.eos_token_id]
     alone = _opened(tokenizer, prompt)

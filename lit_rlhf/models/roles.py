@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+from torch import nn
+
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
@@ -47,11 +49,11 @@ def load_roles(
     frozen = Actor(load_model(reference or actor, "causal", "model.reference"), temperature)
     freeze(frozen)
     made = _load_critic(critic, actor, rewards)
-    size = trained.model.config.vocab_size
-    for role, other in (("critic", made and made.trunk), ("reference", frozen.model)):
-        if other is not None and other.config.vocab_size != size:
+    size = vocabulary_size(trained.model)
+    for role, other in (("critic", None if made is None else made.trunk), ("reference", frozen.model)):
+        if other is not None and vocabulary_size(other) != size:
             raise UserError(
-                f"model.{role}: its vocabulary has {other.config.vocab_size} tokens, the actor's {size}; "
+                f"model.{role}: its vocabulary has {vocabulary_size(other)} tokens, the actor's {size}; "
                 "the two read the same tokens"
             )
     return Roles(actor=trained, critic=made, reference=frozen)
@@ -67,3 +69,8 @@ def _load_critic(critic: ModelSource | None, actor: ModelSource, rewards: Sequen
             raise UserError("model.critic is 'reward', but no reward is a RewardModel")
         return deepcopy(rewards[0].model).requires_grad_(True)
     return load_critic(critic, "model.critic")
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the model's input embedding."""
+    return model.get_input_embeddings().num_embeddings  # type: ignore[operator]

@@ -17,7 +17,7 @@ class ScalarModel(nn.Module):
         head: Linear map from hidden state to one number.
     """
 
-    def __init__(self, trunk: PreTrainedModel, head: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head

@@ -29,8 +29,8 @@ def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int,
 
     A tokenizer may drop the space in front of a text's first token, so the response is read off behind the prompt.
     """
-    prompt = tokenizer.decode(tokens[:start], skip_special_tokens=True)
-    both = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    prompt = str(tokenizer.decode(tokens[:start], skip_special_tokens=True))
+    both = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
     if both.startswith(prompt):
         return both[len(prompt) :]
-    return tokenizer.decode(tokens[start:end], skip_special_tokens=True)
+    return str(tokenizer.decode(tokens[start:end], skip_special_tokens=True))

@@ -12,21 +12,16 @@ from torchmetrics import MaxMetric, MeanMetric, Metric
 
 
 class Means:
-    """Metrics by name, each a (sum, count) pair that is reduced over all ranks when it is read.
+    """Metrics by name, each a (sum, count) pair that is reduced over all ranks when it is read."""
 
-    Args:
-        device: Where the sums live.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self._metrics: dict[str, Metric] = {}
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Take a value into the mean, ``weight`` times."""
-        self._metrics.setdefault(name, MeanMetric(nan_strategy="disable").to(self.device)).update(
-            torch.as_tensor(value, dtype=torch.float64), torch.as_tensor(weight, dtype=torch.float64)
-        )
+        value = torch.as_tensor(value, dtype=torch.float64)
+        metric = self._metrics.setdefault(name, MeanMetric(nan_strategy="disable").to(value.device))
+        metric.update(value, torch.as_tensor(weight, dtype=torch.float64, device=value.device))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Take all values that the mask counts into the mean."""
@@ -34,7 +29,8 @@ class Means:
 
     def maximum(self, name: str, value: Tensor) -> None:
         """Take a value into the maximum."""
-        self._metrics.setdefault(name, MaxMetric(nan_strategy="disable").to(self.device)).update(value.detach())
+        metric = self._metrics.setdefault(name, MaxMetric(nan_strategy="disable").to(value.device))
+        metric.update(value.detach())
 
     def compute(self) -> dict[str, float]:
         """All of them over all ranks."""

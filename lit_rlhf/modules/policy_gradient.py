@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
-import lightning
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
 
 from lit_rlhf.algorithms import kl as kl_estimators
 from lit_rlhf.algorithms.advantages import GAE, Estimator
@@ -24,26 +23,29 @@ from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.generation.engine import Vocabulary, find_vocabulary
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
-from lit_rlhf.models.loading import ModelSource, load_tokenizer
+from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.roles import load_roles
 from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.modules.completions import complete
 from lit_rlhf.modules.metrics import Means, Stopwatch, peak_memory_gib
+from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import ReferenceKL, Update, check_finite, clip_gradients
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
 from lit_rlhf.types import Experience, Judged, PromptBatch, Rollout, Trajectory, pack
 
 
-class PolicyGradient(lightning.LightningModule):
+class PolicyGradient(AlignmentModule):
     """Trains an actor towards rewards: generate, judge, estimate advantages, update; one iteration a training step.
+
+    A step of the design's table is a method of the same name: `generate`, `judge`, `reward`, `estimate`, `learn`.
 
     Args:
         actor: The model to train: a folder or hub id, or a configuration for random weights.
         rewards: What a response is worth: at least one.
         critic: ``actor`` or ``reward``: start from that model's weights; ``shared``: a head on the actor's trunk; a
             folder or hub id (``./actor`` for a folder of that name); None: no critic.
-        reference: The frozen model that the KL is measured to, in training and validation; None: the actor's at the start.
+        reference: The frozen model that the KL is measured to; None: the actor as it is at the start.
         sampling: How responses are drawn.
         engine: What draws them.
         scores: What happens to the score before it enters the reward.
@@ -63,6 +65,9 @@ class PolicyGradient(lightning.LightningModule):
     Raises:
         UserError: for settings that do not fit together, and in ``configure_model`` for models that do not load.
     """
+
+    critic: ScalarModel | None  # there from configure_model on; None: no critic, or a head on the actor
+    reference: Actor  # likewise, frozen
 
     def __init__(
         self,
@@ -86,10 +91,10 @@ class PolicyGradient(lightning.LightningModule):
         actor_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(actor, iterations)
         self.automatic_optimization = False
-        self.strict_loading = True
-        self.sources = {"actor": actor, "critic": critic, "reference": reference}
+        self.critic_source = critic
+        self.reference_source = reference
         self.sampling = sampling
         self.engine = engine
         self.kl = kl
@@ -99,38 +104,25 @@ class PolicyGradient(lightning.LightningModule):
         self.bootstrap_truncated = bootstrap_truncated
         self.update = update
         self.value_grad_scale = value_grad_scale
-        self.iterations = iterations
         self.make_optimizers = (actor_optimizer, critic_optimizer)
         self.make_schedulers = (actor_scheduler, critic_scheduler)
         self.scores = Scores(rewards or [], scores)
-        self.actor: Actor | None = None
-        self.critic: ScalarModel | None = None
-        self.reference: Actor | None = None
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
+        self._evaluation = Means()
         self._reference_scores: dict[int, Tensor] = {}
-        self._evaluation: Means | None = None
         self._check()
 
     def _check(self) -> None:
-        if not self.sources["actor"]:
-            raise UserError("model.actor is not set: a model folder, a hub id, or a configuration for random weights")
         if not self.scores.rewards:
             raise UserError("model.rewards is empty: name at least one reward")
         if self.sampling.temperature == 0:
             raise UserError(
                 "model.sampling.temperature must be positive: the most likely response alone teaches nothing"
             )
-        if self.bootstrap_truncated and self.sources["critic"] is None:
+        if self.bootstrap_truncated and self.critic_source is None:
             raise UserError("model.bootstrap_truncated needs a critic: its value stands after the last token")
 
     # ------------------------------------------------------------------ set-up
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The actor's."""
-        assert self.sources["actor"] is not None
-        return load_tokenizer(self.sources["actor"], "model.actor")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -139,54 +131,42 @@ class PolicyGradient(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Load the roles; Lightning calls it, more than once."""
-        if self.actor is not None:
+        if self.is_configured:
             return
         self.scores.prepare(self.tokenizer)
         roles = load_roles(
-            self.sources["actor"],
-            self.sources["critic"],
-            self.sources["reference"],
+            self.actor_source,
+            self.critic_source,
+            self.reference_source,
             rewards=[r for r in self.scores.rewards if isinstance(r, RewardModel)],
             temperature=self.sampling.temperature,
             value_grad_scale=self.value_grad_scale,
         )
         self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
 
-    def train(self, mode: bool = True) -> PolicyGradient:
-        """Set this module's mode, but the models stay in eval mode: dropout is off in every stage."""
-        super().train(mode)
-        for child in self.children():
-            child.eval()
-        return self
-
     def configure_optimizers(self) -> Any:
         """The actor's optimizer and, with a critic, the critic's; each with its schedule, if any."""
         made = []
-        for parameters, optimizer, scheduler in zip(
+        for parameters, make_optimizer, make_scheduler in zip(
             self._trained(), self.make_optimizers, self.make_schedulers, strict=False
         ):
-            made.append({"optimizer": optimizer(parameters)})
-            if scheduler is not None:
-                made[-1]["lr_scheduler"] = scheduler(made[-1]["optimizer"])
+            optimizer = make_optimizer(parameters)
+            schedule = {} if make_scheduler is None else {"lr_scheduler": make_scheduler(optimizer)}
+            made.append({"optimizer": optimizer, **schedule})
         return made
 
-    def _trained(self) -> list[list[Tensor]]:
+    def _trained(self) -> list[list[nn.Parameter]]:
         """Parameters of the actor and, if there is one, of the critic; a shared trunk is the actor's."""
         heads = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
         actor = [p for p in self.actor.parameters() if not any(p is h for h in heads)]
         critic = heads if self.critic is None else list(self.critic.parameters())
         return [actor, critic] if critic else [actor]
 
-    def on_fit_start(self) -> None:
-        """With ``iterations`` set, epochs do not limit the run."""
-        if self.iterations is not None:
-            self.trainer.fit_loop.max_epochs = -1
-
     # ------------------------------------------------------------- an iteration
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """One iteration; returns what was judged, for callbacks."""
-        means, watch = Means(self.device), Stopwatch()
+        means, watch = Means(), Stopwatch()
         with watch.phase("generate"):
             rollout = self.generate(batch, self.actor, Stream.ROLLOUT, int(self.iteration))
         with watch.phase("judge"):
@@ -201,7 +181,7 @@ class PolicyGradient(lightning.LightningModule):
     @torch.no_grad()
     def generate(self, batch: PromptBatch, actor: Actor, stream: Stream, iteration: int) -> Rollout:
         """Responses to a batch of prompts."""
-        with self.trainer.profiler.profile("generate"):
+        with self._profile("generate"):
             return self.engine.generate(
                 actor, batch, self.sampling, self.vocabulary, stream=stream, iteration=iteration
             )
@@ -209,7 +189,7 @@ class PolicyGradient(lightning.LightningModule):
     @torch.no_grad()
     def judge(self, rollout: Rollout, batch: PromptBatch) -> Judged:
         """What rewards, actor, reference and critic say of a rollout."""
-        with self.trainer.profiler.profile("judge"):
+        with self._profile("judge"):
             completions = complete(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(completions)
             old_logprobs, entropy = self._measure(rollout, self._actor_stats)
@@ -225,7 +205,7 @@ class PolicyGradient(lightning.LightningModule):
             bootstrap=bootstrap,
             rewards=rewards,
             scores=scores,
-            shaped_scores=self.scores.shape(scores, rollout.terminated, self._sum_over_ranks),
+            shaped_scores=self.scores.shape(scores, rollout.terminated, self.sum_over_ranks),
         )
 
     @torch.no_grad()
@@ -251,17 +231,17 @@ class PolicyGradient(lightning.LightningModule):
         """Advantages and returns, whitened where the configuration says so."""
         mask = trajectory.mask
         if self.update.whiten_rewards:
-            whitened = masked_whiten(trajectory.rewards, mask, shift_mean=False, reduce=self._sum_over_ranks)
+            whitened = masked_whiten(trajectory.rewards, mask, shift_mean=False, reduce=self.sum_over_ranks)
             trajectory = replace(trajectory, rewards=whitened)
         estimates = self.estimator(trajectory)
-        means.add("objective/advantage_std", masked_var(estimates.advantages, mask, self._sum_over_ranks).sqrt())
+        means.add("objective/advantage_std", masked_var(estimates.advantages, mask, self.sum_over_ranks).sqrt())
         if judged.values is not None:
-            unexplained = masked_var(estimates.returns - judged.values, mask, self._sum_over_ranks)
-            total = masked_var(estimates.returns, mask, self._sum_over_ranks)
+            unexplained = masked_var(estimates.returns - judged.values, mask, self.sum_over_ranks)
+            total = masked_var(estimates.returns, mask, self.sum_over_ranks)
             means.add("value/explained_variance", 1 - unexplained / total.clamp(min=1e-8))
         advantages = estimates.advantages
         if self.update.whiten_advantages:
-            advantages = masked_whiten(advantages, mask, reduce=self._sum_over_ranks)
+            advantages = masked_whiten(advantages, mask, reduce=self.sum_over_ranks)
         return Experience(
             rollout=judged.rollout,
             old_logprobs=judged.old_logprobs,
@@ -273,7 +253,7 @@ class PolicyGradient(lightning.LightningModule):
 
     def learn(self, experience: Experience, means: Means) -> None:
         """Several epochs of minibatches, one optimizer step each."""
-        with self.trainer.profiler.profile("update"):
+        with self._profile("update"):
             for epoch in range(self.update.epochs):
                 shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch)
                 for minibatch in experience.minibatches(self.update.minibatches, self.update.max_tokens, shuffle):
@@ -281,11 +261,11 @@ class PolicyGradient(lightning.LightningModule):
                         return
 
     def _step(self, minibatch: Sequence[Experience], means: Means) -> bool:
-        """Gradients of all micro-batches, then one step of each optimizer; False if the KL to the old policy is over."""
+        """Gradients of all micro-batches, then a step of each optimizer; False if the KL to the old policy is over."""
         masks = [piece.rollout.response_mask for piece in minibatch]
-        counts = torch.stack([sum(m.sum() for m in masks), sum(m.any(1).sum() for m in masks)]).float()
-        tokens, sequences = self._sum_over_ranks(counts)
-        optimizers = self._as_list(self.optimizers())
+        counts = torch.stack([torch.stack([m.sum(), m.any(1).sum()]) for m in masks]).sum(0).float()
+        tokens, sequences = self.sum_over_ranks(counts)
+        optimizers = _as_list(self.optimizers())
         for optimizer in optimizers:
             optimizer.zero_grad()
         kl_to_old = torch.zeros((), device=self.device)
@@ -300,7 +280,7 @@ class PolicyGradient(lightning.LightningModule):
             loss, piece_kl = self._loss(piece, weights, means)
             kl_to_old += piece_kl
             self.manual_backward(loss * self.trainer.world_size)
-        kl_to_old = self._sum_over_ranks(kl_to_old) / tokens
+        kl_to_old = self.sum_over_ranks(kl_to_old) / tokens
         if self.update.target_kl is not None and kl_to_old > self.update.target_kl:
             return False
         for name, parameters, optimizer in zip(("policy", "value"), self._trained(), optimizers, strict=False):
@@ -341,6 +321,10 @@ class PolicyGradient(lightning.LightningModule):
             means.maximum("policy/ratio_max", ratio.max())
         return loss, kl_to_old.sum()
 
+    def _profile(self, phase: str) -> AbstractContextManager[Any]:
+        """The phase by its name in ``--trainer.profiler``."""
+        return cast(Any, self.trainer).profiler.profile(phase)
+
     def _finish(self, judged: Judged, trajectory: Trajectory, means: Means, watch: Stopwatch) -> None:
         """Everything that must be in the checkpoint of this iteration happens here, inside ``training_step``."""
         rollout, mask = judged.rollout, trajectory.mask
@@ -354,16 +338,16 @@ class PolicyGradient(lightning.LightningModule):
         means.add("response/truncated_fraction", (~rollout.terminated).float())
         for name, value in judged.rewards.items():
             means.add(f"rewards/{name}", value)
-        for name, optimizer in zip(("policy", "value"), self._as_list(self.optimizers()), strict=False):
+        for name, optimizer in zip(("policy", "value"), _as_list(self.optimizers()), strict=False):
             means.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
-        responses, tokens = self._sum_over_ranks(
+        responses, tokens = self.sum_over_ranks(
             torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=self.device)
         ).tolist()
         measured = means.compute()
         self.kl.update(measured["objective/kl_to_ref"], int(responses))
-        for scheduler in self._as_list(self.lr_schedulers()):
+        for scheduler in _as_list(self.lr_schedulers()):
             scheduler.step()
-        self.iteration += 1
+        self.count_iteration()
         seconds = sum(watch.seconds.values())
         measured |= {f"time/{phase}": value for phase, value in watch.seconds.items()}
         measured |= {
@@ -376,8 +360,6 @@ class PolicyGradient(lightning.LightningModule):
         shown = ("objective/score", "objective/kl_to_ref", "perf/tokens_per_second")
         self.log_dict({k: v for k, v in measured.items() if k not in shown}, batch_size=1)
         self.log_dict({k: measured[k] for k in shown}, prog_bar=True, batch_size=1)
-        if self.iterations is not None and int(self.iteration) >= self.iterations:
-            self.trainer.should_stop = True
 
     # ---------------------------------------------------------------- forwards
 
@@ -406,7 +388,7 @@ class PolicyGradient(lightning.LightningModule):
 
     def _values(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None]:
         """Values [B, T], and what stands after the last token of truncated responses [B]."""
-        if self.sources["critic"] is None:
+        if self.critic_source is None:
             return None, None
 
         def measure(piece: Rollout) -> tuple[Tensor, ...]:
@@ -423,11 +405,11 @@ class PolicyGradient(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
-        self._evaluation = Means(self.device)
+        self._evaluation = Means()
 
     def on_test_epoch_start(self) -> None:
         """Start the sums."""
-        self._evaluation = Means(self.device)
+        self._evaluation = Means()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Score held-out prompts; the random numbers are the same in each validation."""
@@ -471,7 +453,6 @@ class PolicyGradient(lightning.LightningModule):
         logprobs, _ = self._measure(rollout, self._actor_stats)
         (ref_logprobs,) = self._measure(rollout, self._reference_logprobs)
         kl_to_ref = masked_sum(kl_estimators.k1(logprobs, ref_logprobs), rollout.response_mask, 1)
-        assert self._evaluation is not None
         for name, value in {
             "score": scores,
             "score_squared": scores.double() ** 2,
@@ -485,16 +466,10 @@ class PolicyGradient(lightning.LightningModule):
         return {"completions": completions, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
 
     def _log_evaluation(self, stage: str) -> None:
-        assert self._evaluation is not None
         measured = self._evaluation.compute()
         measured["score_std"] = max(0.0, measured.pop("score_squared") - measured["score"] ** 2) ** 0.5
         self.log_dict({f"{stage}/{name}": value for name, value in measured.items()})
 
-    # ----------------------------------------------------------------- helpers
 
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
-
-    @staticmethod
-    def _as_list(value: Any) -> list[Any]:
-        return [] if value is None else value if isinstance(value, list) else [value]
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]

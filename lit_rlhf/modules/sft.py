@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.masked import masked_mean
-from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.loading import ModelSource, load_model, load_tokenizer
+from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import DemonstrationBatch
 
 
-class SFT(lightning.LightningModule):
+class SFT(AlignmentModule):
     """Maximum likelihood on demonstrations: loss = −mean over the tokens that count of log π(token | those before).
 
     The loss is in nats a token; ``perplexity`` is its exponential.
@@ -43,33 +40,15 @@ class SFT(lightning.LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
     ) -> None:
-        super().__init__()
-        if not actor:
-            raise UserError("model.actor is not set: a model folder, a hub id, or a configuration for random weights")
-        self.sources = {"actor": actor}
+        super().__init__(actor, iterations)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.iterations = iterations
-        self.actor: Actor | None = None
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
-        self._evaluation: Means | None = None
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The actor's."""
-        return load_tokenizer(self.sources["actor"], "model.actor")
+        self._evaluation = Means()
 
     def configure_model(self) -> None:
         """Load the model; Lightning calls it, more than once."""
-        if self.actor is None:
-            self.actor = Actor(load_model(self.sources["actor"], "causal", "model.actor"))
-
-    def train(self, mode: bool = True) -> SFT:
-        """Set this module's mode, but the model stays in eval mode: dropout is off."""
-        super().train(mode)
-        for child in self.children():
-            child.eval()
-        return self
+        if not self.is_configured:
+            self.actor = Actor(load_model(self.actor_source, "causal", "model.actor"))
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by batches."""
@@ -81,11 +60,6 @@ class SFT(lightning.LightningModule):
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
 
-    def on_fit_start(self) -> None:
-        """With ``iterations`` set, epochs do not limit the run."""
-        if self.iterations is not None:
-            self.trainer.fit_loop.max_epochs = -1
-
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """The batch's mean loss, in nats a token."""
         logprobs = self.actor(batch.tokens, batch.mask).logprobs
@@ -94,29 +68,25 @@ class SFT(lightning.LightningModule):
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="mean")
         loss = -logprobs.sum() / tokens.clamp(min=1)
         check_finite(loss=loss)
-        self.iteration += 1
+        self.count_iteration()
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.log_dict(
             {"train/perplexity": math.exp(min(float(mean), 50.0)), "progress/iteration": float(self.iteration)},
             batch_size=1,
         )
         self.log("train/loss", mean, prog_bar=True, batch_size=1)
-        if self.iterations is not None and int(self.iteration) >= self.iterations:
-            self.trainer.should_stop = True
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
-        self._evaluation = Means(self.device)
+        self._evaluation = Means()
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Add to the held-out loss."""
-        assert self._evaluation is not None
         loss = -self.actor(batch.tokens, batch.mask).logprobs
         self._evaluation.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss`` and ``val/perplexity``."""
-        assert self._evaluation is not None
         loss = self._evaluation.compute()["loss"]
         self.log_dict({"val/loss": loss, "val/perplexity": math.exp(min(loss, 50.0))}, prog_bar=True)

@@ -97,7 +97,7 @@ def final_number(text: str, marker: str = "####") -> Decimal | None:
     >>> final_number("so 70 + 2 = 72\\n#### $1,072.0")
     Decimal('1072.0')
     """
-    before, found, after = text.rpartition(marker)
+    _, found, after = text.rpartition(marker)
     match = re.match(rf"\s*({NUMBER.pattern})", after) if found else None
     return _decimal(match.group(1)) if match else None
 

@@ -19,8 +19,8 @@ class RewardFunction(Reward):
     """A Python function that scores a batch of responses.
 
     It is called with keyword arguments, those that its signature names of: ``prompts`` (text or conversations),
-    ``responses`` (text), ``terminated`` (bools: the response ended by itself), and any column of the prompts' file; each
-    a list with one entry a response. It returns one finite number a response::
+    ``responses`` (text), ``terminated`` (bools: the response ended by itself), and any column of the prompts' file;
+    each a list with one entry a response. It returns one finite number a response::
 
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]
@@ -87,7 +87,8 @@ class RewardFunction(Reward):
             tensor = torch.as_tensor(scores, dtype=torch.float32).detach()
         except Exception as error:
             raise UserError(
-                f"the reward function {self.function} should return {count} numbers, not {type(scores).__name__}: {error}"
+                f"the reward function {self.function} should return {count} numbers, "
+                f"not {type(scores).__name__}: {error}"
             ) from error
         if tensor.shape != (count,):
             found = f"shape {tuple(tensor.shape)}" if tensor.ndim != 1 else f"{len(tensor)}"

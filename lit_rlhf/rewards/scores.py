@@ -1,6 +1,6 @@
 """From several rewards to one score, and from the score to what enters the reward."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class Scores(nn.Module):
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load what the rewards need; the actor's tokenizer is given."""
-        for reward in self.rewards:
+        for reward in self._each():
             reward.prepare(tokenizer)
         self.rewards.requires_grad_(False).eval()
 
@@ -66,7 +66,7 @@ class Scores(nn.Module):
         """Each reward by name, unweighted, and the score, their weighted sum; each [B]."""
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(completions.responses), device=completions.rollout.tokens.device)
-        for reward in self.rewards:
+        for reward in self._each():
             value = reward(completions).float()
             name = reward.name if reward.name not in parts else f"{reward.name}_{len(parts)}"
             parts[name] = value
@@ -89,6 +89,9 @@ class Scores(nn.Module):
         if self.shaping.clip is not None:
             scores = scores.clamp(-self.shaping.clip, self.shaping.clip)
         return torch.where(terminated, scores, scores - self.shaping.truncation_penalty)
+
+    def _each(self) -> Iterator[Reward]:
+        return iter(self.rewards)  # type: ignore[arg-type]
 
     def _observe(self, scores: Tensor, reduce: Reduce) -> None:
         """Chan et al.'s merge of two samples' means and sums of squared deviations."""

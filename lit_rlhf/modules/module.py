@@ -1,0 +1,78 @@
+"""What all modules share: an actor, its tokenizer, and a count of iterations."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import lightning
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.loading import ModelSource, load_tokenizer
+
+
+class AlignmentModule(lightning.LightningModule):
+    """A LightningModule with an actor that counts its iterations, one a training step.
+
+    Args:
+        actor: The model to train: a folder or hub id, or a configuration for random weights.
+        iterations: Stop after so many; None: the Trainer's limits decide.
+
+    Raises:
+        UserError: if the actor is not named.
+    """
+
+    actor: Actor  # there from configure_model on
+    iteration: Tensor  # [], int64, in the checkpoint
+
+    def __init__(self, actor: ModelSource, iterations: int | None) -> None:
+        super().__init__()
+        if not actor:
+            raise UserError("model.actor is not set: a model folder, a hub id, or a configuration for random weights")
+        if iterations is not None and iterations < 1:
+            raise UserError(f"model.iterations must be 1 or more, or null, not {iterations}")
+        self.actor_source = actor
+        self.iterations = iterations
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The actor's."""
+        return load_tokenizer(self.actor_source, "model.actor")
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the models are loaded; Lightning calls ``configure_model`` more than once."""
+        return "actor" in self._modules
+
+    def train(self, mode: bool = True) -> Self:
+        """Set this module's mode, but the models stay in eval mode: dropout is off in every stage."""
+        super().train(mode)
+        for child in self.children():
+            child.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """With ``iterations`` set, epochs do not limit the run."""
+        if self.iterations is not None:
+            self.trainer.fit_loop.max_epochs = -1
+
+    def count_iteration(self) -> None:
+        """One more; inside ``training_step``, so that it is in this iteration's checkpoint."""
+        self.iteration += 1
+        if self.iterations is not None and int(self.iteration) >= self.iterations:
+            self.trainer.should_stop = True
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
+
+
+def iteration_of(module: lightning.LightningModule) -> int:
+    """How many iterations a module has done; for callbacks, which know it as a LightningModule."""
+    assert isinstance(module, AlignmentModule)
+    return int(module.iteration)

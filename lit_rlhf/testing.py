@@ -1,0 +1,128 @@
+"""For pytest: tiny models in a folder, and a callback that records what a run did.
+
+Installed as a pytest plugin: the fixtures are there wherever lit-rlhf is. ::
+
+    def test_my_reward(tiny_model, tmp_path):
+        recorder = Recorder()
+        trainer = Trainer(callbacks=[recorder], ...)
+        trainer.fit(PolicyGradient(actor=str(tiny_model("llama")), rewards=[MyReward()]), datamodule=...)
+        assert recorder.metrics[-1]["objective/score"] > recorder.metrics[0]["objective/score"]
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import pytest
+import torch
+from torch import Tensor
+
+Architecture = Literal["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
+Special = Literal["distinct", "bos_is_eos", "pad_is_eos"]
+MakeModel = Callable[..., Path]
+
+WORDS = 32
+"""Words w0 … w31 of the tiny models' tokenizer, one token each."""
+_SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 128},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_neox": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "max_position_embeddings": 128},
+}  # fmt: skip
+_SHAPES["qwen2"] = _SHAPES["llama"]
+_SHAPES["qwen3"] = _SHAPES["llama"] | {"head_dim": 8}
+
+
+def make_tiny_model(
+    folder: Path,
+    architecture: Architecture = "llama",
+    task: Literal["causal", "score"] = "causal",
+    special: Special = "distinct",
+    seed: int = 0,
+    chat: bool = False,
+) -> Path:
+    """Write a random model of about 20,000 parameters and its tokenizer.
+
+    Its logits are spread, so that greedy responses end at different lengths.
+
+    Args:
+        folder: Where.
+        architecture: The shape.
+        task: A language model, or a sequence classifier with one label.
+        special: Whether beginning, end and padding tokens are three, or two of them one.
+        seed: Of the weights.
+        chat: Whether the tokenizer has a chat template.
+
+    Returns:
+        The folder.
+    """
+    from lit_rlhf.models.loading import RandomWeights, load_model
+
+    tokenizer = _tokenizer(special, chat)
+    tokenizer.save_pretrained(folder)
+    config = {"model_type": architecture, "initializer_range": 0.3, **_SHAPES[architecture]}
+    model = load_model(RandomWeights(config=config, tokenizer=str(folder), seed=seed), task)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(special: Special, chat: bool) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<user>", "<assistant>"]
+    words = {name: i for i, name in enumerate([*names, *(f"w{i}" for i in range(WORDS))])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bos = "<eos>" if special == "bos_is_eos" else "<bos>"
+    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words[bos])])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        bos_token=bos,
+        pad_token="<eos>" if special == "pad_is_eos" else "<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<{{ m.role }}> {{ m.content }} <eos> {% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """``tiny_model("llama", task="score", special="pad_is_eos")``: the folder, made once a test session."""
+    made: dict[Any, Path] = {}
+
+    def make(architecture: Architecture = "llama", **options: Any) -> Path:
+        key = (architecture, *sorted(options.items()))
+        if key not in made:
+            made[key] = make_tiny_model(tmp_path_factory.mktemp(architecture), architecture, **options)
+        return made[key]
+
+    return make
+
+
+class Recorder(lightning.Callback):
+    """Keeps the metrics of each iteration, what its ``training_step`` returned, and the trained weights."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.outputs: list[Any] = []
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep them."""
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.outputs.append(outputs)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep a copy of the weights, those of frozen models not."""
+        self.weights = {name: torch.clone(value) for name, value in pl_module.state_dict().items()}
