@@ -1,5 +1,6 @@
 """Hugging Face models and tokenizers by folder, hub id, or a configuration for random weights."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from lit_rlhf.errors import UserError
@@ -60,7 +62,7 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
     else:
         check_exists(path, field)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = _tokenizer_class(path).from_pretrained(path)
         except Exception as error:  # transformers raises many types here
             if os.path.isdir(path):
                 raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load") from error
@@ -124,6 +126,16 @@ def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
         return AutoConfig.for_model(**source.config)
     except ValueError as error:
         raise UserError(f"{field}.config: {str(error).splitlines()[0]}") from error
+
+
+def _tokenizer_class(path: str) -> Any:
+    """The class a folder names, where it names the general one; else AutoTokenizer's choice.
+
+    AutoTokenizer chooses by the model's type: beside a Qwen model it would read any tokenizer.json as Qwen's own.
+    """
+    config = Path(path) / "tokenizer_config.json"
+    named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else None
+    return PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
 
 
 def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
