@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
 
 from lit_rlhf.randomness import Stream, generator
 
 
-class GlobalBatches(Sampler[list[tuple[int, int]]]):
+class GlobalBatches:
     """This rank's share of each global batch, as (place in the global batch, index of the record).
 
     Args:
@@ -30,7 +29,7 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; Lightning calls it."""
+        """Choose the epoch's order; Lightning calls it, on a loader's ``sampler``."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -50,50 +49,41 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield rows[self.rank * share : (self.rank + 1) * share]
 
 
-class ResumableLoader(DataLoader):
+class ResumableLoader:
     """A loader that goes on where it stood: Lightning saves and restores its state.
+
+    No torch DataLoader: the records are in memory, and Lightning rebuilds a DataLoader for predictions.
 
     Args:
         records: Indexed by number.
         collate: Makes a batch of (place in the global batch, record) pairs.
-        batches: Which records, in which order.
+        sampler: Which records, in which order.
     """
 
+    batch_sampler = None  # Lightning asks for it wherever there is a sampler
+
     def __init__(
-        self, records: Sequence[Any], collate: Callable[[list[tuple[int, Any]]], Any], batches: GlobalBatches
+        self, records: Sequence[Any], collate: Callable[[list[tuple[int, Any]]], Any], sampler: GlobalBatches
     ) -> None:
-        # a generator of its own: making an iterator must not draw from the global one
-        super().__init__(
-            _Placed(records), batch_sampler=batches, collate_fn=collate, generator=torch.Generator().manual_seed(0)
-        )
-        self.batches = batches
+        self.records = records
+        self.collate = collate
+        self.sampler = sampler
         self.yielded = 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.yielded = self.batches.skip
-        for batch in super().__iter__():
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.yielded = self.sampler.skip
+        for batch in self.sampler:
             self.yielded += 1
-            yield batch
+            yield self.collate([(place, self.records[number]) for place, number in batch])
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and batches given out in it."""
-        return {"epoch": self.batches.epoch, "yielded": self.yielded}
+        return {"epoch": self.sampler.epoch, "yielded": self.yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the last batch given out."""
-        self.batches.epoch = state["epoch"]
-        self.batches.skip = state["yielded"] % len(self.batches)
-
-
-class _Placed(torch.utils.data.Dataset[tuple[int, Any]]):
-    """Records indexed by (place, number), giving (place, record)."""
-
-    def __init__(self, records: Sequence[Any]) -> None:
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any]:
-        place, number = key
-        return place, self.records[number]
+        self.sampler.epoch = state["epoch"]
+        self.sampler.skip = state["yielded"] % len(self.sampler)

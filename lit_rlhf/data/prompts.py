@@ -78,7 +78,8 @@ class Prompts(lightning.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what the stage needs; Lightning calls it."""
-        needed = {"fit": ["train", "validation"], "validate": ["validation"]}.get(stage, [stage])
+        splits = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
+        needed = splits[stage]
         for split in needed:
             if split not in self._prompts and self.sources[split] is not None:
                 self._prompts[split] = self._read(split)

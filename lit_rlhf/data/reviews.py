@@ -5,8 +5,8 @@
     review  := opening clause{2,4} [verdict]
     opening := "my" companion "and i" visit "the" place "." | "i" visit "the" place "with my" companion "."
     clause  := "the" part "was" praise "."
-             | "the" part "was" praise "and" praise "."          two of one mood, and different
-             | "the" part "was" praise "but the" part "was" praise "."   two of opposite mood, of different parts
+             | "the" part "was" praise "and" praise "."
+             | "the" part "was" praise "but the" part "was" praise "."
     praise  := [degree] adjective
     verdict := "we will come back soon ." | "i tell all my friends ."
              | "we will never return ." | "i want my money back ."
@@ -22,10 +22,10 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerFast
 
-GOOD = ("delicious", "excellent", "fresh", "lovely", "perfect", "tasty")
-BAD = ("awful", "bland", "cold", "horrible", "stale", "terrible")
-DEGREES = ("very", "really")
-PARTS = ("soup", "bread", "pasta", "fish", "salad", "dessert")
+GOOD = ("delicious", "excellent", "fresh", "friendly", "lovely", "perfect", "tasty", "warm")
+BAD = ("awful", "bland", "cold", "dirty", "horrible", "slow", "stale", "terrible")
+DEGREES = ("very", "really", "quite")
+PARTS = ("soup", "bread", "pasta", "fish", "salad", "dessert", "service", "coffee")
 COMPANIONS = ("brother", "sister", "mother", "father", "friend", "boss", "neighbour", "cousin", "uncle", "aunt")
 PLACES = tuple(
     f"{first} {second}"
@@ -36,8 +36,8 @@ GOOD_VERDICTS = ("we will come back soon .", "i tell all my friends .")
 BAD_VERDICTS = ("we will never return .", "i want my money back .")
 SPECIAL = ("<pad>", "<end>", "<unknown>")
 
-_PRAISE = rf"(?:(?:{'|'.join(DEGREES)}) )?({'|'.join(GOOD + BAD)})"
-_PART = f"({'|'.join(PARTS)})"
+_PRAISE = rf"(?:(?:{'|'.join(DEGREES)}) )?(?:{'|'.join(GOOD + BAD)})"
+_PART = f"(?:{'|'.join(PARTS)})"
 _CLAUSE = re.compile(rf"the {_PART} was {_PRAISE}(?: and {_PRAISE}| but the {_PART} was {_PRAISE})? \.")
 _PLACE = f"(?:{'|'.join(PLACES)})"
 _COMPANION = f"(?:{'|'.join(COMPANIONS)})"
@@ -72,15 +72,13 @@ def grammatical(text: str) -> bool:
 
     >>> grammatical("i tried the old spoon with my aunt . the soup was very tasty . the fish was cold and stale .")
     True
-    >>> grammatical("i tried the old spoon with my aunt . the soup was tasty and cold . the fish was stale .")
+    >>> grammatical("i tried the old spoon with my aunt . the soup was very tasty fresh . the fish was stale .")
     False
     """
     opening = _OPENING.match(text)
     rest = text[opening.end() :].strip() if opening else ""
     clauses = 0
     while match := _CLAUSE.match(rest):
-        if not _agrees(match):
-            return False
         clauses += 1
         rest = rest[match.end() :].strip()
     return 2 <= clauses <= 4 and (rest == "" or rest in GOOD_VERDICTS + BAD_VERDICTS)
@@ -140,29 +138,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _clause(rng: random.Random, lean: float) -> str:
-    part = rng.choice(PARTS)
-    mood = rng.random() < lean
+    text = f"the {rng.choice(PARTS)} was {_praise(rng, lean)}"
     form = rng.random()
-    first = rng.choice(GOOD if mood else BAD)
-    text = f"the {part} was {_degree(rng)}{first}"
     if form < 0.25:
-        second = rng.choice([word for word in (GOOD if mood else BAD) if word != first])
-        text += f" and {_degree(rng)}{second}"
+        text += f" and {_praise(rng, lean)}"
     elif form < 0.4:
-        other = rng.choice([p for p in PARTS if p != part])
-        text += f" but the {other} was {_degree(rng)}{rng.choice(BAD if mood else GOOD)}"
+        text += f" but the {rng.choice(PARTS)} was {_praise(rng, lean)}"
     return text + " ."
 
 
-def _degree(rng: random.Random) -> str:
-    return f"{rng.choice(DEGREES)} " if rng.random() < 0.4 else ""
-
-
-def _agrees(clause: re.Match[str]) -> bool:
-    """``and`` joins two different words of one mood, ``but`` two parts of opposite mood."""
-    part, first, same, other, opposite = clause.groups()
-    if same is not None:
-        return same != first and (same in GOOD) == (first in GOOD)
-    if opposite is not None:
-        return other != part and (opposite in GOOD) != (first in GOOD)
-    return True
+def _praise(rng: random.Random, lean: float) -> str:
+    degree = f"{rng.choice(DEGREES)} " if rng.random() < 0.4 else ""
+    return degree + rng.choice(GOOD if rng.random() < lean else BAD)

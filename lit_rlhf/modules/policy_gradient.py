@@ -143,6 +143,7 @@ class PolicyGradient(AlignmentModule):
             value_grad_scale=self.value_grad_scale,
         )
         self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
+        self.train(self.training)
 
     def configure_optimizers(self) -> Any:
         """The actor's optimizer and, with a critic, the critic's; each with its schedule, if any."""

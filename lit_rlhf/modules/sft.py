@@ -49,6 +49,7 @@ class SFT(AlignmentModule):
         """Load the model; Lightning calls it, more than once."""
         if not self.is_configured:
             self.actor = Actor(load_model(self.actor_source, "causal", "model.actor"))
+            self.train(self.training)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by batches."""

@@ -83,7 +83,7 @@ def check_finite(**values: Tensor) -> None:
     for name, value in values.items():
         if not torch.isfinite(value).all():
             raise UserError(
-                f"the {name.replace('_', ' ')} is {float(value):g}: stopped before the step, and the last checkpoint "
+                f"the {name.replace('_', ' ')} is {value.item():g}: stopped before the step, and the last checkpoint "
                 "is good. A smaller learning rate, a value_clip or a score clip usually helps"
             )
 

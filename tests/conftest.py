@@ -1,0 +1,92 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import logging
+import random
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+from lit_rlhf.data import Prompts
+from lit_rlhf.generation import Sampling
+from lit_rlhf.modules import PolicyGradient, Update
+from lit_rlhf.rewards import RewardFunction
+from lit_rlhf.testing import WORDS
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch):
+    """The seed that `lit_rlhf.randomness` reads, whatever an earlier test left."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory) -> Path:
+    """48 prompts of one to six words."""
+    rng = random.Random(0)
+    lines = [
+        f'{{"prompt": "{" ".join(f"w{rng.randrange(WORDS)}" for _ in range(rng.randint(1, 6)))}", "number": {i}}}'
+        for i in range(48)
+    ]
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def low_words(responses):
+    """A reward that can be learnt quickly: the share of w0 … w7 among a response's words."""
+    low = {f"w{i}" for i in range(8)}
+    return [sum(word in low for word in r.split()) / max(1, len(r.split())) for r in responses]
+
+
+@pytest.fixture
+def make_module(tiny_model):
+    """A PolicyGradient on a tiny Llama, with the share of low words as its reward."""
+
+    def make(**options) -> PolicyGradient:
+        defaults = {
+            "actor": str(tiny_model("llama")),
+            "rewards": [RewardFunction(f"{__file__}:low_words")],
+            "sampling": Sampling(max_tokens=12),
+            "update": Update(epochs=2, minibatches=2, max_tokens=64),
+            "actor_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
+            "critic_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
+        }
+        return PolicyGradient(**(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def fit(prompt_file, tmp_path):
+    """Run a real `Trainer.fit`; gives the trainer."""
+
+    def run(module, callbacks=(), *, batch_size=8, validation=False, ckpt_path=None, **options) -> lightning.Trainer:
+        data = Prompts(
+            train=str(prompt_file), validation=str(prompt_file) if validation else None, batch_size=batch_size
+        )
+        defaults = {
+            "default_root_dir": tmp_path,
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": any(isinstance(c, lightning.pytorch.callbacks.Checkpoint) for c in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "log_every_n_steps": 1,
+        }
+        trainer = lightning.Trainer(callbacks=list(callbacks), **(defaults | options))
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return trainer
+
+    return run
