@@ -139,7 +139,7 @@ def test_kl_in_the_loss_holds_the_policy_back(make_module, fit, estimator):
         assert ((rewards != 0).sum(1) <= 1).all()  # nothing of the KL is in the reward
         return recorder.metrics[-1]["objective/kl_to_ref"]
 
-    assert final_kl(5.0) < 0.6 * final_kl(0.0)
+    assert final_kl(5.0) < 0.75 * final_kl(0.0)
 
 
 def test_entropy_bonus_raises_entropy(make_module, fit):

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from lit_rlhf.algorithms.masked import masked_sum, token_weights
+from lit_rlhf.algorithms.values import value_loss
+
+
+def random_case(seed=0, shape=(5, 7)):
+    g = torch.Generator().manual_seed(seed)
+    values, old_values, returns = torch.randn(3, *shape, generator=g, dtype=torch.float64)
+    return values.requires_grad_(), old_values, returns
+
+
+def loss_by_definition(value, old, target, clip):
+    plain = (value - target) ** 2
+    if clip is None:
+        return plain / 2
+    near = min(max(value, old - clip), old + clip)
+    return max(plain, (near - target) ** 2) / 2
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "clip", "loss"),
+    [
+        (2.0, 0.0, 3.0, None, 0.5),
+        (2.0, 0.0, 3.0, 0.5, 3.125),  # moved further than the clip allows: 0.5 counts, ½ · 2.5²
+        (-2.0, 0.0, -3.0, 0.5, 3.125),
+        (2.0, 0.0, 0.0, 0.5, 2.0),  # moved away from the target: 2 counts
+        (0.2, 0.0, 3.0, 0.5, 3.92),
+    ],
+)
+def test_numbers_by_hand(value, old, target, clip, loss):
+    values = (torch.tensor([[x]]) for x in (value, old, target))
+    assert value_loss(*values, clip=clip).item() == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2, 1.0])
+def test_equals_a_loop(clip):
+    case = random_case()
+    expected = [loss_by_definition(*numbers, clip) for numbers in zip(*(x.flatten().tolist() for x in case), strict=True)]
+    assert value_loss(*case, clip=clip).flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_gradients(clip):
+    values, old_values, returns = random_case()
+    old_values.requires_grad_()
+    returns.requires_grad_()
+    loss = value_loss(values, old_values, returns, clip)
+    loss.sum().backward()
+    assert old_values.grad is None
+    assert returns.grad is None
+    plain = (values - returns).detach()
+    counts = torch.ones_like(plain, dtype=torch.bool) if clip is None else loss.detach() <= 0.5 * plain**2
+    torch.testing.assert_close(values.grad, torch.where(counts, plain, 0.0))
+    assert counts.all() == (clip is None)
+
+
+def test_weighed_with_the_mask_garbage_outside_has_no_say():
+    mask, results = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6, []
+    weights = token_weights(mask, "sequence", total_tokens=int(mask.sum()), total_sequences=5, max_tokens=7)
+    for outside in (0.0, 1e6):
+        values, old_values, returns = (torch.where(mask, x.detach(), outside) for x in random_case())
+        values = (values * torch.where(mask, 1.0, -1.0)).requires_grad_()
+        loss = masked_sum(weights * value_loss(values, old_values, returns, 0.2), mask)
+        loss.backward()
+        results.append((loss.detach(), values.grad))
+    torch.testing.assert_close(results[1], results[0])
+    assert (results[1][1][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("clip", [0.0, -0.2])
+def test_out_of_range(clip):
+    with pytest.raises(ValueError, match=f"clip must be positive, not {clip}"):
+        value_loss(*random_case(), clip=clip)

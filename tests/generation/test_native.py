@@ -1,0 +1,267 @@
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import NativeEngine, Sampling
+from lit_rlhf.generation.engine import Vocabulary, find_vocabulary
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.loading import load_model, load_tokenizer
+from lit_rlhf.randomness import Stream
+from lit_rlhf.types import PromptBatch
+
+MODELS = [(a, "distinct") for a in ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")]
+MODELS += [(a, special) for a in ("llama", "gpt2") for special in ("bos_is_eos", "pad_is_eos")]
+TEMPERATURE = 0.7
+WORDS = [f"w{i}" for i in range(32)]
+
+
+@dataclass
+class Subject:
+    """A model with its tokenizer, and what the engine makes of prompts."""
+
+    actor: Actor
+    tokenizer: object
+
+    def vocabulary(self, stop=()) -> Vocabulary:
+        return find_vocabulary(self.actor, self.tokenizer, stop)
+
+    def prompts(self, count=16, seed=0) -> PromptBatch:
+        g = torch.Generator().manual_seed(seed)
+        texts = [" ".join(WORDS[i] for i in torch.randint(32, (1 + n % 6,), generator=g)) for n in range(count)]
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
+        return PromptBatch(
+            tokens=encoded.input_ids,
+            mask=encoded.attention_mask.bool(),
+            group=torch.arange(count),
+            prompts=texts,
+            columns={},
+        )
+
+    def generate(self, prompts=None, engine=NativeEngine(), stream=Stream.ROLLOUT, iteration=0, **sampling):  # noqa: B008
+        sampling = Sampling(**{"max_tokens": 20, "temperature": TEMPERATURE} | sampling)
+        prompts = prompts or self.prompts()
+        vocabulary = self.vocabulary(sampling.stop)
+        return engine.generate(self.actor, prompts, sampling, vocabulary, stream=stream, iteration=iteration)
+
+
+@pytest.fixture(scope="module")
+def load(tiny_model):
+    @cache
+    def make(architecture="llama", special="distinct"):
+        folder = str(tiny_model(architecture, special=special))
+        return Subject(Actor(load_model(folder), TEMPERATURE), load_tokenizer(folder))
+
+    return make
+
+
+@pytest.fixture(params=MODELS, ids="-".join)
+def subject(load, request):
+    return load(*request.param)
+
+
+@pytest.fixture
+def llama(load):
+    return load()
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+
+
+def part(prompts, rows):
+    tensors = {name: getattr(prompts, name)[rows] for name in ("tokens", "mask", "group")}
+    return replace(prompts, prompts=prompts.prompts[rows], **tensors)
+
+
+def responses(rollout):
+    found = rollout.at_responses(rollout.tokens)
+    return [row[mask].tolist() for row, mask in zip(found, rollout.response_mask, strict=True)]
+
+
+def assert_some_end_early(rollout, max_tokens=20):
+    assert 0 < rollout.terminated.sum() < len(rollout.terminated)
+    assert rollout.response_lengths.unique().numel() > 2
+    assert rollout.response_lengths.max() == max_tokens
+
+
+def test_greedy_equals_transformers(subject):
+    prompts = subject.prompts()
+    assert not prompts.mask.all()
+    theirs = subject.actor.model.generate(
+        prompts.tokens, attention_mask=prompts.mask.long(), do_sample=False, max_new_tokens=60
+    )[:, prompts.tokens.shape[1] :].tolist()
+    eos = subject.tokenizer.eos_token_id
+    cut = [row[: row.index(eos) + 1] if eos in row else row for row in theirs]
+    assert len({len(row) for row in cut}) > 2
+    assert responses(subject.generate(temperature=0, max_tokens=60)) == cut
+
+
+def test_a_rollout_is_contiguous_and_right_padded(subject):
+    prompts, vocabulary = subject.prompts(), subject.vocabulary()
+    rollout = subject.generate(prompts)
+    assert_some_end_early(rollout)
+    assert rollout.tokens.shape[1] == rollout.lengths.max()
+    assert rollout.response_mask.shape == rollout.rollout_logprobs.shape == (16, rollout.response_lengths.max())
+    assert torch.equal(rollout.prompt_lengths, prompts.mask.sum(1))
+    assert torch.equal(rollout.response_mask.sum(1), rollout.response_lengths)
+    assert torch.equal(rollout.group, prompts.group)
+    assert (rollout.rollout_logprobs[~rollout.response_mask] == 0).all()
+    for row, response in enumerate(responses(rollout)):
+        prompt = prompts.tokens[row, prompts.mask[row]].tolist()
+        padding = [vocabulary.pad] * (rollout.tokens.shape[1] - len(prompt) - len(response))
+        assert rollout.tokens[row].tolist() == prompt + response + padding
+        assert rollout.response_mask[row].tolist() == [True] * len(response) + [False] * (20 - len(response))
+        assert not set(response[:-1]) & set(vocabulary.stop)
+        assert rollout.terminated[row] == (response[-1] in vocabulary.stop)
+        assert rollout.terminated[row] or len(response) == 20
+
+
+def test_logprobs_are_the_actors_own(subject):
+    rollout = subject.generate(top_k=10, top_p=0.9, min_tokens=2)
+    assert_some_end_early(rollout)
+    own = rollout.at_responses(subject.actor(rollout.tokens, rollout.scored).logprobs)
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.rollout_logprobs[mask], own[mask], atol=1e-4, rtol=0)
+    assert rollout.rollout_logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_samples_do_not_depend_on_batching(subject, n):
+    prompts = subject.prompts()
+    whole = responses(subject.generate(prompts, responses=n))
+    assert responses(subject.generate(prompts, NativeEngine(batch_size=4), responses=n)) == whole
+    halves = [subject.generate(part(prompts, rows), responses=n) for rows in (slice(0, 8), slice(8, 16))]
+    assert [response for half in halves for response in responses(half)] == whole
+    backwards = part(prompts, slice(None))
+    backwards = replace(
+        backwards, **{k: getattr(prompts, k).flip(0) for k in ("tokens", "mask", "group")}, prompts=prompts.prompts[::-1]
+    )
+    flipped = responses(subject.generate(backwards, responses=n))
+    assert [r for i in reversed(range(16)) for r in flipped[i * n : (i + 1) * n]] == whole
+
+
+def test_several_responses_a_prompt(subject):
+    prompts = subject.prompts()
+    rollout = subject.generate(prompts, responses=3)
+    assert_some_end_early(rollout)
+    assert rollout.group.tolist() == [i for i in range(16) for _ in range(3)]
+    assert torch.equal(rollout.prompt_lengths, prompts.mask.sum(1).repeat_interleave(3))
+    found = responses(rollout)
+    for i in range(16):
+        assert len({tuple(r) for r in found[3 * i : 3 * i + 3]}) == 3
+    for k in range(3):  # response k of prompt i is row 3 i + k of the global batch
+        alone = subject.generate(replace(prompts, group=3 * prompts.group + k))
+        assert responses(alone) == found[k::3]
+
+
+def test_a_wide_prompt_batch_changes_nothing(llama):
+    prompts = llama.prompts()
+    wider = replace(
+        prompts,
+        tokens=torch.nn.functional.pad(prompts.tokens, (5, 0), value=9),
+        mask=torch.nn.functional.pad(prompts.mask, (5, 0), value=False),
+    )
+    first, second = llama.generate(prompts), llama.generate(wider)
+    assert torch.equal(first.tokens, second.tokens)
+    torch.testing.assert_close(first.rollout_logprobs, second.rollout_logprobs, atol=1e-5, rtol=0)
+
+
+def test_tokens_follow_the_distribution(llama):
+    """First tokens of 3,000 responses to one prompt, against the softmax."""
+    prompts = part(llama.prompts(), slice(3, 4))
+    rollout = llama.generate(prompts, responses=3000, max_tokens=1, top_k=8)
+    drawn = rollout.at_responses(rollout.tokens)[:, 0].bincount(minlength=38) / 3000
+    with torch.no_grad():
+        logits = llama.actor.model(prompts.tokens[prompts.mask][None]).logits[0, -1] / TEMPERATURE
+    expected = torch.zeros(38).index_copy(0, logits.topk(8).indices, logits.topk(8).values.softmax(0))
+    torch.testing.assert_close(drawn, expected, atol=0.035, rtol=0)  # 4 standard deviations at most
+    assert (drawn[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0, TEMPERATURE])
+def test_min_tokens(llama, temperature):
+    stop = ("w3", "w5", "w8")
+    free = llama.generate(stop=stop, temperature=temperature)
+    bound = llama.generate(stop=stop, min_tokens=4, temperature=temperature)
+    assert free.response_lengths.min() <= 4
+    assert bound.response_lengths.min() == 5  # four tokens, then a stop token at the earliest
+    ids = set(llama.vocabulary(stop).stop)
+    assert all(not ids & set(response[:4]) for response in responses(bound))
+    late = free.response_lengths > 4
+    assert [r for r, same in zip(responses(bound), late, strict=True) if same] == [r for r in responses(free) if len(r) > 4]
+    assert not llama.generate(stop=stop, min_tokens=6, max_tokens=6).terminated.any()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7])
+def test_max_tokens_truncates(llama, max_tokens):
+    stop = ("w3", "w5", "w8")
+    long, short = llama.generate(stop=stop), llama.generate(stop=stop, max_tokens=max_tokens)
+    assert responses(short) == [response[:max_tokens] for response in responses(long)]
+    ends = long.terminated & (long.response_lengths <= max_tokens)
+    assert torch.equal(short.terminated, ends)
+    assert 0 < ends.sum() < 16
+
+
+def test_stop_tokens(llama):
+    free = llama.generate()
+    stops = set(llama.tokenizer.convert_tokens_to_ids(["<eos>", "w3", "w5"]))
+    rollout = llama.generate(stop=("w3", "w5"))
+    ends = {response[-1] for response, ended in zip(responses(rollout), rollout.terminated, strict=True) if ended}
+    assert ends > {1}
+    assert ends <= stops
+    for response, longer in zip(responses(rollout), responses(free), strict=True):
+        first = next((i for i, token in enumerate(longer) if token in stops), 19)
+        assert response == longer[: first + 1]
+
+
+def test_vocabulary(llama, load):
+    assert llama.vocabulary() == Vocabulary(stop=(1,), pad=0)
+    assert llama.vocabulary(("w3", "w5", "<eos>")) == Vocabulary(stop=(1, 9, 11), pad=0)
+    assert load("llama", "pad_is_eos").vocabulary() == Vocabulary(stop=(1,), pad=1)
+    for text in ("w3 w5", ""):
+        with pytest.raises(UserError, match=rf"^sampling\.stop: '{text}' is \d tokens of this tokenizer, not one"):
+            llama.vocabulary((text,))
+
+
+def test_stop_tokens_of_the_generation_config(tiny_model):
+    folder = str(tiny_model())
+    subject = Subject(Actor(load_model(folder), TEMPERATURE), load_tokenizer(folder))
+    subject.actor.model.generation_config.eos_token_id = [1, 9, 11]
+    assert subject.vocabulary() == Vocabulary(stop=(1, 9, 11), pad=0)
+    assert {r[-1] for r in responses(subject.generate(max_tokens=60))} >= {9, 11}
+
+
+def test_unknown_stop_word(llama):
+    with pytest.raises(UserError, match=r"sampling\.stop"):
+        llama.vocabulary(("w99",))
+
+
+def test_samples_are_a_function_of_seed_stream_and_iteration(llama, monkeypatch):
+    def tokens(**options):
+        return responses(llama.generate(**options))
+
+    first = tokens()
+    torch.manual_seed(5)
+    assert tokens() == first
+    others = [tokens(iteration=1), tokens(stream=Stream.VALIDATION)]
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")
+    others.append(tokens())
+    for i, other in enumerate(others):
+        assert all(other != before for before in [first, *others[:i]])
+        assert sum(a == b for a, b in zip(other, first, strict=True)) <= 2
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert tokens() == first
+
+
+def test_no_gradients(llama):
+    assert not llama.generate().rollout_logprobs.requires_grad
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_out_of_range(batch_size):
+    with pytest.raises(ValueError, match=f"^batch_size must .*{batch_size}$"):
+        NativeEngine(batch_size=batch_size)

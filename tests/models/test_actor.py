@@ -1,0 +1,157 @@
+import pytest
+import torch
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import actor as actor_module
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.loading import RandomWeights, load_model
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}  # fmt: skip
+LENGTHS = torch.tensor([9, 5, 7])
+
+
+def make_batch(seed=0):
+    """Random tokens [3, 9], and which of them are chosen: none in a row's first place, none in its padding."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 38, (3, 9), generator=g)
+    place = torch.arange(9)
+    return tokens, (torch.rand(3, 9, generator=g) < 0.7) & (place > 0) & (place < LENGTHS[:, None])
+
+
+def plain(model, tokens, temperature):
+    """Log-probabilities and entropies at the places 1 … S − 1 by the model's own forward, everything at once."""
+    distribution = torch.distributions.Categorical(logits=model(input_ids=tokens).logits[:, :-1] / temperature)
+    return distribution.log_prob(tokens[:, 1:]), distribution.entropy()
+
+
+def weighed(logprobs, entropy):
+    """A scalar that depends on each number in its own way."""
+    w = torch.linspace(-1, 2, logprobs.numel())
+    return (w * logprobs).sum() + (w.flip(0) * entropy).sum()
+
+
+def gradients(module):
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("temperature", "chunk_rows"), [(1.0, 1000), (0.7, 4), (1.5, 1)])
+def test_equals_a_plain_forward(tiny_model, monkeypatch, architecture, temperature, chunk_rows):
+    monkeypatch.setattr(actor_module, "CHUNK_ELEMENTS", 38 * chunk_rows + 1)
+    actor = Actor(load_model(str(tiny_model(architecture))), temperature)
+    tokens, chosen = make_batch()
+    logprobs, entropy = plain(actor.model, tokens, temperature)
+    weighed(logprobs[chosen[:, 1:]], entropy[chosen[:, 1:]]).backward()
+    expected = gradients(actor.model)
+
+    stats = actor(tokens, chosen)
+    torch.testing.assert_close(stats.logprobs[chosen], logprobs[chosen[:, 1:]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.entropy[chosen], entropy[chosen[:, 1:]], atol=1e-5, rtol=1e-5)
+    assert (stats.logprobs[~chosen] == 0).all()
+    assert (stats.entropy[~chosen] == 0).all()
+    assert stats.values is None
+    weighed(stats.logprobs[chosen], stats.entropy[chosen]).backward()
+    torch.testing.assert_close(gradients(actor.model), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_stands_in_the_padding_changes_nothing(tiny_model, architecture):
+    actor = Actor(load_model(str(tiny_model(architecture))), 0.7, shared_critic=True)
+    torch.nn.init.normal_(actor.value_head.weight)
+    tokens, chosen = make_batch()
+    real = torch.arange(9) < LENGTHS[:, None]
+    seen = []
+    for padding in (0, 1, 37):
+        stats = actor(torch.where(real, tokens, padding), chosen)
+        weighed(stats.logprobs[chosen], stats.values[real].square().mean()).backward()
+        seen.append((stats.logprobs, stats.entropy, stats.values[real], gradients(actor)))
+    assert len(seen[0][3]) == len(list(actor.parameters()))
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], atol=1e-6, rtol=1e-6)
+
+
+def test_no_logits_of_all_tokens_wait_for_the_backward_pass(tiny_model, monkeypatch):
+    monkeypatch.setattr(actor_module, "CHUNK_ELEMENTS", 38 * 4)
+    actor = Actor(load_model(str(tiny_model("llama"))))
+    tokens, chosen = make_batch()
+    for forward, held in ((lambda: actor(tokens, chosen), False), (lambda: plain(actor.model, tokens, 1.0), True)):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, shapes=shapes: shapes.append(x.shape) or x, lambda x: x):
+            forward()
+        assert any(shape[-1:] == (38,) and shape.numel() >= 38 * 4 for shape in shapes) == held
+
+
+def test_nothing_chosen(tiny_model):
+    tokens, chosen = make_batch()
+    stats = Actor(load_model(str(tiny_model("llama"))), shared_critic=True)(tokens, torch.zeros_like(chosen))
+    assert (stats.logprobs == 0).all()
+    assert stats.values.shape == tokens.shape
+
+
+def test_float32_whatever_the_weights(tiny_model):
+    actor = Actor(load_model(str(tiny_model("llama"))).bfloat16(), shared_critic=True)
+    actor.value_head.bfloat16()
+    stats = actor(*make_batch())
+    assert {stats.logprobs.dtype, stats.entropy.dtype, stats.values.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "granite", "logits_scaling": 4.0},
+        {"model_type": "cohere", "logit_scale": 0.25},
+        {"model_type": "gemma2", "final_logit_softcapping": 2.0},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_models_that_scale_their_logits(tiny_model, config):
+    actor = Actor(load_model(RandomWeights(config=SHAPE | config, tokenizer=str(tiny_model("llama")))))
+    tokens, chosen = make_batch()
+    logprobs, _ = plain(actor.model, tokens, 1.0)
+    torch.testing.assert_close(actor(tokens, chosen).logprobs[chosen], logprobs[chosen[:, 1:]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_is_not_known_is_an_error(tiny_model):
+    model = load_model(str(tiny_model("llama")))
+    forward = model.forward
+
+    def doubled(*args, **options):
+        output = forward(*args, **options)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = doubled
+    with pytest.raises(UserError, match="LlamaForCausalLM changes its logits"):
+        Actor(model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_critic(tiny_model, architecture):
+    actor = Actor(load_model(str(tiny_model(architecture))), shared_critic=True)
+    tokens, chosen = make_batch()
+    assert (actor(tokens, chosen).values == 0).all()
+    torch.nn.init.normal_(actor.value_head.weight)
+    torch.nn.init.ones_(actor.value_head.bias)
+    hidden = actor.model.base_model(input_ids=tokens).last_hidden_state
+    expected = hidden @ actor.value_head.weight[0] + 1
+    torch.testing.assert_close(actor(tokens, chosen).values, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_value_grad_scale(tiny_model, scale):
+    tokens, chosen = make_batch()
+    results = []
+    for factor in (1.0, scale):
+        actor = Actor(load_model(str(tiny_model("llama"))), shared_critic=True, value_grad_scale=factor)
+        torch.nn.init.constant_(actor.value_head.weight, 0.1)
+        values = actor(tokens, chosen).values
+        values.square().sum().backward()
+        results.append((values.detach(), gradients(actor.value_head), gradients(actor.model.base_model)))
+    (values, head, trunk), (scaled_values, scaled_head, scaled_trunk) = results
+    torch.testing.assert_close((scaled_values, scaled_head), (values, head))
+    assert all(gradient.abs().sum() > 0 for gradient in trunk.values())
+    torch.testing.assert_close(scaled_trunk, {name: scale * gradient for name, gradient in trunk.items()})

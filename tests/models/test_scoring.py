@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import RandomWeights, load_model
+from lit_rlhf.models.scoring import freeze, load_critic, load_reward_model
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
+TOKENS = torch.randint(6, 38, (3, 7), generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.tensor([7, 4, 1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("load", [load_reward_model, load_critic])
+def test_equals_the_classifier_of_transformers(tiny_model, architecture, load):
+    folder = str(tiny_model(architecture, task="score"))
+    classifier, scores = load_model(folder, "score"), load(folder)(TOKENS)
+    assert scores.shape == TOKENS.shape
+    assert scores.dtype == torch.float32
+    for t in range(TOKENS.shape[1]):
+        torch.testing.assert_close(scores[:, t], classifier(TOKENS[:, : t + 1]).logits[:, 0], atol=1e-5, rtol=1e-5)
+    assert scores.std() > 0.1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_critic_from_a_language_model_is_0_at_first_but_learns(tiny_model, architecture):
+    folder = str(tiny_model(architecture))
+    critic = load_critic(folder)
+    values = critic(TOKENS)
+    assert (values == 0).all()
+    trunk = load_model(folder).base_model.state_dict()
+    torch.testing.assert_close(critic.trunk.state_dict(), trunk)
+    values.sum().backward()
+    assert critic.head.weight.grad.abs().sum() > 0
+    assert critic.head.bias.grad == TOKENS.numel()
+
+
+def test_a_critic_with_random_weights(tiny_model):
+    config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    assert (load_critic(RandomWeights(config=config, tokenizer=str(tiny_model())))(TOKENS) == 0).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_stands_in_the_padding_changes_nothing(tiny_model, architecture):
+    model = load_reward_model(str(tiny_model(architecture, task="score")))
+    real = torch.arange(7) < LENGTHS[:, None]
+    first, second = (model(torch.where(real, TOKENS, padding))[real] for padding in (0, 37))
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+
+
+def test_freeze(tiny_model):
+    model = load_reward_model(str(tiny_model(task="score"))).train()
+    assert freeze(model) is model
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_classifier_without_a_linear_score_head(tiny_model):
+    config = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    with pytest.raises(UserError, match=r"^model\.critic: BertForSequenceClassification .*score"):
+        load_reward_model(RandomWeights(config=config, tokenizer=str(tiny_model())), "model.critic")
+
+
+@pytest.mark.parametrize("load", [load_reward_model, load_critic])
+def test_errors_name_the_field(load, tmp_path):
+    with pytest.raises(UserError, match=rf"^rewards\.0\.model: .*{tmp_path}/none does not exist"):
+        load(f"{tmp_path}/none", "rewards.0.model")

@@ -1,0 +1,135 @@
+"""Killed by SIGKILL and resumed, a run ends with the bits of one that was never interrupted."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REWARD = """
+import os, signal
+calls = 0
+
+def reward(responses):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("KILL_AT_CALL", "0")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [len(set(response.split())) / 10 for response in responses]
+"""
+ITERATIONS = 9
+
+
+def lit_rlhf(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lit_rlhf.cli", *words],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def words(tiny_model, prompt_file, run: str) -> list[str]:
+    """Normalised scores, a schedule, validation every third iteration, two epochs and a bit of the prompts."""
+    return [
+        "fit",
+        *("--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))),
+        '--model.rewards=[{"class_path": "RewardFunction", "init_args": {"function": "reward.py:reward"}}]',
+        *("--model.iterations", str(ITERATIONS), "--model.sampling.max_tokens", "10"),
+        *("--model.scores.normalize", "true", "--model.update.epochs", "2", "--model.update.minibatches", "2"),
+        *("--model.actor_optimizer", "AdamW", "--model.actor_optimizer.lr", "0.001"),
+        *("--model.actor_scheduler", "ExponentialLR", "--model.actor_scheduler.gamma", "0.9"),
+        *("--data", "Prompts", "--data.train", str(prompt_file), "--data.validation", str(prompt_file)),
+        *("--data.batch_size", "12", "--trainer.default_root_dir", run, "--trainer.accelerator", "cpu"),
+        *("--trainer.val_check_interval", "3", "--trainer.check_val_every_n_epoch", "null"),
+        *("--checkpoint.every_n", "2", "--checkpoint.monitor", "val/score", "--checkpoint.keep_every_n", "4"),
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / name, weights_only=True)["state_dict"]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert len(metrics(one)) == ITERATIONS + 3
+    assert metrics(one) == metrics(two)
+    assert (one / "samples.jsonl").read_bytes() == (two / "samples.jsonl").read_bytes()
+    for name in ("last.ckpt", "best.ckpt", "iteration-000008.ckpt"):
+        a, b = weights(one, name), weights(two, name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model, prompt_file) -> Path:
+    """A folder with the reward function and the uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "reward.py").write_text(REWARD)
+    done = lit_rlhf(*words(tiny_model, prompt_file, "whole"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_killed_and_resumed_five_times(runs, tiny_model, prompt_file):
+    """The calls of the reward come once an iteration, and twice or once in a validation: the kills hit both."""
+    command = [*words(tiny_model, prompt_file, "killed"), "--ckpt_path", "last"]
+    for call in (2, 3, 5, 3, 4):
+        killed = lit_rlhf(*command, cwd=runs, KILL_AT_CALL=str(call))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = lit_rlhf(*command, cwd=runs)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(runs / "whole", runs / "killed")
+
+
+def test_checkpoints_hold_no_frozen_model(runs):
+    keys = weights(runs / "whole", "last.ckpt")
+    assert any(k.startswith("actor.model.") for k in keys)
+    assert any(k.startswith("critic.") for k in keys)
+    assert not any(k.startswith(("reference.", "scores.rewards.")) for k in keys)
+
+
+def test_a_new_run_moves_the_old_one_aside(runs, tiny_model, prompt_file):
+    short = [*words(tiny_model, prompt_file, "again"), "--model.iterations", "1"]
+    for _ in range(2):
+        done = lit_rlhf(*short, cwd=runs)
+        assert done.returncode == 0, done.stderr
+    assert "again held an older run; it is now again.1" in done.stdout
+    assert (runs / "again" / "metrics.csv").exists()
+    assert (runs / "again.1" / "metrics.csv").exists()
+
+
+def test_export_writes_the_trained_actor(runs, tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = lit_rlhf("export", "whole", "--out", "exported", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    state = weights(runs / "whole", "last.ckpt")
+    model = AutoModelForCausalLM.from_pretrained(runs / "exported")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[f"actor.model.{name}"]), name
+    trained, start = model.state_dict(), AutoModelForCausalLM.from_pretrained(tiny_model("llama")).state_dict()
+    assert any(not torch.equal(trained[k], start[k]) for k in start)
+    assert AutoTokenizer.from_pretrained(runs / "exported").eos_token == "<eos>"
+    at_end = AutoModelForCausalLM.from_pretrained(runs / "whole" / "export").state_dict()
+    assert all(torch.equal(at_end[k], trained[k]) for k in trained)
+
+
+def test_validate_and_predict_from_a_checkpoint(runs, prompt_file):
+    config = ["--config", "whole/config.yaml", "--ckpt_path", "whole/checkpoints/last.ckpt"]
+    validated = lit_rlhf("validate", *config, cwd=runs)
+    assert validated.returncode == 0, validated.stderr
+    last = [row["val/score"] for row in metrics(runs / "whole") if row["val/score"]][-1]
+    assert f"{float(last):.5f}"[:6] in validated.stdout
+    predicted = lit_rlhf("predict", *config, "--data.predict", str(prompt_file), cwd=runs)
+    assert predicted.returncode == 0, predicted.stderr
+    assert len((runs / "whole" / "predictions.jsonl").read_text().splitlines()) == 48

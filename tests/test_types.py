@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from lit_rlhf.types import Experience, PromptBatch, Rollout, pack
+
+PROMPTS = [2, 4, 1, 3]
+RESPONSES = [3, 1, 5, 0]
+
+
+def make_rollout(prompts=PROMPTS, responses=RESPONSES):
+    """Token ``place`` of row ``row`` is 100 row + place + 1, padding is 0."""
+    prompt_lengths, response_lengths = torch.tensor(prompts), torch.tensor(responses)
+    lengths = prompt_lengths + response_lengths
+    place = torch.arange(int(lengths.max()))
+    tokens = 100 * torch.arange(len(prompts))[:, None] + place + 1
+    mask = torch.arange(int(response_lengths.max())) < response_lengths[:, None]
+    return Rollout(
+        tokens=torch.where(place < lengths[:, None], tokens, 0),
+        prompt_lengths=prompt_lengths,
+        response_lengths=response_lengths,
+        rollout_logprobs=torch.where(mask, -torch.rand(mask.shape), 0.0),
+        response_mask=mask,
+        terminated=response_lengths < 4,
+        group=10 + torch.arange(len(prompts)),
+    )
+
+
+def make_experience(seed, rows=13, with_values=True):
+    """Every [B, T] field holds its row's number."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (2, rows), generator=g).tolist()
+    rollout = make_rollout(*lengths)
+    numbers = torch.arange(rows)[:, None].expand(rollout.response_mask.shape).float()
+    fields = {name: numbers for name in ("old_logprobs", "ref_logprobs", "advantages", "returns")}
+    return Experience(rollout=rollout, values=numbers if with_values else None, **fields)
+
+
+def rows_of(experience):
+    return experience.advantages[:, 0].long().tolist()
+
+
+def minibatches(experience, count, max_tokens, seed=0):
+    return list(experience.minibatches(count, max_tokens, torch.Generator().manual_seed(seed)))
+
+
+def test_places_of_a_rollout():
+    rollout = make_rollout()
+    at, before = rollout.at_responses(rollout.tokens), rollout.before_responses(rollout.tokens)
+    assert at.shape == before.shape == rollout.response_mask.shape
+    assert at[rollout.response_mask].tolist() == [3, 4, 5, 105, 202, 203, 204, 205, 206]
+    assert before[rollout.response_mask].tolist() == [2, 3, 4, 104, 201, 202, 203, 204, 205]
+    assert rollout.at_end(rollout.tokens).tolist() == [5, 105, 206, 303]
+    assert rollout.lengths.tolist() == [5, 5, 6, 3]
+    assert rollout.tokens[rollout.scored].tolist() == at[rollout.response_mask].tolist()
+    assert rollout.scored.sum(1).tolist() == RESPONSES
+
+
+def test_places_pass_gradients():
+    rollout = make_rollout()
+    x = torch.zeros(rollout.tokens.shape, requires_grad=True)
+    rollout.at_responses(x)[rollout.response_mask].sum().backward()
+    assert torch.equal(x.grad, rollout.scored.float())
+
+
+def test_select_cuts_to_the_longest():
+    rollout = make_rollout()
+    some = rollout.select(torch.tensor([1, 0]))
+    assert some.tokens.tolist() == [[101, 102, 103, 104, 105], [1, 2, 3, 4, 5]]
+    assert some.response_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert torch.equal(some.rollout_logprobs, rollout.rollout_logprobs[[1, 0], :3])
+    assert (some.prompt_lengths.tolist(), some.response_lengths.tolist()) == ([4, 2], [1, 3])
+    assert (some.terminated.tolist(), some.group.tolist()) == ([True, True], [11, 10])
+    assert some.at_responses(some.tokens)[some.response_mask].tolist() == [105, 3, 4, 5]
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+@pytest.mark.parametrize(("count", "max_tokens"), [(1, 10**6), (4, 40), (5, 1), (13, 20)])
+def test_minibatches_hold_every_row_once(count, max_tokens, with_values):
+    experience = make_experience(count, with_values=with_values)
+    cut = minibatches(experience, count, max_tokens)
+    assert len(cut) == count
+    sizes = [sum(len(piece.advantages) for piece in minibatch) for minibatch in cut]
+    assert max(sizes) - min(sizes) <= 1
+    pieces = [piece for minibatch in cut for piece in minibatch]
+    assert sorted(row for piece in pieces for row in rows_of(piece)) == list(range(13))
+    for piece in pieces:
+        rollout = piece.rollout
+        assert rollout.tokens.numel() <= max_tokens or len(rollout.tokens) == 1
+        assert rollout.tokens.shape[1] == rollout.lengths.max()
+        assert rollout.response_mask.shape[1] == rollout.response_lengths.max()
+        whole = experience.rollout.select(torch.tensor(rows_of(piece)))
+        for name in ("tokens", "response_mask", "rollout_logprobs", "group"):
+            assert torch.equal(getattr(rollout, name), getattr(whole, name))
+        for name in ("old_logprobs", "ref_logprobs", "advantages", "returns", *(["values"] if with_values else [])):
+            expected = torch.tensor(rows_of(piece))[:, None].expand(rollout.response_mask.shape).float()
+            assert torch.equal(getattr(piece, name), expected)
+        assert with_values or piece.values is None
+
+
+def test_minibatches_are_a_function_of_the_generator():
+    experience = make_experience(0)
+    order = [[[rows_of(p) for p in m] for m in minibatches(experience, 3, 30, seed)] for seed in (0, 0, 1)]
+    assert order[0] == order[1]
+    assert order[0] != order[2]
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    minibatches(experience, 3, 30)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_shuffled():
+    """Each row comes into the first of two minibatches about half the time."""
+    experience = make_experience(0, rows=8)
+    first = [row for seed in range(400) for piece in minibatches(experience, 2, 99, seed)[0] for row in rows_of(piece)]
+    shares = torch.tensor(first).bincount(minlength=8) / 400
+    assert ((shares > 0.4) & (shares < 0.6)).all()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10, 37, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_pack(seed, max_tokens):
+    lengths = torch.randint(1, 30, (25,), generator=torch.Generator().manual_seed(seed))
+    groups = pack(lengths, max_tokens)
+    assert sorted(torch.cat(groups).tolist()) == list(range(25))
+    for group in groups:
+        assert len(group) * lengths[group].max() <= max_tokens or len(group) == 1
+    for longer, shorter in zip(groups, groups[1:], strict=False):  # similar lengths, and no group closed too early
+        assert lengths[longer].min() >= lengths[shorter].max()
+        assert (len(longer) + 1) * lengths[longer].max() > max_tokens
+
+
+def test_pack_by_hand():
+    groups = pack(torch.tensor([2, 9, 3, 2, 1]), max_tokens=6)
+    assert [group.tolist() for group in groups] == [[1], [2, 0], [3, 4]]
+
+
+def test_prompt_batch_moves():
+    ones = torch.ones(1, 2)
+    batch = PromptBatch(tokens=ones, mask=ones, group=ones, prompts=["w1"], columns={"answer": [3]})
+    moved = batch.to(torch.device("meta"))
+    assert {t.device.type for t in (moved.tokens, moved.mask, moved.group)} == {"meta"}
+    assert (moved.prompts, moved.columns) == (["w1"], {"answer": [3]})
