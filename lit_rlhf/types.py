@@ -4,7 +4,7 @@
 ``T`` of the longest response, ``S`` of the longest prompt with its response. Masks are bool and **True counts**.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -194,6 +194,34 @@ def pack(lengths: Tensor, max_tokens: int) -> list[Tensor]:
             groups.append([row])
             longest = int(lengths[row])
     return [torch.tensor(group) for group in groups]
+
+
+def by_micro_batch(
+    rollout: Rollout, max_tokens: int, measure: Callable[[Rollout], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Measure a rollout by micro-batches of similar length, with the results back in order.
+
+    Args:
+        rollout: B rows.
+        max_tokens: Padded tokens of a micro-batch at most.
+        measure: Gives [b, t] or [b] tensors of some rows, t their longest response.
+
+    Returns:
+        The same tensors of all rows, [B, T] or [B], float32, 0 behind a row's own micro-batch.
+    """
+    results: list[Tensor] = []
+    for rows in pack(rollout.lengths.cpu(), max_tokens):
+        rows = rows.to(rollout.tokens.device)
+        pieces = measure(rollout.select(rows))
+        if not results:
+            shape = rollout.response_mask.shape
+            results = [torch.zeros(shape[: piece.ndim], device=piece.device) for piece in pieces]
+        for result, piece in zip(results, pieces, strict=True):
+            if piece.ndim == 1:
+                result[rows] = piece
+            else:
+                result[rows, : piece.shape[1]] = piece
+    return tuple(results)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -110,4 +110,4 @@ class IterationCheckpoint(ModelCheckpoint):
 def _validation_is_due(trainer: lightning.Trainer) -> bool:
     """Whether Lightning will validate after this batch; it has no public question for it."""
     loop = trainer.fit_loop
-    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))  # type: ignore[arg-type]
+    return any(trainer.num_val_batches) and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))  # type: ignore[arg-type]

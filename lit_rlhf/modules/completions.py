@@ -1,5 +1,7 @@
 """Rollouts as text."""
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.types import Completions, PromptBatch, Rollout
@@ -22,6 +24,19 @@ def complete(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenize
         columns={name: [value for value in values for _ in range(n)] for name, values in batch.columns.items()},
         rollout=rollout,
     )
+
+
+def as_records(completions: Completions) -> list[dict[str, Any]]:
+    """One dictionary a response: the prompt's columns, prompt, response, and whether it ended by itself."""
+    return [
+        {
+            **{name: values[i] for name, values in completions.columns.items()},
+            "prompt": completions.prompts[i],
+            "response": response,
+            "terminated": bool(completions.rollout.terminated[i]),
+        }
+        for i, response in enumerate(completions.responses)
+    ]
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:

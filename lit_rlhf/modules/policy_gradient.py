@@ -26,13 +26,14 @@ from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.roles import load_roles
 from lit_rlhf.models.scoring import ScalarModel
-from lit_rlhf.modules.completions import complete
+from lit_rlhf.modules.completions import as_records, complete
+from lit_rlhf.modules.evaluation import Evaluation
 from lit_rlhf.modules.metrics import Means, Stopwatch, peak_memory_gib
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import ReferenceKL, Update, check_finite, clip_gradients
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
-from lit_rlhf.types import Experience, Judged, PromptBatch, Rollout, Trajectory, pack
+from lit_rlhf.types import Completions, Experience, Judged, PromptBatch, Rollout, Trajectory, by_micro_batch
 
 
 class PolicyGradient(AlignmentModule):
@@ -108,8 +109,7 @@ class PolicyGradient(AlignmentModule):
         self.make_schedulers = (actor_scheduler, critic_scheduler)
         self.scores = Scores(rewards or [], scores)
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
-        self._evaluation = Means()
-        self._reference_scores: dict[int, Tensor] = {}
+        self.evaluation = Evaluation()
         self._check()
 
     def _check(self) -> None:
@@ -365,20 +365,7 @@ class PolicyGradient(AlignmentModule):
     # ---------------------------------------------------------------- forwards
 
     def _measure(self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Run a forward by micro-batches of similar length and put its [b, t] (or [b]) results back in order."""
-        results: list[Tensor] = []
-        for rows in pack(rollout.lengths.cpu(), self.update.max_tokens):
-            rows = rows.to(self.device)
-            pieces = measure(rollout.select(rows))
-            if not results:
-                shape = rollout.response_mask.shape
-                results = [torch.zeros(shape[: piece.ndim], device=self.device) for piece in pieces]
-            for result, piece in zip(results, pieces, strict=True):
-                if piece.ndim == 1:
-                    result[rows] = piece
-                else:
-                    result[rows, : piece.shape[1]] = piece
-        return tuple(results)
+        return by_micro_batch(rollout, self.update.max_tokens, measure)
 
     def _actor_stats(self, piece: Rollout) -> tuple[Tensor, ...]:
         stats = self.actor(piece.tokens, piece.scored)
@@ -406,11 +393,11 @@ class PolicyGradient(AlignmentModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
-        self._evaluation = Means()
+        self.evaluation.start()
 
     def on_test_epoch_start(self) -> None:
         """Start the sums."""
-        self._evaluation = Means()
+        self.evaluation.start()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Score held-out prompts; the random numbers are the same in each validation."""
@@ -422,54 +409,32 @@ class PolicyGradient(AlignmentModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…``."""
-        self._log_evaluation("val")
+        self.log_dict({f"val/{name}": value for name, value in self.evaluation.compute().items()})
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/…``."""
-        self._log_evaluation("test")
+        self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Responses, one record each, with the prompt's columns."""
         rollout = self.generate(batch, self.actor, Stream.PREDICTION, batch_idx)
-        completions = complete(rollout, batch, self.tokenizer)
-        return [
-            {
-                **{name: values[i] for name, values in completions.columns.items()},
-                "prompt": completions.prompts[i],
-                "response": completions.responses[i],
-                "terminated": bool(rollout.terminated[i]),
-            }
-            for i in range(len(completions.responses))
-        ]
+        return as_records(complete(rollout, batch, self.tokenizer))
 
     @torch.no_grad()
     def _evaluate(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        rollout = self.generate(batch, self.actor, Stream.VALIDATION, batch_idx)
-        completions = complete(rollout, batch, self.tokenizer)
+        completions = self._answers(batch, self.actor, batch_idx)
         rewards, scores = self.scores.judge(completions)
-        if batch_idx not in self._reference_scores:
-            against = self.generate(batch, self.reference, Stream.VALIDATION, batch_idx)
-            self._reference_scores[batch_idx] = self.scores.judge(complete(against, batch, self.tokenizer))[1]
-        reference_scores = self._reference_scores[batch_idx]
-        logprobs, _ = self._measure(rollout, self._actor_stats)
-        (ref_logprobs,) = self._measure(rollout, self._reference_logprobs)
-        kl_to_ref = masked_sum(kl_estimators.k1(logprobs, ref_logprobs), rollout.response_mask, 1)
-        for name, value in {
-            "score": scores,
-            "score_squared": scores.double() ** 2,
-            "kl_to_ref": kl_to_ref,
-            "length": rollout.response_lengths,
-            "truncated_fraction": (~rollout.terminated).float(),
-            "win_rate": (scores > reference_scores).float() + 0.5 * (scores == reference_scores),
-            **{f"rewards/{name}": reward for name, reward in rewards.items()},
-        }.items():
-            self._evaluation.add(name, value)
+        if batch_idx not in self.evaluation.reference_scores:
+            _, against = self.scores.judge(self._answers(batch, self.reference, batch_idx))
+            self.evaluation.reference_scores[batch_idx] = against
+        logprobs, _ = self._measure(completions.rollout, self._actor_stats)
+        (ref_logprobs,) = self._measure(completions.rollout, self._reference_logprobs)
+        kl_to_ref = masked_sum(kl_estimators.k1(logprobs, ref_logprobs), completions.rollout.response_mask, 1)
+        self.evaluation.add(batch_idx, completions.rollout, scores, rewards, kl_to_ref)
         return {"completions": completions, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
 
-    def _log_evaluation(self, stage: str) -> None:
-        measured = self._evaluation.compute()
-        measured["score_std"] = max(0.0, measured.pop("score_squared") - measured["score"] ** 2) ** 0.5
-        self.log_dict({f"{stage}/{name}": value for name, value in measured.items()})
+    def _answers(self, batch: PromptBatch, actor: Actor, batch_idx: int) -> Completions:
+        return complete(self.generate(batch, actor, Stream.VALIDATION, batch_idx), batch, self.tokenizer)
 
 
 def _as_list(value: Any) -> list[Any]:

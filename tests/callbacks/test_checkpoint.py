@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from lit_rlhf.callbacks import IterationCheckpoint, MetricsFile
+from lit_rlhf.errors import UserError
+
+
+def iteration(path):
+    return int(torch.load(path, weights_only=True)["state_dict"]["iteration"])
+
+
+def test_every_n_kept_and_last(make_module, fit, tmp_path):
+    fit(make_module(iterations=5), [IterationCheckpoint(every_n=2, keep_every_n=2)])
+    folder = tmp_path / "checkpoints"
+    assert {p.name for p in folder.iterdir()} == {"last.ckpt", "iteration-000002.ckpt", "iteration-000004.ckpt"}
+    assert iteration(folder / "iteration-000002.ckpt") == 2
+    assert iteration(folder / "iteration-000004.ckpt") == 4
+    assert iteration(folder / "last.ckpt") == 5  # the end, though 5 is no multiple of 2
+
+
+def test_best_by_score_is_the_best_row_of_the_metrics(make_module, fit, tmp_path):
+    fit(
+        make_module(iterations=6),
+        [IterationCheckpoint(every_n=100, monitor="val/score"), MetricsFile()],
+        validation=True,
+        val_check_interval=1,
+    )
+    header, *rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    score, number = header.index("val/score"), header.index("progress/iteration")
+    best = max((float(row[score]), -float(row[number])) for row in rows if row[score])
+    assert iteration(tmp_path / "checkpoints" / "best.ckpt") == -best[1]
+
+
+def test_resumed_from_last_it_goes_on_counting(make_module, fit, tmp_path):
+    fit(make_module(iterations=2), [IterationCheckpoint(every_n=1)])
+    fit(make_module(iterations=4), [IterationCheckpoint(every_n=1)], ckpt_path="last")
+    assert iteration(tmp_path / "checkpoints" / "last.ckpt") == 4
+
+
+def test_an_epoch_that_ends_is_resumed_in_the_next(make_module, fit, tmp_path):
+    """48 prompts in batches of 8: the sixth iteration ends an epoch."""
+    whole = make_module(iterations=8)
+    fit(whole, [IterationCheckpoint(every_n=1, dirpath=str(tmp_path / "whole"))])
+    fit(make_module(iterations=6), [IterationCheckpoint(every_n=1)])
+    resumed = make_module(iterations=8)
+    fit(resumed, [IterationCheckpoint(every_n=1)], ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    one, two = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_unknown_metric_names_those_there_are(make_module, fit):
+    with pytest.raises(UserError, match=r"no metric 'objective/scores'; there are: .*objective/score"):
+        fit(make_module(iterations=1), [IterationCheckpoint(monitor="objective/scores")])
+
+
+def test_numbers_out_of_range():
+    with pytest.raises(ValueError, match="every_n must be 1 or more, not 0"):
+        IterationCheckpoint(every_n=0)

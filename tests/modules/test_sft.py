@@ -1,0 +1,74 @@
+import math
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_rlhf.data import Demonstrations
+from lit_rlhf.modules import SFT
+from lit_rlhf.testing import Recorder
+
+
+@pytest.fixture
+def fit_sft(tiny_model, tmp_path):
+    def run(*, lr=1e-2, iterations=None, **options):
+        file = tmp_path / "texts.jsonl"
+        rows = [(f"w{i % 4} w5", " w7 w8 w9") for i in range(24)]
+        file.write_text("\n".join(f'{{"prompt": "{p}", "response": "{r}"}}' for p, r in rows))
+        data = Demonstrations(train=str(file), validation=str(file), prompt="prompt", response="response", batch_size=8)
+        module = SFT(str(tiny_model("llama")), lambda p: torch.optim.AdamW(p, lr=lr), iterations=iterations, **options)
+        recorder = Recorder()
+        trainer = lightning.Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+            callbacks=[recorder],
+        )
+        trainer.fit(module, datamodule=data)
+        return trainer, module, recorder
+
+    return run
+
+
+def test_loss_is_the_responses_mean_negative_log_probability(fit_sft, tiny_model):
+    trainer, module, _ = fit_sft(lr=0.0, iterations=1)
+    total, count = 0.0, 0
+    for batch in trainer.datamodule.val_dataloader():
+        logits = module.actor.model(input_ids=batch.tokens).logits
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+        mask = batch.mask[:, 1:].flatten()
+        assert int(mask.sum()) == 8 * 4  # three words and the end, of eight rows
+        assert batch.mask[:, :3].sum() == 0  # the beginning and the prompt's two words
+        total, count = total + float(losses[mask].sum()), count + int(mask.sum())
+    val = float(trainer.callback_metrics["val/loss"])
+    assert total / count == pytest.approx(val, rel=1e-5)
+    assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(val), rel=1e-4)
+
+
+def test_it_learns_and_counts(fit_sft):
+    trainer, _, recorder = fit_sft(iterations=20)
+    losses = [m["train/loss"] for m in recorder.metrics]
+    assert len(losses) == 20  # more than the two epochs of three batches: iterations decide
+    assert losses[-1] < 0.3 * losses[0]
+    assert float(trainer.callback_metrics["val/loss"]) < 0.3 * losses[0]
+
+
+def test_epochs_decide_without_iterations(fit_sft):
+    _, module, recorder = fit_sft()
+    assert len(recorder.metrics) == 6
+    assert int(module.iteration) == 6
+
+
+def test_schedule_steps_by_batch(fit_sft):
+    trainer, _, _ = fit_sft(
+        iterations=4, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step)
+    )
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
