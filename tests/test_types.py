@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def make_experience(seed, rows=13, with_values=True):
     lengths = torch.randint(1, 9, (2, rows), generator=g).tolist()
     rollout = make_rollout(*lengths)
     numbers = torch.arange(rows)[:, None].expand(rollout.response_mask.shape).float()
-    fields = {name: numbers for name in ("old_logprobs", "ref_logprobs", "advantages", "returns")}
+    fields = dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages", "returns"), numbers)
     return Experience(rollout=rollout, values=numbers if with_values else None, **fields)
 
 
@@ -125,7 +127,7 @@ def test_pack(seed, max_tokens):
     assert sorted(torch.cat(groups).tolist()) == list(range(25))
     for group in groups:
         assert len(group) * lengths[group].max() <= max_tokens or len(group) == 1
-    for longer, shorter in zip(groups, groups[1:], strict=False):  # similar lengths, and no group closed too early
+    for longer, shorter in pairwise(groups):  # similar lengths, and no group closed too early
         assert lengths[longer].min() >= lengths[shorter].max()
         assert (len(longer) + 1) * lengths[longer].max() > max_tokens
 

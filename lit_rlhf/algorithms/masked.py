@@ -74,6 +74,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
     >>> masked_whiten(torch.tensor([1.0, 9.0, 3.0]), torch.tensor([True, False, True]))
     tensor([-1.,  0.,  1.])
     """
+    x = torch.where(mask, x, torch.zeros_like(x))
     mean, var = _moments(x, mask, reduce)
     whitened = (x - mean) * torch.rsqrt(var + 1e-8)
     if not shift_mean:
@@ -83,6 +84,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
 
 def _moments(x: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """Mean and population variance; two passes, so that a large mean does not cancel the variance."""
+    x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype)).clamp(min=1)
     mean = reduce(masked_sum(x, mask)) / count
     return mean, reduce(masked_sum((x - mean) ** 2, mask)) / count

@@ -98,6 +98,8 @@ def find_vocabulary(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequ
         pieces = tokenizer.encode(text, add_special_tokens=False)
         if len(pieces) != 1:
             raise UserError(f"sampling.stop: {text!r} is {len(pieces)} tokens of this tokenizer, not one")
+        if pieces[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
+            raise UserError(f"sampling.stop: {text!r} is no token of this tokenizer")
         ids.append(pieces[0])
     return Vocabulary(stop=tuple(dict.fromkeys(ids)), pad=tokenizer.pad_token_id)
 

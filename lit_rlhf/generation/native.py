@@ -21,7 +21,8 @@ class NativeEngine(Engine):
     """Decodes in this process; a prompt's keys and values are computed once for all its responses.
 
     Args:
-        batch_size: Rows decoded at a time, to bound the cache's memory; None: all. The samples do not depend on it.
+        batch_size: Rows decoded at a time, to bound the cache's memory; None: all. The responses to
+            one prompt stay together. The samples do not depend on it.
     """
 
     batch_size: int | None = None

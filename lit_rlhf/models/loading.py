@@ -67,6 +67,8 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
             if os.path.isdir(path):
                 raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load") from error
             raise _unreachable(path, field, error) from error
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # without its files, transformers makes one up
+            raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{field}: the tokenizer of {path} has no end-of-sequence token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -118,14 +120,15 @@ def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
             return AutoConfig.from_pretrained(source)
         except Exception as error:
             if os.path.isdir(source):
-                raise UserError(f"{field}: {source} has no config.json that transformers can load: {error}") from error
+                what = f"{source} has no config.json that transformers can load"
+                raise UserError(f"{field}: {what}: {_reason(error)}") from error
             raise _unreachable(source, field, error) from error
     if "model_type" not in source.config:
         raise UserError(f"{field}.config: model_type is missing (llama, qwen3, gpt2, …)")
     try:
         return AutoConfig.for_model(**source.config)
-    except ValueError as error:
-        raise UserError(f"{field}.config: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # ValueError, and a validation error that is none
+        raise UserError(f"{field}.config: {_reason(error)}") from error
 
 
 def _tokenizer_class(path: str) -> Any:
@@ -142,13 +145,21 @@ def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
     config = read_config(path, field)
     if os.path.isdir(path) and not any(any(Path(path).glob(pattern)) for pattern in WEIGHT_FILES):
         raise UserError(f"{field}: the folder {path} has a config.json but no weights")
+    role = "language model" if task == "causal" else "sequence classifier"
     try:
-        return _AUTO[task].from_pretrained(path, config=config, dtype=torch.float32)
-    except ValueError as error:
-        role = "language model" if task == "causal" else "sequence classifier"
-        raise UserError(f"{field}: {path} cannot be loaded as a {role}: {str(error).splitlines()[0]}") from error
+        model, report = _AUTO[task].from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except OSError as error:
         raise _unreachable(path, field, error) from error
+    except Exception as error:  # the wrong kind of model, or a broken file of weights
+        raise UserError(f"{field}: {path} cannot be loaded as a {role}: {_reason(error)}") from error
+    if report["mismatched_keys"]:
+        name, found, expected = min(report["mismatched_keys"])
+        raise UserError(f"{field}: {name} of {path} is {list(found)}, by its config.json it should be {list(expected)}")
+    if report["missing_keys"]:
+        raise UserError(f"{field}: {path} is no {role}: it has no {min(report['missing_keys'])}")
+    return model
 
 
 def _random_model(source: RandomWeights, task: Task, field: str) -> PreTrainedModel:
@@ -163,9 +174,18 @@ def _random_model(source: RandomWeights, task: Task, field: str) -> PreTrainedMo
         config.num_labels = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed)
-        return _AUTO[task].from_config(config, dtype=torch.float32)
+        try:
+            return _AUTO[task].from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            role = "language model" if task == "causal" else "sequence classifier"
+            raise UserError(f"{field}.config: no {role}: {_reason(error)}") from error
 
 
 def _unreachable(path: str, field: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"{field}: {path!r} is neither a folder nor a model that the hub gave: {reason}")
+    return UserError(f"{field}: {path!r} is neither a folder nor a model that the hub gave: {_reason(error)}")
+
+
+def _reason(error: Exception, longest: int = 300) -> str:
+    """What the error says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]} …"

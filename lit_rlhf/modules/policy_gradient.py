@@ -254,6 +254,11 @@ class PolicyGradient(AlignmentModule):
 
     def learn(self, experience: Experience, means: Means) -> None:
         """Several epochs of minibatches, one optimizer step each."""
+        if self.update.minibatches > len(experience.advantages):
+            raise UserError(
+                f"model.update.minibatches is {self.update.minibatches}, but an iteration has only "
+                f"{len(experience.advantages)} responses"
+            )
         with self._profile("update"):
             for epoch in range(self.update.epochs):
                 shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch)

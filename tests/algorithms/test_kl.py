@@ -77,5 +77,5 @@ def test_fixed_coefficient():
     kl.update(100.0, 64)
     assert kl.coef == 0.05
     assert FixedKL(coef=0.0).coef == 0
-    with pytest.raises(ValueError, match="coef must be 0 or more, not -0.1"):
+    with pytest.raises(ValueError, match=r"^coef must be 0 or more, not -0\.1$"):
         FixedKL(coef=-0.1)

@@ -151,5 +151,5 @@ def test_token_weights_by_hand():
 
 
 def test_unknown_aggregation():
-    with pytest.raises(ValueError, match="aggregation must be .*'mean'"):
+    with pytest.raises(ValueError, match=r"^aggregation must be .*'mean'$"):
         token_weights(torch.ones(1, 1, dtype=torch.bool), "mean", total_tokens=1, total_sequences=1, max_tokens=1)

@@ -79,6 +79,12 @@ def test_ends_of_the_interval(setting):
     assert tokens.tolist() == [possible[0], possible[-1]]
 
 
+def test_rounding_never_leaves_the_vocabulary():
+    logits = torch.randn(50, 30_000, generator=torch.Generator().manual_seed(0))
+    assert (logits.softmax(-1).double().sum(-1) < LARGEST).any()
+    assert sample(logits, torch.full((50,), LARGEST, dtype=torch.float64), Sampling()).max() < 30_000
+
+
 def test_by_hand():
     logits = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]).log()
     drawn = {0.0: 0, 0.09: 0, 0.11: 1, 0.29: 1, 0.31: 3, 0.59: 3, 0.61: 4, LARGEST: 4}

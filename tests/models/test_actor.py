@@ -79,10 +79,10 @@ def test_no_logits_of_all_tokens_wait_for_the_backward_pass(tiny_model, monkeypa
     actor = Actor(load_model(str(tiny_model("llama"))))
     tokens, chosen = make_batch()
     for forward, held in ((lambda: actor(tokens, chosen), False), (lambda: plain(actor.model, tokens, 1.0), True)):
-        shapes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, shapes=shapes: shapes.append(x.shape) or x, lambda x: x):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
             forward()
-        assert any(shape[-1:] == (38,) and shape.numel() >= 38 * 4 for shape in shapes) == held
+        assert any(x.shape[-1:] == (38,) and x.numel() >= 38 * 4 for x in saved) == held
 
 
 def test_nothing_chosen(tiny_model):
