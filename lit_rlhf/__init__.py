@@ -11,7 +11,7 @@ _PUBLIC = {
     "algorithms.kl": ("FixedKL", "KLController"),
     "algorithms.objectives": ("Clip", "Objective"),
     "callbacks": ("ExportAtEnd", "IterationCheckpoint", "MetricsFile", "Predictions", "ProgressBar", "Samples"),
-    "data": ("Demonstrations", "Prompts", "Source"),
+    "data": ("Demonstrations", "Prompts"),
     "errors": ("UserError",),
     "generation": ("Engine", "NativeEngine", "Sampling"),
     "models.loading": ("RandomWeights",),

@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
             lightning_cli.run(None if args is None else words)
     except UserError as error:
-        print(f"lit-rlhf: error: {error}", file=sys.stderr)
+        print(f"lit-rlhf: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 
 

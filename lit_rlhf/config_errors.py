@@ -1,69 +1,114 @@
-"""jsonargparse's messages in one line, with the nearest right word."""
+"""jsonargparse's messages in one line, with the nearest right word.
+
+It nests them: ``Parser key "model"`` around ``Problem with given class_path '…PolicyGradient'`` around ``Parser key
+"advantages"`` around what is wrong, with remarks on every type of a union. The keys tell the field, the last class
+whose option it is, the innermost line what is wrong.
+"""
 
 import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import is_dataclass
-from typing import Any
+
+REMARKS = re.compile(
+    r"^(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
+    r"|Subclass types expect|a class path|a dict with|Parser key|Problem with given class_path|\(class path)"
+)
 
 
-def explain(message: str) -> str:
+def explain(message: str, known: Sequence[str] = ()) -> str:
     """One line that names the option, what was found, and what would be right.
 
     Args:
         message: What jsonargparse says, often many lines.
+        known: The command's own options, ``trainer.max_epochs`` and the like.
+
+    >>> explain("unrecognized arguments: --trainer.max_epoch=1", ["trainer.max_epochs", "config"])
+    "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
-    text = str(message)
-    owner = _last_class(text)
-    if found := re.search(r"Option '([^']+)' is not accepted", text):
-        return _unknown_option(found[1], owner)
-    if found := re.search(r"[Uu]nrecognized arguments: (?:--)?([\w.\-]+)", text):
-        return _unknown_option(found[1], owner)
-    if found := re.search(r"Key '([^']+)' is not expected", text):
-        return _unknown_option(found[1], owner)
-    if found := re.search(r"Expected a dot import path string: (\S+)", text):
-        return _unknown_class(found[1], _last_key(text))
+    text = message.replace(" in a subcommand", "")
+    field, owner = ".".join(re.findall(r'Parser key "([^"]+)"', text)), _owner(text)
+    option = (
+        re.search(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'", text)
+        or re.search(r"(?:Option|option) '(?P<group>)(?P<name>[^']+)'", text)
+        or re.search(r"[Uu]nrecognized arguments: (?:--)?(?P<group>)(?P<name>[^\s=]+)", text)
+        or re.search(r"Key '(?P<group>)(?P<name>[^']+)' is not expected", text)
+    )
+    if owner is not None and owner.__module__.startswith("lightning."):
+        return _class_expected(field, " is not set")
+    if option:
+        name = ".".join(filter(None, option.group("group", "name")))
+        return _unknown_option(name, field, _options(owner) if owner else known, owner)
+    found = re.search(r"Expected a dot import path string: (\S+)", text)
+    if found and not re.search(r"Expected an? <class '(int|float)'>", text):
+        return _class_expected(field, f": there is no class {found[1]!r}", found[1])
+    if found := re.search(r"Expected an instantiatable class, but (\S+) is abstract", text):
+        return _class_expected(field, f": {found[1].rpartition('.')[2]} is abstract, or no class_path is named")
+    if found := re.search(r"arguments are required: (?:\w+\.)?(\w+)", text):
+        return _class_expected(found[1], " is not set")
     if found := re.search(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)", text):
         choices = [choice.strip(" '\"") for choice in found[2].split(",")]
         return f"there is no command {found[1]!r}{_nearest(found[1], choices)}; there are: {', '.join(choices)}"
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "Expected" in line or "Problem" in line or "not" in line]
-    key = _last_key(text)
-    best = telling[-1] if len(lines) > 1 and telling else " ".join(lines)
-    specific = [line for line in telling if line != "Expected a <class 'NoneType'>"]
-    best = specific[-1] if specific else best
-    return f"{key}: {best}" if key and key not in best else best
+    return _told(field, text)
 
 
-def _unknown_option(option: str, owner: type | None) -> str:
-    known = _options(owner) if owner is not None else []
-    name = option.rpartition(".")[2] if option not in known else option
-    where = f" of {owner.__name__}" if owner is not None else ""
-    listed = f"; there are: {', '.join(known)}" if known else ""
-    return f"there is no option {option!r}{where}{_nearest(name, known)}{listed}"
+def _told(field: str, text: str) -> str:
+    """The innermost lines that say something, without what stands around them."""
+    lines = [re.sub(r'^Parser key "[^"]+":\s*', "", line.strip(" -\n")) for line in text.splitlines()]
+    telling = [line for line in lines if line and not REMARKS.match(line)]
+    if found := re.search(r"Expected a typing\.Literal\[(.+?)\]\. Got value: (.*)", text):
+        choices = found[1].replace("'", "")
+        said = f"should be one of {choices}, not {found[2]!r}"
+    elif found := re.search(r"Expected an? <class '([^']+)'>\. Got value: (.*)", text):
+        said = f"should be {_type(found[1])}, not {found[2]!r}"
+    else:
+        said = "; ".join(dict.fromkeys(telling)) or " ".join(text.split())
+        value = re.findall(r"Given value: (.+?)(?:\. Got value.*)?$", text, re.MULTILINE)
+        wanted = [w for w in re.findall(r"Expected an? <class '([^']+)'>", text) if w != "NoneType"]
+        if said.startswith(("Expected", "Type typing.Callable")) and value and wanted:
+            said = f"should be {' or '.join(dict.fromkeys(map(_type, wanted)))}, not {value[0]!r}"
+    shown = said if len(said) < 400 else f"{said[:400]} …"
+    return f"{field}: {shown}" if field and not shown.startswith(field) else shown
 
 
-def _unknown_class(name: str, key: str) -> str:
-    known = _class_names(key)
-    listed = f"; there are: {', '.join(known)}, or a class by its import path" if known else ""
-    where = f"{key}: " if key else ""
-    return f"{where}there is no class {name!r}{_nearest(name, known)}{listed}"
+def _type(name: str) -> str:
+    """A type as one says it."""
+    said = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+    return said.get(name, name.rpartition(".")[2])
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    by_last = {k.rpartition(".")[2]: k for k in known}
-    close = difflib.get_close_matches(word, [*known, *by_last], n=1, cutoff=0.5)
-    return f", did you mean {by_last.get(close[0], close[0])!r}?" if close else ""
+def _unknown_option(option: str, field: str, known: Sequence[str], owner: type | None) -> str:
+    whole = ".".join(filter(None, [field, option]))
+    group = option.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == (group if f"{group}." in " ".join(known) else "")]
+    listed = f"; {owner.__name__ if owner else group} has: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
+    return f"there is no option {whole!r}{_nearest(option, known)}{listed}"
 
 
-def _last_key(text: str) -> str:
-    keys = re.findall(r'Parser key "([^"]+)"', text)
-    return keys[-1] if keys else ""
+def _class_expected(field: str, found: str, name: str = "") -> str:
+    known = _class_names(field)
+    listed = f" {', '.join(known)}, or a class by its import path" if known else " a class by its import path"
+    return f"{field}{found}, it should be{listed}{_nearest(name, known)}"
 
 
-def _last_class(text: str) -> type | None:
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """Compare whole names, and the last parts of dotted ones."""
+    head, dot, rest = word.partition(".")
+    heads = list(dict.fromkeys(name.partition(".")[0] for name in known))
+    if dot and head not in heads and (close := difflib.get_close_matches(head, heads, n=1)):
+        return f", did you mean '{close[0]}.{rest}'?"
+    last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = close or difflib.get_close_matches(word.rpartition(".")[2], list(last), n=1, cutoff=0.5)
+    return f", did you mean {last.get(close[0], close[0])!r}?" if close else ""
+
+
+def _owner(text: str) -> type | None:
+    """The innermost class that is named."""
     paths = re.findall(r"Problem with given class_path '([^']+)'", text)
+    paths += re.findall(r"Got value: Namespace\(class_path='([^']+)'", text)
     if not paths:
         return None
     module, _, name = paths[-1].rpartition(".")
@@ -71,18 +116,21 @@ def _last_class(text: str) -> type | None:
 
 
 def _options(owner: type) -> list[str]:
-    """Names of the class's options, those inside dataclass options with a dot."""
+    """Names of the class's options, and with a dot those inside dataclass options."""
     names = []
     for parameter in inspect.signature(owner).parameters.values():
         names.append(parameter.name)
-        if is_dataclass(parameter.default) and not inspect.isabstract(type(parameter.default)):
-            names += [f"{parameter.name}.{inner}" for inner in inspect.signature(type(parameter.default)).parameters]
-    return [name for name in names if not name.startswith("self")]
+        default = type(parameter.default)
+        if is_dataclass(default) and default.__base__ is object:
+            names += [f"{parameter.name}.{inner}" for inner in inspect.signature(default).parameters]
+    return names
 
 
-def _class_names(key: str) -> list[str]:
-    """Classes of ours that the option takes."""
+def _class_names(field: str) -> list[str]:
+    """The classes that an option takes, ours and torch's."""
     import lightning
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
     from lit_rlhf.algorithms.advantages import Estimator
     from lit_rlhf.algorithms.kl import KLController
@@ -90,7 +138,7 @@ def _class_names(key: str) -> list[str]:
     from lit_rlhf.generation import Engine
     from lit_rlhf.rewards import Reward
 
-    bases: dict[str, Any] = {
+    bases: dict[str, type] = {
         "model": lightning.LightningModule,
         "data": lightning.LightningDataModule,
         "advantages": Estimator,
@@ -98,11 +146,19 @@ def _class_names(key: str) -> list[str]:
         "kl": KLController,
         "engine": Engine,
         "rewards": Reward,
+        "optimizer": Optimizer,
+        "scheduler": LRScheduler,
     }
-    base = bases.get(key.rpartition(".")[2])
-    if base is None:
-        return []
-    return sorted(c.__name__ for c in _subclasses(base) if c.__module__.startswith("lit_rlhf"))
+    last = field.rpartition(".")[2]
+    base = bases.get(last) or bases.get(last.rpartition("_")[2])
+    found = _subclasses(base) if base is not None else []
+    return sorted({c.__name__ for c in found if c.__module__.startswith(("lit_rlhf", "torch.optim")) and _usable(c)})
+
+
+def _usable(candidate: type) -> bool:
+    """Neither abstract, nor private, nor our modules' common ground."""
+    hidden = candidate.__name__.startswith("_") or candidate.__name__ in ("AlignmentModule", "LRScheduler")
+    return not (inspect.isabstract(candidate) or hidden)
 
 
 def _subclasses(base: type) -> list[type]:

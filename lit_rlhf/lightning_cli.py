@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import lightning
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils import logging as transformers_logging
 
@@ -31,12 +32,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class Parser(LightningArgumentParser):
-    """Tells a mistake in one line and names the nearest right word."""
+    """Takes no abbreviation, tells a mistake in one line and names the nearest right word."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the line and exit with status 2."""
-        print(f"lit-rlhf: error: {explain(message)}", file=sys.stderr)
+        """Print the line and exit with status 2; the parser of a component passes it on to the one around it."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"lit-rlhf: error: {explain(str(message), self.known_options())}", file=sys.stderr)
         sys.exit(2)
+
+    def known_options(self) -> list[str]:
+        """The options of this parser and its commands, without dashes."""
+        commands = getattr(self._subcommands_action, "choices", None) or {}
+        actions = [action for parser in (self, *commands.values()) for action in parser._actions]
+        return list(dict.fromkeys(o[2:] for action in actions for o in action.option_strings if o.startswith("--")))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -76,6 +88,7 @@ class CLI(LightningCLI):
             if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":
                 logger.init_args["save_dir"] = str(folder)
                 Path(folder).mkdir(parents=True, exist_ok=True)
+        _check_checkpoint(config.ckpt_path)
         first_process = "LOCAL_RANK" not in os.environ or os.environ.get("RANK", os.environ["LOCAL_RANK"]) == "0"
         if self.subcommand == "fit" and config.ckpt_path is None and first_process:
             move_aside(Path(folder))
@@ -86,8 +99,8 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except UserError:
             raise
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(explain(str(error))) from error
 
 
 def run(args: Sequence[str] | None = None) -> None:
@@ -96,6 +109,7 @@ def run(args: Sequence[str] | None = None) -> None:
     Args:
         args: Its words; None: those of the command line (which child processes of DDP repeat).
     """
+    check_config_files(list(sys.argv[1:] if args is None else args))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _quieten()
@@ -115,6 +129,38 @@ def run(args: Sequence[str] | None = None) -> None:
         parser_kwargs={"prog": "lit-rlhf"},
         args=None if args is None else list(args),
     )
+
+
+def check_config_files(words: Sequence[str]) -> None:
+    """Every file that follows ``--config`` is a YAML mapping.
+
+    Raises:
+        UserError: naming the file, and the line where there is one.
+    """
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        option, given, value = word.partition("=")
+        if option in ("-c", "--config"):
+            _check_config_file(Path(value if given else after))
+
+
+def _check_config_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"config: there is no file {path}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"config: {path}{line} is no YAML: {error.problem}") from error
+    if not isinstance(config, dict):
+        what = "is empty" if config is None else f"holds {type(config).__name__}"
+        raise UserError(f"config: {path} should be a mapping of options (model: …, data: …), it {what}")
+
+
+def _check_checkpoint(path: str | None) -> None:
+    if path is None or path in ("last", "best", "hpc") or str(path).startswith("registry"):
+        return
+    if not Path(path).exists():
+        raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
 
 
 def move_aside(folder: Path) -> None:

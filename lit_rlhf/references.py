@@ -1,4 +1,4 @@
-"""Python objects named in a configuration: ``module:name`` or ``path/to/file.py:name``."""
+"""Python functions named in a configuration: ``module:name`` or ``path/to/file.py:name``."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ def is_reference(text: str) -> bool:
 
 
 def load_reference(text: str, field: str) -> Any:
-    """The object that ``module:name`` or ``file.py:name`` names.
+    """The function that ``module:name`` or ``file.py:name`` names.
 
     Args:
         text: The name.
@@ -41,9 +41,9 @@ def load_reference(text: str, field: str) -> Any:
         raise UserError(f"{field}: {error}") from error
     except Exception as error:
         raise UserError(f"{field}: importing {module_name} failed: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
+    if not callable(getattr(module, name, None)):
         there = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n)))
-        raise UserError(f"{field}: {module_name} has no {name!r}; it has: {there or 'nothing callable'}")
+        raise UserError(f"{field}: {module_name} has no function {name!r}; it has: {there or 'nothing callable'}")
     return getattr(module, name)
 
 

@@ -35,7 +35,7 @@ class IterationCheckpoint(ModelCheckpoint):
     ) -> None:
         for name, value in (("every_n", every_n), ("keep_every_n", keep_every_n)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}")
+                raise ValueError(f"checkpoint.{name} must be 1 or more, not {value}")
         super().__init__(dirpath=dirpath, save_top_k=0, save_last=True)
         self.every_n = every_n
         self.keep_every_n = keep_every_n

@@ -29,7 +29,9 @@ class Samples(lightning.Callback):
 
     def __init__(self, count: int = 4, table_every_n: int = 10, name: str = "samples.jsonl") -> None:
         if count < 0 or table_every_n < 1:
-            raise ValueError(f"count must be 0 or more and table_every_n 1 or more, not {count} and {table_every_n}")
+            raise ValueError(
+                f"samples.count must be 0 or more and samples.table_every_n 1 or more, not {count} and {table_every_n}"
+            )
         self.count = count
         self.table_every_n = table_every_n
         self.name = name

@@ -28,13 +28,14 @@ class Demonstrations(lightning.LightningDataModule):
         batch_size: Texts of a batch, over all processes.
 
     Raises:
+        ValueError: if a number is out of range.
         UserError: in ``setup``, for a source that cannot be read or a missing column.
     """
 
     def __init__(
         self,
-        train: str | Source | None = None,
-        validation: str | Source | None = None,
+        train: Source | None = None,
+        validation: Source | None = None,
         prompt: str | None = None,
         response: str = "text",
         loss_on: Literal["response", "all"] = "response",
@@ -42,6 +43,9 @@ class Demonstrations(lightning.LightningDataModule):
         batch_size: int = 32,
     ) -> None:
         super().__init__()
+        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"data.{name} must be 1 or more, not {value}")
         self.sources = {"train": train, "validation": validation}
         self.prompt = prompt
         self.response = response
@@ -111,8 +115,8 @@ class Demonstrations(lightning.LightningDataModule):
         prompt = record[self.prompt] if self.prompt else ""
         response = record[self.response]
         if not isinstance(prompt, str):
-            turns = [*prompt, {"role": "assistant", "content": response}]
             opening = chat_tokens(self.tokenizer, prompt, field, add_generation_prompt=True)
+            turns = [*prompt, {"role": "assistant", "content": response}]
             return chat_tokens(self.tokenizer, turns, field, add_generation_prompt=False), len(opening)
         if not isinstance(response, str):
             raise UserError(f"{field}: {self.response} should be text, not {type(response).__name__}")

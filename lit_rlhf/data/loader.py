@@ -45,8 +45,8 @@ class GlobalBatches:
         first, self.skip = self.skip, 0
         for batch in range(first, len(self)):
             rows = list(enumerate(order[batch * self.batch_size : (batch + 1) * self.batch_size]))
-            share = -(-len(rows) // self.world_size)
-            yield rows[self.rank * share : (self.rank + 1) * share]
+            first_row, next_rank = (len(rows) * r // self.world_size for r in (self.rank, self.rank + 1))
+            yield rows[first_row:next_rank]
 
 
 class ResumableLoader:

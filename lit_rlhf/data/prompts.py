@@ -44,15 +44,16 @@ class Prompts(lightning.LightningDataModule):
         validation_batch_size: Prompts of a validation, test or prediction batch, over all processes.
 
     Raises:
+        ValueError: if a number is out of range.
         UserError: in ``setup``, for a source that cannot be read, a missing column, or no prompt short enough.
     """
 
     def __init__(
         self,
-        train: str | Source | None = None,
-        validation: str | Source | None = None,
-        test: str | Source | None = None,
-        predict: str | Source | None = None,
+        train: Source | None = None,
+        validation: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
         column: str = "prompt",
         template: str | None = None,
         chat: bool = False,
@@ -63,6 +64,14 @@ class Prompts(lightning.LightningDataModule):
         validation_batch_size: int = 256,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("first_tokens", first_tokens),
+            ("max_tokens", max_tokens),
+            ("batch_size", batch_size),
+            ("validation_batch_size", validation_batch_size),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be 1 or more, not {value}")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.column = column
         self.template = template
@@ -187,8 +196,11 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def _filled(template: str, record: Record, source: str | Source) -> str:
+def _filled(template: str, record: Record, source: Source) -> str:
     try:
         return template.format_map(record)
     except KeyError as error:
-        raise UserError(f"data.template names the column {error}, {source} has: {', '.join(sorted(record))}") from error
+        there = ", ".join(sorted(record))
+        raise UserError(f"data.template names the column {error}, {source} has: {there}") from error
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"data.template {template!r} should be text with columns in braces: {error}") from error

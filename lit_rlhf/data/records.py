@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,44 +13,34 @@ Record: TypeAlias = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set of the hub.
-
-    Args:
-        path: The hub name, ``openai/gsm8k``.
-        name: Its configuration, ``main``.
-        split: Its split; slices such as ``train[:1000]`` work.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
+Source: TypeAlias = str | dict[str, str]
+"""A file, a hub name, or a Python function; or of a hub's data set ``path``, ``name`` (its configuration) and ``split``
+(slices such as ``train[:1000]`` work)."""
 
 
-def read_records(source: str | Source, field: str) -> list[Record]:
+def read_records(source: Source, field: str) -> list[Record]:
     """All records of a source.
 
     Args:
-        source: A ``.jsonl``, ``.csv`` or ``.parquet`` file, a hub name, or ``module:function`` / ``file.py:function``
-            that returns a list of dictionaries.
+        source: A ``.jsonl``, ``.csv`` or ``.parquet`` file, a hub name (or ``{path: openai/gsm8k, name: main, split:
+            test}``), or ``module:function`` / ``file.py:function`` that returns a list of dictionaries.
         field: The configuration field, for messages.
 
     Raises:
         UserError: if there is no such source, a line is no JSON object, or there are no records.
     """
     if isinstance(source, str) and is_reference(source):
-        records = list(load_reference(source, field)())
+        records = _call(source, field)
     elif isinstance(source, str) and (Path(source).suffix in FORMATS or os.path.exists(source)):
         records = _read_file(Path(source), field)
     else:
-        records = _read_hub(Source(source) if isinstance(source, str) else source, field)
+        records = _read_hub({"path": source} if isinstance(source, str) else source, field)
     if not records:
         raise UserError(f"{field}: {source} has no records")
     return records
 
 
-def column(records: Sequence[Record], name: str, field: str, source: str | Source) -> list[Any]:
+def column(records: Sequence[Record], name: str, field: str, source: Source) -> list[Any]:
     """One column of all records.
 
     Raises:
@@ -62,6 +51,14 @@ def column(records: Sequence[Record], name: str, field: str, source: str | Sourc
             there = ", ".join(sorted(k for k, v in record.items() if v is not None)) or "nothing"
             raise UserError(f"{field}: record {number} of {source} has no column {name!r}; it has: {there}")
     return [record[name] for record in records]
+
+
+def _call(source: str, field: str) -> list[Record]:
+    function = load_reference(source, field)
+    try:
+        return list(function())
+    except Exception as error:
+        raise UserError(f"{field}: {source} raised {type(error).__name__}: {error}") from error
 
 
 def _read_file(path: Path, field: str) -> list[Record]:
@@ -78,6 +75,8 @@ def _read_file(path: Path, field: str) -> list[Record]:
     try:
         rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps every reader's own errors
+        if "corresponds to no data" in str(error):
+            return []
         cause = error.__cause__ or error
         raise UserError(f"{field}: {path} cannot be read as {path.suffix[1:]}: {cause}") from error
     return rows.to_list()
@@ -86,12 +85,14 @@ def _read_file(path: Path, field: str) -> list[Record]:
 def _read_jsonl(path: Path, field: str) -> list[Record]:
     """Line by line, so that a mistake can be named by its line."""
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{field}: {path}, line {number} is no UTF-8: {error}") from error
             except ValueError as error:
                 raise UserError(f"{field}: {path}, line {number} is no JSON: {error}") from error
             if not isinstance(record, dict):
@@ -102,11 +103,14 @@ def _read_jsonl(path: Path, field: str) -> list[Record]:
     return records
 
 
-def _read_hub(source: Source, field: str) -> list[Record]:
+def _read_hub(source: dict[str, str], field: str) -> list[Record]:
+    if "path" not in source or not source.keys() <= {"path", "name", "split"}:
+        raise UserError(f"{field}: a hub's data set has path, name and split, not {', '.join(source)}")
     import datasets
 
     try:
-        return datasets.load_dataset(source.path, source.name, split=source.split).to_list()
+        name, split = source.get("name"), source.get("split", "train")
+        return datasets.load_dataset(source["path"], name, split=split).to_list()
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{field}: {source.path!r} is neither a file nor a data set of the hub: {reason}") from error
+        raise UserError(f"{field}: {source['path']!r} is neither a file nor a data set of the hub: {reason}") from error

@@ -47,11 +47,11 @@ class Update:
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "max_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+                raise ValueError(f"update.{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("value_clip", "clip_grad_norm", "target_kl"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive or null, not {value}")
+                raise ValueError(f"update.{name} must be positive or null, not {value}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ReferenceKL:
 
     def __post_init__(self) -> None:
         if self.where == "loss" and self.estimator == "k1":
-            raise ValueError("estimator k1 in the loss has an expected gradient of 0; take k2 or k3")
+            raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; take k2 or k3")
 
 
 def check_finite(**values: Tensor) -> None:

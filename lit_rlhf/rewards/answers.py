@@ -12,7 +12,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.reward import Reward
 from lit_rlhf.types import Completions
 
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<!\w)-)?\$?\d[\d,]*(?:\.\d+)?")
 
 
 class ExactAnswer(Reward):
@@ -79,8 +79,7 @@ class NumericAnswer(Reward):
         """
         scores = []
         for response, answer in zip(completions.responses, _column(completions, self.column), strict=True):
-            right = final_number(str(answer), self.marker)
-            right = last_number(str(answer)) if right is None else right
+            right = _decimal(str(answer)) or final_number(str(answer), self.marker) or last_number(str(answer))
             if right is None:
                 raise UserError(f"the column {self.column} has no number in {str(answer)[:80]!r}")
             given = final_number(response, self.marker)

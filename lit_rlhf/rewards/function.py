@@ -63,10 +63,9 @@ class RewardFunction(Reward):
         try:
             scores = self._call(**arguments)
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"the reward function {self.function} raised {type(error).__name__}: {error} "
-                f"({frame.filename}, line {frame.lineno})"
+                f"the reward function {self.function} raised {reason} ({_place(self._call, error)})"
             ) from error
         return self._checked(scores, completions).to(completions.rollout.tokens.device)
 
@@ -100,3 +99,11 @@ class RewardFunction(Reward):
                 f"{completions.responses[row][:80]!r}"
             )
         return tensor
+
+
+def _place(function: Callable[..., Any], error: Exception) -> str:
+    """The last line of the function's own file that the error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == inspect.getsourcefile(function)]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}"

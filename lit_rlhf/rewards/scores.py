@@ -31,9 +31,11 @@ class ScoreShaping:
 
     def __post_init__(self) -> None:
         if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip must be positive, not {self.clip}")
+            raise ValueError(f"scores.clip must be positive, not {self.clip}")
         if self.truncation_penalty < 0:
-            raise ValueError(f"truncation_penalty must be 0 or more (it is subtracted), not {self.truncation_penalty}")
+            raise ValueError(
+                f"scores.truncation_penalty must be 0 or more (it is subtracted), not {self.truncation_penalty}"
+            )
 
 
 class Scores(nn.Module):

@@ -1,0 +1,124 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+from lit_rlhf.data import Demonstrations
+from lit_rlhf.errors import UserError
+
+RECORDS = [{"prompt": "w1 w2", "response": " w3 w4 w5"}, {"prompt": "w6", "response": " w7"}]
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model("llama"))
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(tokenizer, records=RECORDS, stage="fit", **options) -> Demonstrations:
+        path = tmp_path / "texts.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        defaults = {"train": str(path), "validation": str(path), "prompt": "prompt", "response": "response"}
+        data = Demonstrations(**(defaults | {"batch_size": 2} | options))
+        data.trainer = SimpleNamespace(
+            lightning_module=SimpleNamespace(tokenizer=tokenizer), world_size=1, global_rank=0, is_global_zero=True
+        )
+        data.setup(stage)
+        return data
+
+    return build
+
+
+def texts(data, tokenizer):
+    """Of each validation text: its tokens up to the end, and those whose prediction is trained, as words."""
+    (batch,) = data.val_dataloader()
+    words = [tokenizer.convert_ids_to_tokens(row) for row in batch.tokens.tolist()]
+    return words, [
+        [w for w, counts in zip(row, mask, strict=True) if counts] for row, mask in zip(words, batch.mask, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("special", ["distinct", "pad_is_eos", "bos_is_eos"])
+def test_the_tokens_are_those_of_the_whole_text_ended(make, tiny_model, special):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", special=special))
+    (batch,) = make(tokenizer).val_dataloader()
+    for row, record in zip(batch.tokens.tolist(), RECORDS, strict=True):
+        whole = [*tokenizer(record["prompt"] + record["response"])["input_ids"], tokenizer.eos_token_id]
+        assert row == whole + [tokenizer.pad_token_id] * (len(row) - len(whole))
+
+
+@pytest.mark.parametrize("special", ["distinct", "pad_is_eos"])
+@pytest.mark.parametrize(
+    ("loss_on", "trained"),
+    [
+        ("response", [["w3", "w4", "w5", "<eos>"], ["w7", "<eos>"]]),
+        ("all", [["w1", "w2", "w3", "w4", "w5", "<eos>"], ["w6", "w7", "<eos>"]]),
+    ],
+)
+def test_what_is_trained(make, tiny_model, special, loss_on, trained):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", special=special))
+    assert texts(make(tokenizer, loss_on=loss_on), tokenizer)[1] == trained
+
+
+def test_a_text_cut_inside_a_word_has_the_tokens_of_the_whole(make, tokenizer):
+    _, trained = texts(make(tokenizer, [{"prompt": "w1 w", "response": "2 w3"}], batch_size=1), tokenizer)
+    assert trained == [["w2", "w3", "<eos>"]]
+
+
+def test_texts_without_prompt(make, tokenizer):
+    data = make(tokenizer, [{"text": "w1 w2"}, {"text": "w3"}], prompt=None, response="text")
+    words, trained = texts(data, tokenizer)
+    assert words == [["<bos>", "w1", "w2", "<eos>"], ["<bos>", "w3", "<eos>", "<pad>"]]
+    assert trained == [["w1", "w2", "<eos>"], ["w3", "<eos>"]]
+
+
+def test_a_conversation_as_prompt(make, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", chat=True))
+    record = {"prompt": [{"role": "user", "content": "w1"}], "response": "w2 w3"}
+    words, trained = texts(make(tokenizer, [record], batch_size=1), tokenizer)
+    assert words == [["<user>", "w1", "<eos>", "<assistant>", "w2", "w3", "<eos>"]]
+    assert trained == [["w2", "w3", "<eos>"]]
+
+
+def test_long_texts_are_cut_at_the_end_and_counted(make, tokenizer, capsys):
+    data = make(tokenizer, max_tokens=5)
+    words, trained = texts(data, tokenizer)
+    assert words == [["<bos>", "w1", "w2", "w3", "w4"], ["<bos>", "w6", "w7", "<eos>", "<pad>"]]
+    assert trained == [["w3", "w4"], ["w7", "<eos>"]]
+    assert data.cut == {"train": 1, "validation": 1}
+    assert "2 train texts" in (out := capsys.readouterr().out)
+    assert "1 cut (longer than 5 tokens)" in out
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "words"),
+    [
+        (RECORDS, {"response": "answer"}, r"texts.jsonl has no column 'answer'; it has: prompt, response"),
+        (RECORDS, {"prompt": "question"}, r"texts.jsonl has no column 'question'; it has: prompt, response"),
+        ([{"prompt": "w1", "response": 7}], {}, "response.*text.*int"),
+        ([{"prompt": 7, "response": "w1"}], {}, "text or a list.*'7'"),
+        ([{"prompt": [{"role": "user", "content": "w1"}], "response": "w2"}], {}, "chat template"),
+        (RECORDS, {"train": None}, "data.train is not set"),
+    ],
+)
+def test_what_cannot_be(make, tokenizer, records, options, words):
+    with pytest.raises(UserError, match=words):
+        make(tokenizer, records, **options)
+
+
+def test_numbers_out_of_range():
+    with pytest.raises(ValueError, match=r"batch_size must be 1 or more.*0"):
+        Demonstrations(batch_size=0)
+
+
+def test_a_batch_larger_than_the_file(make, tokenizer):
+    with pytest.raises(UserError, match=r"batch_size is 3, but .*texts.jsonl has only 2 texts"):
+        make(tokenizer, batch_size=3).train_dataloader()
+
+
+def test_validation_is_optional(make, tokenizer):
+    assert list(make(tokenizer, validation=None).val_dataloader()) == []
+    with pytest.raises(UserError, match=r"data.validation is not set"):
+        make(tokenizer, validation=None, stage="validate")

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import RandomWeights, load_model
+from lit_rlhf.rewards import RewardModel
+from lit_rlhf.types import Completions, Rollout
+
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10"]
+RESPONSES = ["w11", "w12 w13 w14 w15", "w16 w17", "w18 w19 w20"]
+TERMINATED = [True, True, False, True]
+
+
+def completions(tokenizer, prompts=PROMPTS) -> Completions:
+    """Responses to text prompts, ended by the end-of-sequence token where they are terminated."""
+    starts = [tokenizer(p)["input_ids"] if isinstance(p, str) else tokenizer.encode("w0") for p in prompts]
+    ends = [
+        tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
+        for r, ended in zip(RESPONSES, TERMINATED, strict=True)
+    ]
+    width = max(len(s + e) for s, e in zip(starts, ends, strict=True))
+    rows = [s + e + [tokenizer.pad_token_id] * (width - len(s + e)) for s, e in zip(starts, ends, strict=True)]
+    lengths = torch.tensor([len(e) for e in ends])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    rollout = Rollout(
+        tokens=torch.tensor(rows),
+        prompt_lengths=torch.tensor([len(s) for s in starts]),
+        response_lengths=lengths,
+        rollout_logprobs=torch.zeros(mask.shape),
+        response_mask=mask,
+        terminated=torch.tensor(TERMINATED),
+        group=torch.arange(len(rows)),
+    )
+    responses = [f" {response}" for response in RESPONSES]
+    return Completions(prompts=prompts, responses=responses, columns={}, rollout=rollout)
+
+
+def conversations():
+    return [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+
+
+def own_scores(folder, rows) -> torch.Tensor:
+    """What the classifier itself says at each row's last token, a row at a time, without padding."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model.config.pad_token_id = None  # else it would look for the last token that is no padding
+    with torch.no_grad():
+        return torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+
+
+def prepared(folder, tokenizer, **options) -> RewardModel:
+    reward = RewardModel(str(folder), **options)
+    reward.prepare(tokenizer)
+    return reward
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory):
+    """A reward model with another vocabulary: the words in reverse order, behind other special tokens."""
+    folder = tmp_path_factory.mktemp("other")
+    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in reversed(range(32))), "user", "assistant"]
+    words = {name: i for i, name in enumerate(names)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config |= {"max_position_embeddings": 64, "initializer_range": 0.3}
+    load_model(RandomWeights(config=config, tokenizer=str(folder)), "score").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("special", ["distinct", "pad_is_eos"])
+@pytest.mark.parametrize("max_tokens", [1, 20, 16384])
+def test_score_is_the_classifiers_own_at_the_last_token(tiny_model, architecture, special, max_tokens, capsys):
+    folder = tiny_model(architecture, task="score", special=special)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = completions(tokenizer)
+    rows = [t[:n].tolist() for t, n in zip(given.rollout.tokens, given.rollout.lengths, strict=True)]
+    scores = prepared(folder, tokenizer, max_tokens=max_tokens)(given)
+    assert [row[-1] == tokenizer.eos_token_id for row in rows] == TERMINATED
+    assert scores.std() > 0.01
+    torch.testing.assert_close(scores, own_scores(folder, rows), atol=1e-5, rtol=1e-5)
+    assert "tokenized again" not in capsys.readouterr().out
+
+
+def test_another_vocabulary_is_tokenized_again_and_says_so(tiny_model, other_model, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    own = AutoTokenizer.from_pretrained(other_model)
+    reward = prepared(other_model, tokenizer)
+    assert f"{other_model} has another vocabulary than the actor" in capsys.readouterr().out
+    rows = [
+        own(f"{prompt} {response}")["input_ids"] + [own.eos_token_id] * ended
+        for prompt, response, ended in zip(PROMPTS, RESPONSES, TERMINATED, strict=True)
+    ]
+    scores = reward(completions(tokenizer))
+    assert scores.std() > 0.01
+    torch.testing.assert_close(scores, own_scores(other_model, rows), atol=1e-5, rtol=1e-5)
+
+
+def test_conversations_go_through_the_other_tokenizers_chat_template(tiny_model, other_model):
+    tokenizer, own = AutoTokenizer.from_pretrained(tiny_model("llama")), AutoTokenizer.from_pretrained(other_model)
+    reward = prepared(other_model, tokenizer)
+    reward.retokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+    rows = [
+        own(f"user {prompt} </s> assistant {response} </s>", add_special_tokens=False)["input_ids"]
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    scores = reward(completions(tokenizer, conversations()))
+    torch.testing.assert_close(scores[TERMINATED], own_scores(other_model, rows)[TERMINATED], atol=1e-5, rtol=1e-5)
+
+
+def test_conversations_need_a_chat_template(tiny_model, other_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    reward = prepared(other_model, tokenizer)
+    with pytest.raises(UserError, match=r"rewards.model.*chat template"):
+        reward(completions(tokenizer, conversations()))
+
+
+def test_the_model_is_frozen(tiny_model):
+    folder = tiny_model("llama", task="score")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reward = prepared(folder, tokenizer)
+    assert list(reward.parameters())
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    assert not any(module.training for module in reward.model.modules())
+    assert not reward(completions(tokenizer)).requires_grad
+
+
+def test_models_that_give_no_single_score(tiny_model, tmp_path):
+    folder = tiny_model("llama", task="score")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"rewards.model.*one label.*3"):
+        prepared(tmp_path, AutoTokenizer.from_pretrained(folder))
+    with pytest.raises(UserError, match=r"rewards.model.*/nowhere does not exist"):
+        prepared(tmp_path / "nowhere", AutoTokenizer.from_pretrained(folder))

@@ -1,0 +1,310 @@
+"""What the user did wrong is told in one line that names the field, what was found, and what would be right."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lit_rlhf.cli import main
+
+REWARDS = """\
+def fine(responses): return [0.0 for _ in responses]
+def divides(responses): return [1 / 0]  # line 2
+def few(responses): return [1.0]
+def nan(responses): return [float("nan")] * len(responses)
+def many_lines(responses): raise RuntimeError("first\\nsecond")
+"""
+CONFIG = """\
+model:
+  class_path: PolicyGradient
+  init_args:
+    actor: MODEL
+    rewards:
+      - {class_path: RewardFunction, init_args: {function: "rewards.py:fine"}}
+    sampling: {max_tokens: 4}
+    iterations: 1
+data:
+  class_path: Prompts
+  init_args: {train: prompts.jsonl, batch_size: 4}
+trainer: {default_root_dir: run, accelerator: cpu}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model, monkeypatch):
+    """The working folder: prompts, rewards, a config file, a model, and one without its tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    for model, kept in (("model", "*"), ("no_tokenizer", "[!t]*")):
+        (tmp_path / model).mkdir()
+        for file in tiny_model("llama").glob(kept):
+            (tmp_path / model / file.name).symlink_to(file)
+    prompts = [{"prompt": f"w{i} w2", "answer": "w3"} for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": w2}\n')
+    (tmp_path / "list.jsonl").write_text('["w1"]\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "prompts.csv").write_text("question,answer\n" + "w1 w2,w3\n" * 8)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("MODEL", "./model"))
+    return tmp_path
+
+
+def fit(**changes) -> list[str]:
+    """The words of a run that would go well, but for these options (``_`` stands for a dot; None leaves one out)."""
+    options = {
+        "model": "PolicyGradient",
+        "model.actor": "./model",
+        "model.rewards": reward("rewards.py:fine"),
+        "model.sampling.max_tokens": 4,
+        "model.iterations": 1,
+        "data": "Prompts",
+        "data.train": "prompts.jsonl",
+        "data.batch_size": 4,
+        "trainer.default_root_dir": "run",
+        "trainer.accelerator": "cpu",
+    }
+    options |= {name.replace("__", "."): value for name, value in changes.items()}
+    return ["fit", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def reward(function, class_path="RewardFunction", option="function") -> str:
+    return f"[{{class_path: {class_path}, init_args: {{{option}: '{function}'}}}}]"
+
+
+def refusal(capsys, words) -> str:
+    """What the command says, which must be one line, the last of stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    lines = capsys.readouterr().err.strip().splitlines()
+    told = [line for line in lines if line.startswith("lit-rlhf: error: ")]
+    assert exit_.value.code not in (0, None)
+    assert told == lines[-1:], "\n".join(lines)
+    assert "Traceback" not in "\n".join(lines)
+    assert "<class" not in told[0]
+    assert "Namespace(" not in told[0]
+    return told[0].removeprefix("lit-rlhf: error: ")
+
+
+def check(message, *patterns):
+    assert all(re.search(pattern, message) for pattern in patterns), message
+
+
+def meant(name) -> str:
+    return rf"did you mean '(--)?([\w.]+\.)?{re.escape(name)}'"
+
+
+def test_the_run_goes_well_without_a_mistake(folder):
+    main(fit())
+    assert (folder / "run" / "metrics.csv").exists()
+
+
+def test_a_csv_file_is_data_not_configuration(folder):
+    main(fit(data__train="prompts.csv", data__column="question"))
+    assert (folder / "run" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "patterns"),
+    [
+        ({"model__actor": "./nowhere"}, [r"model\.actor", r"\./nowhere", "does not exist"]),
+        ({"model__actor": "./prompts.jsonl"}, [r"model\.actor", "is a file"]),
+        ({"model__actor": "./no_tokenizer"}, [r"model\.actor", r"\./no_tokenizer", "tokenizer"]),
+        ({"model__reference": "./nowhere"}, [r"model\.reference", r"\./nowhere"]),
+        ({"model__critic": "./nowhere"}, [r"model\.critic", r"\./nowhere"]),
+        ({"model__critic": "reward"}, [r"model\.critic", "'reward'", "RewardModel"]),
+        ({"model__actor": None}, [r"model\.actor is not set", "folder"]),
+        ({"model__rewards": None}, [r"model\.rewards", "at least one"]),
+        ({"model__rewards": "[]"}, [r"model\.rewards", "at least one"]),
+        ({"data__train": None}, [r"data\.train is not set", "file"]),
+    ],
+)
+def test_models_and_what_must_be_set(folder, capsys, changes, patterns):
+    check(refusal(capsys, fit(**changes)), *patterns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "patterns"),
+    [
+        ({"data__train": "bad.jsonl"}, [r"data\.train", r"bad\.jsonl, line 2", "JSON"]),
+        ({"data__train": "list.jsonl"}, [r"data\.train", r"list\.jsonl, line 1", "object", "list"]),
+        ({"data__train": "empty.jsonl"}, [r"data\.train", r"empty\.jsonl", "is empty"]),
+        ({"data__train": "nowhere.jsonl"}, [r"data\.train", r"no file nowhere\.jsonl"]),
+        ({"data__validation": "nowhere.csv"}, [r"data\.validation", r"no file nowhere\.csv"]),
+        ({"data__column": "question"}, [r"data\.train", r"prompts\.jsonl", "'question'", "answer, prompt"]),
+        ({"data__max_tokens": 1}, ["all 8 prompts", r"prompts\.jsonl", r"data\.max_tokens=1"]),
+        ({"data__batch_size": 9}, [r"data\.batch_size is 9", "8 prompts"]),
+        ({"data__batch_size": 0}, [r"batch_size", "1 or more", "0"]),
+        ({"data__chat": "true"}, ["chat template"]),
+        ({"ckpt_path": "nowhere.ckpt"}, ["ckpt_path", r"nowhere\.ckpt"]),
+    ],
+)
+def test_data(folder, capsys, changes, patterns):
+    check(refusal(capsys, fit(**changes)), *patterns)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "patterns"),
+    [
+        (reward("rewards.py:divides"), [r"rewards\.py:divides", "ZeroDivisionError", r"rewards\.py, line 2"]),
+        (reward("rewards.py:many_lines"), [r"rewards\.py:many_lines", "RuntimeError", "first second"]),
+        (reward("rewards.py:few"), [r"rewards\.py:few", "4 numbers", "1"]),
+        (reward("rewards.py:nan"), [r"rewards\.py:nan", "nan", "response"]),
+        (reward("rewards.py:fin"), [r"rewards\.py", "'fin'", "fine, divides"]),
+        (reward("nowhere.py:fine"), [r"no file nowhere\.py"]),
+        (reward("answers", "ExactAnswer", "column"), ["'answers'", "prompt, answer"]),
+        (reward("./nowhere", "RewardModel", "model"), [r"rewards\.model", r"\./nowhere", "does not exist"]),
+    ],
+)
+def test_rewards(folder, capsys, rewards, patterns):
+    check(refusal(capsys, fit(model__rewards=rewards)), *patterns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "patterns"),
+    [
+        ({"modle.actor": "m"}, "model.actor", [r"modle\.actor"]),
+        ({"dta": "Prompts"}, "data", ["'dta'"]),
+        ({"trainer__max_epoch": 3}, "max_epochs", [r"trainer\.max_epoch"]),
+        ({"checkpoint__every": 3}, "every_n", [r"checkpoint\.every'", "keep_every_n"]),
+        ({"model__itreations": 3}, "iterations", ["itreations", "PolicyGradient|model"]),
+        ({"model__update__epoch": 3}, "epochs", [r"update\.epoch'", "minibatches"]),
+        ({"model__sampling__temprature": 1}, "temperature", [r"sampling\.temprature", "max_tokens"]),
+        ({"model__advantages": "GAE", "model__advantages__lamm": 0.9}, "lam", ["lamm", "GAE|advantages", "gamma"]),
+        ({"model__advantages__lamm": 0.9}, "lam", ["lamm", "GAE|advantages", "gamma"]),
+        (
+            {"model__rewards": reward("f", option="funtion")},
+            "function",
+            ["funtion", "RewardFunction|rewards", "weight"],
+        ),
+        ({"model__actor_optimizer": "AdamW", "model__actor_optimizer__lrr": 1}, "lr", ["lrr", "actor_optimizer|AdamW"]),
+        ({"data__bach_size": 4}, "batch_size", ["bach_size", "Prompts|data", "max_tokens"]),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(folder, capsys, changes, name, patterns):
+    check(refusal(capsys, fit(**changes)), "no option", meant(name), *patterns)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "name"),
+    [
+        ("trainer: {", "trianer: {", "trainer.default_root_dir|trainer"),
+        ("accelerator", "acelerator", "accelerator"),
+        ("iterations", "itreations", "iterations"),
+        ("max_tokens", "max_token", "max_tokens"),
+        ("{function", "{weigth: 2, function", "weight"),
+        ("iterations: 1", "update: {epoch: 1}", "epochs"),
+        ("iterations: 1", "advantages: {class_path: GAE, init_args: {lamm: 0.9}}", "lam"),
+        ("batch_size", "bach_size", "batch_size"),
+    ],
+)
+def test_a_misspelt_option_in_a_file(folder, capsys, right, wrong, name):
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(right, wrong, 1))
+    message = refusal(capsys, ["fit", "--config=config.yaml"])
+    mistake = re.search(r"\w*(trianer|acelerator|itreations|max_token|weigth|epoch|lamm|bach_size)", wrong)[0]
+    check(message, "no option", mistake, "|".join(meant(n) for n in name.split("|")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "patterns"),
+    [
+        ({"model": "PolicyGradent"}, ["model", meant("PolicyGradient"), "PolicyGradient, SFT"]),
+        ({"data": "Promts"}, ["data", meant("Prompts"), "Demonstrations, Prompts"]),
+        ({"model__advantages": "GEA"}, ["advantages", meant("GAE")]),
+        ({"model__objective": "Clipp"}, ["objective", meant("Clip")]),
+        ({"model__kl": "FixdKL"}, ["kl", meant("FixedKL")]),
+        ({"model__rewards": reward("f", "RewardFuncton")}, ["rewards", meant("RewardFunction"), "ExactAnswer"]),
+        ({"model__actor_optimizer": "AdmW"}, ["actor_optimizer", meant("AdamW")]),
+        ({"model": None}, ["model", "PolicyGradient, SFT"]),
+        ({"data": None, "data__train": None, "data__batch_size": None}, ["data", "Demonstrations, Prompts"]),
+        ({"model__rewards": "[{function: 'rewards.py:fine'}]"}, ["rewards", "class_path", "ExactAnswer"]),
+    ],
+)
+def test_an_unknown_class_names_those_that_exist(folder, capsys, changes, patterns):
+    message = refusal(capsys, fit(**changes))
+    check(message, *patterns)
+    assert "AlignmentModule" not in message  # nobody can use it
+
+
+@pytest.mark.parametrize(
+    ("changes", "patterns"),
+    [
+        ({"model__advantages": "GAE", "model__advantages__lam": 2}, ["lam", r"\[0, 1\]", "2"]),
+        ({"model__update__epochs": 0}, ["update|Update", "epochs", "1 or more", "0"]),
+        ({"model__update__minibatches": 5}, ["minibatches", "4", "5"]),
+        ({"model__sampling__max_tokens": 0}, ["sampling|Sampling", "max_tokens", "1 or more", "0"]),
+        ({"model__sampling__temperature": 0}, [r"sampling\.temperature", "positive"]),
+        ({"model__scores__clip": -1}, ["scores|ScoreShaping", "clip", "positive", "-1"]),
+        ({"model__iterations": 0}, [r"model\.iterations", "1 or more", "0"]),
+        ({"checkpoint__every_n": 0}, ["checkpoint|Checkpoint", "every_n", "1 or more", "0"]),
+    ],
+)
+def test_values_out_of_range(folder, capsys, changes, patterns):
+    check(refusal(capsys, fit(**changes)), *patterns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "patterns"),
+    [
+        ({"model__iterations": "many"}, ["model.iterations", "'many'", "whole number"]),
+        ({"model__iterations": "1.5"}, ["model.iterations", "1.5", "whole number"]),
+        ({"model__update__epochs": "many"}, ["model.update.epochs", "'many'", "whole number"]),
+        ({"model__advantages__lam": "high"}, ["advantages.lam", "'high'", "number"]),
+        ({"model__bootstrap_truncated": "maybe"}, ["model.bootstrap_truncated", "'maybe'", "true or false"]),
+        ({"model__rewards": "RewardFunction"}, ["model.rewards", "'RewardFunction'", "list"]),
+        (
+            {"model__actor_optimizer": "AdamW", "model__actor_optimizer__lr": "fast"},
+            ["optimizer.lr", "'fast'", "number"],
+        ),
+        ({"data__too_long": "cut"}, ["data.too_long", "'cut'", "drop, cut_left, cut_right"]),
+        ({"trainer__max_epochs": "many"}, ["trainer.max_epochs", "'many'", "whole number"]),
+    ],
+)
+def test_values_of_a_wrong_type(folder, capsys, changes, patterns):
+    check(refusal(capsys, fit(**changes)), *patterns)
+
+
+def test_an_unknown_command(capsys):
+    check(refusal(capsys, ["fti"]), "'fti'", meant("fit"), "validate, test, predict")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_accelerator_that_is_not_there(folder, capsys):
+    check(refusal(capsys, fit(trainer__accelerator="gpu")), "gpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [
+        (None, [r"no file .*broken\.yaml|broken\.yaml does not exist"]),
+        ("model: {class_path: SFT\ndata: 1\n", [r"broken\.yaml", "line 2", "YAML"]),
+        ("", [r"broken\.yaml", "empty|mapping"]),
+        ("- model\n", [r"broken\.yaml", "mapping"]),
+    ],
+)
+def test_config_files(folder, capsys, text, patterns):
+    if text is not None:
+        (folder / "broken.yaml").write_text(text)
+    check(refusal(capsys, ["fit", "--config=broken.yaml"]), *patterns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "patterns"),
+    [
+        ({"model__update__epoch": 3}, 2, [meant("epochs")]),
+        ({"model__rewards": reward("rewards.py:divides")}, 1, ["ZeroDivisionError", "line 2"]),
+    ],
+)
+def test_the_command_itself(folder, changes, status, patterns):
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_rlhf.cli", *fit(**changes)], capture_output=True, text=True, timeout=120
+    )
+    lines = done.stderr.strip().splitlines()
+    told = [line for line in lines if line.startswith("lit-rlhf: error: ")]
+    assert done.returncode == status
+    assert told == lines[-1:], done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    check(told[0], *patterns)
