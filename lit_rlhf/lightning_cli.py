@@ -1,5 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``predict`` through LightningCLI."""
 
+import logging
 import os
 import sys
 import warnings
@@ -29,6 +30,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
     "enable_model_summary": False,
 }
+
+
+UNASKED = ("\N{ELECTRIC LIGHT BULB}", "TPU available", "GPU available", "`weights_only` was not set")
 
 
 class Parser(LightningArgumentParser):
@@ -179,12 +183,19 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _quieten() -> None:
-    """Warnings of Lightning that do not apply here."""
+    """Advertisements, and warnings of Lightning that do not apply here."""
+    for logger in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{logger}").addFilter(
+            lambda record: not record.getMessage().startswith(UNASKED)
+        )
     for message in (
         ".*does not have many workers.*",
         ".*LightningCLI's args parameter.*",
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*You are running.*without validation.*",
+        ".*module\\(s\\) in eval mode.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*couldn't infer the indices fetched for your dataloader.*",
     ):
         warnings.filterwarnings("ignore", message=message)

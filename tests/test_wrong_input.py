@@ -85,6 +85,7 @@ def refusal(capsys, words) -> str:
     assert "Traceback" not in "\n".join(lines)
     assert "<class" not in told[0]
     assert "Namespace(" not in told[0]
+    assert "  " not in told[0]
     return told[0].removeprefix("lit-rlhf: error: ")
 
 
@@ -165,7 +166,7 @@ def test_rewards(folder, capsys, rewards, patterns):
 @pytest.mark.parametrize(
     ("changes", "name", "patterns"),
     [
-        ({"modle.actor": "m"}, "model.actor", [r"modle\.actor"]),
+        ({"modle.actor": "m"}, "model.actor", [r"modle\.actor", "^(?!.*modle has)"]),
         ({"dta": "Prompts"}, "data", ["'dta'"]),
         ({"trainer__max_epoch": 3}, "max_epochs", [r"trainer\.max_epoch"]),
         ({"checkpoint__every": 3}, "every_n", [r"checkpoint\.every'", "keep_every_n"]),
@@ -179,7 +180,11 @@ def test_rewards(folder, capsys, rewards, patterns):
             "function",
             ["funtion", "RewardFunction|rewards", "weight"],
         ),
-        ({"model__actor_optimizer": "AdamW", "model__actor_optimizer__lrr": 1}, "lr", ["lrr", "actor_optimizer|AdamW"]),
+        (
+            {"model__actor_optimizer": "AdamW", "model__actor_optimizer__lrr": 1},
+            "lr",
+            ["lrr", "actor_optimizer|AdamW", "^(?!.*params)"],
+        ),
         ({"data__bach_size": 4}, "batch_size", ["bach_size", "Prompts|data", "max_tokens"]),
     ],
 )
@@ -265,6 +270,10 @@ def test_values_out_of_range(folder, capsys, changes, patterns):
 )
 def test_values_of_a_wrong_type(folder, capsys, changes, patterns):
     check(refusal(capsys, fit(**changes)), *patterns)
+
+
+def test_a_word_that_belongs_to_no_option(folder, capsys):
+    check(refusal(capsys, [*fit(), "prompts.jsonl"]), r"'prompts\.jsonl'")
 
 
 def test_an_unknown_command(capsys):

@@ -45,6 +45,21 @@ def test_ratio_is_one_in_the_first_minibatch(make_module, fit, tiny_model, criti
     assert recorder.metrics[-1]["objective/kl_to_ref"] != 0  # it did learn
 
 
+@pytest.mark.parametrize("special", ["bos_is_eos", "pad_is_eos"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+def test_every_shape_and_tokenizer(make_module, fit, tiny_model, architecture, special):
+    """Two steps an iteration: the engine's log-probabilities are the actor's own, the first ratios are 1."""
+    recorder = Recorder()
+    options = {"actor": str(tiny_model(architecture, special=special)), "iterations": 2, "actor_optimizer": adam(0.0)}
+    fit(make_module(sampling=Sampling(max_tokens=12, temperature=0.7), **options), [recorder])
+    for metrics, outputs in zip(recorder.metrics, recorder.outputs, strict=True):
+        assert abs(metrics["policy/ratio_max"] - 1) < 1e-5
+        rollout, judged = outputs["judged"].rollout, outputs["judged"]
+        difference = (rollout.rollout_logprobs - judged.old_logprobs)[rollout.response_mask]
+        assert difference.abs().max() < 1e-4
+        assert metrics["value/loss"] > 0
+
+
 def test_nothing_moves_at_learning_rate_zero(make_module, fit):
     recorder = Recorder()
     module = make_module(iterations=3, actor_optimizer=adam(0.0), critic_optimizer=adam(0.0))

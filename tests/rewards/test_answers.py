@@ -49,6 +49,8 @@ def test_exact_answer():
         ("#### seventy", "72", False),
         ("", "72", False),
         ("#### 0.00001", 1e-05, True),
+        ("#### 0", 0, True),
+        ("#### 0", "3 - 3 = 0\n#### 0 (not 3)", True),
     ],
 )
 def test_numeric_answer(response, answer, right):
@@ -93,6 +95,7 @@ def test_a_missing_column_names_those_that_exist(reward):
         reward(completions(["72"], prompt=["q"], answer=["72"]))
 
 
-def test_an_answer_without_a_number():
-    with pytest.raises(UserError, match=r"answer.*'seventy two'"):
-        numeric("#### 72", "seventy two")
+@pytest.mark.parametrize("answer", ["seventy two", "", float("nan"), None])
+def test_an_answer_without_a_number(answer):
+    with pytest.raises(UserError, match=rf"answer.*'{answer}'"):
+        numeric("#### 72", answer)

@@ -1,0 +1,40 @@
+"""Every recipe is accepted as it stands, is short, and says how it is run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_rlhf.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe(recipe, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(recipe), "--print_config"])
+    assert exit_.value.code == 0
+    whole = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(recipe.read_text())
+    assert whole["model"]["class_path"].endswith(given["model"]["class_path"])
+    assert whole["trainer"]["default_root_dir"] == given["trainer"]["default_root_dir"]
+    lines = recipe.read_text().splitlines()
+    assert 15 <= len(lines) <= 40
+    assert any(line.startswith("#   lit-rlhf fit --config") for line in lines[:4])
+
+
+def test_gsm8k_recipe_runs_with_a_tiny_model_and_a_local_file(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text('{"question": "w1 w2?", "answer": "w3 #### 7"}\n' * 8)
+    main(
+        [
+            *("fit", "--config", str(CONFIGS / "ppo_gsm8k.yaml"), "--model.actor", str(tiny_model("qwen2", chat=True))),
+            *("--data.train", "train.jsonl", "--data.validation", "train.jsonl", "--data.batch_size", "8"),
+            *("--model.sampling.max_tokens", "8", "--model.iterations", "2", "--trainer.accelerator", "cpu"),
+        ]
+    )
+    assert (
+        len(Path("runs/ppo_gsm8k/metrics.csv").read_text().splitlines()) == 1 + 2 * 2
+    )  # an iteration and a validation each epoch
