@@ -83,8 +83,9 @@ def _unknown_option(option: str, field: str, known: Sequence[str], owner: type |
     whole = ".".join(filter(None, [field, option]))
     group = option.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == (group if f"{group}." in " ".join(known) else "")]
-    listed = f"; {owner.__name__ if owner else group} has: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
-    return f"there is no option {whole!r}{_nearest(option, known)}{listed}"
+    who = owner.__name__ if owner else group if f"{group}." in " ".join(known) else ""
+    listed = f"; {f'{who} has' if who else 'there are'}: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
+    return f"there is no option {whole!r}{_nearest(option, known, field)}{listed}"
 
 
 def _class_expected(field: str, found: str, name: str = "") -> str:
@@ -93,8 +94,8 @@ def _class_expected(field: str, found: str, name: str = "") -> str:
     return f"{field}{found}, it should be{listed}{_nearest(name, known)}"
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """Compare whole names, and the last parts of dotted ones."""
+def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
+    """Compare whole names, and the last parts of dotted ones; the field is put in front of what is found."""
     head, dot, rest = word.partition(".")
     heads = list(dict.fromkeys(name.partition(".")[0] for name in known))
     if dot and head not in heads and (close := difflib.get_close_matches(head, heads, n=1)):
@@ -102,7 +103,10 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     last = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     close = close or difflib.get_close_matches(word.rpartition(".")[2], list(last), n=1, cutoff=0.5)
-    return f", did you mean {last.get(close[0], close[0])!r}?" if close else ""
+    if not close:
+        return ""
+    nearest = ".".join(filter(None, [field, last.get(close[0], close[0])]))
+    return f", did you mean {nearest!r}?"
 
 
 def _owner(text: str) -> type | None:
@@ -119,6 +123,8 @@ def _options(owner: type) -> list[str]:
     """Names of the class's options, and with a dot those inside dataclass options."""
     names = []
     for parameter in inspect.signature(owner).parameters.values():
+        if parameter.name in ("params", "optimizer"):  # of an optimizer, a schedule: not the user's to set
+            continue
         names.append(parameter.name)
         default = type(parameter.default)
         if is_dataclass(default) and default.__base__ is object:

@@ -35,6 +35,5 @@ def test_gsm8k_recipe_runs_with_a_tiny_model_and_a_local_file(tiny_model, tmp_pa
             *("--model.sampling.max_tokens", "8", "--model.iterations", "2", "--trainer.accelerator", "cpu"),
         ]
     )
-    assert (
-        len(Path("runs/ppo_gsm8k/metrics.csv").read_text().splitlines()) == 1 + 2 * 2
-    )  # an iteration and a validation each epoch
+    rows = Path("runs/ppo_gsm8k/metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2  # an iteration and a validation each epoch

@@ -6,7 +6,7 @@ import lightning
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.loader import GlobalBatches, ResumableLoader
+from lit_rlhf.data.loader import GlobalBatches, ResumableLoader, check_shares
 from lit_rlhf.data.records import Record, Source, column, read_records
 from lit_rlhf.data.tokenize import chat_tokens, continued_tokens
 from lit_rlhf.errors import UserError
@@ -88,13 +88,10 @@ class Demonstrations(lightning.LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
         assert self.trainer is not None
-        batches = GlobalBatches(
-            len(self._texts[split]),
-            self.batch_size,
-            shuffle=shuffle,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-        )
+        size, world_size = len(self._texts[split]), self.trainer.world_size
+        check_shares(size, self.batch_size, shuffle=shuffle, world_size=world_size, option="data.batch_size")
+        rank = self.trainer.global_rank
+        batches = GlobalBatches(size, self.batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
         return ResumableLoader(self._texts[split], self._collate, batches)
 
     def _read(self, split: str) -> list[Tokenized]:

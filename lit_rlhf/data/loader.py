@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.randomness import Stream, generator
 
 
@@ -47,6 +48,27 @@ class GlobalBatches:
             rows = list(enumerate(order[batch * self.batch_size : (batch + 1) * self.batch_size]))
             first_row, next_rank = (len(rows) * r // self.world_size for r in (self.rank, self.rank + 1))
             yield rows[first_row:next_rank]
+
+
+def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, option: str) -> None:
+    """Every process must get a record of every batch.
+
+    Args:
+        size: Records.
+        batch_size: Records of a global batch.
+        shuffle: Whether an incomplete last batch is dropped.
+        world_size: Processes.
+        option: What the batch size is called, for the message.
+
+    Raises:
+        UserError: if one would get none.
+    """
+    smallest = batch_size if shuffle or size % batch_size == 0 else size % batch_size
+    if smallest < world_size:
+        raise UserError(
+            f"{option} is {batch_size}: a batch of the {size} records has {smallest}, fewer than the "
+            f"{world_size} processes; choose another size"
+        )
 
 
 class ResumableLoader:

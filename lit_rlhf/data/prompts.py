@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.loader import GlobalBatches, ResumableLoader
+from lit_rlhf.data.loader import GlobalBatches, ResumableLoader, check_shares
 from lit_rlhf.data.records import Record, Source, column, read_records
 from lit_rlhf.data.tokenize import prompt_tokens
 from lit_rlhf.errors import UserError
@@ -125,6 +125,8 @@ class Prompts(lightning.LightningDataModule):
         prompts = self._prompts[split]
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
+        option = "data.batch_size" if shuffle else "data.validation_batch_size"
+        check_shares(len(prompts), batch_size, shuffle=shuffle, world_size=world_size, option=option)
         batches = GlobalBatches(len(prompts), batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
         return ResumableLoader(prompts, self._collate, batches)
 

@@ -72,6 +72,8 @@ def _read_file(path: Path, field: str) -> list[Record]:
         return _read_jsonl(path, field)
     import datasets
 
+    datasets.disable_progress_bars()
+
     try:
         rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps every reader's own errors
@@ -107,6 +109,8 @@ def _read_hub(source: dict[str, str], field: str) -> list[Record]:
     if "path" not in source or not source.keys() <= {"path", "name", "split"}:
         raise UserError(f"{field}: a hub's data set has path, name and split, not {', '.join(source)}")
     import datasets
+
+    datasets.disable_progress_bars()
 
     try:
         name, split = source.get("name"), source.get("split", "train")

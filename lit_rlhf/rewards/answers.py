@@ -79,7 +79,9 @@ class NumericAnswer(Reward):
         """
         scores = []
         for response, answer in zip(completions.responses, _column(completions, self.column), strict=True):
-            right = _decimal(str(answer)) or final_number(str(answer), self.marker) or last_number(str(answer))
+            text = str(answer)
+            candidates = (_decimal(text), final_number(text, self.marker), last_number(text))
+            right = next((number for number in candidates if number is not None), None)
             if right is None:
                 raise UserError(f"the column {self.column} has no number in {str(answer)[:80]!r}")
             given = final_number(response, self.marker)
@@ -113,9 +115,10 @@ def last_number(text: str) -> Decimal | None:
 
 def _decimal(text: str) -> Decimal | None:
     try:
-        return Decimal(text.replace(",", "").replace("$", ""))
+        number = Decimal(text.replace(",", "").replace("$", ""))
     except InvalidOperation:
         return None
+    return number if number.is_finite() else None
 
 
 def _column(completions: Completions, column: str) -> Sequence[Any]:
