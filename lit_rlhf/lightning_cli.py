@@ -113,6 +113,8 @@ def run(args: Sequence[str] | None = None) -> None:
     Args:
         args: Its words; None: those of the command line (which child processes of DDP repeat).
     """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, "")  # class_path: my_module.MyReward, of the folder one stands in
     check_config_files(list(sys.argv[1:] if args is None else args))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
