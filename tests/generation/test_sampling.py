@@ -122,5 +122,5 @@ def test_logits_are_not_changed():
      ("top_p", 1.1), ("responses", 0)],
 )  # fmt: skip
 def test_out_of_range(field, value):
-    with pytest.raises(ValueError, match=f"^{field} must .*{value}$"):
+    with pytest.raises(ValueError, match=rf"^sampling\.{field} must .*{value}$"):
         Sampling(**{field: value})

@@ -82,7 +82,7 @@ def test_tokenizer_of_a_function(tiny_model, tmp_path):
     assert load_tokenizer(source)("w0").input_ids == [2, 6]
     assert load_model(source).config.vocab_size == 38
     broken = RandomWeights(config=SHAPE, tokenizer=f"{tmp_path}/mine.py:none")
-    one_line_error(lambda: load_tokenizer(broken, FIELD), "no 'none'", "make")
+    one_line_error(lambda: load_tokenizer(broken, FIELD), "no function 'none'", "make")
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, load_model, read_config])
