@@ -54,6 +54,8 @@ class Demonstrations(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.cut: dict[str, int] = {}
         self._texts: dict[str, list[Tokenized]] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._restored: dict[str, int] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenize; Lightning calls it."""
@@ -71,7 +73,10 @@ class Demonstrations(lightning.LightningDataModule):
                 f"data.batch_size is {self.batch_size}, but {self.sources['train']} has only "
                 f"{len(self._texts['train'])} texts"
             )
-        return self._loader("train", shuffle=True)
+        self._train_loader = self._loader("train", shuffle=True)
+        if self._restored:
+            self._train_loader.load_state_dict(self._restored)
+        return self._train_loader
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         """In the file's order; empty if there are no validation texts."""
@@ -80,6 +85,14 @@ class Demonstrations(lightning.LightningDataModule):
     def test_dataloader(self) -> ResumableLoader | list[Any]:
         """The same as the validation loader."""
         return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training loader stands. Lightning keeps the loader's own state too, but does not always load it."""
+        return self._train_loader.state_dict() if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self._restored = state_dict
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -26,24 +26,18 @@ class GlobalBatches:
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
-        self.skip = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; Lightning calls it, on a loader's ``sampler``."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.batch_size)
         return full if self.shuffle or not rest else full + 1
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def epoch(self, number: int, first: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """The batches of an epoch, from the ``first`` on."""
         order = (
-            torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, self.epoch)).tolist()
+            torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, number)).tolist()
             if self.shuffle
             else list(range(self.size))
         )
-        first, self.skip = self.skip, 0
         for batch in range(first, len(self)):
             rows = list(enumerate(order[batch * self.batch_size : (batch + 1) * self.batch_size]))
             first_row, next_rank = (len(rows) * r // self.world_size for r in (self.rank, self.rank + 1))
@@ -74,38 +68,36 @@ def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, 
 class ResumableLoader:
     """A loader that goes on where it stood: Lightning saves and restores its state.
 
-    No torch DataLoader: the records are in memory, and Lightning rebuilds a DataLoader for predictions.
+    It counts its batches itself and asks nobody for the epoch: Lightning's own count is one behind in a run that was
+    resumed from an epoch's end. No torch DataLoader: the records are in memory, and Lightning rebuilds a DataLoader.
 
     Args:
         records: Indexed by number.
         collate: Makes a batch of (place in the global batch, record) pairs.
-        sampler: Which records, in which order.
+        batches: Which records, in which order.
     """
 
-    batch_sampler = None  # Lightning asks for it wherever there is a sampler
-
     def __init__(
-        self, records: Sequence[Any], collate: Callable[[list[tuple[int, Any]]], Any], sampler: GlobalBatches
+        self, records: Sequence[Any], collate: Callable[[list[tuple[int, Any]]], Any], batches: GlobalBatches
     ) -> None:
         self.records = records
         self.collate = collate
-        self.sampler = sampler
-        self.yielded = 0
+        self.batches = batches
+        self.yielded = 0  # in all epochs
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        self.yielded = self.sampler.skip
-        for batch in self.sampler:
+        epoch, first = divmod(self.yielded, len(self)) if self.batches.shuffle else (0, 0)
+        for batch in self.batches.epoch(epoch, first):
             self.yielded += 1
             yield self.collate([(place, self.records[number]) for place, number in batch])
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batches given out in it."""
-        return {"epoch": self.sampler.epoch, "yielded": self.yielded}
+        """Batches given out so far."""
+        return {"yielded": self.yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the last batch given out."""
-        self.sampler.epoch = state["epoch"]
-        self.sampler.skip = state["yielded"] % len(self.sampler)
+        self.yielded = state["yielded"]

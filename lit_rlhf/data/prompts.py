@@ -84,6 +84,8 @@ class Prompts(lightning.LightningDataModule):
         self.dropped: dict[str, int] = {}
         self.cut: dict[str, int] = {}
         self._prompts: dict[str, list[_TokenizedPrompt]] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._restored: dict[str, int] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what the stage needs; Lightning calls it."""
@@ -102,7 +104,10 @@ class Prompts(lightning.LightningDataModule):
                 f"data.batch_size is {self.batch_size}, but {self.sources['train']} has only "
                 f"{len(self._prompts['train'])} prompts"
             )
-        return self._loader("train", self.batch_size, shuffle=True)
+        self._train_loader = self._loader("train", self.batch_size, shuffle=True)
+        if self._restored:
+            self._train_loader.load_state_dict(self._restored)
+        return self._train_loader
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         """In the file's order; empty if there are no validation prompts."""
@@ -115,6 +120,14 @@ class Prompts(lightning.LightningDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """In the file's order."""
         return self._loader("predict", self.validation_batch_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training loader stands. Lightning keeps the loader's own state too, but does not always load it."""
+        return self._train_loader.state_dict() if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self._restored = state_dict
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
