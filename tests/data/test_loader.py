@@ -7,29 +7,28 @@ from lit_rlhf.data.loader import GlobalBatches, ResumableLoader
 SIZE, BATCH = 22, 4
 
 
-def loader(shuffle=True, **options):
-    """A loader of the numbers 0 … 21 and the sampler that Lightning tells the epoch."""
-    batches = GlobalBatches(SIZE, BATCH, shuffle=shuffle, **options)
-    return ResumableLoader(range(SIZE), lambda placed: placed, batches), batches
+def loader(shuffle=True, **options) -> ResumableLoader:
+    """A loader of the numbers 0 … 21."""
+    return ResumableLoader(range(SIZE), lambda placed: placed, GlobalBatches(SIZE, BATCH, shuffle=shuffle, **options))
 
 
-def play(made, batches, epochs):
-    """The records of each batch, epoch by epoch."""
-    for number in epochs:
-        batches.set_epoch(number)
+def play(made, epochs=1):
+    """The records of each batch, so many epochs long."""
+    for _ in range(epochs):
         for batch in made:
             yield [record for _, record in batch]
 
 
 def epoch(number, **options):
-    return list(play(*loader(**options), [number]))
+    made = loader(**options)
+    return list(play(made, number + 1))[number * len(made) :]
 
 
 def test_every_record_at_most_once_an_epoch():
     batches = epoch(0)
     seen = [record for batch in batches for record in batch]
     assert [len(batch) for batch in batches] == [BATCH] * 5  # the incomplete sixth is dropped
-    assert len(loader()[0]) == 5
+    assert len(loader()) == 5
     assert len(set(seen)) == 20
     assert set(seen) <= set(range(SIZE))
 
@@ -38,7 +37,7 @@ def test_validation_keeps_the_order_and_the_rest():
     batches = epoch(3, shuffle=False)
     assert [record for batch in batches for record in batch] == list(range(SIZE))
     assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2]
-    assert len(loader(shuffle=False)[0]) == 6
+    assert len(loader(shuffle=False)) == 6
 
 
 def test_the_order_is_a_function_of_seed_and_epoch(monkeypatch):
@@ -55,26 +54,26 @@ def test_the_order_is_a_function_of_seed_and_epoch(monkeypatch):
 @pytest.mark.parametrize("given", range(1, 11))
 def test_a_resumed_loader_goes_on_where_it_stood(given):
     first, second = loader(), loader()
-    taken = list(islice(play(*first, (0, 1)), given))
-    second[0].load_state_dict(first[0].state_dict())
-    rest = list(play(*second, range(given // 5, 2)))  # Lightning restores the number of complete epochs
+    taken = list(islice(play(first, 2), given))
+    second.load_state_dict(first.state_dict())
+    rest = list(play(second, 2 - given // 5))
     assert taken + rest == epoch(0) + epoch(1)
 
 
 def test_a_state_resumed_twice():
     first, second, third = loader(), loader(), loader()
-    next(iter(first[0]))
-    second[0].load_state_dict(first[0].state_dict())
-    next(iter(second[0]))
-    third[0].load_state_dict(second[0].state_dict())
-    assert list(play(*third, [0])) == epoch(0)[2:]
+    next(iter(first))
+    second.load_state_dict(first.state_dict())
+    next(iter(second))
+    third.load_state_dict(second.state_dict())
+    assert list(play(third)) == epoch(0)[2:]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_the_same_global_batches(world_size, shuffle):
-    shares = [list(loader(shuffle, rank=rank, world_size=world_size)[0]) for rank in range(world_size)]
-    whole = list(loader(shuffle)[0])
+    shares = [list(loader(shuffle, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    whole = list(loader(shuffle))
     assert [len(share) for share in shares] == [len(whole)] * world_size
     for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
         assert [pair for part in parts for pair in part] == batch
@@ -84,7 +83,7 @@ def test_ranks_share_the_same_global_batches(world_size, shuffle):
 @pytest.mark.parametrize(("batch_size", "world_size"), [(6, 4), (5, 3), (9, 8)])
 def test_no_rank_goes_without_a_record(batch_size, world_size):
     shares = [
-        [len(share) for share in GlobalBatches(18, batch_size, shuffle=True, rank=rank, world_size=world_size)]
+        [len(share) for share in GlobalBatches(18, batch_size, shuffle=True, rank=rank, world_size=world_size).epoch(0)]
         for rank in range(world_size)
     ]
     for sizes in zip(*shares, strict=True):
