@@ -40,7 +40,7 @@ def test_ratio_is_one_in_the_first_minibatch(make_module, fit, tiny_model, criti
     assert len(recorder.metrics) == 6
     for metrics in recorder.metrics:
         assert abs(metrics["policy/ratio_max"] - 1) < 1e-5
-        assert metrics["policy/kl_to_old"] < 1e-9
+        assert metrics["policy/kl_to_old"] < 5e-11  # half the mean squared log-ratio: ratios below 1 count as well
         assert metrics["policy/clip_fraction"] == 0
     assert recorder.metrics[-1]["objective/kl_to_ref"] != 0  # it did learn
 
