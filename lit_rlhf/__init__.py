@@ -7,9 +7,9 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "algorithms.advantages": ("GAE", "Estimator"),
-    "algorithms.kl": ("FixedKL", "KLController"),
-    "algorithms.objectives": ("Clip", "Objective"),
+    "algorithms.advantages": ("GAE", "TD0", "Estimator", "GroupNormalized", "LeaveOneOut", "MonteCarlo", "NStep"),
+    "algorithms.kl": ("AdaptiveKL", "FixedKL", "KLController"),
+    "algorithms.objectives": ("Clip", "KLPenalty", "Objective", "Surrogate", "VanillaPG"),
     "callbacks": ("ExportAtEnd", "IterationCheckpoint", "MetricsFile", "Predictions", "ProgressBar", "Samples"),
     "data": ("Demonstrations", "Prompts"),
     "errors": ("UserError",),

@@ -1,24 +1,28 @@
 """Estimators of KL(π ‖ π_ref) from samples of π, and the coefficients that weigh it.
 
-With x drawn from π and r = log π_ref(x) − log π(x) (Schulman 2020, «Approximating KL divergence»,
+Units: nats. With x drawn from π and r = log π_ref(x) − log π(x) (Schulman 2020, «Approximating KL divergence»,
 joschu.net/blog/kl-approx.html):
 
-====  ==============  =========  ==========================================================
-name  value           unbiased?  as a loss term
-====  ==============  =========  ==========================================================
-k1    −r              yes        its expected gradient is 0: put it into the reward instead
-k2    r² / 2          no         its expected gradient is the KL's
-k3    exp(r) − 1 − r  yes, ≥ 0   its gradient is biased
-====  ==============  =========  ==========================================================
+====  ===================  =========  ==========================================================
+name  value                unbiased?  as a loss term
+====  ===================  =========  ==========================================================
+k1    −r                   yes        its expected gradient is 0: put it into the reward instead
+k2    r² / 2               no         its expected gradient is the KL's
+k3    exp(r) − 1 − r       yes, ≥ 0   its gradient is biased: on average that of KL(π_ref ‖ π)
+full  Σₓ π(x) log π/π_ref  exact      exact, in each state; needs both models' logits
+====  ===================  =========  ==========================================================
+
+All of them are of one token. The KL of a response is the sum over its tokens, and that is what the controllers take.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_rlhf.algorithms.objectives import MAX_LOG_RATIO
+MAX_LOG_RATIO = 20.0
+"""exp(20) ≈ 5e8: beyond it a ratio says only «far too large», and its exponential would overflow."""
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -40,13 +44,32 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(r) − 1 − r with r = log π_ref − log π: unbiased and never negative. r is clamped to ±20 before exp.
+    """exp(r) − 1 − r with r = log π_ref − log π: unbiased and never negative. Where r > 20 it counts as 20.
 
     >>> k3(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1065])
     """
-    r = ref_logprobs - logprobs
-    return torch.expm1(r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) - r
+    r = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(r) - r
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(π ‖ π_ref) of two next-token distributions, Σₓ π(x) (log π(x) − log π_ref(x)), over the whole vocabulary.
+
+    Args:
+        logits: [..., V], divided by the temperature; need not be normalised.
+        ref_logits: [..., V].
+
+    Returns:
+        [...], in nats. A token that π never takes (logit −∞) adds 0.
+
+    >>> full_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0986]))
+    tensor(0.1438)
+    """
+    logprobs, ref_logprobs = torch.log_softmax(logits, -1), torch.log_softmax(ref_logits, -1)
+    taken = torch.isfinite(logprobs)
+    difference = torch.where(taken, logprobs, 0.0) - torch.where(taken, ref_logprobs, 0.0)
+    return (logprobs.exp() * difference).sum(-1)
 
 
 class KLController(ABC):
@@ -57,7 +80,7 @@ class KLController(ABC):
 
     @abstractmethod
     def update(self, kl: float, n: int) -> None:
-        """Take notice of an iteration's mean KL a response, in nats, over n responses."""
+        """Take notice of an iteration's mean KL to the reference, in nats a *response*, over n responses."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +105,48 @@ class FixedKL(KLController):
 
     def update(self, kl: float, n: int) -> None:
         """Nothing: the coefficient is fixed."""
+
+
+class AdaptiveKL(nn.Module, KLController):
+    """A coefficient that holds the KL to the reference at a target.
+
+    After an iteration of n responses: coef ← coef (1 + e min(n / horizon, 1)) with e = clip(KL / target − 1, −0.2, 0.2).
+    The coefficient is in the checkpoint.
+
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+
+    Args:
+        coef: The coefficient at the start, in units of score a nat; positive.
+        target: The KL to hold, in nats a *response* (not a token).
+        horizon: In responses: in so many the coefficient moves by a factor of about e^{0.2} at most.
+
+    Raises:
+        ValueError: if a number is not positive.
+
+    >>> kl = AdaptiveKL(coef=0.2, target=6.0, horizon=640)
+    >>> kl.update(12.0, n=64)
+    >>> round(kl.coef, 6)
+    0.204
+    """
+
+    def __init__(self, coef: float = 0.2, target: float = 6.0, horizon: float = 10000.0) -> None:
+        super().__init__()
+        for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
+            if not 0.0 < value < float("inf"):
+                raise ValueError(f"kl.{name} must be positive, not {value}")
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """Follow an iteration's mean KL to the reference, in nats a response, over n responses."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * min(n / self.horizon, 1.0)
+
+    def get_extra_state(self) -> Tensor:
+        """The coefficient, for the checkpoint (a buffer would be rounded in half precision)."""
+        return torch.tensor(self.coef, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on with this coefficient."""
+        self.coef = float(state)

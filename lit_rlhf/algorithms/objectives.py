@@ -1,20 +1,32 @@
 """Policy objectives: per-token losses [B, T] of log-probabilities and advantages.
 
 They average nothing: the module weighs the tokens once, for the whole optimizer step (`masked.token_weights`).
+
+At ratio 1, the first step after the responses were drawn, the gradients of all of them are −Aₜ ∇log π(aₜ|sₜ); they
+differ in what they do when the policy has moved: nothing (`VanillaPG`), importance weights (`Surrogate`), a penalty
+(`KLPenalty`), or no gradient beyond a bound (`Clip`).
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-MAX_LOG_RATIO = 20.0
-"""exp(20) ≈ 5e8: beyond it a ratio says only «far too large», and its exponential would overflow."""
+from lit_rlhf.algorithms.kl import MAX_LOG_RATIO, k3
+from lit_rlhf.algorithms.masked import masked_mean
+
+Level = Literal["token", "sequence"]
 
 
 class Objective(ABC):
     """A policy loss to be minimised, token by token."""
+
+    @property
+    def follows_kl(self) -> bool:
+        """Whether ``update`` does anything with the KL to the old policy, which costs a forward to measure."""
+        return False
 
     @abstractmethod
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -24,15 +36,163 @@ class Objective(ABC):
         """Bool [B, T]: tokens whose gradient the objective cuts off. None, unless it says otherwise."""
         return torch.zeros_like(mask)
 
+    def update(self, measured_kl: float) -> None:  # noqa: B027 (most objectives follow nothing)
+        """Take notice of the mean KL(π_old ‖ π) after an iteration's update, in nats a token."""
 
-def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: Level = "token") -> Tensor:
     """ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ), [B, T]; 1 outside the mask. The log-ratio is clamped to ±20 before exp.
 
-    >>> probability_ratio(torch.tensor([[0.0]]), torch.tensor([[0.0]]), torch.tensor([[True]]))
-    tensor([[1.]])
+    With ``level="sequence"`` every token of a row has the ratio of the whole response by its length,
+    (π(y|x) / π_old(y|x))^{1/|y|}, which is the exponential of the mean log-ratio.
+
+    Source of the latter: Zheng et al. 2025 (GSPO, arXiv 2507.18071), equation 7.
+
+    >>> mask, old = torch.tensor([[True, True]]), torch.zeros(1, 2)
+    >>> probability_ratio(torch.tensor([[0.0, 0.693147]]), old, mask)
+    tensor([[1.0000, 2.0000]])
+    >>> probability_ratio(torch.tensor([[0.0, 0.693147]]), old, mask, level="sequence")
+    tensor([[1.4142, 1.4142]])
     """
     log_ratio = torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs.detach(), 0.0)
+    if level == "sequence":
+        log_ratio = torch.where(mask, masked_mean(log_ratio, mask, 1)[:, None], 0.0)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+@dataclass(frozen=True)
+class VanillaPG(Objective):
+    """The policy gradient itself: lossₜ = −Aₜ log π(aₜ|sₜ).
+
+    Right for responses of the policy as it is now: take one epoch and one minibatch, or the later steps are off-policy
+    and nothing corrects for it.
+
+    Source: Williams 1992 (REINFORCE); Sutton & Barto 2018, equation 13.11.
+
+    >>> mask = torch.tensor([[True]])
+    >>> VanillaPG()(logprobs=torch.tensor([[-0.5]]), old_logprobs=torch.tensor([[-0.5]]),
+    ...             advantages=torch.tensor([[2.0]]), mask=mask)
+    tensor([[1.]])
+    """
+
+    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """The loss of each token, [B, T]."""
+        return -torch.where(mask, advantages.detach(), 0.0) * torch.where(mask, logprobs, 0.0)
+
+
+@dataclass(frozen=True)
+class Surrogate(Objective):
+    """The importance-sampled objective: lossₜ = −ρₜ Aₜ. The common ground of TRPO and PPO; nothing bounds the step.
+
+    Source: Schulman et al. 2015 (TRPO, arXiv 1502.05477), equation 14; Schulman et al. 2017 (arXiv 1707.06347),
+    equation 6.
+
+    Args:
+        ratio: ``token``, or ``sequence`` for the ratio of the whole response by its length (see `probability_ratio`).
+
+    Raises:
+        ValueError: for another ratio.
+
+    >>> mask = torch.tensor([[True]])
+    >>> Surrogate()(logprobs=torch.tensor([[0.5]]), old_logprobs=torch.tensor([[0.5]]),
+    ...             advantages=torch.tensor([[2.0]]), mask=mask)
+    tensor([[-2.]])
+    """
+
+    ratio: Level = "token"
+
+    def __post_init__(self) -> None:
+        _check_level(self.ratio)
+
+    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """The loss of each token, [B, T]."""
+        ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
+        return -torch.where(mask, advantages.detach(), 0.0) * ratio
+
+
+class KLPenalty(nn.Module, Objective):
+    """The surrogate with a penalty on the KL from the old policy: lossₜ = −ρₜ Aₜ + β KLₜ(π_old ‖ π).
+
+    KLₜ is estimated from the old policy's token by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are unbiased in
+    this direction. With ``adaptive`` β follows the KL after each iteration's update: above ``high`` × target it is
+    multiplied by ``factor``, below target / ``low`` divided by it. β is in the checkpoint.
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 8 and section 4.
+
+    Args:
+        beta: β at the start, in units of the advantage a nat.
+        target: The mean KL to the old policy that an iteration should end with, in nats a token.
+        adaptive: False: β stays.
+        high: Bound above, 1 or more.
+        low: Bound below, 1 or more.
+        factor: What β is multiplied or divided by, greater than 1.
+        ratio: ``token``, or ``sequence`` for the ratio of the whole response by its length; the KL is a token's.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    >>> objective = KLPenalty(beta=1.0, target=0.01)
+    >>> objective.update(0.02)
+    >>> objective.beta
+    2.0
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        target: float = 0.01,
+        adaptive: bool = True,
+        high: float = 1.5,
+        low: float = 1.5,
+        factor: float = 2.0,
+        ratio: Level = "token",
+    ) -> None:
+        super().__init__()
+        if not beta >= 0.0 or (adaptive and beta == 0.0):
+            raise ValueError(f"objective.beta must be positive (0 with adaptive: false is no penalty), not {beta}")
+        if not target > 0.0:
+            raise ValueError(f"objective.target must be positive, not {target}")
+        for name, value in (("high", high), ("low", low)):
+            if not value >= 1.0:
+                raise ValueError(f"objective.{name} must be 1 or more, not {value}")
+        if not factor > 1.0:
+            raise ValueError(f"objective.factor must be greater than 1, not {factor}")
+        _check_level(ratio)
+        self.beta = beta
+        self.target = target
+        self.adaptive = adaptive
+        self.high, self.low, self.factor = high, low, factor
+        self.ratio = ratio
+
+    @property
+    def follows_kl(self) -> bool:
+        """If adaptive."""
+        return self.adaptive
+
+    def forward(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """The loss of each token, [B, T]."""
+        surrogate = Surrogate(self.ratio)(
+            logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
+        )
+        kl_to_old = k3(torch.where(mask, old_logprobs.detach(), 0.0), torch.where(mask, logprobs, 0.0))
+        return surrogate + self.beta * kl_to_old
+
+    def update(self, measured_kl: float) -> None:
+        """Follow the mean KL(π_old ‖ π) after an iteration's update, in nats a token."""
+        if not self.adaptive:
+            return
+        if measured_kl > self.high * self.target:
+            self.beta *= self.factor
+        elif measured_kl < self.target / self.low:
+            self.beta /= self.factor
+
+    def get_extra_state(self) -> Tensor:
+        """β, for the checkpoint (a buffer would be rounded in half precision)."""
+        return torch.tensor(self.beta, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on with this β."""
+        self.beta = float(state)
 
 
 @dataclass(frozen=True)
@@ -43,12 +203,14 @@ class Clip(Objective):
     most −c Aₜ, so that one runaway ratio cannot dominate a step.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; the dual clip: Ye et al. 2020 (arXiv 1912.09729),
-    equation 5; asymmetric bounds: Yu et al. 2025 (arXiv 2503.14476).
+    equation 5; asymmetric bounds: Yu et al. 2025 (arXiv 2503.14476); the sequence's ratio: Zheng et al. 2025 (GSPO,
+    arXiv 2507.18071), equation 5, whose bounds are some 1e-4 wide.
 
     Args:
         eps: ε, the lower bound's distance from 1, in (0, 1).
         eps_high: ε_high, the upper bound's distance from 1; the same as ``eps`` if None.
         dual: c > 1, or None for no dual clip.
+        ratio: ``token``, or ``sequence`` for the ratio of the whole response by its length (see `probability_ratio`).
 
     Raises:
         ValueError: if a bound is out of range.
@@ -62,6 +224,7 @@ class Clip(Objective):
     eps: float = 0.2
     eps_high: float | None = None
     dual: float | None = None
+    ratio: Level = "token"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eps < 1.0:
@@ -70,10 +233,11 @@ class Clip(Objective):
             raise ValueError(f"eps_high must be positive, not {self.eps_high}")
         if self.dual is not None and self.dual <= 1.0:
             raise ValueError(f"dual must be greater than 1, not {self.dual}")
+        _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """The clipped loss of each token, [B, T]."""
-        ratio = probability_ratio(logprobs, old_logprobs, mask)
+        ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
         advantages = torch.where(mask, advantages.detach(), 0.0)
         loss = -torch.minimum(ratio * advantages, self._clip(ratio) * advantages)
         if self.dual is not None:
@@ -82,7 +246,7 @@ class Clip(Objective):
 
     def clipped(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """Bool [B, T]: tokens that have already moved out of the trust interval in the direction of their advantage."""
-        ratio = probability_ratio(logprobs, old_logprobs, mask)
+        ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
         advantages = torch.where(mask, advantages, 0.0)
         cut = self._clip(ratio) * advantages < ratio * advantages
         if self.dual is not None:
@@ -92,3 +256,8 @@ class Clip(Objective):
     def _clip(self, ratio: Tensor) -> Tensor:
         high = self.eps if self.eps_high is None else self.eps_high
         return ratio.clamp(1.0 - self.eps, 1.0 + high)
+
+
+def _check_level(ratio: str) -> None:
+    if ratio not in ("token", "sequence"):
+        raise ValueError(f"objective.ratio must be 'token' or 'sequence', not {ratio!r}")
