@@ -15,7 +15,7 @@ _PUBLIC = {
     "errors": ("UserError",),
     "generation": ("Engine", "NativeEngine", "Sampling"),
     "models.loading": ("RandomWeights",),
-    "modules": ("SFT", "PolicyGradient", "Update"),
+    "modules": ("SFT", "TRPO", "PolicyGradient", "ReferenceKL", "TrustRegion", "Update"),
     "rewards": ("ExactAnswer", "NumericAnswer", "Reward", "RewardFunction", "RewardModel", "ScoreShaping"),
     "types": ("Completions", "Estimates", "Experience", "Judged", "PromptBatch", "Rollout", "Trajectory"),
 }

@@ -113,6 +113,7 @@ class Judged:
     old_logprobs: Tensor  # [B, T], the actor's at the start of the update
     entropy: Tensor  # [B, T], of the actor's next-token distribution, in nats
     ref_logprobs: Tensor  # [B, T]
+    full_kl: Tensor | None  # [B, T], KL to the reference over the vocabulary, in nats; None: the reward needs it not
     values: Tensor | None  # [B, T]; None: no critic
     bootstrap: Tensor | None  # [B], the value after the last token of a truncated response; None: 0 everywhere
     rewards: Mapping[str, Tensor]  # [B] for each reward, unweighted
@@ -168,8 +169,12 @@ class Experience:
         """
         order = torch.randperm(len(self.rollout.tokens), generator=generator)
         for rows in order.tensor_split(count):
-            lengths = self.rollout.lengths[rows.to(self.rollout.lengths.device)].cpu()
-            yield [self.select(rows[part].to(self.advantages.device)) for part in pack(lengths, max_tokens)]
+            yield self.select(rows.to(self.advantages.device)).micro_batches(max_tokens)
+
+    def micro_batches(self, max_tokens: int) -> list["Experience"]:
+        """All rows in micro-batches of similar length, of at most ``max_tokens`` padded tokens each."""
+        device = self.advantages.device
+        return [self.select(rows.to(device)) for rows in pack(self.rollout.lengths.cpu(), max_tokens)]
 
 
 def pack(lengths: Tensor, max_tokens: int) -> list[Tensor]:

@@ -110,7 +110,7 @@ class FixedKL(KLController):
 class AdaptiveKL(nn.Module, KLController):
     """A coefficient that holds the KL to the reference at a target.
 
-    After an iteration of n responses: coef ← coef (1 + e min(n / horizon, 1)) with e = clip(KL / target − 1, −0.2, 0.2).
+    After an iteration of n responses: coef ← coef (1 + e min(n / horizon, 1)), e = clip(KL / target − 1, −0.2, 0.2).
     The coefficient is in the checkpoint.
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.

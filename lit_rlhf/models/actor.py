@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 
+from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.errors import UserError
 
 CHUNK_ELEMENTS = 2**25
@@ -20,6 +21,7 @@ class TokenStats:
     logprobs: Tensor  # [B, S] float32, of the token at each place given those before it
     entropy: Tensor  # [B, S] float32, of the distribution it was drawn from, in nats
     values: Tensor | None  # [B, S] float32, V after the token at each place; None without a value head
+    full_kl: Tensor | None  # [B, S] float32, of that distribution to another actor's, in nats; None without one
 
 
 class Actor(nn.Module):
@@ -52,20 +54,35 @@ class Actor(nn.Module):
         self.value_head = new_value_head(model) if shared_critic else None
         _check_head(self)
 
-    def forward(self, tokens: Tensor, chosen: Tensor) -> TokenStats:
+    def forward(self, tokens: Tensor, chosen: Tensor, other: "Actor | None" = None) -> TokenStats:
         """Log-probabilities and entropies at the chosen places.
 
         Args:
             tokens: [B, S] int64, right-padded (a causal model does not see what stands behind).
             chosen: Bool [B, S]; the first place of a row cannot be chosen, nothing stands before it.
+            other: The full KL to this one is wanted too; no gradient flows into it. The actor itself gives a KL of
+                0 whose second derivative is the Fisher matrix.
         """
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = self.hidden(tokens)
         predicted = chosen[:, 1:]
-        logprobs, entropy = self._head(hidden[:, :-1][predicted], tokens[:, 1:][predicted])
+        others = None
+        if other is not None:
+            with torch.no_grad():
+                others = (hidden.detach() if other is self else other.hidden(tokens))[:, :-1][predicted]
+        logprobs, entropy, kl = self._head(hidden[:, :-1][predicted], tokens[:, 1:][predicted], other, others)
         values = None
         if self.value_head is not None:
             values = self.value_head(_scale_gradient(hidden, self.value_grad_scale)).squeeze(-1).float()
-        return TokenStats(logprobs=_spread(logprobs, chosen), entropy=_spread(entropy, chosen), values=values)
+        return TokenStats(
+            logprobs=_spread(logprobs, chosen),
+            entropy=_spread(entropy, chosen),
+            values=values,
+            full_kl=None if other is None else _spread(kl, chosen),
+        )
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The trunk's last hidden state, [B, S, H]."""
+        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
     def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of the token after the last one, [B, V] float32, before the temperature.
@@ -82,9 +99,10 @@ class Actor(nn.Module):
         return self.logits(hidden[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head with the model's own scaling of its logits, in float32."""
+        """The head with the model's own scaling of its logits, in float32 (or in a double-precision model's own)."""
         config = self.model.config
-        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = self.model.get_output_embeddings()(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if scaling := getattr(config, "logits_scaling", None):  # Granite
             logits = logits / scaling
         if scale := getattr(config, "logit_scale", None):  # Cohere
@@ -93,19 +111,31 @@ class Actor(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(
+        self, hidden: Tensor, targets: Tensor, other: "Actor | None", others: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         chunk = max(1, CHUNK_ELEMENTS // self.model.config.vocab_size)
-        pieces = [
-            checkpoint(self._chunk, h, t, use_reentrant=False, preserve_rng_state=False)
-            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
-        logprobs, entropy = zip(*pieces, strict=True)
-        return torch.cat(logprobs), torch.cat(entropy)
+        pieces = []
+        for start in range(0, max(1, len(targets)), chunk):
+            part = slice(start, start + chunk)
+            inputs = (hidden[part], targets[part], other, None if others is None else others[part])
+            pieces.append(checkpoint(self._chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
+        logprobs, entropy, kl = zip(*pieces, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy), torch.cat(kl)
 
-    def _chunk(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(self.logits(hidden) / self.temperature, dim=-1)
+    def _chunk(
+        self, hidden: Tensor, targets: Tensor, other: "Actor | None", others: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits(hidden) / self.temperature
+        logprobs = torch.log_softmax(logits, dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+        if other is None or others is None:
+            kl = torch.zeros_like(entropy)
+        else:
+            with torch.no_grad():
+                other_logits = other.logits(others) / other.temperature
+            kl = full_kl(logits, other_logits)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, kl
 
 
 def new_value_head(model: PreTrainedModel) -> nn.Linear:

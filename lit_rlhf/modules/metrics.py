@@ -3,12 +3,16 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric, Metric
+
+from lit_rlhf.algorithms.kl import k1
+from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.types import Judged, Rollout, Trajectory
 
 
 class Means:
@@ -37,6 +41,45 @@ class Means:
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 
+def measure_experience(judged: Judged, trajectory: Trajectory, kl_coef: float, means: Means) -> None:
+    """What an iteration's responses were like: scores, rewards, KL to the reference, entropy, lengths."""
+    rollout, mask = judged.rollout, trajectory.mask
+    means.add("objective/score", judged.scores)
+    means.add("objective/reward", trajectory.rewards.sum(1))
+    means.add("objective/kl_to_ref", masked_sum(k1(judged.old_logprobs, judged.ref_logprobs), mask, 1))
+    means.add("objective/kl_coef", kl_coef)
+    means.add_masked("objective/entropy", judged.entropy, mask)
+    means.add("response/length", rollout.response_lengths)
+    means.add("response/truncated_fraction", (~rollout.terminated).float())
+    for name, value in judged.rewards.items():
+        means.add(f"rewards/{name}", value)
+
+
+def measure_held_out(
+    means: Means,
+    rollout: Rollout,
+    scores: Tensor,
+    reference_scores: Tensor,
+    rewards: Mapping[str, Tensor],
+    kl_to_ref: Tensor,
+) -> None:
+    """What responses to held-out prompts were like; all but the rollout are [B], KL in nats a response.
+
+    The win rate is the share of prompts where the actor's score is above the reference's on the same random numbers; a
+    tie counts half.
+    """
+    for name, value in {
+        "score": scores,
+        "score_squared": scores.double() ** 2,
+        "kl_to_ref": kl_to_ref,
+        "length": rollout.response_lengths,
+        "truncated_fraction": (~rollout.terminated).float(),
+        "win_rate": (scores > reference_scores).float() + 0.5 * (scores == reference_scores),
+        **{f"rewards/{name}": reward for name, reward in rewards.items()},
+    }.items():
+        means.add(name, value)
+
+
 class Stopwatch:
     """Seconds that named phases took."""
 
@@ -51,6 +94,15 @@ class Stopwatch:
         yield
         _synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def measured(self, tokens: float, responses: float) -> dict[str, float]:
+        """Seconds of each phase, what was done a second of all of them, and the memory held."""
+        seconds = sum(self.seconds.values())
+        return {f"time/{phase}": value for phase, value in self.seconds.items()} | {
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/responses_per_second": responses / seconds,
+            "perf/peak_memory_gib": peak_memory_gib(),
+        }
 
 
 def peak_memory_gib() -> float:

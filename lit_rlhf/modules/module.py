@@ -1,4 +1,4 @@
-"""What all modules share: an actor, its tokenizer, and a count of iterations."""
+"""What all modules share: an actor, its tokenizer, a count of iterations, and means over held-out data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
+from lit_rlhf.modules.metrics import Means
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -37,6 +38,7 @@ class AlignmentModule(lightning.LightningModule):
             raise UserError(f"model.iterations must be 1 or more, or null, not {iterations}")
         self.actor_source = actor
         self.iterations = iterations
+        self.held_out = Means()  # of the validation or test under way
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
     @cached_property
@@ -66,6 +68,30 @@ class AlignmentModule(lightning.LightningModule):
         self.iteration += 1
         if self.iterations is not None and int(self.iteration) >= self.iterations:
             self.trainer.should_stop = True
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the means."""
+        self.held_out = Means()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the means."""
+        self.held_out = Means()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/…``."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/…``."""
+        self._log_held_out("test")
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of the held-out means."""
+        return means
+
+    def _log_held_out(self, stage: str) -> None:
+        for name, value in self.summary(self.held_out.compute()).items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from lit_rlhf.algorithms.masked import masked_mean
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
-from lit_rlhf.modules.metrics import Means
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import DemonstrationBatch
@@ -43,7 +42,6 @@ class SFT(AlignmentModule):
         super().__init__(actor, iterations)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self._evaluation = Means()
 
     def configure_model(self) -> None:
         """Load the model; Lightning calls it, more than once."""
@@ -78,16 +76,11 @@ class SFT(AlignmentModule):
         self.log("train/loss", mean, prog_bar=True, batch_size=1)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Start the sums."""
-        self._evaluation = Means()
-
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Add to the held-out loss."""
         loss = -self.actor(batch.tokens, batch.mask).logprobs
-        self._evaluation.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
+        self.held_out.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
 
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss`` and ``val/perplexity``."""
-        loss = self._evaluation.compute()["loss"]
-        self.log_dict({"val/loss": loss, "val/perplexity": math.exp(min(loss, 50.0))}, prog_bar=True)
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Loss and perplexity."""
+        return means | {"perplexity": math.exp(min(means["loss"], 50.0))}

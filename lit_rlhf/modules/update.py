@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_rlhf.algorithms.kl import k1, k2, k3
 from lit_rlhf.algorithms.masked import Aggregation
 from lit_rlhf.errors import UserError
 
@@ -60,18 +61,36 @@ class ReferenceKL:
 
     Args:
         where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss.
-        estimator: k1, k2 or k3. In the reward, k1 is unbiased; in the loss, k1 has no gradient on average, so k2 or k3.
+        estimator: ``k1``, ``k2``, ``k3`` of the sampled token, or ``full`` over the vocabulary. In the reward, k1 is
+            unbiased; in the loss, k1 has no gradient on average, and ``full`` costs a forward of the reference.
 
     Raises:
         ValueError: for k1 in the loss.
     """
 
     where: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
 
     def __post_init__(self) -> None:
         if self.where == "loss" and self.estimator == "k1":
-            raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; take k2 or k3")
+            raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; take k2, k3 or full")
+
+    def is_full(self, where: str) -> bool:
+        """Whether the full KL is wanted there."""
+        return self.where == where and self.estimator == "full"
+
+    def estimate(self, logprobs: Tensor, ref_logprobs: Tensor, full_kl: Tensor | None) -> Tensor:
+        """KL(π ‖ π_ref) of each token, [B, T], in nats.
+
+        Args:
+            logprobs: [B, T], of the sampled tokens.
+            ref_logprobs: [B, T].
+            full_kl: [B, T], over the vocabulary; only ``full`` needs it.
+        """
+        if self.estimator == "full":
+            assert full_kl is not None
+            return full_kl
+        return {"k1": k1, "k2": k2, "k3": k3}[self.estimator](logprobs, ref_logprobs)
 
 
 def check_finite(**values: Tensor) -> None:

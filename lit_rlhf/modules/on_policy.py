@@ -1,0 +1,403 @@
+"""On-policy reinforcement learning up to the update: generate, judge, reward, estimate; and on held-out prompts."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lit_rlhf.algorithms.advantages import Estimator
+from lit_rlhf.algorithms.kl import KLController, k1
+from lit_rlhf.algorithms.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_weights
+from lit_rlhf.algorithms.objectives import Objective
+from lit_rlhf.algorithms.values import value_loss
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import Engine, Sampling
+from lit_rlhf.generation.engine import Vocabulary, find_vocabulary
+from lit_rlhf.models.actor import Actor, TokenStats
+from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
+from lit_rlhf.models.loading import ModelSource
+from lit_rlhf.models.roles import load_roles
+from lit_rlhf.models.scoring import ScalarModel
+from lit_rlhf.modules.completions import as_records, complete
+from lit_rlhf.modules.metrics import Means, Stopwatch, measure_experience, measure_held_out
+from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.modules.update import ReferenceKL, Update, check_finite
+from lit_rlhf.randomness import Stream, generator
+from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
+from lit_rlhf.types import Completions, Experience, Judged, PromptBatch, Rollout, Trajectory, by_micro_batch
+
+
+class OnPolicy(AlignmentModule):
+    """Everything of an iteration but what is learnt from it: generate, judge, reward, estimate, learn.
+
+    Each stage is a method of that name; the modules derived from it say how to `learn`. The arguments are those of
+    `PolicyGradient`.
+
+    Raises:
+        UserError: for settings that do not fit together, and in ``configure_model`` for models that do not load.
+    """
+
+    critic: ScalarModel | None  # there from configure_model on; None: no critic, or a head on the actor
+    reference: Actor  # likewise, frozen
+
+    def __init__(
+        self,
+        *,
+        actor: ModelSource,
+        rewards: list[Reward] | None,
+        critic: ModelSource | None,
+        reference: ModelSource | None,
+        sampling: Sampling,
+        engine: Engine,
+        scores: ScoreShaping,
+        kl: KLController,
+        reference_kl: ReferenceKL,
+        advantages: Estimator,
+        objective: Objective,
+        bootstrap_truncated: bool,
+        update: Update,
+        value_grad_scale: float,
+        iterations: int | None,
+        optimizers: dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]],
+    ) -> None:
+        super().__init__(actor, iterations)
+        self.automatic_optimization = False
+        self.critic_source = critic
+        self.reference_source = reference
+        self.sampling = sampling
+        self.engine = engine
+        self.kl = kl
+        self.reference_kl = reference_kl
+        self.estimator = advantages
+        self.objective = objective
+        self.bootstrap_truncated = bootstrap_truncated
+        self.update = update
+        self.value_grad_scale = value_grad_scale
+        self.makers = optimizers
+        self.scores = Scores(rewards or [], scores)
+        self.reference_scores: dict[int, Tensor] = {}  # of held-out prompts, by batch: the reference does not change
+        keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
+        self._check()
+
+    @abstractmethod
+    def learn(self, experience: Experience, means: Means) -> None:
+        """Update the models."""
+
+    def _check(self) -> None:
+        if not self.scores.rewards:
+            raise UserError("model.rewards is empty: name at least one reward")
+        if self.sampling.temperature == 0:
+            raise UserError(
+                "model.sampling.temperature must be positive: the most likely response alone teaches nothing"
+            )
+        if self.bootstrap_truncated and self.critic_source is None:
+            raise UserError("model.bootstrap_truncated needs a critic: its value stands after the last token")
+        if self.estimator.needs_group:
+            name = type(self.estimator).__name__
+            if self.sampling.responses < 2:
+                raise UserError(
+                    f"model.sampling.responses is 1, but {name} compares the responses to a prompt: it needs 2 or more"
+                )
+            if self.critic_source is not None:
+                warnings.warn(
+                    f"{name} brings a baseline of its own: the critic is trained, but nothing uses it "
+                    "(model.critic: null saves its memory and time)",
+                    stacklevel=2,
+                )
+
+    # ------------------------------------------------------------------ set-up
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that end a response, and the padding token."""
+        return find_vocabulary(self.actor, self.tokenizer, self.sampling.stop)
+
+    def configure_model(self) -> None:
+        """Load the roles; Lightning calls it, more than once."""
+        if self.is_configured:
+            return
+        self.scores.prepare(self.tokenizer)
+        roles = load_roles(
+            self.actor_source,
+            self.critic_source,
+            self.reference_source,
+            rewards=[r for r in self.scores.rewards if isinstance(r, RewardModel)],
+            temperature=self.sampling.temperature,
+            value_grad_scale=self.value_grad_scale,
+        )
+        self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
+        self.train(self.training)
+
+    def configure_optimizers(self) -> Any:
+        """The actor's optimizer and, with a critic, the critic's; each with its schedule, if any."""
+        made = []
+        for name, parameters in self.trained().items():
+            make_optimizer, make_scheduler = self.makers[name]
+            optimizer = make_optimizer(parameters)
+            schedule = {} if make_scheduler is None else {"lr_scheduler": make_scheduler(optimizer)}
+            made.append({"optimizer": optimizer, **schedule})
+        return made
+
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by optimizer: the actor's, the critic's if there is one; a shared trunk is the actor's."""
+        heads = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
+        actor = [p for p in self.actor.parameters() if not any(p is h for h in heads)]
+        critic = heads if self.critic is None else list(self.critic.parameters())
+        return {"policy": actor, "value": critic} if critic else {"policy": actor}
+
+    def optimizers_by_name(self) -> dict[str, Any]:
+        """As ``trained``."""
+        return dict(zip(self.trained(), _as_list(self.optimizers()), strict=True))
+
+    # ------------------------------------------------------------- an iteration
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One iteration; returns what was judged, for callbacks."""
+        means, watch = Means(), Stopwatch()
+        with watch.phase("generate"):
+            rollout = self.generate(batch, self.actor, Stream.ROLLOUT, int(self.iteration))
+        with watch.phase("judge"):
+            judged = self.judge(rollout, batch)
+            trajectory = self.reward(judged)
+            experience = self.estimate(judged, trajectory, means)
+        with watch.phase("update"), self._profile("update"):
+            self.learn(experience, means)
+        self._finish(judged, trajectory, means, watch)
+        return {"judged": judged}
+
+    @torch.no_grad()
+    def generate(self, batch: PromptBatch, actor: Actor, stream: Stream, iteration: int) -> Rollout:
+        """Responses to a batch of prompts."""
+        with self._profile("generate"):
+            return self.engine.generate(
+                actor, batch, self.sampling, self.vocabulary, stream=stream, iteration=iteration
+            )
+
+    @torch.no_grad()
+    def judge(self, rollout: Rollout, batch: PromptBatch) -> Judged:
+        """What rewards, actor, reference and critic say of a rollout."""
+        with self._profile("judge"):
+            completions = complete(rollout, batch, self.tokenizer)
+            rewards, scores = self.scores.judge(completions)
+            full = self.reference if self.reference_kl.is_full("reward") else None
+            old_logprobs, entropy, *full_kl = self.measure(rollout, partial(self._actor_stats, other=full))
+            (ref_logprobs,) = self.measure(rollout, self._reference_logprobs)
+            values, bootstrap = self._values(rollout)
+        return Judged(
+            rollout=rollout,
+            completions=completions,
+            old_logprobs=old_logprobs,
+            entropy=entropy,
+            ref_logprobs=ref_logprobs,
+            full_kl=full_kl[0] if full_kl else None,
+            values=values,
+            bootstrap=bootstrap,
+            rewards=rewards,
+            scores=scores,
+            shaped_scores=self.scores.shape(scores, rollout.terminated, self.sum_over_ranks),
+        )
+
+    @torch.no_grad()
+    def reward(self, judged: Judged) -> Trajectory:
+        """The score on the last token that counts, minus coef × KL to the reference on every token."""
+        mask = judged.rollout.response_mask
+        rewards = torch.zeros_like(judged.old_logprobs)
+        if self.reference_kl.where == "reward":
+            kl = self.reference_kl.estimate(judged.old_logprobs, judged.ref_logprobs, judged.full_kl)
+            rewards = torch.where(mask, -self.kl.coef * kl, 0.0)
+        last = mask.shape[1] - 1 - mask.flip(1).byte().argmax(1)
+        rewards[torch.arange(len(mask), device=mask.device), last] += judged.shaped_scores
+        return Trajectory(
+            rewards=rewards,
+            values=judged.values,
+            mask=mask,
+            bootstrap=judged.bootstrap,
+            group=judged.rollout.group,
+        )
+
+    @torch.no_grad()
+    def estimate(self, judged: Judged, trajectory: Trajectory, means: Means) -> Experience:
+        """Advantages and returns, whitened where the configuration says so."""
+        mask = trajectory.mask
+        if self.update.whiten_rewards:
+            whitened = masked_whiten(trajectory.rewards, mask, shift_mean=False, reduce=self.sum_over_ranks)
+            trajectory = replace(trajectory, rewards=whitened)
+        estimates = self.estimator(trajectory)
+        means.add("objective/advantage_std", masked_var(estimates.advantages, mask, self.sum_over_ranks).sqrt())
+        if judged.values is not None:
+            unexplained = masked_var(estimates.returns - judged.values, mask, self.sum_over_ranks)
+            total = masked_var(estimates.returns, mask, self.sum_over_ranks)
+            means.add("value/explained_variance", 1 - unexplained / total.clamp(min=1e-8))
+        advantages = estimates.advantages
+        if self.update.whiten_advantages:
+            advantages = masked_whiten(advantages, mask, reduce=self.sum_over_ranks)
+        return Experience(
+            rollout=judged.rollout,
+            old_logprobs=judged.old_logprobs,
+            ref_logprobs=judged.ref_logprobs,
+            values=judged.values,
+            advantages=advantages,
+            returns=estimates.returns,
+        )
+
+    def _profile(self, phase: str) -> AbstractContextManager[Any]:
+        """The phase by its name in ``--trainer.profiler``."""
+        return cast(Any, self.trainer).profiler.profile(phase)
+
+    def _finish(self, judged: Judged, trajectory: Trajectory, means: Means, watch: Stopwatch) -> None:
+        """Everything that must be in the checkpoint of this iteration happens here, inside ``training_step``."""
+        mask = trajectory.mask
+        measure_experience(judged, trajectory, self.kl.coef, means)
+        for name, optimizer in self.optimizers_by_name().items():
+            means.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
+        responses, tokens = self.sum_over_ranks(
+            torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=self.device)
+        ).tolist()
+        measured = means.compute()
+        self.kl.update(measured["objective/kl_to_ref"], int(responses))
+        for scheduler in _as_list(self.lr_schedulers()):
+            scheduler.step()
+        self.count_iteration()
+        measured |= watch.measured(tokens, responses)
+        measured["progress/iteration"] = float(self.iteration)
+        measured["progress/responses"] = float(self.iteration) * responses
+        shown = ("objective/score", "objective/kl_to_ref", "perf/tokens_per_second")
+        self.log_dict({k: v for k, v in measured.items() if k not in shown}, batch_size=1)
+        self.log_dict({k: measured[k] for k in shown}, prog_bar=True, batch_size=1)
+
+    # ---------------------------------------------------------------- forwards
+
+    def measure(self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`by_micro_batch` with the update's budget of tokens."""
+        return by_micro_batch(rollout, self.update.max_tokens, measure)
+
+    def _actor_stats(self, piece: Rollout, other: Actor | None = None) -> tuple[Tensor, ...]:
+        stats = self.actor(piece.tokens, piece.scored, other)
+        found = (stats.logprobs, stats.entropy, stats.full_kl)
+        return tuple(piece.at_responses(x) for x in found if x is not None)
+
+    def _reference_logprobs(self, piece: Rollout) -> tuple[Tensor, ...]:
+        return (piece.at_responses(self.reference(piece.tokens, piece.scored).logprobs),)
+
+    def _values(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None]:
+        """Values [B, T], and what stands after the last token of truncated responses [B]."""
+        if self.critic_source is None:
+            return None, None
+
+        def measure(piece: Rollout) -> tuple[Tensor, ...]:
+            if self.critic is None:
+                values = self.actor(piece.tokens, torch.zeros_like(piece.scored)).values
+            else:
+                values = self.critic(piece.tokens)
+            return piece.before_responses(values), piece.at_end(values)
+
+        values, after = self.measure(rollout, measure)
+        return values, torch.where(rollout.terminated, 0.0, after) if self.bootstrap_truncated else None
+
+    # ------------------------------------------------------------------ losses
+
+    def minibatches(self, experience: Experience) -> Iterator[list[Experience]]:
+        """The minibatches of all epochs, each a list of micro-batches."""
+        if self.update.minibatches > len(experience.advantages):
+            raise UserError(
+                f"model.update.minibatches is {self.update.minibatches}, but an iteration has only "
+                f"{len(experience.advantages)} responses"
+            )
+        for epoch in range(self.update.epochs):
+            shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch)
+            yield from experience.minibatches(self.update.minibatches, self.update.max_tokens, shuffle)
+
+    def count(self, minibatch: Sequence[Experience]) -> Tensor:
+        """Tokens and sequences of an optimizer step, over all ranks, [2]."""
+        masks = [piece.rollout.response_mask for piece in minibatch]
+        return self.sum_over_ranks(torch.stack([torch.stack([m.sum(), m.any(1).sum()]) for m in masks]).sum(0).float())
+
+    def weights(self, piece: Experience, counts: Tensor) -> Tensor:
+        """The weights [B, T] by which a micro-batch's token losses add to its step's loss; counts are the step's."""
+        return token_weights(
+            piece.rollout.response_mask,
+            self.update.aggregation,
+            total_tokens=counts[0],
+            total_sequences=counts[1],
+            max_tokens=self.sampling.max_tokens,
+        )
+
+    def policy_loss(self, piece: Experience, means: Means) -> tuple[Tensor, TokenStats]:
+        """The objective, less the entropy bonus, plus the KL to the reference where it is in the loss: [B, T]."""
+        rollout, mask = piece.rollout, piece.rollout.response_mask
+        full = self.reference_kl.is_full("loss")
+        stats = self.actor(rollout.tokens, rollout.scored, self.reference if full else None)
+        logprobs, entropy = rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy)
+        loss = self.objective(
+            logprobs=logprobs, old_logprobs=piece.old_logprobs, advantages=piece.advantages, mask=mask
+        )
+        means.add_masked("policy/loss", loss, mask)
+        means.add_masked("policy/entropy", entropy, mask)
+        loss = loss - self.update.entropy_coef * entropy
+        if self.reference_kl.where == "loss":
+            full_kl = None if stats.full_kl is None else rollout.at_responses(stats.full_kl)
+            loss = loss + self.kl.coef * self.reference_kl.estimate(logprobs, piece.ref_logprobs, full_kl)
+        return loss, stats
+
+    def value_loss(self, piece: Experience, stats: TokenStats | None, means: Means) -> Tensor:
+        """The critic's loss, [B, T]; a shared critic's values are in the actor's stats."""
+        rollout, mask, clip = piece.rollout, piece.rollout.response_mask, self.update.value_clip
+        assert piece.values is not None
+        after = self.critic(rollout.tokens) if self.critic is not None else cast(TokenStats, stats).values
+        values = rollout.before_responses(cast(Tensor, after))
+        loss = value_loss(values, piece.values, piece.returns, clip)
+        check_finite(value_loss=masked_mean(loss, mask))
+        means.add_masked("value/loss", loss, mask)
+        if clip is not None:
+            means.add_masked("value/clip_fraction", ((values - piece.values).abs() > clip).float(), mask)
+        return loss
+
+    # --------------------------------------------------- validate, test, predict
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Score held-out prompts; the random numbers are the same in each validation."""
+        return self._evaluate(batch, batch_idx)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """As ``validation_step``."""
+        return self._evaluate(batch, batch_idx)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Responses, one record each, with the prompt's columns."""
+        rollout = self.generate(batch, self.actor, Stream.PREDICTION, batch_idx)
+        return as_records(complete(rollout, batch, self.tokenizer))
+
+    @torch.no_grad()
+    def _evaluate(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        completions = self._answers(batch, self.actor, batch_idx)
+        rewards, scores = self.scores.judge(completions)
+        if batch_idx not in self.reference_scores:
+            self.reference_scores[batch_idx] = self.scores.judge(self._answers(batch, self.reference, batch_idx))[1]
+        logprobs, _ = self.measure(completions.rollout, self._actor_stats)
+        (ref_logprobs,) = self.measure(completions.rollout, self._reference_logprobs)
+        kl_to_ref = masked_sum(k1(logprobs, ref_logprobs), completions.rollout.response_mask, 1)
+        measure_held_out(
+            self.held_out, completions.rollout, scores, self.reference_scores[batch_idx], rewards, kl_to_ref
+        )
+        return {"completions": completions, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """With the scores' deviation."""
+        squared = means.pop("score_squared")
+        return means | {"score_std": max(0.0, squared - means["score"] ** 2) ** 0.5}
+
+    def _answers(self, batch: PromptBatch, actor: Actor, batch_idx: int) -> Completions:
+        return complete(self.generate(batch, actor, Stream.VALIDATION, batch_idx), batch, self.tokenizer)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,265 @@
+"""Trust region policy optimization: one natural-gradient step an iteration, with a hard bound on its KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lit_rlhf.algorithms.advantages import GAE, Estimator
+from lit_rlhf.algorithms.kl import FixedKL, KLController
+from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.algorithms.objectives import Surrogate, probability_ratio
+from lit_rlhf.algorithms.trust_region import (
+    assign,
+    conjugate_gradients,
+    flatten,
+    hessian_product,
+    line_search,
+    longest_step,
+)
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import Engine, NativeEngine, Sampling
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
+from lit_rlhf.models.loading import ModelSource, load_model
+from lit_rlhf.models.scoring import freeze
+from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.on_policy import OnPolicy
+from lit_rlhf.modules.update import ReferenceKL, Update, check_finite, clip_gradients
+from lit_rlhf.rewards import Reward, ScoreShaping
+from lit_rlhf.types import Experience
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """How far and how exactly the actor steps.
+
+    Args:
+        max_kl: δ, the bound on the mean KL(π_old ‖ π) over the iteration's tokens, in nats a token.
+        cg_iterations: Conjugate-gradient iterations, each one Fisher-vector product.
+        cg_tolerance: Stop them earlier once the squared residual is this share of the gradient's square.
+        damping: Added to the Fisher matrix's diagonal; larger: nearer to the plain gradient, and more robust.
+        backtracks: Steps that the line search tries at most.
+        backtrack_ratio: Of one step to the one before, in (0, 1).
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    max_kl: float = 0.01
+    cg_iterations: int = 10
+    cg_tolerance: float = 1e-10
+    damping: float = 0.1
+    backtracks: int = 10
+    backtrack_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("cg_iterations", "backtracks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"region.{name} must be 1 or more, not {getattr(self, name)}")
+        if not self.max_kl > 0:
+            raise ValueError(f"region.max_kl must be positive, not {self.max_kl}")
+        for name in ("damping", "cg_tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"region.{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 < self.backtrack_ratio < 1:
+            raise ValueError(f"region.backtrack_ratio must lie in (0, 1), not {self.backtrack_ratio}")
+
+
+class TRPO(OnPolicy):
+    """Moves the actor along the surrogate's natural gradient, as far as a bound on the KL to the old policy allows.
+
+    With g the surrogate's gradient over all responses of the iteration and F the Fisher matrix of the actor's
+    next-token distributions: x = F⁻¹ g by conjugate gradients, s = √(2 δ / xᵀ F x) x, and a line search back from s
+    until the full KL, measured, is at most δ and the surrogate better than before; if none of its steps is, the actor
+    stays. The critic learns as in `PolicyGradient`.
+
+    Cost, in passes over the iteration's responses: 1 forward and backward for g; for each product F v two forwards, a
+    backward, and the backward of both (about as much as 6 forwards); 3 forwards for each step of the line search.
+    With 10 iterations and an accepted first step that is about 66 forwards, where PPO's 4 epochs take 12.
+    Memory: no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of the actor's size;
+    activations are those of a micro-batch, about 3 times a usual backward's. Attention is PyTorch's plain form in the
+    products (others cannot be differentiated twice), so it takes [heads, S, S] for each row.
+
+    Source: Schulman et al. 2015 (arXiv 1502.05477), section 6 and appendix C.
+
+    Args:
+        actor: The model to train: a folder or hub id, or a configuration for random weights.
+        rewards: What a response is worth: at least one.
+        critic: ``actor`` or ``reward``: start from that model's weights; a folder or hub id; None: no critic.
+        reference: The frozen model that the KL is measured to; None: the actor as it is at the start.
+        sampling: How responses are drawn.
+        engine: What draws them.
+        scores: What happens to the score before it enters the reward.
+        kl: The coefficient of the KL to the reference; ``FixedKL(coef=0)`` only measures it.
+        reference_kl: Where that KL enters, and by which estimator.
+        advantages: The estimator.
+        region: The step.
+        bootstrap_truncated: Whether the critic's value stands for what a truncated response would still have earned.
+        update: Of the critic: epochs, minibatches, clipping. Of both: micro-batches, aggregation, whitening, and the
+            entropy bonus that is added to the surrogate.
+        iterations: Stop after so many; None: the Trainer's max_epochs decides.
+        critic_optimizer: The critic's; the actor has none.
+        critic_scheduler: The critic's learning rate, stepped once an iteration; None: constant.
+
+    Raises:
+        UserError: for settings that do not fit together, and in ``configure_model`` for models that do not load.
+    """
+
+    old: Actor  # there from configure_model on: frozen, the policy that drew the responses
+
+    def __init__(
+        self,
+        actor: ModelSource = "",
+        rewards: list[Reward] | None = None,
+        critic: ModelSource | None = "actor",
+        reference: ModelSource | None = None,
+        sampling: Sampling = Sampling(),
+        engine: Engine = NativeEngine(),
+        scores: ScoreShaping = ScoreShaping(),
+        kl: KLController = FixedKL(),
+        reference_kl: ReferenceKL = ReferenceKL(),
+        advantages: Estimator = GAE(),
+        region: TrustRegion = TrustRegion(),
+        bootstrap_truncated: bool = False,
+        update: Update = Update(),
+        iterations: int | None = None,
+        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        critic_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        if critic == "shared":
+            raise UserError("model.critic is 'shared', but the critic's steps on the trunk would leave TRPO's region")
+        if update.target_kl is not None:
+            raise UserError("model.update.target_kl does nothing in TRPO: the bound is model.region.max_kl")
+        super().__init__(
+            actor=actor,
+            rewards=rewards,
+            critic=critic,
+            reference=reference,
+            sampling=sampling,
+            engine=engine,
+            scores=scores,
+            kl=kl,
+            reference_kl=reference_kl,
+            advantages=advantages,
+            objective=Surrogate(),
+            bootstrap_truncated=bootstrap_truncated,
+            update=update,
+            value_grad_scale=1.0,
+            iterations=iterations,
+            optimizers={"value": (critic_optimizer, critic_scheduler)},
+        )
+        self.region = region
+        keep_out_of_checkpoints(self, ("old.",))
+
+    def configure_model(self) -> None:
+        """Load the roles, and the actor once more."""
+        if self.is_configured:
+            return
+        super().configure_model()
+        self.old = Actor(load_model(self.actor_source, "causal", "model.actor"), self.sampling.temperature)
+        freeze(self.old)
+
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by optimizer: the critic's alone, if there is one."""
+        return {} if self.critic is None else {"value": list(self.critic.parameters())}
+
+    def learn(self, experience: Experience, means: Means) -> None:
+        """A step of the actor within its region, then the critic's epochs."""
+        self._step_actor(experience, means)
+        if experience.values is not None:
+            for minibatch in self.minibatches(experience):
+                self._step_critic(minibatch, means)
+
+    # ------------------------------------------------------------------- actor
+
+    def _step_actor(self, experience: Experience, means: Means) -> None:
+        parameters = list(self.actor.parameters())
+        start = flatten([p.detach() for p in parameters])
+        assign(list(self.old.parameters()), start)
+        pieces = experience.micro_batches(self.update.max_tokens)
+        counts = self.count(pieces)
+        loss, gradient = self._gradient(pieces, counts, means)
+        product = self._fisher(pieces, counts)
+        direction = conjugate_gradients(product, -gradient, self.region.cg_iterations, self.region.cg_tolerance)
+        step = longest_step(direction, product, self.region.max_kl)
+
+        def measure(share: float) -> tuple[float, float]:
+            assign(parameters, start + share * step)
+            new_loss, kl = self._measure_step(pieces, counts)
+            return float(loss - new_loss), float(kl)
+
+        share = line_search(measure, self.region.max_kl, self.region.backtracks, self.region.backtrack_ratio)
+        assign(parameters, start + share * step)
+        means.add("policy/grad_norm", gradient.norm())
+        means.add("policy/step_share", share)
+        self._measure_policy(pieces, means)
+
+    def _gradient(self, pieces: Sequence[Experience], counts: Tensor, means: Means) -> tuple[Tensor, Tensor]:
+        """The loss (the surrogate and its further terms) of the old policy, [], and its gradient, [N]."""
+        parameters = list(self.actor.parameters())
+        loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
+        for piece in pieces:
+            total, _ = self.policy_loss(piece, means)
+            share = masked_sum(self.weights(piece, counts) * total, piece.rollout.response_mask)
+            gradient += flatten(torch.autograd.grad(share, parameters, materialize_grads=True))
+            loss += share.detach()
+        loss, gradient = self.sum_over_ranks(loss), self.sum_over_ranks(gradient)
+        check_finite(loss=loss, gradient_norm=gradient.norm())
+        return loss, gradient
+
+    def _fisher(self, pieces: Sequence[Experience], counts: Tensor) -> Callable[[Tensor], Tensor]:
+        """v ↦ (F + damping) v, F the mean over all tokens of the Fisher matrix of the actor's distributions."""
+        parameters = list(self.actor.parameters())
+
+        def product(vector: Tensor) -> Tensor:
+            total = torch.zeros_like(vector)
+            with sdpa_kernel(SDPBackend.MATH):
+                for piece in pieces:
+                    stats = self.actor(piece.rollout.tokens, piece.rollout.scored, self.actor)
+                    total += hessian_product(stats.full_kl.sum() / counts[0], parameters, vector)
+            return self.sum_over_ranks(total) + self.region.damping * vector
+
+        return product
+
+    @torch.no_grad()
+    def _measure_step(self, pieces: Sequence[Experience], counts: Tensor) -> Tensor:
+        """The loss of the actor as it is now, and its mean KL from the old policy, [2]."""
+        total = torch.zeros(2, device=self.device)
+        for piece in pieces:
+            loss, _ = self.policy_loss(piece, Means())
+            kl = self.old(piece.rollout.tokens, piece.rollout.scored, self.actor).full_kl
+            share = masked_sum(self.weights(piece, counts) * loss, piece.rollout.response_mask)
+            total += torch.stack([share, kl.sum() / counts[0]])
+        return self.sum_over_ranks(total)
+
+    @torch.no_grad()
+    def _measure_policy(self, pieces: Sequence[Experience], means: Means) -> None:
+        """The KL and the ratios after the step."""
+        for piece in pieces:
+            rollout, mask = piece.rollout, piece.rollout.response_mask
+            stats = self.old(rollout.tokens, rollout.scored, self.actor)
+            means.add_masked("policy/kl_to_old", rollout.at_responses(stats.full_kl), mask)
+            logprobs = rollout.at_responses(self.actor(rollout.tokens, rollout.scored).logprobs)
+            means.maximum("policy/ratio_max", probability_ratio(logprobs, piece.old_logprobs, mask).max())
+
+    # ------------------------------------------------------------------ critic
+
+    def _step_critic(self, minibatch: Sequence[Experience], means: Means) -> None:
+        counts = self.count(minibatch)
+        (optimizer,), parameters = self.optimizers_by_name().values(), self.trained()["value"]
+        gradient = torch.zeros_like(flatten(parameters))
+        for piece in minibatch:
+            loss = self.weights(piece, counts) * self.value_loss(piece, None, means) * self.update.value_coef
+            loss = masked_sum(loss, piece.rollout.response_mask)
+            gradient += flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
+        gradient = self.sum_over_ranks(gradient)
+        for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+        means.add("value/grad_norm", clip_gradients(parameters, self.update.clip_grad_norm))
+        optimizer.step()
