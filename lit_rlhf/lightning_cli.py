@@ -97,6 +97,13 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and config.ckpt_path is None and first_process:
             move_aside(Path(folder))
 
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The bar is a default callback; ``--trainer.enable_progress_bar false`` takes it out."""
+        if self._get(self.config_init, "trainer").enable_progress_bar is False:
+            defaults = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, ProgressBar)]
+        return super().instantiate_trainer(**kwargs)
+
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; what they refuse is the user's mistake."""
         try:

@@ -100,8 +100,8 @@ class FixedKL(KLController):
     coef: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.coef < 0:
-            raise ValueError(f"coef must be 0 or more, not {self.coef}")
+        if not 0.0 <= self.coef < float("inf"):
+            raise ValueError(f"kl.coef must be 0 or more, not {self.coef}")
 
     def update(self, kl: float, n: int) -> None:
         """Nothing: the coefficient is fixed."""

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from lit_rlhf.algorithms.kl import MAX_LOG_RATIO, k3
 from lit_rlhf.algorithms.masked import masked_mean
 
+MAX_BETA = 1e10
+"""An adaptive β stays between this and its inverse, so that it can always come back."""
+
 Level = Literal["token", "sequence"]
 
 
@@ -182,9 +185,9 @@ class KLPenalty(nn.Module, Objective):
         if not self.adaptive:
             return
         if measured_kl > self.high * self.target:
-            self.beta *= self.factor
+            self.beta = min(self.beta * self.factor, MAX_BETA)
         elif measured_kl < self.target / self.low:
-            self.beta /= self.factor
+            self.beta = max(self.beta / self.factor, 1.0 / MAX_BETA)
 
     def get_extra_state(self) -> Tensor:
         """β, for the checkpoint (a buffer would be rounded in half precision)."""
@@ -228,11 +231,11 @@ class Clip(Objective):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eps < 1.0:
-            raise ValueError(f"eps must lie in (0, 1), not {self.eps}")
-        if self.eps_high is not None and self.eps_high <= 0.0:
-            raise ValueError(f"eps_high must be positive, not {self.eps_high}")
-        if self.dual is not None and self.dual <= 1.0:
-            raise ValueError(f"dual must be greater than 1, not {self.dual}")
+            raise ValueError(f"objective.eps must lie in (0, 1), not {self.eps}")
+        if self.eps_high is not None and not self.eps_high > 0.0:
+            raise ValueError(f"objective.eps_high must be positive, not {self.eps_high}")
+        if self.dual is not None and not self.dual > 1.0:
+            raise ValueError(f"objective.dual must be greater than 1, not {self.dual}")
         _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

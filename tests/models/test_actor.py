@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_rlhf.algorithms.trust_region import flatten, hessian_product
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import actor as actor_module
 from lit_rlhf.models.actor import Actor
@@ -155,3 +157,58 @@ def test_value_grad_scale(tiny_model, scale):
     torch.testing.assert_close((scaled_values, scaled_head), (values, head))
     assert all(gradient.abs().sum() > 0 for gradient in trunk.values())
     torch.testing.assert_close(scaled_trunk, {name: scale * gradient for name, gradient in trunk.items()})
+
+
+def double(tiny_model, architecture="gpt2", **options):
+    """A tiny actor in float64 (some shapes normalise in float32 whatever the weights are)."""
+    return Actor(load_model(str(tiny_model(architecture))), **options).double()
+
+
+def some_tokens(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(6, 38, (3, 9), generator=g)
+    chosen = torch.arange(9)[None] >= torch.tensor([[4], [3], [6]])
+    return tokens, chosen & (torch.arange(9)[None] < torch.tensor([[9], [7], [8]]))
+
+
+@pytest.mark.parametrize("chunk", [2**25, 32 * 5])
+def test_full_kl_to_another_actor(tiny_model, monkeypatch, chunk):
+    monkeypatch.setattr("lit_rlhf.models.actor.CHUNK_ELEMENTS", chunk)
+    actor, other = double(tiny_model, temperature=0.7), double(tiny_model, temperature=0.7)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    tokens, chosen = some_tokens()
+    found = actor(tokens, chosen, other).full_kl
+    for row, place in chosen.nonzero().tolist():
+        p, q = (
+            torch.log_softmax(a.model(input_ids=tokens[row : row + 1, :place]).logits[0, -1] / 0.7, -1)
+            for a in (actor, other)
+        )
+        assert found[row, place].item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-12)
+    assert (found[~chosen] == 0).all()
+    assert actor(tokens, chosen).full_kl is None
+    found.sum().backward()
+    assert all(p.grad is None for p in other.parameters())
+    assert sum(p.grad.abs().sum() for p in actor.parameters()) > 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kl_to_itself_has_the_fisher_matrix_as_its_hessian(tiny_model, architecture):
+    """F v = Σₛ Σₐ π(a|s) ∇log π(a|s) (∇log π(a|s) · v), summed over every state and every token of the vocabulary."""
+    actor = double(tiny_model, architecture)
+    parameters = list(actor.parameters())
+    tokens, chosen = some_tokens()
+    tokens, chosen = tokens[:1, :7], chosen[:1, :7]
+    v = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        kl = actor(tokens, chosen, actor).full_kl
+        assert kl.abs().max() < 1e-12
+        product = hessian_product(kl.sum(), parameters, v)
+    expected = torch.zeros_like(v)
+    states = actor.hidden(tokens)[:, :-1][chosen[:, 1:]]
+    for logprobs in torch.log_softmax(actor.logits(states), -1):
+        for logprob in logprobs:
+            gradient = flatten(torch.autograd.grad(logprob, parameters, retain_graph=True, materialize_grads=True))
+            expected += logprob.exp().detach() * gradient * (gradient @ v)
+    assert float((product - expected).norm() / expected.norm()) < 1e-6

@@ -1,0 +1,125 @@
+"""Every recipe on two languages with a known optimum: iterations and responses until 95 % of it.
+
+    python benchmarks/recipes.py            # prints the table
+    python benchmarks/recipes.py --write    # and puts it into docs/algorithms.md
+
+The recipes are those of configs/; only the model, the task, the learning rates and the KL's coefficient (0, so that the
+optimum is the task's) are set here.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from lit_rlhf.cli import main  # noqa: E402
+
+RECIPES = ("reinforce", "a2c", "ppo_penalty", "ppo", "trpo", "grpo", "rloo")
+STEPS = {"bandit": 1, "chain": 4}
+RATE = 1e-2
+GOAL, HELD = 0.95, 5
+
+
+def options(recipe: str, world: str, seed: int, iterations: int, folder: str) -> list[str]:
+    """The command line's words."""
+    words = {
+        "config": HERE.parent / "configs" / f"{recipe}.yaml",
+        "seed_everything": seed,
+        "model.actor": json.dumps(
+            {
+                "config": {
+                    "model_type": "llama",
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "max_position_embeddings": 16,
+                },
+                "tokenizer": f"{HERE}/worlds.py:{world}_tokenizer",
+                "seed": seed,
+            }
+        ),
+        "model.rewards": json.dumps(
+            [{"class_path": "RewardFunction", "init_args": {"function": f"{HERE}/worlds.py:{world}_score"}}]
+        ),
+        "model.sampling.max_tokens": STEPS[world],
+        "model.kl.coef": 0.0,
+        "model.iterations": iterations,
+        "data.train": f"{HERE}/worlds.py:{world}_prompts",
+        "checkpoint.every_n": 1_000_000,
+        "trainer.default_root_dir": folder,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.callbacks+": json.dumps(
+            {"class_path": "worlds.Watch", "init_args": {"world": world, "goal": GOAL, "held": HELD}}
+        ),
+    }
+    if recipe != "trpo":
+        words["model.actor_optimizer.lr"] = RATE
+    if recipe in ("a2c", "ppo", "ppo_penalty", "trpo"):
+        words["model.critic_optimizer.lr"] = RATE
+    return ["fit", *(f"--{name}={value}" for name, value in words.items())]
+
+
+def run(recipe: str, world: str, seed: int, iterations: int) -> list[float]:
+    """The expected score after each iteration, as a share of the optimum."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(options(recipe, world, seed, iterations, folder))
+        return json.loads(Path(folder, "shares.json").read_text())
+
+
+def responses_an_iteration(recipe: str) -> int:
+    """Prompts × responses of the recipe as it stands."""
+    import yaml
+
+    config = yaml.safe_load((HERE.parent / "configs" / f"{recipe}.yaml").read_text())
+    return config["data"]["init_args"]["batch_size"] * config["model"]["init_args"]["sampling"].get("responses", 1)
+
+
+def reached(shares: list[float]) -> int | None:
+    """The iteration from which on the score was near the optimum for five on end."""
+    return len(shares) - HELD + 1 if len(shares) >= HELD and min(shares[-HELD:]) >= GOAL else None
+
+
+def table(seeds: int, iterations: int) -> str:
+    """In Markdown."""
+    lines = [
+        "| recipe | task | seeds that reach 95 % | iterations, median (most) | responses, median |",
+        "|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    for recipe in RECIPES:
+        for world in STEPS:
+            found = [reached(run(recipe, world, seed, iterations)) for seed in range(1, seeds + 1)]
+            good = [first for first in found if first is not None] or [float("nan")]
+            middle = statistics.median(good)
+            lines.append(
+                f"| `{recipe}.yaml` | {world} | {seeds - found.count(None)} of {seeds} | {middle:g} ({max(good):g}) "
+                f"| {middle * responses_an_iteration(recipe):g} |"
+            )
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/algorithms.md")
+    arguments = parser.parse_args()
+    made = table(arguments.seeds, arguments.iterations)
+    if arguments.write:
+        page = HERE.parent / "docs" / "algorithms.md"
+        before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+        after = rest.partition("<!-- /table -->")[2]
+        page.write_text(f"{before}<!-- table -->\n{made}\n<!-- /table -->{after}", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""One iteration of each case on as many processes as torchrun starts; rank 0 saves weights and metrics.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py MODEL PROMPTS OUT
+"""
+
+import os
+import sys
+import warnings
+
+import lightning
+import torch
+
+from lit_rlhf import (
+    GAE,
+    TRPO,
+    Clip,
+    GroupNormalized,
+    KLPenalty,
+    LeaveOneOut,
+    PolicyGradient,
+    Prompts,
+    ReferenceKL,
+    RewardFunction,
+    Sampling,
+    Update,
+    VanillaPG,
+)
+from lit_rlhf.testing import Recorder
+
+warnings.filterwarnings("ignore")
+
+
+def low_words(responses):
+    low = {f"w{i}" for i in range(8)}
+    return [sum(word in low for word in r.split()) / max(1, len(r.split())) for r in responses]
+
+
+def sgd(parameters):
+    """At learning rate 1 the step is the gradient."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def one_step(**options):
+    return Update(epochs=1, minibatches=1, max_tokens=64, clip_grad_norm=None, entropy_coef=0.01, **options)
+
+
+def cases(actor):
+    common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(f"{__file__}:low_words")]}
+    steps = {"actor_optimizer": sgd, "critic_optimizer": sgd}
+    several = Sampling(max_tokens=12, responses=2)
+    yield (
+        "ppo",
+        lambda: PolicyGradient(
+            **common, **steps, sampling=Sampling(max_tokens=12), objective=Clip(), advantages=GAE(), update=one_step()
+        ),
+    )
+    yield (
+        "penalty",
+        lambda: PolicyGradient(
+            **common,
+            **steps,
+            sampling=Sampling(max_tokens=12),
+            objective=KLPenalty(),
+            reference_kl=ReferenceKL(where="loss", estimator="full"),
+            update=one_step(whiten_rewards=True, aggregation="constant"),
+        ),
+    )
+    yield (
+        "grpo",
+        lambda: PolicyGradient(
+            **common,
+            **steps,
+            critic=None,
+            sampling=several,
+            advantages=GroupNormalized(),
+            update=one_step(whiten_advantages=False, aggregation="sequence"),
+        ),
+    )
+    yield "rloo", lambda: PolicyGradient(
+        **common, **steps, critic="shared", sampling=several, advantages=LeaveOneOut(), objective=VanillaPG(),
+        update=one_step(),
+    )  # fmt: skip
+    yield "trpo", lambda: TRPO(**common, critic_optimizer=sgd, sampling=Sampling(max_tokens=12), update=one_step())
+
+
+def main(actor, prompts, out):
+    lightning.seed_everything(7, verbose=False)
+    torch.set_num_threads(1)
+    found = {}
+    for name, make in cases(actor):
+        recorder = Recorder()
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=int(os.environ["WORLD_SIZE"]),
+            strategy="ddp",
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=os.path.dirname(out),
+            callbacks=[recorder],
+        )
+        trainer.fit(make(), datamodule=Prompts(train=prompts, batch_size=8))
+        timed = ("time/", "perf/")
+        metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
+        found[name] = {"weights": recorder.weights, "metrics": metrics}
+    if os.environ["RANK"] == "0":
+        torch.save(found, out)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

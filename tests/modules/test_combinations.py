@@ -1,0 +1,150 @@
+"""Every estimator with every objective, and every place and estimator of the KL to the reference."""
+
+import math
+
+import pytest
+import torch
+
+from lit_rlhf.algorithms.advantages import GAE, TD0, GroupNormalized, LeaveOneOut, MonteCarlo, NStep
+from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL
+from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Surrogate, VanillaPG
+from lit_rlhf.callbacks import IterationCheckpoint
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import Sampling
+from lit_rlhf.modules import ReferenceKL, Update
+from lit_rlhf.testing import Recorder
+
+ESTIMATORS = [MonteCarlo(), TD0(), NStep(4), GAE(), GAE(0.9, length_alpha=0.2, critic_lam=1.0)]
+GROUPS = [GroupNormalized(), GroupNormalized(False), LeaveOneOut()]
+OBJECTIVES = [VanillaPG, Surrogate, KLPenalty, Clip, lambda: Clip(0.01, 0.02, 3.0, "sequence")]
+KLS = [ReferenceKL("reward", "full"), ReferenceKL("loss", "k2"), ReferenceKL("loss", "k3"), ReferenceKL("loss", "full")]
+
+
+def adam(lr):
+    return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["vanilla", "surrogate", "penalty", "clip", "gspo"])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, *GROUPS], ids=str)
+def test_any_estimator_with_any_objective(make_module, fit, estimator, objective):
+    recorder, groups = Recorder(), estimator in GROUPS
+    module = make_module(
+        iterations=2,
+        advantages=estimator,
+        objective=objective(),
+        critic=None if groups else "shared",
+        sampling=Sampling(max_tokens=8, responses=2 if groups else 1),
+        reference_kl=KLS[(OBJECTIVES.index(objective) + len(str(estimator))) % len(KLS)],
+        update=Update(epochs=2, minibatches=1, entropy_coef=0.01),
+    )
+    fit(module, [recorder])
+    assert ("value/loss" in recorder.metrics[-1]) is not groups
+    assert recorder.metrics[0]["objective/kl_to_ref"] == pytest.approx(0, abs=1e-5)
+    assert recorder.metrics[1]["objective/kl_to_ref"] != 0  # it moved
+    assert all(math.isfinite(value) for value in recorder.metrics[-1].values())
+
+
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_the_full_kl_is_what_the_sampled_one_estimates(make_module, fit, where):
+    """Over the whole batch the mean of k1 is near the mean of the full KL, and both enter alike."""
+    recorder = Recorder()
+    module = make_module(
+        iterations=4, actor_optimizer=adam(3e-3), reference_kl=ReferenceKL(where, "full"), kl=FixedKL(0.1)
+    )
+    fit(module, [recorder], batch_size=48)
+    judged = recorder.outputs[-1]["judged"]
+    if where == "loss":
+        assert judged.full_kl is None
+        return
+    mask = judged.rollout.response_mask
+    assert (judged.full_kl[mask] >= -1e-6).all()
+    exact, sampled = judged.full_kl[mask].mean(), (judged.old_logprobs - judged.ref_logprobs)[mask].mean()
+    assert float(exact) > 1e-3
+    assert float(sampled) == pytest.approx(float(exact), rel=0.5)
+    rewards = module.reward(judged).rewards.sum(1)
+    expected = judged.shaped_scores - 0.1 * torch.where(mask, judged.full_kl, 0.0).sum(1)
+    torch.testing.assert_close(rewards, expected)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
+def test_a_kl_in_the_loss_holds_the_actor_back(make_module, fit, estimator):
+    reached = []
+    for coef in (0.0, 3.0):
+        recorder = Recorder()
+        module = make_module(
+            iterations=8, actor_optimizer=adam(3e-3), kl=FixedKL(coef), reference_kl=ReferenceKL("loss", estimator)
+        )
+        fit(module, [recorder], batch_size=24)
+        reached.append(recorder.metrics[-1]["objective/kl_to_ref"])
+    assert reached[1] < 0.5 * reached[0]
+
+
+def test_adaptive_kl_to_the_reference_holds_its_target(make_module, fit):
+    recorder = Recorder()
+    module = make_module(
+        iterations=60,
+        kl=AdaptiveKL(coef=0.3, target=2.0, horizon=48),
+        update=Update(epochs=2, minibatches=1, max_tokens=1024),
+    )
+    fit(module, [recorder], batch_size=24)
+    last = [m["objective/kl_to_ref"] for m in recorder.metrics[40:]]
+    assert len(last) == 20
+    assert 2.0 / 1.5 < sum(last) / len(last) < 2.0 * 1.5
+    coefficients = [m["objective/kl_coef"] for m in recorder.metrics]
+    assert min(coefficients) < 0.2 < max(coefficients)  # it had to move
+
+
+def test_adaptive_penalty_holds_its_target(make_module, fit):
+    recorder = Recorder()
+    module = make_module(
+        iterations=60,
+        actor_optimizer=adam(3e-3),
+        objective=KLPenalty(beta=0.1, target=0.02),
+        update=Update(epochs=4, minibatches=1, max_tokens=1024),
+    )
+    fit(module, [recorder], batch_size=24)
+    last = [m["policy/kl_to_old_end"] for m in recorder.metrics[40:]]
+    assert len(last) == 20
+    assert 0.02 / 1.5 < sum(last) / len(last) < 0.02 * 1.5
+    assert recorder.metrics[-1]["policy/beta"] != 0.1
+
+
+def test_the_controllers_go_on_from_a_checkpoint(make_module, fit, tmp_path):
+    def make(iterations):
+        return make_module(
+            iterations=iterations,
+            actor_optimizer=adam(3e-3),
+            kl=AdaptiveKL(coef=0.05, target=0.01, horizon=50),
+            objective=KLPenalty(beta=1.0, target=1e-4),
+        )
+
+    whole, rest = Recorder(), Recorder()
+    fit(make(6), [whole])
+    fit(make(3), [IterationCheckpoint(every_n=3)])
+    resumed = make(6)
+    (path,) = tmp_path.rglob("last.ckpt")
+    fit(resumed, [rest], ckpt_path=str(path))
+    assert len(rest.metrics) == 3
+    for name in ("objective/kl_coef", "policy/beta"):
+        expected = [m[name] for m in whole.metrics]
+        assert [m[name] for m in rest.metrics] == expected[3:]
+        assert len(set(expected)) > 3  # it moved
+    assert all(torch.equal(rest.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_a_group_of_one_is_refused(make_module):
+    with pytest.raises(UserError, match=r"model.sampling.responses is 1.*GroupNormalized.*2 or more"):
+        make_module(advantages=GroupNormalized())
+
+
+def test_a_critic_that_nothing_uses_is_told(make_module):
+    with pytest.warns(UserWarning, match=r"LeaveOneOut brings a baseline.*model.critic: null"):
+        make_module(advantages=LeaveOneOut(), sampling=Sampling(max_tokens=8, responses=2))
+
+
+def test_without_a_critic_none_is_in_memory(make_module):
+    module = make_module(advantages=LeaveOneOut(), critic=None, sampling=Sampling(max_tokens=8, responses=2))
+    module.configure_model()
+    kept = {name.partition(".")[0] for name, _ in module.named_parameters()}
+    assert kept == {"actor", "reference"}
+    assert list(module.trained()) == ["policy"]

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from lit_rlhf.algorithms.advantages import LeaveOneOut
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import Sampling
+from lit_rlhf.modules import TRPO, ReferenceKL, TrustRegion, Update
+from lit_rlhf.rewards import RewardFunction
+from lit_rlhf.testing import Recorder
+
+
+@pytest.fixture
+def make_trpo(tiny_model, request):
+    def make(**options) -> TRPO:
+        defaults = {
+            "actor": str(tiny_model("llama")),
+            "rewards": [RewardFunction(f"{request.config.rootpath}/tests/conftest.py:low_words")],
+            "sampling": Sampling(max_tokens=12),
+            "update": Update(epochs=2, minibatches=2, max_tokens=256),
+            "critic_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
+        }
+        return TRPO(**(defaults | options))
+
+    return make
+
+
+@pytest.mark.parametrize("max_kl", [0.003, 0.03])
+def test_the_kl_after_the_step_stays_within_its_bound(make_trpo, fit, max_kl):
+    recorder = Recorder()
+    fit(make_trpo(iterations=8, region=TrustRegion(max_kl=max_kl, damping=0.01)), [recorder], batch_size=24)
+    assert len(recorder.metrics) == 8
+    for metrics in recorder.metrics:
+        assert 0.1 * max_kl < metrics["policy/kl_to_old"] <= max_kl * (1 + 1e-5)  # within, and the region is used
+        assert 0 < metrics["policy/step_share"] <= 1
+
+
+def test_steps_that_break_the_bound_are_not_taken(make_trpo, fit):
+    """With next to no damping and one product the first step is far too long: the line search must come back."""
+    recorder = Recorder()
+    region = TrustRegion(max_kl=0.5, cg_iterations=1, damping=0.0, backtracks=1)
+    module = make_trpo(iterations=3, region=region, critic=None)
+    module.configure_model()
+    before = {n: p.detach().clone() for n, p in module.actor.named_parameters()}
+    fit(module, [recorder])
+    refused = [m for m in recorder.metrics if m["policy/step_share"] == 0]
+    assert all(m["policy/kl_to_old"] == pytest.approx(0, abs=1e-7) for m in refused)
+    if len(refused) == 3:
+        assert all(torch.equal(p, before[n]) for n, p in module.actor.named_parameters())
+    assert all(m["policy/kl_to_old"] <= 0.5 for m in recorder.metrics)
+
+
+def test_the_step_does_not_depend_on_micro_batches(make_trpo, fit):
+    weights = []
+    for max_tokens in (40, 4096):
+        recorder = Recorder()
+        fit(make_trpo(iterations=1, critic=None, update=Update(max_tokens=max_tokens, entropy_coef=0.01)), [recorder])
+        weights.append({k: v for k, v in recorder.weights.items() if k.startswith("actor.")})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gpt2", "gpt_neox"])
+def test_every_shape(make_trpo, fit, tiny_model, architecture):
+    recorder = Recorder()
+    module = make_trpo(
+        actor=str(tiny_model(architecture)),
+        iterations=2,
+        critic=None,
+        advantages=LeaveOneOut(),
+        sampling=Sampling(max_tokens=8, responses=2),
+        reference_kl=ReferenceKL(where="loss", estimator="full"),
+    )
+    fit(module, [recorder])
+    assert all(0 < m["policy/kl_to_old"] <= 0.01 * (1 + 1e-5) for m in recorder.metrics)
+    assert "value/loss" not in recorder.metrics[-1]
+
+
+def test_the_old_policy_is_not_in_checkpoints(make_trpo):
+    module = make_trpo()
+    module.configure_model()
+    names = module.state_dict().keys()
+    assert any(n.startswith("actor.") for n in names)
+    assert not any(n.startswith(("old.", "reference.")) for n in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"critic": "shared"}, "would leave TRPO's region"),
+        ({"update": Update(target_kl=0.1)}, "model.region.max_kl"),
+    ],
+)
+def test_settings_that_do_not_fit_together(make_trpo, options, message):
+    with pytest.raises(UserError, match=message):
+        make_trpo(**options)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_kl", 0.0),
+        ("cg_iterations", 0),
+        ("backtracks", 0),
+        ("damping", -0.1),
+        ("cg_tolerance", -1.0),
+        ("backtrack_ratio", 1.0),
+        ("backtrack_ratio", 0.0),
+    ],
+)
+def test_out_of_range(field, value):
+    with pytest.raises(ValueError, match=rf"^region\.{field} must .*{value}"):
+        TrustRegion(**{field: value})
