@@ -119,7 +119,7 @@ def longest_step(direction: Tensor, product: Product, max_kl: float) -> Tensor:
     tensor([0.0500, 0.0000])
     """
     curvature = direction @ product(direction)
-    return torch.where(curvature > 0, direction * (2.0 * max_kl / curvature.clamp(min=1e-30)).sqrt(), 0.0)
+    return direction * (2.0 * max_kl / curvature).sqrt() if curvature > 0 else torch.zeros_like(direction)
 
 
 def line_search(

@@ -101,6 +101,7 @@ def test_settings_that_do_not_fit_together(make_trpo, options, message):
         ("max_kl", 0.0),
         ("cg_iterations", 0),
         ("backtracks", 0),
+        ("fisher_every", 0),
         ("damping", -0.1),
         ("cg_tolerance", -1.0),
         ("backtrack_ratio", 1.0),

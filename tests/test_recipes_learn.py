@@ -1,0 +1,29 @@
+"""Every recipe of configs/ learns a language whose optimum is known (benchmarks/recipes.py has the whole table)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+recipes, worlds = (pytest.importorskip(name) for name in ("recipes", "worlds"))
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_one_token_of_three(recipe):
+    assert recipes.reached(recipes.run(recipe, "bandit", seed=1, iterations=40)) is not None
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "grpo", "reinforce"])
+def test_steps_of_a_markov_chain(recipe):
+    shares = recipes.run(recipe, "chain", seed=1, iterations=80)
+    assert shares[0] < 0.5
+    assert recipes.reached(shares) is not None
+
+
+def test_the_optimum_is_the_best_response():
+    for world, language in worlds.WORLDS.items():
+        best = [
+            max(worlds._scores(world, start, list(language.responses(start))).tolist()) for start in language.starts
+        ]
+        assert worlds.optimum(world) == pytest.approx(sum(best) / len(best))
