@@ -1,12 +1,11 @@
 """Texts for a model to imitate."""
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import lightning
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.loader import GlobalBatches, ResumableLoader, check_shares
+from lit_rlhf.data.loader import ResumableLoader
+from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Source, column, read_records
 from lit_rlhf.data.tokenize import chat_tokens, continued_tokens
 from lit_rlhf.errors import UserError
@@ -15,7 +14,7 @@ from lit_rlhf.types import DemonstrationBatch
 Tokenized = tuple[list[int], int]  # the tokens, and how many of them are the prompt's
 
 
-class Demonstrations(lightning.LightningDataModule):
+class Demonstrations(ResumableData):
     """Texts, or prompts with responses, from JSONL, CSV or Parquet files, hub names, or a Python function.
 
     Args:
@@ -43,9 +42,7 @@ class Demonstrations(lightning.LightningDataModule):
         batch_size: int = 32,
     ) -> None:
         super().__init__()
-        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"data.{name} must be 1 or more, not {value}")
+        check_positive(max_tokens=max_tokens, batch_size=batch_size)
         self.sources = {"train": train, "validation": validation}
         self.prompt = prompt
         self.response = response
@@ -54,8 +51,6 @@ class Demonstrations(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.cut: dict[str, int] = {}
         self._texts: dict[str, list[Tokenized]] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._restored: dict[str, int] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenize; Lightning calls it."""
@@ -68,44 +63,17 @@ class Demonstrations(lightning.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, the same order for the same seed and epoch."""
-        if len(self._texts["train"]) < self.batch_size:
-            raise UserError(
-                f"data.batch_size is {self.batch_size}, but {self.sources['train']} has only "
-                f"{len(self._texts['train'])} texts"
-            )
-        self._train_loader = self._loader("train", shuffle=True)
-        if self._restored:
-            self._train_loader.load_state_dict(self._restored)
-        return self._train_loader
+        return self.train_loader(self._texts["train"], self.batch_size, self._collate)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         """In the file's order; empty if there are no validation texts."""
-        return self._loader("validation", shuffle=False) if "validation" in self._texts else []
+        if "validation" not in self._texts:
+            return []
+        return self.loader(self._texts["validation"], self.batch_size, self._collate, "data.batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
         """The same as the validation loader."""
         return self.val_dataloader()
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the training loader stands. Lightning keeps the loader's own state too, but does not always load it."""
-        return self._train_loader.state_dict() if self._train_loader else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
-        self._restored = state_dict
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
-        return cast(Any, self.trainer).lightning_module.tokenizer
-
-    def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
-        assert self.trainer is not None
-        size, world_size = len(self._texts[split]), self.trainer.world_size
-        check_shares(size, self.batch_size, shuffle=shuffle, world_size=world_size, option="data.batch_size")
-        rank = self.trainer.global_rank
-        batches = GlobalBatches(size, self.batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
-        return ResumableLoader(self._texts[split], self._collate, batches)
 
     def _read(self, split: str) -> list[Tokenized]:
         source = self.sources[split]

@@ -94,6 +94,18 @@ class ResumableLoader:
             self.yielded += 1
             yield self.collate([(place, self.records[number]) for place, number in batch])
 
+    def once(self, whole: bool = False) -> Iterator[Any]:
+        """Every record once, in batches of the file's order; where the loader stands does not change.
+
+        Args:
+            whole: The whole batches, not this rank's share of each.
+        """
+        size, rank, world_size = self.batches.batch_size, self.batches.rank, self.batches.world_size
+        share = {} if whole else {"rank": rank, "world_size": world_size}
+        for batch in GlobalBatches(self.batches.size, size, shuffle=False, **share).epoch(0):
+            if batch:
+                yield self.collate([(place, self.records[number]) for place, number in batch])
+
     def state_dict(self) -> dict[str, int]:
         """Batches given out so far."""
         return {"yielded": self.yielded}

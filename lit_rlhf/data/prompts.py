@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import lightning
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.loader import GlobalBatches, ResumableLoader, check_shares
+from lit_rlhf.data.loader import ResumableLoader
+from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Source, column, read_records
 from lit_rlhf.data.tokenize import prompt_tokens
 from lit_rlhf.errors import UserError
@@ -23,7 +22,7 @@ class _TokenizedPrompt:
     record: Record
 
 
-class Prompts(lightning.LightningDataModule):
+class Prompts(ResumableData):
     """Prompts from JSONL, CSV or Parquet files, hub names, or a Python function.
 
     A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template. The
@@ -64,14 +63,12 @@ class Prompts(lightning.LightningDataModule):
         validation_batch_size: int = 256,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("first_tokens", first_tokens),
-            ("max_tokens", max_tokens),
-            ("batch_size", batch_size),
-            ("validation_batch_size", validation_batch_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be 1 or more, not {value}")
+        check_positive(
+            first_tokens=first_tokens,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            validation_batch_size=validation_batch_size,
+        )
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.column = column
         self.template = template
@@ -84,8 +81,6 @@ class Prompts(lightning.LightningDataModule):
         self.dropped: dict[str, int] = {}
         self.cut: dict[str, int] = {}
         self._prompts: dict[str, list[_TokenizedPrompt]] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._restored: dict[str, int] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what the stage needs; Lightning calls it."""
@@ -99,49 +94,23 @@ class Prompts(lightning.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, the same order for the same seed and epoch."""
-        if len(self._prompts["train"]) < self.batch_size:
-            raise UserError(
-                f"data.batch_size is {self.batch_size}, but {self.sources['train']} has only "
-                f"{len(self._prompts['train'])} prompts"
-            )
-        self._train_loader = self._loader("train", self.batch_size, shuffle=True)
-        if self._restored:
-            self._train_loader.load_state_dict(self._restored)
-        return self._train_loader
+        return self.train_loader(self._prompts["train"], self.batch_size, self._collate)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         """In the file's order; empty if there are no validation prompts."""
-        return self._loader("validation", self.validation_batch_size) if "validation" in self._prompts else []
+        return self._in_order("validation") if "validation" in self._prompts else []
 
     def test_dataloader(self) -> ResumableLoader:
         """In the file's order."""
-        return self._loader("test", self.validation_batch_size)
+        return self._in_order("test")
 
     def predict_dataloader(self) -> ResumableLoader:
         """In the file's order."""
-        return self._loader("predict", self.validation_batch_size)
+        return self._in_order("predict")
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the training loader stands. Lightning keeps the loader's own state too, but does not always load it."""
-        return self._train_loader.state_dict() if self._train_loader else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
-        self._restored = state_dict
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The actor's."""
-        return cast(Any, self.trainer).lightning_module.tokenizer
-
-    def _loader(self, split: str, batch_size: int, shuffle: bool = False) -> ResumableLoader:
-        prompts = self._prompts[split]
-        world_size = self.trainer.world_size if self.trainer else 1
-        rank = self.trainer.global_rank if self.trainer else 0
-        option = "data.batch_size" if shuffle else "data.validation_batch_size"
-        check_shares(len(prompts), batch_size, shuffle=shuffle, world_size=world_size, option=option)
-        batches = GlobalBatches(len(prompts), batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
-        return ResumableLoader(prompts, self._collate, batches)
+    def _in_order(self, split: str) -> ResumableLoader:
+        size, option = self.validation_batch_size, "data.validation_batch_size"
+        return self.loader(self._prompts[split], size, self._collate, option)
 
     def _read(self, split: str) -> list[_TokenizedPrompt]:
         source = self.sources[split]
@@ -166,8 +135,7 @@ class Prompts(lightning.LightningDataModule):
                 f"data.{split}: all {len(records)} prompts of {source} are longer than "
                 f"data.max_tokens={self.max_tokens}"
             )
-        if self.trainer is None or self.trainer.is_global_zero:
-            print(f"data: {len(kept)} {split} prompts from {source}{self._counted(split)}")
+        self.say(f"data: {len(kept)} {split} prompts from {source}{self._counted(split)}")
         return kept
 
     def _counted(self, split: str) -> str:

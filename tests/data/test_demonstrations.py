@@ -114,7 +114,7 @@ def test_numbers_out_of_range():
 
 
 def test_a_batch_larger_than_the_file(make, tokenizer):
-    with pytest.raises(UserError, match=r"batch_size is 3, but .*texts.jsonl has only 2 texts"):
+    with pytest.raises(UserError, match=r"batch_size is 3, but data.train has only 2 records"):
         make(tokenizer, batch_size=3).train_dataloader()
 
 

@@ -124,7 +124,7 @@ def test_numbers_out_of_range(name):
 
 
 def test_a_batch_larger_than_the_file(make, tokenizer):
-    with pytest.raises(UserError, match=r"batch_size is 5, but .*prompts.jsonl has only 4 prompts"):
+    with pytest.raises(UserError, match=r"batch_size is 5, but data.train has only 4 records"):
         make(tokenizer, batch_size=5).train_dataloader()
 
 
