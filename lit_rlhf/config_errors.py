@@ -163,7 +163,13 @@ def _class_names(field: str) -> list[str]:
 
 def _usable(candidate: type) -> bool:
     """Neither abstract, nor private, nor our modules' common grounds."""
-    hidden = candidate.__name__.startswith("_") or candidate.__name__ in ("AlignmentModule", "OnPolicy", "LRScheduler")
+    hidden = candidate.__name__.startswith("_") or candidate.__name__ in (
+        "AlignmentModule",
+        "OnPolicy",
+        "PreferenceModule",
+        "ResumableData",
+        "LRScheduler",
+    )
     return not (inspect.isabstract(candidate) or hidden)
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 import lit_rlhf.modules  # noqa: F401 (imported, so that short class names resolve)
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint, MetricsFile, Predictions, ProgressBar, Samples
 from lit_rlhf.config_errors import explain
-from lit_rlhf.data import Demonstrations, Prompts  # noqa: F401
+from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 
 TRAINER_DEFAULTS: dict[str, Any] = {

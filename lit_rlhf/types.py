@@ -44,6 +44,62 @@ class DemonstrationBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceBatch:
+    """Responses to prompts, ranked; a pair is a ranking of two."""
+
+    tokens: Tensor  # [N, S] int64, prompt and response contiguous, right-padded; the responses of all rankings
+    prompt_lengths: Tensor  # [N] int64
+    lengths: Tensor  # [N] int64, prompt and response
+    ranking: Tensor  # [B, K] int64, rows of tokens, best first; 0 where there is none
+    mask: Tensor  # [B, K] bool, whether there is one
+    margin: Tensor | None  # [B] float32, by how much the better of a pair should be ahead
+    number: Tensor  # [B] int64, each ranking's number in its split
+    prompts: Sequence[list[int]]  # B, the prompts' tokens, ready to be continued; empty where records have no prompt
+
+    @property
+    def scored(self) -> Tensor:
+        """Bool [N, S], True at the response's tokens."""
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (place >= self.prompt_lengths[:, None]) & (place < self.lengths[:, None])
+
+    def to(self, device: torch.device) -> "PreferenceBatch":
+        """The same batch on another device (Lightning calls it)."""
+        return _moved(self, device)
+
+    def by_ranking(self, x: Tensor) -> Tensor:
+        """What ``x`` [N] holds of each ranked response, [B, K]; 0 where there is none."""
+        return torch.where(self.mask, x[self.ranking], 0.0)
+
+    def select(self, rankings: Tensor) -> "PreferenceBatch":
+        """These rankings, cut to their longest response and their longest ranking."""
+        mask = self.mask[rankings]
+        mask = mask[:, : int(mask.sum(1).max())]
+        rows = self.ranking[rankings][:, : mask.shape[1]][mask]
+        ranking = torch.zeros_like(mask, dtype=torch.long)
+        ranking[mask] = torch.arange(len(rows), device=rows.device)
+        return PreferenceBatch(
+            tokens=self.tokens[rows, : int(self.lengths[rows].max())],
+            prompt_lengths=self.prompt_lengths[rows],
+            lengths=self.lengths[rows],
+            ranking=ranking,
+            mask=mask,
+            margin=None if self.margin is None else self.margin[rankings],
+            number=self.number[rankings],
+            prompts=[self.prompts[i] for i in rankings.tolist()],
+        )
+
+    def micro_batches(self, max_tokens: int) -> list["PreferenceBatch"]:
+        """All rankings in micro-batches of similar length; the responses of a ranking stay together.
+
+        Args:
+            max_tokens: Padded tokens of a micro-batch at most (a larger single ranking goes alone).
+        """
+        longest = self.by_ranking(self.lengths).amax(1).cpu()
+        groups = pack(longest, max_tokens, self.mask.sum(1).cpu())
+        return [self.select(group.to(self.tokens.device)) for group in groups]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """Prompts with the responses that the actor gave; prompt and response stand contiguous, padding on the right."""
 
@@ -177,27 +233,30 @@ class Experience:
         return [self.select(rows.to(device)) for rows in pack(self.rollout.lengths.cpu(), max_tokens)]
 
 
-def pack(lengths: Tensor, max_tokens: int) -> list[Tensor]:
-    """Cut rows into groups of similar length whose padded size, rows × longest, is at most ``max_tokens``.
+def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[Tensor]:
+    """Cut items into groups of similar length whose padded size, rows × longest, is at most ``max_tokens``.
 
     Args:
         lengths: [B] int64.
-        max_tokens: The budget; a row longer than it makes a group alone.
+        max_tokens: The budget; an item larger than it makes a group alone.
+        rows: [B] int64, how many rows of that length each item is; None: one.
 
     Returns:
-        Row indices of each group; together they are 0 … B − 1.
+        Indices of each group's items; together they are 0 … B − 1.
 
     >>> pack(torch.tensor([5, 1, 4, 2]), max_tokens=8)
     [tensor([0]), tensor([2, 3]), tensor([1])]
     """
     groups: list[list[int]] = []
-    longest = 0
-    for row in torch.argsort(lengths, descending=True, stable=True).tolist():
-        if groups and longest * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(row)
+    longest = taken = 0
+    for item in torch.argsort(lengths, descending=True, stable=True).tolist():
+        count = 1 if rows is None else int(rows[item])
+        if groups and longest * (taken + count) <= max_tokens:
+            groups[-1].append(item)
+            taken += count
         else:
-            groups.append([row])
-            longest = int(lengths[row])
+            groups.append([item])
+            longest, taken = int(lengths[item]), count
     return [torch.tensor(group) for group in groups]
 
 

@@ -9,7 +9,7 @@ from lit_rlhf.modules.module import AlignmentModule
 
 
 class ExportAtEnd(lightning.Callback):
-    """Writes the actor to ``export/`` in the run's folder, for ``AutoModelForCausalLM`` and vLLM.
+    """Writes the trained model to ``export/`` in the run's folder, for transformers and vLLM.
 
     Args:
         name: The folder's name in the run's folder.
@@ -22,4 +22,4 @@ class ExportAtEnd(lightning.Callback):
         """Write it."""
         assert isinstance(pl_module, AlignmentModule)
         if trainer.is_global_zero:
-            save_folder(pl_module.actor.model, pl_module.tokenizer, Path(trainer.default_root_dir) / self.name)
+            save_folder(pl_module.trained_model(), pl_module.tokenizer, Path(trainer.default_root_dir) / self.name)

@@ -139,10 +139,12 @@ class Actor(nn.Module):
 
 
 def new_value_head(model: PreTrainedModel) -> nn.Linear:
-    """A linear map from hidden state to value that is 0 at first, so that the first advantages are the rewards."""
-    head = nn.Linear(model.get_output_embeddings().in_features, 1)
+    """A linear map from hidden state to value that is 0 at first, so that the first advantages are the rewards.
+
+    Without a bias, as in the sequence classifiers of transformers, so that it can be saved as one.
+    """
+    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=False)
     nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
     return head
 
 

@@ -1,8 +1,11 @@
 """Models with a scalar head: the critic (a value after every token) and the reward model (a score after the last)."""
 
+from copy import deepcopy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import new_value_head
@@ -57,7 +60,9 @@ def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel
 
 
 def load_critic(source: ModelSource, field: str = "critic") -> ScalarModel:
-    """A critic from a reward model (its head is kept) or from a language model (its head is new, at first 0).
+    """A critic, or the start of a reward model: from a sequence classifier, or from a language model with a new head.
+
+    The classifier's head is kept; a new one is 0.
 
     Raises:
         UserError: if there is no such model.
@@ -67,6 +72,24 @@ def load_critic(source: ModelSource, field: str = "critic") -> ScalarModel:
         return load_reward_model(source, field)
     model = load_model(source, "causal", field)
     return ScalarModel(model.base_model, new_value_head(model))
+
+
+def to_classifier(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The same as a sequence classifier of transformers with one label, which scores the last token.
+
+    Raises:
+        UserError: if transformers has no sequence classifier of this architecture.
+    """
+    config: Any = deepcopy(scalar.trunk.config)
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    try:
+        model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(f"transformers has no sequence classifier for {config.model_type}") from error
+    model.base_model.load_state_dict(scalar.trunk.state_dict())
+    model.score.load_state_dict(scalar.head.state_dict())
+    return model.eval()
 
 
 @torch.no_grad()

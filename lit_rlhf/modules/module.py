@@ -1,13 +1,15 @@
-"""What all modules share: an actor, its tokenizer, a count of iterations, and means over held-out data."""
+"""What all modules share: a model to train, its tokenizer, a count of iterations, and means over held-out data."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from typing import Any, ClassVar
 
 import lightning
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from lit_rlhf.errors import UserError
@@ -17,39 +19,48 @@ from lit_rlhf.modules.metrics import Means
 
 
 class AlignmentModule(lightning.LightningModule):
-    """A LightningModule with an actor that counts its iterations, one a training step.
+    """A LightningModule that trains one model, and counts its iterations, one a training step.
 
     Args:
-        actor: The model to train: a folder or hub id, or a configuration for random weights.
+        source: The model to train: a folder or hub id, or a configuration for random weights.
         iterations: Stop after so many; None: the Trainer's limits decide.
 
     Raises:
-        UserError: if the actor is not named.
+        UserError: if the model is not named.
     """
 
-    actor: Actor  # there from configure_model on
+    role: ClassVar[str] = "actor"
+    """The trained model's name: of the module's attribute, from configure_model on, and of its option."""
+
+    actor: Actor
     iteration: Tensor  # [], int64, in the checkpoint
 
-    def __init__(self, actor: ModelSource, iterations: int | None) -> None:
+    def __init__(self, source: ModelSource, iterations: int | None) -> None:
         super().__init__()
-        if not actor:
-            raise UserError("model.actor is not set: a model folder, a hub id, or a configuration for random weights")
+        if not source:
+            raise UserError(
+                f"model.{self.role} is not set: a model folder, a hub id, or a configuration for random weights"
+            )
         if iterations is not None and iterations < 1:
             raise UserError(f"model.iterations must be 1 or more, or null, not {iterations}")
-        self.actor_source = actor
+        self.source = source
         self.iterations = iterations
         self.held_out = Means()  # of the validation or test under way
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The actor's."""
-        return load_tokenizer(self.actor_source, "model.actor")
+        """The trained model's."""
+        return load_tokenizer(self.source, f"model.{self.role}")
 
     @property
     def is_configured(self) -> bool:
         """Whether the models are loaded; Lightning calls ``configure_model`` more than once."""
-        return "actor" in self._modules
+        return self.role in self._modules
+
+    def trained_model(self) -> PreTrainedModel:
+        """What a run is for, as transformers saves it."""
+        return self.actor.model
 
     def train(self, mode: bool = True) -> Self:
         """Set this module's mode, but the models stay in eval mode: dropout is off in every stage."""
@@ -68,6 +79,16 @@ class AlignmentModule(lightning.LightningModule):
         self.iteration += 1
         if self.iterations is not None and int(self.iteration) >= self.iterations:
             self.trainer.should_stop = True
+
+    def is_last_step(self) -> bool:
+        """Whether the training step under way is the run's last, as far as iterations and epochs decide."""
+        trainer, loop = self.trainer, self.trainer.fit_loop
+        if trainer.should_stop:
+            return True
+        last_epoch = (
+            loop.max_epochs is not None and loop.max_epochs != -1 and trainer.current_epoch + 1 >= loop.max_epochs
+        )
+        return trainer.is_last_batch and last_epoch
 
     def on_validation_epoch_start(self) -> None:
         """Start the means."""
@@ -92,6 +113,11 @@ class AlignmentModule(lightning.LightningModule):
     def _log_held_out(self, stage: str) -> None:
         for name, value in self.summary(self.held_out.compute()).items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
+
+    def synchronized(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients go over the ranks with the last micro-batch; how many there are may differ from rank to rank."""
+        blocked = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        return nullcontext() if last else blocked()
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum over all processes."""

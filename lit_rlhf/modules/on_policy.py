@@ -127,7 +127,7 @@ class OnPolicy(AlignmentModule):
             return
         self.scores.prepare(self.tokenizer)
         roles = load_roles(
-            self.actor_source,
+            self.source,
             self.critic_source,
             self.reference_source,
             rewards=[r for r in self.scores.rewards if isinstance(r, RewardModel)],

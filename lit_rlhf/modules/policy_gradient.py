@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -114,7 +112,7 @@ class PolicyGradient(OnPolicy):
         for number, piece in enumerate(minibatch, start=1):
             loss, piece_kl = self._loss(piece, counts, means)
             kl_to_old += piece_kl
-            with self._synchronized(number == len(minibatch)):
+            with self.synchronized(number == len(minibatch)):
                 self.manual_backward(loss * self.trainer.world_size)
         kl_to_old = self.sum_over_ranks(kl_to_old) / counts[0]
         if self.update.target_kl is not None and kl_to_old > self.update.target_kl:
@@ -123,11 +121,6 @@ class PolicyGradient(OnPolicy):
             means.add(f"{name}/grad_norm", clip_gradients(self.trained()[name], self.update.clip_grad_norm))
             optimizer.step()
         return True
-
-    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients go over the ranks with the last micro-batch; how many there are may differ from rank to rank."""
-        blocked = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        return nullcontext() if last else blocked()
 
     def _loss(self, piece: Experience, counts: Tensor, means: Means) -> tuple[Tensor, Tensor]:
         """A micro-batch's share of the step's loss, and its summed KL to the old policy."""

@@ -46,7 +46,7 @@ class SFT(AlignmentModule):
     def configure_model(self) -> None:
         """Load the model; Lightning calls it, more than once."""
         if not self.is_configured:
-            self.actor = Actor(load_model(self.actor_source, "causal", "model.actor"))
+            self.actor = Actor(load_model(self.source, "causal", "model.actor"))
             self.train(self.training)
 
     def configure_optimizers(self) -> Any:

@@ -166,7 +166,7 @@ class TRPO(OnPolicy):
         if self.is_configured:
             return
         super().configure_model()
-        self.old = Actor(load_model(self.actor_source, "causal", "model.actor"), self.sampling.temperature)
+        self.old = Actor(load_model(self.source, "causal", "model.actor"), self.sampling.temperature)
         freeze(self.old)
 
     def trained(self) -> dict[str, list[nn.Parameter]]:

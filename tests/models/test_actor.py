@@ -137,9 +137,8 @@ def test_shared_critic(tiny_model, architecture):
     tokens, chosen = make_batch()
     assert (actor(tokens, chosen).values == 0).all()
     torch.nn.init.normal_(actor.value_head.weight)
-    torch.nn.init.ones_(actor.value_head.bias)
     hidden = actor.model.base_model(input_ids=tokens).last_hidden_state
-    expected = hidden @ actor.value_head.weight[0] + 1
+    expected = hidden @ actor.value_head.weight[0]
     torch.testing.assert_close(actor(tokens, chosen).values, expected, atol=1e-5, rtol=1e-5)
 
 

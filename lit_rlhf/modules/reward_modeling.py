@@ -1,0 +1,96 @@
+"""Reward models: a score for a prompt with a response, learnt from preferences."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.models.loading import ModelSource
+from lit_rlhf.models.scoring import ScalarModel, load_critic, to_classifier
+from lit_rlhf.modules.preference import PreferenceModule
+from lit_rlhf.types import PreferenceBatch
+
+
+class RewardModeling(PreferenceModule):
+    """Trains a scalar head on a decoder's last token so that better responses have higher scores.
+
+    On pairs the loss is Bradley–Terry's, −log σ(r_chosen − r_rejected − margin); on rankings Plackett–Luce's. The mean
+    and deviation of the training set's scores are measured after the last step and stored with the model, in
+    ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise.
+
+    Args:
+        reward: What to start from: a language model (an SFT run's export; its head is new) or a sequence classifier
+            with one label; a folder or hub id, or a configuration for random weights.
+        label_smoothing: ε in [0, 0.5): the share of pairs taken to be the wrong way round.
+        max_tokens: Padded tokens of a micro-batch at most; changes memory and speed, never the result.
+        clip_grad_norm: Largest gradient norm; None: unbounded.
+        optimizer: Its optimizer.
+        scheduler: Its learning rate, stepped after each batch; None: constant.
+        iterations: Stop after so many batches; None: the Trainer's max_epochs decides.
+
+    Raises:
+        ValueError: if a number is out of range.
+        UserError: if the model is not named, and in ``configure_model`` if it does not load.
+    """
+
+    role = "reward"
+    reward: ScalarModel  # there from configure_model on
+    score_mean: Tensor  # [], float64, of the training set; NaN until the last step
+    score_std: Tensor  # []
+
+    def __init__(
+        self,
+        reward: ModelSource = "",
+        label_smoothing: float = 0.0,
+        max_tokens: int = 8192,
+        clip_grad_norm: float | None = 1.0,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        scheduler: LRSchedulerCallable | None = None,
+        iterations: int | None = None,
+    ) -> None:
+        super().__init__(
+            source=reward,
+            label_smoothing=label_smoothing,
+            max_tokens=max_tokens,
+            clip_grad_norm=clip_grad_norm,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            iterations=iterations,
+        )
+        for name in ("score_mean", "score_std"):
+            self.register_buffer(name, torch.tensor(torch.nan, dtype=torch.float64))
+
+    def configure_model(self) -> None:
+        """Load the model; Lightning calls it, more than once."""
+        if not self.is_configured:
+            self.reward = load_critic(self.source, "model.reward")
+            self.train(self.training)
+
+    def trained_model(self) -> PreTrainedModel:
+        """A sequence classifier that knows its scores' mean and deviation."""
+        model = to_classifier(self.reward, self.tokenizer)
+        if torch.isfinite(self.score_mean):
+            model.config.score_mean, model.config.score_std = float(self.score_mean), float(self.score_std)
+        return model
+
+    def scores(self, batch: PreferenceBatch) -> Tensor:
+        """The number after each response's last token, [N]."""
+        return self.reward(batch.tokens).gather(1, batch.lengths[:, None] - 1).squeeze(1)
+
+    def after_step(self) -> None:
+        """After the last step: the training set's scores."""
+        if self.is_last_step():
+            self._measure_training_set()
+
+    @torch.no_grad()
+    def _measure_training_set(self) -> None:
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in self.trainer.train_dataloader.once():  # type: ignore[union-attr]
+            for piece in batch.to(self.device).micro_batches(self.max_tokens):
+                scores = self.scores(piece).double()
+                sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
+        count, total, squares = self.sum_over_ranks(sums)
+        self.score_mean.copy_(total / count)
+        self.score_std.copy_((squares / count - self.score_mean**2).clamp(min=0).sqrt())
