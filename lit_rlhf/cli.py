@@ -13,12 +13,12 @@ HELP = """usage: lit-rlhf COMMAND [options]
 Align language models with human preferences by reinforcement learning.
 
 commands:
-  quickstart   SFT and PPO on a small corpus of the package's own, from scratch
+  quickstart   SFT, a reward model and PPO on a small corpus of the package's own, from scratch
   fit          train: lit-rlhf fit --config configs/ppo.yaml
   validate     score held-out prompts
   test         score test prompts
   predict      write responses as JSONL
-  export       write a checkpoint's actor as a Hugging Face folder
+  export       write a checkpoint's model as a Hugging Face folder
 
 lit-rlhf COMMAND --help tells a command's options; lit-rlhf fit --model.help PolicyGradient a model's.
 """

@@ -37,6 +37,7 @@ class DemonstrationBatch:
 
     tokens: Tensor  # [B, S] int64, right-padded
     mask: Tensor  # [B, S] bool, tokens whose prediction is trained
+    positions: Tensor | None  # [B, S] int64, 0, 1, … in each text of a row; None: one text a row
 
     def to(self, device: torch.device) -> "DemonstrationBatch":
         """The same batch on another device (Lightning calls it)."""

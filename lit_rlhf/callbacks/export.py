@@ -4,7 +4,7 @@ from pathlib import Path
 
 import lightning
 
-from lit_rlhf.export import save_folder
+from lit_rlhf.export import model_card, save_folder
 from lit_rlhf.modules.module import AlignmentModule
 
 
@@ -22,4 +22,6 @@ class ExportAtEnd(lightning.Callback):
         """Write it."""
         assert isinstance(pl_module, AlignmentModule)
         if trainer.is_global_zero:
-            save_folder(pl_module.trained_model(), pl_module.tokenizer, Path(trainer.default_root_dir) / self.name)
+            run = Path(trainer.default_root_dir)
+            card = model_card(run, pl_module.role, int(pl_module.iteration))
+            save_folder(pl_module.trained_model(), pl_module.tokenizer, run / self.name, card)

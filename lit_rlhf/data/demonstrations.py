@@ -23,6 +23,8 @@ class Demonstrations(ResumableData):
         prompt: The prompts' column; None if a record is one text. A prompt may be a conversation.
         response: The column of responses, or of whole texts if there is no prompt.
         loss_on: Train on the response only, or on all tokens.
+        packing: Put several short texts into one row of at most ``max_tokens``: less padding, the same loss (no text
+            sees another).
         max_tokens: Tokens of prompt and response at most; longer ones are cut at the end, and counted.
         batch_size: Texts of a batch, over all processes.
 
@@ -38,6 +40,7 @@ class Demonstrations(ResumableData):
         prompt: str | None = None,
         response: str = "text",
         loss_on: Literal["response", "all"] = "response",
+        packing: bool = False,
         max_tokens: int = 512,
         batch_size: int = 32,
     ) -> None:
@@ -47,6 +50,7 @@ class Demonstrations(ResumableData):
         self.prompt = prompt
         self.response = response
         self.loss_on = loss_on
+        self.packing = packing
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.cut: dict[str, int] = {}
@@ -101,11 +105,35 @@ class Demonstrations(ResumableData):
         return continued_tokens(self.tokenizer, prompt, response)
 
     def _collate(self, placed: list[tuple[int, Tokenized]]) -> DemonstrationBatch:
-        width = max(len(tokens) for _, (tokens, _) in placed)
-        batch = torch.full((len(placed), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros(len(placed), width, dtype=torch.bool)
-        for row, (_, (tokens, prompt)) in enumerate(placed):
-            batch[row, : len(tokens)] = torch.tensor(tokens)
-            first = max(1, prompt) if self.loss_on == "response" else 1
-            mask[row, first : len(tokens)] = True
-        return DemonstrationBatch(tokens=batch, mask=mask)
+        texts = [text for _, text in placed]
+        alone = [[i] for i in range(len(texts))]
+        rows = _fill([len(tokens) for tokens, _ in texts], self.max_tokens) if self.packing else alone
+        width = max(sum(len(texts[i][0]) for i in row) for row in rows)
+        batch = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, row in enumerate(rows):
+            start = 0
+            for tokens, prompt in (texts[i] for i in row):
+                end = start + len(tokens)
+                batch[number, start:end] = torch.tensor(tokens)
+                positions[number, start:end] = torch.arange(len(tokens))
+                first = max(1, prompt) if self.loss_on == "response" else 1
+                mask[number, start + first : end] = True
+                start = end
+        return DemonstrationBatch(tokens=batch, mask=mask, positions=positions if self.packing else None)
+
+
+def _fill(lengths: list[int], width: int) -> list[list[int]]:
+    """Which texts go into which row of that width: the longest first, each into the first row where it fits."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, room in enumerate(left) if room >= lengths[text]), None)
+        if row is None:
+            rows.append([])
+            left.append(width)
+            row = len(rows) - 1
+        rows[row].append(text)
+        left[row] -= lengths[text]
+    return rows

@@ -54,7 +54,9 @@ class Actor(nn.Module):
         self.value_head = new_value_head(model) if shared_critic else None
         _check_head(self)
 
-    def forward(self, tokens: Tensor, chosen: Tensor, other: "Actor | None" = None) -> TokenStats:
+    def forward(
+        self, tokens: Tensor, chosen: Tensor, other: "Actor | None" = None, positions: Tensor | None = None
+    ) -> TokenStats:
         """Log-probabilities and entropies at the chosen places.
 
         Args:
@@ -62,13 +64,14 @@ class Actor(nn.Module):
             chosen: Bool [B, S]; the first place of a row cannot be chosen, nothing stands before it.
             other: The full KL to this one is wanted too; no gradient flows into it. The actor itself gives a KL of
                 0 whose second derivative is the Fisher matrix.
+            positions: [B, S] int64, where a row holds several texts: they begin at 0 with each; None: one text a row.
         """
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(tokens, positions)
         predicted = chosen[:, 1:]
         others = None
         if other is not None:
             with torch.no_grad():
-                others = (hidden.detach() if other is self else other.hidden(tokens))[:, :-1][predicted]
+                others = (hidden.detach() if other is self else other.hidden(tokens, positions))[:, :-1][predicted]
         logprobs, entropy, kl = self._head(hidden[:, :-1][predicted], tokens[:, 1:][predicted], other, others)
         values = None
         if self.value_head is not None:
@@ -80,9 +83,9 @@ class Actor(nn.Module):
             full_kl=None if other is None else _spread(kl, chosen),
         )
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The trunk's last hidden state, [B, S, H]."""
-        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The trunk's last hidden state, [B, S, H]; a text does not see the one before it in its row."""
+        return self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
 
     def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of the token after the last one, [B, V] float32, before the temperature.
@@ -138,13 +141,11 @@ class Actor(nn.Module):
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, kl
 
 
-def new_value_head(model: PreTrainedModel) -> nn.Linear:
-    """A linear map from hidden state to value that is 0 at first, so that the first advantages are the rewards.
-
-    Without a bias, as in the sequence classifiers of transformers, so that it can be saved as one.
-    """
-    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=False)
-    nn.init.zeros_(head.weight)
+def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
+    """A linear map from hidden state to value that is 0 at first, so that the first advantages are the rewards."""
+    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=bias)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     return head
 
 

@@ -39,7 +39,7 @@ class ScalarModel(nn.Module):
 
 
 def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
-    """The trunk and scalar head of a sequence classifier with one label.
+    """The trunk and scalar head of a sequence classifier with one label; a critic's bias is in its configuration.
 
     Raises:
         UserError: if the classifier's head is not one linear layer, as in every decoder of transformers.
@@ -47,6 +47,9 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"{field}: {type(model).__name__} has no linear head named score; is it a decoder?")
+    bias = getattr(model.config, "value_bias", None)
+    if bias is not None:
+        head.bias = nn.Parameter(torch.tensor([bias]))
     return ScalarModel(model.base_model, head)
 
 
@@ -59,10 +62,13 @@ def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel
     return from_classifier(load_model(source, "score", field), field)
 
 
-def load_critic(source: ModelSource, field: str = "critic") -> ScalarModel:
+def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -> ScalarModel:
     """A critic, or the start of a reward model: from a sequence classifier, or from a language model with a new head.
 
-    The classifier's head is kept; a new one is 0.
+    Args:
+        source: A classifier's head is kept; a language model's new one is 0.
+        field: The configuration field, for messages.
+        bias: Whether a new head has one: a critic's should, a reward model's cannot learn it.
 
     Raises:
         UserError: if there is no such model.
@@ -71,11 +77,13 @@ def load_critic(source: ModelSource, field: str = "critic") -> ScalarModel:
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return load_reward_model(source, field)
     model = load_model(source, "causal", field)
-    return ScalarModel(model.base_model, new_value_head(model))
+    return ScalarModel(model.base_model, new_value_head(model, bias))
 
 
 def to_classifier(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The same as a sequence classifier of transformers with one label, which scores the last token.
+
+    Those have no bias: a critic's is stored in ``config.value_bias``, to be added to what the classifier says.
 
     Raises:
         UserError: if transformers has no sequence classifier of this architecture.
@@ -83,12 +91,15 @@ def to_classifier(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> Pr
     config: Any = deepcopy(scalar.trunk.config)
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
+    bias = getattr(scalar.head, "bias", None)
+    if bias is not None:
+        config.value_bias = float(bias)
     try:
         model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"transformers has no sequence classifier for {config.model_type}") from error
     model.base_model.load_state_dict(scalar.trunk.state_dict())
-    model.score.load_state_dict(scalar.head.state_dict())
+    model.score.load_state_dict({"weight": scalar.head.weight})
     return model.eval()
 
 

@@ -36,6 +36,12 @@ class Means:
         metric = self._metrics.setdefault(name, MaxMetric(nan_strategy="disable").to(value.device))
         metric.update(value.detach())
 
+    def count(self, name: str) -> float:
+        """How many values a mean has taken in, on this rank."""
+        metric = self._metrics[name]
+        assert isinstance(metric, MeanMetric)
+        return float(metric.weight)
+
     def compute(self) -> dict[str, float]:
         """All of them over all ranks."""
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
@@ -71,6 +77,7 @@ def measure_held_out(
     for name, value in {
         "score": scores,
         "score_squared": scores.double() ** 2,
+        "reference_score": reference_scores,
         "kl_to_ref": kl_to_ref,
         "length": rollout.response_lengths,
         "truncated_fraction": (~rollout.terminated).float(),
@@ -78,6 +85,18 @@ def measure_held_out(
         **{f"rewards/{name}": reward for name, reward in rewards.items()},
     }.items():
         means.add(name, value)
+
+
+def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % confidence interval of a share of ``count`` independent trials.
+
+    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, equation 4.
+
+    >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
+    (0.404, 0.596)
+    """
+    middle, spread = share + z**2 / (2 * count), z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return (middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)
 
 
 class Stopwatch:

@@ -65,7 +65,7 @@ class RewardModeling(PreferenceModule):
     def configure_model(self) -> None:
         """Load the model; Lightning calls it, more than once."""
         if not self.is_configured:
-            self.reward = load_critic(self.source, "model.reward")
+            self.reward = load_critic(self.source, "model.reward", bias=False)
             self.train(self.training)
 
     def trained_model(self) -> PreTrainedModel:

@@ -61,7 +61,7 @@ class SFT(AlignmentModule):
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """The batch's mean loss, in nats a token."""
-        logprobs = self.actor(batch.tokens, batch.mask).logprobs
+        logprobs = self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
         tokens = batch.mask.sum().float()
         if self.trainer.world_size > 1:  # each rank's share of the mean over all ranks' tokens
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="mean")
@@ -78,7 +78,7 @@ class SFT(AlignmentModule):
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Add to the held-out loss."""
-        loss = -self.actor(batch.tokens, batch.mask).logprobs
+        loss = -self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
         self.held_out.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """A reward model: a sequence classifier with one label."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.tokenize import chat_tokens
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
 from lit_rlhf.rewards.reward import Reward
@@ -22,12 +24,21 @@ class RewardModel(Reward):
         model: A folder or hub id, or a configuration for random weights.
         weight: Factor of this reward in the score.
         max_tokens: Padded tokens in one forward at most.
+        normalize: Subtract the mean and divide by the deviation of the scores of the model's own training set, which
+            `RewardModeling` stores with it.
+
+    Raises:
+        UserError: in ``prepare``, if the model does not load, or has no mean and deviation stored.
     """
 
-    def __init__(self, model: ModelSource, weight: float = 1.0, max_tokens: int = 16384) -> None:
+    def __init__(
+        self, model: ModelSource, weight: float = 1.0, max_tokens: int = 16384, normalize: bool = False
+    ) -> None:
         super().__init__(weight)
         self.source = model
         self.max_tokens = max_tokens
+        self.normalize = normalize
+        self.scale = (0.0, 1.0)  # what is subtracted, and divided by
         self.model: ScalarModel | None = None
         self.retokenizer: PreTrainedTokenizerBase | None = None
 
@@ -37,6 +48,11 @@ class RewardModel(Reward):
             return
         self.model = load_reward_model(self.source, "rewards.model")
         freeze(self.model)
+        if self.normalize:
+            config: Any = self.model.trunk.config
+            if getattr(config, "score_std", None) is None:
+                raise UserError(f"rewards.normalize: {self.source} has no score_mean and score_std in its config.json")
+            self.scale = (config.score_mean, config.score_std)
         own = load_tokenizer(self.source, "rewards.model")
         if own.get_vocab() != tokenizer.get_vocab():
             self.retokenizer = own
@@ -56,7 +72,8 @@ class RewardModel(Reward):
             rows = rows.to(tokens.device)
             some = tokens[rows, : int(lengths[rows].max())]
             scores[rows] = self.model(some).gather(1, lengths[rows, None] - 1).squeeze(1)
-        return scores
+        mean, deviation = self.scale
+        return (scores - mean) / deviation
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> tuple[Tensor, Tensor]:

@@ -137,8 +137,9 @@ def test_shared_critic(tiny_model, architecture):
     tokens, chosen = make_batch()
     assert (actor(tokens, chosen).values == 0).all()
     torch.nn.init.normal_(actor.value_head.weight)
+    torch.nn.init.ones_(actor.value_head.bias)
     hidden = actor.model.base_model(input_ids=tokens).last_hidden_state
-    expected = hidden @ actor.value_head.weight[0]
+    expected = hidden @ actor.value_head.weight[0] + 1
     torch.testing.assert_close(actor(tokens, chosen).values, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -211,3 +212,16 @@ def test_the_kl_to_itself_has_the_fisher_matrix_as_its_hessian(tiny_model, archi
             gradient = flatten(torch.autograd.grad(logprob, parameters, retain_graph=True, materialize_grads=True))
             expected += logprob.exp().detach() * gradient * (gradient @ v)
     assert float((product - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_of_one_row_do_not_see_each_other(tiny_model, architecture):
+    actor = Actor(load_model(str(tiny_model(architecture))))
+    tokens, _ = make_batch()
+    packed = torch.cat([tokens[0, :5], tokens[1, :4], tokens[2, :6]])[None]
+    positions = torch.cat([torch.arange(5), torch.arange(4), torch.arange(6)])[None]
+    chosen = positions > 0
+    together = actor(packed, chosen, positions=positions).logprobs[0].split([5, 4, 6])
+    for row, length, found in zip(tokens, (5, 4, 6), together, strict=True):
+        alone = actor(row[None, :length], torch.arange(length)[None] > 0).logprobs[0]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
