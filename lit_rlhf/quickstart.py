@@ -1,6 +1,7 @@
-"""``lit-rlhf quickstart``: from random weights to a trained policy on a laptop, with nothing but this package."""
+"""``lit-rlhf quickstart``: from random weights to an aligned policy on a laptop, with nothing but this package."""
 
 import argparse
+import csv
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +23,16 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import load_model, load_tokenizer
 from lit_rlhf.modules.completions import complete
 from lit_rlhf.randomness import Stream
+from lit_rlhf.rewards import RewardModel
 from lit_rlhf.types import Completions, PromptBatch
 
-SAMPLES = 5
+SAMPLES = 4
+TITLES = {
+    "sft": "SFT: learn to write reviews",
+    "reward": "Reward model: learn from pairs which review people prefer",
+    "ppo": "PPO: learn to write what the reward model likes",
+    "dpo": "DPO: learn from the same pairs at once",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +40,8 @@ class Measured:
     """What a model writes for the 200 openings that no stage has seen."""
 
     completions: Completions
-    scores: Tensor  # [B]
+    true_scores: Tensor  # [B], by the rule behind the pairs
+    learned_scores: Tensor | None  # [B], by the reward model, in deviations; None: there is none
     grammatical: Tensor  # [B] bool
     kl_to_sft: Tensor  # [B], nats a response
 
@@ -41,34 +50,53 @@ def main(args: Sequence[str]) -> None:
     """The command ``lit-rlhf quickstart``."""
     parser = argparse.ArgumentParser(
         prog="lit-rlhf quickstart",
-        description="Teach a model of a million parameters, from random weights, to write restaurant reviews (SFT), "
-        "then to write positive ones (PPO). About three minutes on two cores; no file, network, account or GPU.",
+        description="Teach a model of a million parameters, from random weights, to write restaurant reviews (SFT), a "
+        "reward model to tell which of two people prefer, and then the first to write what the second likes (PPO). "
+        "About four minutes on two cores; no file, network, account or GPU.",
+    )
+    parser.add_argument(
+        "--stage", choices=("ppo", "dpo"), default="ppo", help="dpo: DPO in place of reward model and PPO"
     )
     parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where (default: %(default)s)")
     parser.add_argument("--sft-iterations", type=int, default=500, help="batches of SFT (default: %(default)s)")
     parser.add_argument("--ppo-iterations", type=int, default=25, help="iterations of PPO (default: %(default)s)")
     options = parser.parse_args(args)
-    start = time.perf_counter()
-    console = Console()
-    run_stages(options.dir, options.sft_iterations, options.ppo_iterations, console)
-    sft, ppo = options.dir / "sft" / "export", options.dir / "ppo" / "export"
-    before, after = measure(sft, sft), measure(ppo, sft)
-    report(before, after, console)
-    console.print(f"\n{time.perf_counter() - start:.0f} seconds. The runs' files: {options.dir}", highlight=False)
+    start, console, folder = time.perf_counter(), Console(), options.dir
+    stages = ["sft", "reward", "ppo"] if options.stage == "ppo" else ["sft", "dpo"]
+    if options.stage == "dpo" and (folder / "sft" / "export").exists():
+        stages.remove("sft")  # of an earlier quickstart: so the two can be compared
+    for number, stage in enumerate(stages, start=1):
+        console.rule(f"{number}. {TITLES[stage]}")
+        run_stage(stage, folder, options.sft_iterations, options.ppo_iterations)
+    found = {stage: measure(folder, stage) for stage in ("sft", "ppo", "dpo") if (folder / stage / "export").exists()}
+    if options.stage == "ppo":
+        report_iterations(folder / "ppo" / "metrics.csv", console)
+    report(found, console)
+    console.print(f"\n{time.perf_counter() - start:.0f} seconds. The runs' files: {folder}", highlight=False)
 
 
-def run_stages(folder: Path, sft_iterations: int, ppo_iterations: int, console: Console) -> None:
-    """SFT and PPO, each an ordinary ``lit-rlhf fit``."""
-    sft = ["--trainer.default_root_dir", str(folder / "sft"), "--model.iterations", str(sft_iterations)]
-    sft += ["--model.scheduler.T_max", str(sft_iterations)]
-    ppo = ["--trainer.default_root_dir", str(folder / "ppo"), "--model.iterations", str(ppo_iterations)]
-    ppo += ["--model.actor", str(folder / "sft" / "export")]
-    for title, stage, options in (
-        ("1. SFT: learn to write reviews", "sft", sft),
-        ("2. PPO: learn to write positive ones", "ppo", ppo),
-    ):
-        console.rule(title)
-        lightning_cli.run(["fit", "--config", str(config_file(f"quickstart/{stage}.yaml")), *options])
+def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int) -> None:
+    """One of the stages, an ordinary ``lit-rlhf fit``."""
+    sft, reward = str(folder / "sft" / "export"), str(folder / "reward" / "export")
+    options = {
+        "sft": ["--model.iterations", str(sft_iterations), "--model.scheduler.T_max", str(sft_iterations)],
+        "reward": ["--model.reward", sft],
+        "ppo": ["--model.actor", sft, "--model.iterations", str(ppo_iterations)],
+        "dpo": ["--model.actor", sft],
+    }[stage]
+    if stage == "ppo":
+        options += ["--model.rewards", f"[{_learned(reward)}, {_watched()}]"]
+    config = ["--config", str(config_file(f"quickstart/{stage}.yaml"))]
+    lightning_cli.run(["fit", *config, "--trainer.default_root_dir", str(folder / stage), *options])
+
+
+def _learned(model: str) -> str:
+    return f'{{"class_path": "RewardModel", "init_args": {{"model": "{model}", "normalize": true}}}}'
+
+
+def _watched() -> str:
+    function = "lit_rlhf.data.reviews:reward"
+    return f'{{"class_path": "RewardFunction", "init_args": {{"function": "{function}", "weight": 0.0}}}}'
 
 
 def config_file(name: str) -> Path:
@@ -79,15 +107,16 @@ def config_file(name: str) -> Path:
 
 
 @torch.no_grad()
-def measure(folder: Path, sft: Path) -> Measured:
-    """Let a model answer the fresh prompts, and judge what it writes by the grammar and the true rule.
+def measure(folder: Path, stage: str) -> Measured:
+    """Let a stage's model answer the fresh prompts; judge what it writes by the true rule, the learned, the grammar.
 
     Args:
-        folder: The model's.
-        sft: The model that the KL is measured to.
+        folder: The quickstart's.
+        stage: ``sft``, ``ppo`` or ``dpo``.
     """
-    tokenizer = load_tokenizer(str(folder))
-    actor, reference = Actor(load_model(str(folder))), Actor(load_model(str(sft)))
+    own, sft, reward = (folder / name / "export" for name in (stage, "sft", "reward"))
+    tokenizer = load_tokenizer(str(own))
+    actor, reference = Actor(load_model(str(own))), Actor(load_model(str(sft)))
     texts = [record["prompt"] for record in reviews.fresh_prompts()]
     tokens, mask = left_pad([tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id)
     batch = PromptBatch(tokens=tokens, mask=mask, group=torch.arange(len(texts)), prompts=texts, columns={})
@@ -98,31 +127,67 @@ def measure(folder: Path, sft: Path) -> Measured:
     completions = complete(rollout, batch, tokenizer)
     ours, theirs = (rollout.at_responses(m(rollout.tokens, rollout.scored).logprobs) for m in (actor, reference))
     whole = [f"{prompt}{response}" for prompt, response in zip(texts, completions.responses, strict=True)]
+    learned = None
+    if reward.exists():
+        model = RewardModel(str(reward), normalize=True)
+        model.prepare(tokenizer)
+        learned = model(completions)
     return Measured(
         completions=completions,
-        scores=torch.tensor(reviews.reward(completions.responses)),
+        true_scores=torch.tensor(reviews.reward(completions.responses)),
+        learned_scores=learned,
         grammatical=torch.tensor([reviews.grammatical(text) for text in whole]),
         kl_to_sft=masked_sum(k1(ours, theirs), rollout.response_mask, 1),
     )
 
 
-def report(before: Measured, after: Measured, console: Console) -> None:
-    """The table and five samples of each."""
-    console.rule("Before and after PPO, on 200 prompts that no stage has seen")
+def report_iterations(metrics: Path, console: Console) -> None:
+    """Learned score against true score over PPO's iterations: the first may rise where the second does not."""
+    with metrics.open(encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("objective/score")]
+    shown = [row for i, row in enumerate(rows) if i % 4 == 0 or i + 1 == len(rows)]
+    console.rule("What PPO saw: the learned score, which it maximised, and the true one, which it did not know")
     table = Table()
-    for heading in ("", "score (best: 1)", "deviation", "KL to SFT, nats a response", "grammatical"):
+    for heading in ("iteration", "learned score", "true score", "KL to SFT, nats a response"):
+        table.add_column(heading, justify="right")
+    for row in shown:
+        values = (row[name] for name in ("rewards/RewardModel", "rewards/reward", "objective/kl_to_ref"))
+        table.add_row(f"{float(row['progress/iteration']):.0f}", *(f"{float(value):.3f}" for value in values))
+    console.print(table)
+
+
+def report(found: dict[str, Measured], console: Console) -> None:
+    """A row for each model, what the learned reward delivered of the true one, and samples of each."""
+    console.rule("On 200 prompts that no stage has seen")
+    table = Table()
+    for heading in (
+        "",
+        "true score (best: 1)",
+        "deviation",
+        "learned score",
+        "KL to SFT, nats a response",
+        "grammatical",
+    ):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, measured in (("after SFT", before), ("after PPO", after)):
+    for stage, measured in found.items():
         table.add_row(
-            name,
-            f"{measured.scores.mean():.3f}",
-            f"{measured.scores.std():.3f}",
+            f"after {stage.upper()}",
+            f"{measured.true_scores.mean():.3f}",
+            f"{measured.true_scores.std():.3f}",
+            "–" if measured.learned_scores is None else f"{measured.learned_scores.mean():.3f}",
             f"{measured.kl_to_sft.mean():.2f}",
             f"{100 * measured.grammatical.float().mean():.1f} %",
         )
     console.print(table)
-    for name, measured in (("after SFT", before), ("after PPO", after)):
-        console.print(f"\n[bold]{name}[/bold]")
+    before = float(found["sft"].true_scores.mean())
+    for stage in [stage for stage in found if stage != "sft"]:
+        share = (float(found[stage].true_scores.mean()) - before) / (1 - before)
+        console.print(
+            f"{stage.upper()} knew only pairs: it delivered {100 * share:.0f} % of the rise in score that was left.",
+            highlight=False,
+        )
+    for stage, measured in found.items():
+        console.print(f"\n[bold]after {stage.upper()}[/bold], true score before each")
         for i in range(SAMPLES):
             prompt, response = measured.completions.prompts[i], measured.completions.responses[i]
-            console.print(f"{measured.scores[i]:+.2f}  [dim]{prompt}[/dim]{response}", highlight=False)
+            console.print(f"{measured.true_scores[i]:+.2f}  [dim]{prompt}[/dim]{response}", highlight=False)

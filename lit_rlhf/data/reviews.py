@@ -15,6 +15,7 @@ A prompt is an opening; a response is the rest. `grammatical` says whether a tex
 `positivity` how positive it is: the share of its opinions that praise, from −1 to 1. Everything here is deterministic.
 """
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -113,6 +114,16 @@ def validation_demonstrations() -> list[dict[str, str]]:
     return [{"prompt": text, "response": " " + review(text, rng)} for text in openings()[1000:]]
 
 
+def pairs() -> list[dict[str, str]]:
+    """Two reviews of each of the first 1,000 openings, and which of them people would prefer."""
+    return _pairs(openings()[:1000], seed=3)
+
+
+def validation_pairs() -> list[dict[str, str]]:
+    """Pairs for the openings that are in no training set."""
+    return _pairs(openings()[1000:], seed=4)
+
+
 def prompts() -> list[dict[str, str]]:
     """The first 1,000 openings."""
     return [{"prompt": text} for text in openings()[:1000]]
@@ -135,6 +146,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=SPECIAL[0], eos_token=SPECIAL[1], unk_token=SPECIAL[2], padding_side="left"
     )
+
+
+def _pairs(texts: Sequence[str], seed: int) -> list[dict[str, str]]:
+    """The more positive review is mostly preferred, with probability σ(3 × the difference), as in Bradley & Terry."""
+    rng, made = random.Random(seed), []
+    for text in texts:
+        one, other = review(text, rng), review(text, rng)
+        if one == other:
+            continue
+        chance = 1 / (1 + math.exp(-3 * (positivity(one) - positivity(other))))
+        chosen, rejected = (one, other) if rng.random() < chance else (other, one)
+        made.append({"prompt": text, "chosen": " " + chosen, "rejected": " " + rejected})
+    return made
 
 
 def _clause(rng: random.Random, lean: float) -> str:

@@ -1,0 +1,96 @@
+"""Any role of a run becomes a folder that transformers loads alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_rlhf.cli import main
+from lit_rlhf.errors import UserError
+from lit_rlhf.export import export
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.loading import load_model
+from lit_rlhf.models.scoring import load_critic
+
+
+@pytest.fixture(scope="module", params=["actor", "shared", "reward"])
+def run(request, tiny_model, prompt_file, tmp_path_factory):
+    """A PPO run of two iterations, with a critic from there."""
+    folder = tmp_path_factory.mktemp("run")
+    reward = str(tiny_model("llama", task="score"))
+    main(
+        [
+            *("fit", "--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))),
+            *("--model.critic", request.param, "--model.iterations", "2", "--model.sampling.max_tokens", "8"),
+            *("--model.rewards", f'[{{"class_path": "RewardModel", "init_args": {{"model": "{reward}"}}}}]'),
+            *("--model.actor_optimizer", "AdamW", "--model.actor_optimizer.lr", "1e-3"),
+            *("--model.critic_optimizer", "AdamW", "--model.critic_optimizer.lr", "1e-2"),
+            *("--data", "Prompts", "--data.train", str(prompt_file), "--data.batch_size", "8"),
+            *("--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu"),
+            *("--trainer.enable_progress_bar", "false"),
+        ]
+    )
+    return folder
+
+
+def test_the_actor_generates_the_same_with_transformers_alone(run):
+    folder = export(run)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    model = load_model(yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["actor"])
+    model.load_state_dict({k[len("actor.model.") :]: v for k, v in state.items() if k.startswith("actor.model.")})
+    tokenizer, alone = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    batch = tokenizer(["w1 w2 w3", "w4 w5 w6"], return_tensors="pt")
+    ours, theirs = (m.generate(**batch, max_new_tokens=10, do_sample=False) for m in (model, alone))
+    assert torch.equal(ours, theirs)
+    fresh = load_model(yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["actor"])
+    assert any(not torch.equal(p, q) for p, q in zip(alone.parameters(), fresh.parameters(), strict=True))
+
+
+def test_the_critic_is_a_classifier(run):
+    folder = export(run, role="critic")
+    assert folder == run / "export_critic"
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    options = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    tokens = torch.tensor([[2, 6, 7, 8, 9, 1]])
+    if options["critic"] == "shared":
+        actor = Actor(load_model(options["actor"]), shared_critic=True)
+        actor.load_state_dict({k[len("actor.") :]: v for k, v in state.items() if k.startswith("actor.")})
+        expected = actor(tokens, torch.zeros_like(tokens, dtype=torch.bool)).values
+    else:
+        bias = "critic.head.bias" in state
+        start = options["actor"] if options["critic"] == "actor" else options["rewards"][0]["init_args"]["model"]
+        critic = load_critic(start, bias=bias)
+        critic.load_state_dict({k[len("critic.") :]: v for k, v in state.items() if k.startswith("critic.")})
+        expected = critic(tokens)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    found = classifier(tokens).logits[0, 0] + getattr(classifier.config, "value_bias", 0.0)
+    torch.testing.assert_close(found, expected[0, -1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(load_critic(str(folder))(tokens), expected, atol=1e-5, rtol=1e-5)
+    assert expected.abs().max() > 0
+
+
+def test_the_card_says_how_it_was_trained(run):
+    card = (run / "export" / "README.md").read_text(encoding="utf-8")
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header)["tags"] == ["lit-rlhf", "PolicyGradient"]
+    assert yaml.safe_load(header)["pipeline_tag"] == "text-generation"
+    assert "for 2 iterations" in text
+    quoted = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert quoted["model"] == yaml.safe_load((run / "config.yaml").read_text())["model"]
+
+
+def test_what_a_run_has_not_is_told(run):
+    with pytest.raises(UserError, match="holds no reward"):
+        export(run, role="reward")
+
+
+def test_the_command_takes_a_role(run, tmp_path):
+    words = ["export", str(run), "--role", "critic", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-m", "lit_rlhf.cli", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"exported: {tmp_path / 'out'}\n"
+    assert Path(tmp_path / "out" / "model.safetensors").exists()
