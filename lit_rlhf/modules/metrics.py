@@ -8,11 +8,37 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torchmetrics import MaxMetric, MeanMetric, Metric
+from torchmetrics import MaxMetric, Metric
 
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.types import Judged, Rollout, Trajectory
+
+
+class WeightedMean(Metric):
+    """Σ wᵢ xᵢ / Σ wᵢ over everything seen, on all ranks.
+
+    In float64, and NaN where a value is NaN; torchmetrics' MeanMetric is of float32, and lets NaN through only without
+    weights.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, weight: Tensor) -> None:
+        """Take values in, each with its weight, or all with one."""
+        value, weight = torch.broadcast_tensors(value.double(), weight.double())
+        self.total += (value * weight).sum()
+        self.weight += weight.sum()
+
+    def compute(self) -> Tensor:
+        """The mean; NaN of nothing."""
+        return self.total / self.weight
 
 
 class Means:
@@ -23,9 +49,9 @@ class Means:
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Take a value into the mean, ``weight`` times."""
-        value = torch.as_tensor(value, dtype=torch.float64)
-        metric = self._metrics.setdefault(name, MeanMetric(nan_strategy="disable").to(value.device))
-        metric.update(value, torch.as_tensor(weight, dtype=torch.float64, device=value.device))
+        value = torch.as_tensor(value)
+        metric = self._metrics.setdefault(name, WeightedMean().to(value.device))
+        metric.update(value.detach(), torch.as_tensor(weight, device=value.device))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Take all values that the mask counts into the mean."""
@@ -37,9 +63,9 @@ class Means:
         metric.update(value.detach())
 
     def count(self, name: str) -> float:
-        """How many values a mean has taken in, on this rank."""
+        """The summed weight of what a mean has taken in, on this rank."""
         metric = self._metrics[name]
-        assert isinstance(metric, MeanMetric)
+        assert isinstance(metric, WeightedMean)
         return float(metric.weight)
 
     def compute(self) -> dict[str, float]:

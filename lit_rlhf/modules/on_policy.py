@@ -188,7 +188,7 @@ class OnPolicy(AlignmentModule):
         with self._profile("judge"):
             completions = complete(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(completions)
-            full = self.reference if self.reference_kl.is_full("reward") else None
+            full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
             old_logprobs, entropy, *full_kl = self.measure(rollout, partial(self._actor_stats, other=full))
             (ref_logprobs,) = self.measure(rollout, self._reference_logprobs)
             values, bootstrap = self._values(rollout)
@@ -334,8 +334,7 @@ class OnPolicy(AlignmentModule):
     def policy_loss(self, piece: Experience, means: Means) -> tuple[Tensor, TokenStats]:
         """The objective, less the entropy bonus, plus the KL to the reference where it is in the loss: [B, T]."""
         rollout, mask = piece.rollout, piece.rollout.response_mask
-        full = self.reference_kl.is_full("loss")
-        stats = self.actor(rollout.tokens, rollout.scored, self.reference if full else None)
+        stats = self.actor(rollout.tokens, rollout.scored, self.reference if self.reference_kl.is_full else None)
         logprobs, entropy = rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy)
         loss = self.objective(
             logprobs=logprobs, old_logprobs=piece.old_logprobs, advantages=piece.advantages, mask=mask
@@ -343,7 +342,7 @@ class OnPolicy(AlignmentModule):
         means.add_masked("policy/loss", loss, mask)
         means.add_masked("policy/entropy", entropy, mask)
         loss = loss - self.update.entropy_coef * entropy
-        if self.reference_kl.where == "loss":
+        if self.reference_kl.in_loss:
             full_kl = None if stats.full_kl is None else rollout.at_responses(stats.full_kl)
             loss = loss + self.kl.coef * self.reference_kl.estimate(logprobs, piece.ref_logprobs, full_kl)
         return loss, stats

@@ -59,10 +59,15 @@ class Update:
 class ReferenceKL:
     """How the KL to the reference enters.
 
+    The gradient of E[Σₜ KLₜ] has two parts: a token's effect on the KL of the states after it, which a reward carries,
+    and on that of its own state. In the reward, k1 carries both, as its own expected gradient is 0; k2 and k3 do not.
+    ``full`` depends on the state alone, so its second part is added to the loss.
+
     Args:
-        where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss.
-        estimator: ``k1``, ``k2``, ``k3`` of the sampled token, or ``full`` over the vocabulary. In the reward, k1 is
-            unbiased; in the loss, k1 has no gradient on average, and ``full`` costs a forward of the reference.
+        where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss, each token by itself.
+        estimator: ``k1``, ``k2``, ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs a forward
+            of the reference in the update. Right are k1 and full in the reward, k2 and full in the loss; k1 in the loss
+            has no gradient on average, k3 that of the reverse KL.
 
     Raises:
         ValueError: for k1 in the loss.
@@ -75,9 +80,15 @@ class ReferenceKL:
         if self.where == "loss" and self.estimator == "k1":
             raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; take k2, k3 or full")
 
-    def is_full(self, where: str) -> bool:
-        """Whether the full KL is wanted there."""
-        return self.where == where and self.estimator == "full"
+    @property
+    def is_full(self) -> bool:
+        """Whether the full KL is wanted."""
+        return self.estimator == "full"
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the loss has a term of it."""
+        return self.where == "loss" or self.is_full
 
     def estimate(self, logprobs: Tensor, ref_logprobs: Tensor, full_kl: Tensor | None) -> Tensor:
         """KL(π ‖ π_ref) of each token, [B, T], in nats.

@@ -48,6 +48,15 @@ def test_conjugate_gradients_need_as_many_iterations_as_there_are_different_eige
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_conjugate_gradients_stop_at_a_share_of_the_right_hand_side(scale):
+    calls, eigenvalues = [], torch.logspace(0, 3, 12, dtype=torch.float64)
+    b = scale * torch.ones(12, dtype=torch.float64)
+    x = conjugate_gradients(lambda v: calls.append(v) or eigenvalues * v, b, iterations=20, tolerance=1e-2)
+    assert 1e-4 < float((eigenvalues * x - b).square().sum() / b.square().sum()) <= 1e-2
+    assert 1 < len(calls) < 12
+
+
 def test_conjugate_gradients_by_hand():
     """The textbook's system: x₁ = (1/4, 1/2), x₂ = (1/11, 7/11)."""
     matrix, b = torch.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, 2.0]).double()

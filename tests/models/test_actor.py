@@ -174,7 +174,7 @@ def some_tokens(seed=0):
 @pytest.mark.parametrize("chunk", [2**25, 32 * 5])
 def test_full_kl_to_another_actor(tiny_model, monkeypatch, chunk):
     monkeypatch.setattr("lit_rlhf.models.actor.CHUNK_ELEMENTS", chunk)
-    actor, other = double(tiny_model, temperature=0.7), double(tiny_model, temperature=0.7)
+    actor, other = double(tiny_model, temperature=0.7), double(tiny_model, temperature=1.3)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -182,7 +182,7 @@ def test_full_kl_to_another_actor(tiny_model, monkeypatch, chunk):
     found = actor(tokens, chosen, other).full_kl
     for row, place in chosen.nonzero().tolist():
         p, q = (
-            torch.log_softmax(a.model(input_ids=tokens[row : row + 1, :place]).logits[0, -1] / 0.7, -1)
+            torch.log_softmax(a.model(input_ids=tokens[row : row + 1, :place]).logits[0, -1] / a.temperature, -1)
             for a in (actor, other)
         )
         assert found[row, place].item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-12)

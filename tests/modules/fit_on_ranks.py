@@ -13,6 +13,7 @@ import torch
 from lit_rlhf import (
     GAE,
     TRPO,
+    AdaptiveKL,
     Clip,
     GroupNormalized,
     KLPenalty,
@@ -22,6 +23,7 @@ from lit_rlhf import (
     ReferenceKL,
     RewardFunction,
     Sampling,
+    ScoreShaping,
     Update,
     VanillaPG,
 )
@@ -51,7 +53,24 @@ def cases(actor):
     yield (
         "ppo",
         lambda: PolicyGradient(
-            **common, **steps, sampling=Sampling(max_tokens=12), objective=Clip(), advantages=GAE(), update=one_step()
+            **common,
+            **steps,
+            sampling=Sampling(max_tokens=12),
+            scores=ScoreShaping(normalize=True),
+            kl=AdaptiveKL(horizon=100),
+            objective=Clip(),
+            advantages=GAE(),
+            update=one_step(),
+        ),
+    )
+    yield (
+        "stopped",  # after its first step: the second one's KL is over the target, a rank's share of it is not
+        lambda: PolicyGradient(
+            **common,
+            **steps,
+            critic=None,
+            sampling=Sampling(max_tokens=12),
+            update=Update(epochs=2, minibatches=1, max_tokens=64, target_kl=0.6),
         ),
     )
     yield (
@@ -102,7 +121,7 @@ def main(actor, prompts, out):
             default_root_dir=os.path.dirname(out),
             callbacks=[recorder],
         )
-        trainer.fit(make(), datamodule=Prompts(train=prompts, batch_size=8))
+        trainer.fit(make(), datamodule=Prompts(train=prompts, batch_size=24))
         timed = ("time/", "perf/")
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
         found[name] = {"weights": recorder.weights, "metrics": metrics}

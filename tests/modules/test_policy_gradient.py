@@ -1,11 +1,14 @@
 import json
+from copy import deepcopy
 
+import lightning
 import pytest
 import torch
 
-from lit_rlhf.algorithms.advantages import GAE
-from lit_rlhf.algorithms.kl import FixedKL
+from lit_rlhf.algorithms.advantages import GAE, MonteCarlo
+from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL
 from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.algorithms.objectives import KLPenalty
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.modules import Update
@@ -17,6 +20,11 @@ from lit_rlhf.testing import Recorder
 
 def adam(lr):
     return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0)
+
+
+def sgd(parameters):
+    """At learning rate 1 the step is the gradient."""
+    return torch.optim.SGD(parameters, lr=1.0)
 
 
 ONE_STEP = Update(epochs=1, minibatches=1, max_tokens=64)
@@ -200,6 +208,19 @@ def test_whitening(make_module, fit, prompt_file):
     assert advantages.var(unbiased=False) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_whitened_rewards_keep_their_mean(make_module, fit):
+    recorder, update = Recorder(), Update(epochs=1, minibatches=1, whiten_rewards=True, whiten_advantages=False)
+    module = make_module(update=update, iterations=1, critic=None, advantages=MonteCarlo())
+    fit(module, [recorder], batch_size=24)
+    judged = recorder.outputs[0]["judged"]
+    mask, trajectory = judged.rollout.response_mask, module.reward(judged)
+    rewards = trajectory.rewards[mask]
+    assert rewards.mean() > 0.01
+    scaled = (trajectory.rewards - rewards.mean()) / rewards.std(unbiased=False) + rewards.mean()
+    advantages = module.estimate(judged, trajectory, Means()).advantages
+    torch.testing.assert_close(advantages[:, 0], torch.where(mask, scaled, 0.0).sum(1), rtol=1e-3, atol=1e-4)
+
+
 def test_gradient_norm_is_clipped(make_module, fit):
     """With plain SGD at learning rate 1 the step is as long as the clipped gradient."""
     norm = 1e-3
@@ -245,6 +266,16 @@ def test_a_score_that_is_not_finite_stops_before_the_step(make_module, fit, tiny
         fit(module)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_step(make_module, fit):
+    module = make_module(iterations=2)
+    module.configure_model()
+    before = [p.detach().clone() for p in module.actor.parameters()]
+    next(module.actor.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(UserError, match=r"gradient norm is nan.*stopped before the step"):
+        fit(module)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.actor.parameters(), strict=True))
+
+
 def test_validation_scores_held_out_prompts(make_module, fit):
     recorder = Recorder()
     module = make_module(iterations=6, actor_optimizer=adam(3e-3))
@@ -257,6 +288,56 @@ def test_validation_scores_held_out_prompts(make_module, fit):
     assert 0 < metrics["val/length"] <= 12
     again = trainer.validate(module, datamodule=trainer.datamodule, verbose=False)[0]
     assert again == pytest.approx(metrics, abs=1e-6)  # the same random numbers each time
+
+
+class HeldOut(lightning.Callback):
+    """Keeps what the validation's steps returned."""
+
+    def __init__(self):
+        self.outputs = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *_):
+        self.outputs.append(outputs)
+
+
+def test_held_out_metrics_are_the_means_over_the_prompts(make_module, fit, prompt_file):
+    module = make_module(iterations=2, actor_optimizer=adam(1e-2))
+    trainer, held_out = fit(module, validation=True, limit_val_batches=0), HeldOut()
+    trainer.limit_val_batches = 1.0
+    trainer.callbacks.append(held_out)
+    data = trainer.datamodule
+    metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    scores, kl = (torch.cat([o[name] for o in held_out.outputs]) for name in ("scores", "kl_to_ref"))
+    rollouts = [o["completions"].rollout for o in held_out.outputs]
+    others = torch.cat([module.reference_scores[i] for i in range(len(rollouts))])
+    truncated = torch.cat([~rollout.terminated for rollout in rollouts]).float()
+    assert len(scores) == 48
+    assert 0 < truncated.mean() < 0.9
+    assert (scores == others).any()
+    expected = {
+        "val/score": scores.mean(),
+        "val/score_std": scores.std(unbiased=False),
+        "val/rewards/low_words": scores.mean(),
+        "val/kl_to_ref": kl.mean(),
+        "val/length": torch.cat([rollout.response_lengths for rollout in rollouts]).float().mean(),
+        "val/truncated_fraction": truncated.mean(),
+        "val/win_rate": ((scores > others).float() + 0.5 * (scores == others)).mean(),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-4), name
+    data.sources["test"] = str(prompt_file)
+    tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    assert tested == pytest.approx({k.replace("val/", "test/"): v for k, v in metrics.items()})
+    module.actor.load_state_dict(module.reference.state_dict())  # the next test is of this actor alone
+    tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    assert (tested["test/win_rate"], tested["test/kl_to_ref"]) == pytest.approx((0.5, 0.0), abs=1e-4)
+
+
+def test_each_validation_is_of_the_actor_as_it_is_then(make_module, fit):
+    module = make_module(iterations=3, actor_optimizer=adam(1e-2))
+    trainer = fit(module, validation=True, val_check_interval=1)
+    last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    assert trainer.validate(module, datamodule=trainer.datamodule, verbose=False)[0] == pytest.approx(last, abs=1e-6)
 
 
 def test_against_itself_the_win_rate_is_a_half(make_module, fit):
@@ -295,3 +376,167 @@ def test_predictions_hold_the_columns(make_module, fit, prompt_file):
     lines = [json.loads(line) for line in prompt_file.read_text().splitlines()]
     assert [r["number"] for r in records] == [line["number"] for line in lines]
     assert all(set(r) == {"prompt", "response", "terminated", "number"} for r in records)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "estimator"), [("token", "k2"), ("sequence", "k3"), ("constant", "full"), ("token", "full")]
+)
+def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggregation, estimator):
+    """Row by row, each response without padding, from the models' own logits."""
+    recorder = Recorder()
+    module = make_module(
+        iterations=1,
+        critic=str(tiny_model("llama", task="score")),
+        reference=str(tiny_model("llama", seed=1)),
+        sampling=Sampling(max_tokens=12, temperature=0.7),
+        kl=FixedKL(0.3),
+        reference_kl=ReferenceKL("loss", estimator),
+        update=Update(
+            epochs=1, minibatches=1, max_tokens=64, aggregation=aggregation,
+            entropy_coef=0.2, value_coef=0.5, clip_grad_norm=None,
+        ),
+        actor_optimizer=sgd,
+        critic_optimizer=sgd,
+    )  # fmt: skip
+    module.configure_model()
+    actor, critic, reference = deepcopy((module.actor.model, module.critic, module.reference.model))
+    fit(module, [recorder])
+    judged = recorder.outputs[0]["judged"]
+    learnt = module.estimate(judged, module.reward(judged), Means())
+    rows, tokens = len(judged.scores), int(judged.rollout.response_lengths.sum())
+    for row, (prompt, n) in enumerate(
+        zip(judged.rollout.prompt_lengths.tolist(), judged.rollout.response_lengths.tolist(), strict=True)
+    ):
+        text, states = judged.rollout.tokens[row : row + 1, : prompt + n], slice(prompt - 1, prompt + n - 1)
+        every, ref_every = (
+            torch.log_softmax(model(input_ids=text).logits[0, states] / 0.7, -1) for model in (actor, reference)
+        )
+        chosen, ref_chosen = (x.gather(1, text[0, prompt:, None]).squeeze(1) for x in (every, ref_every.detach()))
+        r = ref_chosen - chosen
+        kl = {"k2": r**2 / 2, "k3": r.exp() - 1 - r, "full": (every.exp() * (every - ref_every.detach())).sum(-1)}
+        values = critic(text)[0, states]
+        torch.testing.assert_close(judged.values[row, :n], values.detach(), rtol=1e-4, atol=1e-4)
+        weight = {"token": 1 / tokens, "sequence": 1 / (rows * n), "constant": 1 / (rows * 12)}[aggregation]
+        ratio, entropy = (chosen - chosen.detach()).exp(), -(every.exp() * every).sum(-1)
+        policy = -learnt.advantages[row, :n] * ratio - 0.2 * entropy + 0.3 * kl[estimator]
+        (weight * (policy + 0.5 * 0.5 * (values - learnt.returns[row, :n]) ** 2).sum()).backward()
+    for before, after in ((actor, module.actor.model), (critic, module.critic)):
+        for start, end in zip(before.parameters(), after.parameters(), strict=True):
+            torch.testing.assert_close(start - end, start.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_values_stand_before_each_token_and_the_bootstrap_after_the_last(make_module, fit, tiny_model):
+    recorder = Recorder()
+    module = make_module(
+        iterations=1,
+        critic=str(tiny_model("llama", task="score")),
+        critic_optimizer=adam(0.0),
+        bootstrap_truncated=True,
+    )
+    fit(module, [recorder], batch_size=24)
+    judged = recorder.outputs[0]["judged"]
+    rollout = judged.rollout
+    assert 0 < rollout.terminated.sum() < len(rollout.terminated)
+    for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)):
+        values = module.critic(rollout.tokens[row : row + 1, :end])[0]
+        torch.testing.assert_close(judged.values[row, : end - start], values[start - 1 : -1], rtol=1e-4, atol=1e-4)
+        after = 0.0 if rollout.terminated[row] else float(values[-1])
+        assert float(judged.bootstrap[row]) == pytest.approx(after, rel=1e-4, abs=1e-4)
+
+
+@pytest.fixture
+def two_steps(make_module, fit, tiny_model):
+    """An iteration of one step, and the same with a second one, which may be refused."""
+
+    def run(epochs, **options):
+        recorder = Recorder()
+        module = make_module(
+            iterations=1,
+            critic=str(tiny_model("llama", task="score")),
+            actor_optimizer=adam(1e-2),
+            critic_optimizer=adam(1e-3),
+            update=Update(epochs=epochs, minibatches=1, max_tokens=64, **options),
+        )
+        return module, recorder, fit(module, [recorder]).global_step
+
+    return run
+
+
+def test_the_metrics_of_a_second_step(two_steps):
+    """The means over both: of the policy that drew the responses, and of the one after the first step."""
+    module, recorder, _ = two_steps(1)
+    once, twice = recorder.metrics[0], two_steps(2)[1].metrics[0]
+    judged = recorder.outputs[0]["judged"]
+    rollout, mask = judged.rollout, judged.rollout.response_mask
+    learnt = module.estimate(judged, module.reward(judged), Means())
+    logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.scored).logprobs)[mask]
+    log_ratio, advantages = logprobs - judged.old_logprobs[mask], learnt.advantages[mask]
+    ratio = log_ratio.exp()
+    assert twice["policy/ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-3)
+    values, old = rollout.before_responses(module.critic(rollout.tokens))[mask], judged.values[mask]
+    near, returns = old + (values - old).clamp(-0.2, 0.2), learnt.returns[mask]
+    second = {
+        "policy/kl_to_old": ratio - 1 - log_ratio,
+        "policy/clip_fraction": (((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))).float(),
+        "policy/loss": -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages),
+        "value/clip_fraction": ((values - old).abs() > 0.2).float(),
+        "value/loss": 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2),
+    }
+    for name, expected in second.items():
+        assert 2 * twice[name] - once[name] == pytest.approx(float(expected.mean()), rel=1e-3, abs=1e-5), name
+    assert 0.1 < float(second["policy/clip_fraction"].mean()) < 0.9
+    assert 0.1 < float(second["value/clip_fraction"].mean()) < 0.9
+
+
+def test_the_target_kl_is_the_mean_of_a_token(two_steps):
+    kl = 2 * two_steps(2)[1].metrics[0]["policy/kl_to_old"]  # that of the second step; the first's is 0
+    assert [two_steps(2, target_kl=factor * kl)[2] for factor in (0.9, 1.1)] == [2, 4]  # two optimizers
+
+
+def test_the_kl_that_the_objective_follows_is_the_old_policys_to_the_new(make_module, fit):
+    recorder = Recorder()
+    module = make_module(iterations=1, objective=KLPenalty(), actor_optimizer=adam(1e-2))
+    fit(module, [recorder])
+    judged = recorder.outputs[0]["judged"]
+    rollout = judged.rollout
+    logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.scored).logprobs)
+    log_ratio = (logprobs - judged.old_logprobs)[rollout.response_mask]
+    kl, swapped = (float((x.exp() - 1 - x).mean()) for x in (log_ratio, -log_ratio))
+    assert recorder.metrics[0]["policy/kl_to_old_end"] == pytest.approx(kl, rel=1e-3)
+    assert swapped != pytest.approx(kl, rel=1e-2)
+
+
+def test_the_coefficient_follows_the_kl_by_responses(make_module, fit):
+    recorder = Recorder()
+    module = make_module(iterations=4, kl=AdaptiveKL(coef=0.3, target=0.5, horizon=50), actor_optimizer=adam(1e-2))
+    fit(module, [recorder])
+    coef = 0.3
+    for metrics in recorder.metrics:
+        assert metrics["objective/kl_coef"] == pytest.approx(coef)
+        error = min(max(metrics["objective/kl_to_ref"] / 0.5 - 1, -0.2), 0.2)
+        coef *= 1 + error * 8 / 50
+    assert module.kl.coef == pytest.approx(coef)
+
+
+def test_each_epoch_has_minibatches_and_each_iteration_random_numbers_of_its_own(make_module, fit):
+    splits, drawn = [], []
+
+    class Watched(NativeEngine):
+        def generate(self, *args, stream, iteration):
+            drawn.append(iteration)
+            return super().generate(*args, stream=stream, iteration=iteration)
+
+    module = make_module(iterations=3, engine=Watched())
+    minibatches = module.minibatches
+
+    def watched(experience):
+        for minibatch in minibatches(experience):
+            splits.append(frozenset(int(i) for piece in minibatch for i in piece.rollout.group))
+            yield minibatch
+
+    module.minibatches = watched
+    fit(module, batch_size=24)
+    assert drawn == [0, 1, 2]
+    assert len(splits) == 3 * 2 * 2
+    assert all(one | two == set(range(24)) for one, two in zip(splits[::2], splits[1::2], strict=True))
+    assert len({frozenset(pair) for pair in zip(splits[::2], splits[1::2], strict=True)}) == 3 * 2

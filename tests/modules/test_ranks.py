@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = ("ppo", "penalty", "grpo", "rloo", "trpo")
+CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo")
 
 
 @pytest.fixture(scope="module")

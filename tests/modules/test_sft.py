@@ -72,3 +72,16 @@ def test_schedule_steps_by_batch(fit_sft):
         iterations=4, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step)
     )
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_not_batches(fit_sft, tmp_path):
+    trainer, module, _ = fit_sft(lr=0.0, iterations=1)
+    file = tmp_path / "longer.jsonl"
+    file.write_text("".join(f'{{"text": "{" ".join(["w1", "w9"] * n)}"}}\n' for n in (1, 1, 8, 8)))
+    data = Demonstrations(validation=str(file), loss_on="all", batch_size=2)
+    metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    total, count = 0.0, 0
+    for batch in data.val_dataloader():
+        total += float(module.actor(batch.tokens, batch.mask).logprobs.sum())
+        count += int(batch.mask.sum())
+    assert metrics["val/loss"] == pytest.approx(-total / count, rel=1e-5)

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.advantages import LeaveOneOut
+from lit_rlhf.algorithms.trust_region import flatten, line_search
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
 from lit_rlhf.modules import TRPO, ReferenceKL, TrustRegion, Update
+from lit_rlhf.modules.metrics import Means
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import Recorder
 
@@ -47,6 +49,86 @@ def test_steps_that_break_the_bound_are_not_taken(make_trpo, fit):
     if len(refused) == 3:
         assert all(torch.equal(p, before[n]) for n, p in module.actor.named_parameters())
     assert all(m["policy/kl_to_old"] <= 0.5 for m in recorder.metrics)
+
+
+def kl_after_the_step(module, rollout):
+    """KL(π_old ‖ π) of each response token, over the vocabulary, from the models' own logits."""
+    before, after = (
+        torch.log_softmax(model.model(input_ids=rollout.tokens).logits / model.temperature, -1)
+        for model in (module.old, module.actor)
+    )
+    return rollout.before_responses((before.exp() * (before - after)).sum(-1)).detach()
+
+
+@pytest.mark.parametrize(("fisher_every", "damping"), [(1, 0.0), (1, 1.0), (4, 1.0)])
+def test_the_step_has_the_length_that_its_region_allows(make_trpo, fit, fisher_every, damping):
+    """½ sᵀ (F + damping) s = δ, and ½ sᵀ F s is the KL over the prompts that F is taken of."""
+    recorder, max_kl = Recorder(), 1e-4
+    region = TrustRegion(max_kl=max_kl, damping=damping, fisher_every=fisher_every)
+    module = make_trpo(iterations=1, region=region, critic=None, sampling=Sampling(max_tokens=12, temperature=0.7))
+    fit(module, [recorder], batch_size=24)
+    rollout, share = recorder.outputs[0]["judged"].rollout, recorder.metrics[0]["policy/step_share"]
+    kl = kl_after_the_step(module, rollout)[rollout.response_mask & (rollout.group % fisher_every == 0)[:, None]]
+    start, end = (flatten([p.detach() for p in model.parameters()]) for model in (module.old, module.actor))
+    bound = float(kl.mean() + 0.5 * damping * (end - start).square().sum())
+    assert share > 0
+    assert bound == pytest.approx(share**2 * max_kl, rel=0.03)
+
+
+def test_the_line_search_sees_the_kl_and_the_improvement_of_the_step(make_trpo, fit, monkeypatch):
+    seen = []
+
+    def watched(measure, *args):
+        def keep(share):
+            seen.append(measure(share))
+            return seen[-1]
+
+        return line_search(keep, *args)
+
+    monkeypatch.setattr("lit_rlhf.modules.trpo.line_search", watched)
+    recorder = Recorder()
+    module = make_trpo(
+        iterations=1, region=TrustRegion(max_kl=0.5), critic=None, update=Update(max_tokens=64, entropy_coef=0.1)
+    )
+    fit(module, [recorder], batch_size=24)
+    judged = recorder.outputs[0]["judged"]
+    rollout, mask = judged.rollout, judged.rollout.response_mask
+    kl = float(kl_after_the_step(module, rollout)[mask].mean())
+    assert recorder.metrics[0]["policy/kl_to_old"] == pytest.approx(kl, rel=1e-3)
+    learnt = module.estimate(judged, module.reward(judged), Means())
+    stats = module.actor(rollout.tokens, rollout.scored)
+    ratio = (rollout.at_responses(stats.logprobs) - judged.old_logprobs)[mask].exp()
+    assert recorder.metrics[0]["policy/ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-3)
+    better = (ratio - 1) * learnt.advantages[mask] + 0.1 * (rollout.at_responses(stats.entropy) - judged.entropy)[mask]
+    assert seen[-1] == pytest.approx((float(better.mean()), kl), rel=1e-3)
+
+
+def test_a_refused_step_leaves_the_actor_as_it_was(make_trpo, fit, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.modules.trpo.line_search", lambda measure, *args: 0.0 * measure(1.0)[1])
+    recorder = Recorder()
+    module = make_trpo(iterations=2, critic=None)
+    module.configure_model()
+    before = {n: p.detach().clone() for n, p in module.actor.named_parameters()}
+    fit(module, [recorder])
+    assert all(torch.equal(p, before[n]) for n, p in module.actor.named_parameters())
+    assert [m["policy/kl_to_old"] for m in recorder.metrics] == pytest.approx([0, 0], abs=1e-7)
+
+
+def test_the_critics_step_is_as_long_as_its_coefficient(make_trpo, fit, tiny_model):
+    steps = []
+    for coef in (1.0, 0.25):
+        module = make_trpo(
+            iterations=1,
+            critic=str(tiny_model("llama", task="score")),
+            critic_optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+            update=Update(epochs=1, minibatches=1, max_tokens=64, value_coef=coef, clip_grad_norm=None),
+        )
+        module.configure_model()
+        before = flatten([p.detach() for p in module.critic.parameters()])
+        fit(module)
+        steps.append(flatten([p.detach() for p in module.critic.parameters()]) - before)
+    assert steps[0].norm() > 1e-3
+    torch.testing.assert_close(steps[1], 0.25 * steps[0], rtol=1e-3, atol=1e-5)
 
 
 def test_the_step_does_not_depend_on_micro_batches(make_trpo, fit):
