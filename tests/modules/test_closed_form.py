@@ -1,0 +1,77 @@
+"""Where every response can be listed, PPO approaches the optimum in closed form, π_ref exp(r / β) / Z."""
+
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+from lit_rlhf import GAE, FixedKL, PolicyGradient, Prompts, RandomWeights, ReferenceKL, RewardFunction, Sampling, Update
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+worlds = pytest.importorskip("worlds")
+
+STEPS, BETA = 2, 0.5
+LANGUAGE = worlds.World(words=("a", "b", "c"), starts=("a", "b", "c"), steps=STEPS)
+SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "max_position_embeddings": 16, "initializer_range": 0.2}  # fmt: skip
+
+
+@torch.no_grad()
+def log_probabilities(actor, start):
+    """Of every response to a prompt, and the responses' scores."""
+    responses = list(LANGUAGE.responses(start))
+    ids = {word: i for i, word in enumerate((worlds.END, *LANGUAGE.words))}
+    tokens = torch.zeros(len(responses), 1 + STEPS, dtype=torch.long)
+    chosen = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, response in enumerate(responses):
+        tokens[row, : 1 + len(response)] = torch.tensor([ids[word] for word in (start, *response)])
+        chosen[row, 1 : 1 + len(response)] = True
+    return actor(tokens, chosen).logprobs.double().sum(1), worlds._scores("chain", start, responses)
+
+
+def total_variation(module):
+    """Half the summed difference of the actor's distribution and the optimum, the mean over all prompts."""
+    distances = []
+    for start in LANGUAGE.starts:
+        found, scores = log_probabilities(module.actor, start)
+        reference, _ = log_probabilities(module.reference, start)
+        optimum = torch.softmax(reference + scores / BETA, 0)
+        distances.append(0.5 * float((found.exp() - optimum).abs().sum()))
+    return sum(distances) / len(distances)
+
+
+@pytest.mark.parametrize(
+    "reference_kl", [ReferenceKL("reward", "k1"), ReferenceKL("reward", "full")], ids=lambda kl: kl.estimator
+)
+def test_ppo(reference_kl, tmp_path):
+    iterations = 120
+    module = PolicyGradient(
+        actor=RandomWeights(config=SHAPE, tokenizer=f"{BENCHMARKS}/worlds.py:chain_tokenizer", seed=1),
+        rewards=[RewardFunction(f"{BENCHMARKS}/worlds.py:chain_score")],
+        sampling=Sampling(max_tokens=STEPS),
+        kl=FixedKL(BETA),
+        reference_kl=reference_kl,
+        advantages=GAE(lam=1.0),
+        update=Update(epochs=2, minibatches=1, whiten_advantages=False, value_clip=None),
+        iterations=iterations,
+        actor_optimizer=lambda p: torch.optim.Adam(p, lr=5e-3),
+        critic_optimizer=lambda p: torch.optim.Adam(p, lr=5e-3),
+        actor_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.02, iterations),
+    )
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    module.configure_model()
+    before = total_variation(module)
+    trainer.fit(module, datamodule=Prompts(train=f"{BENCHMARKS}/worlds.py:chain_prompts", batch_size=384))
+    assert before > 0.2
+    assert total_variation(module) < 0.05
