@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lit_rlhf.types import Experience, PromptBatch, Rollout, pack
+from lit_rlhf.types import Experience, PreferenceBatch, PromptBatch, Rollout, pack
 
 PROMPTS = [2, 4, 1, 3]
 RESPONSES = [3, 1, 5, 0]
@@ -132,6 +132,27 @@ def test_pack(seed, max_tokens):
         assert (len(longer) + 1) * lengths[longer].max() > max_tokens
 
 
+@pytest.mark.parametrize("max_tokens", [1, 40, 150, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_pack_items_of_several_rows(seed, max_tokens):
+    g = torch.Generator().manual_seed(seed)
+    lengths, rows = torch.randint(1, 30, (25,), generator=g), torch.randint(1, 6, (25,), generator=g)
+    groups = pack(lengths, max_tokens, rows)
+    assert sorted(torch.cat(groups).tolist()) == list(range(25))
+    for group in groups:
+        assert rows[group].sum() * lengths[group].max() <= max_tokens or len(group) == 1
+    for longer, shorter in pairwise(groups):
+        assert lengths[longer].min() >= lengths[shorter].max()
+        assert (rows[longer].sum() + rows[shorter[0]]) * lengths[longer].max() > max_tokens
+    ones = pack(lengths, max_tokens, torch.ones(25, dtype=torch.long))
+    assert [group.tolist() for group in ones] == [group.tolist() for group in pack(lengths, max_tokens)]
+
+
+def test_pack_items_of_several_rows_by_hand():
+    groups = pack(torch.tensor([2, 9, 3, 2, 1]), max_tokens=12, rows=torch.tensor([2, 2, 2, 1, 9]))
+    assert [group.tolist() for group in groups] == [[1], [2, 0], [3], [4]]
+
+
 def test_pack_by_hand():
     groups = pack(torch.tensor([2, 9, 3, 2, 1]), max_tokens=6)
     assert [group.tolist() for group in groups] == [[1], [2, 0], [3, 4]]
@@ -143,3 +164,97 @@ def test_prompt_batch_moves():
     moved = batch.to(torch.device("meta"))
     assert {t.device.type for t in (moved.tokens, moved.mask, moved.group)} == {"meta"}
     assert (moved.prompts, moved.columns) == (["w1"], {"answer": [3]})
+
+
+def make_preferences(counts, seed=0, with_margin=False):
+    """Token ``place`` of row ``row`` is 100 row + place + 1, padding is 0; rankings are numbered from 10."""
+    g = torch.Generator().manual_seed(seed)
+    rows = sum(counts)
+    prompt_lengths, response_lengths = torch.randint(1, 9, (2, rows), generator=g)
+    lengths = prompt_lengths + response_lengths
+    place = torch.arange(int(lengths.max()))
+    mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    ranking = torch.zeros(mask.shape, dtype=torch.long)
+    ranking[mask] = torch.arange(rows)
+    return PreferenceBatch(
+        tokens=torch.where(place < lengths[:, None], 100 * torch.arange(rows)[:, None] + place + 1, 0),
+        prompt_lengths=prompt_lengths,
+        lengths=lengths,
+        ranking=ranking,
+        mask=mask,
+        margin=torch.arange(len(counts)) / 4 if with_margin else None,
+        number=10 + torch.arange(len(counts)),
+        prompts=[[number] for number in range(len(counts))],
+    )
+
+
+def rankings_of(batch):
+    """Of each ranking, by its number: the responses' tokens, best first, each cut where its response begins."""
+    return {
+        int(number): [
+            (batch.tokens[row, :prompt].tolist(), batch.tokens[row, prompt:length].tolist())
+            for row in places[there].tolist()
+            for prompt, length in [(int(batch.prompt_lengths[row]), int(batch.lengths[row]))]
+        ]
+        for number, places, there in zip(batch.number, batch.ranking, batch.mask, strict=True)
+    }
+
+
+def test_scored_tokens_of_preferences():
+    batch = make_preferences([2, 3])
+    assert batch.tokens[batch.scored].tolist() == [
+        token for responses in rankings_of(batch).values() for _, response in responses for token in response
+    ]
+    assert torch.equal(batch.scored.sum(1), batch.lengths - batch.prompt_lengths)
+
+
+def test_by_ranking():
+    batch = make_preferences([2, 3, 1])
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], requires_grad=True)
+    placed = batch.by_ranking(x)
+    assert placed.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
+    placed.sum().backward()
+    assert x.grad.tolist() == [1] * 6  # the first is not also what stands where there is none
+
+
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_select_preferences(with_margin):
+    batch = make_preferences([2, 4, 3, 2], with_margin=with_margin)
+    some = batch.select(torch.tensor([3, 0, 2]))
+    whole = rankings_of(batch)
+    assert rankings_of(some) == {number: whole[number] for number in (13, 10, 12)}
+    assert some.number.tolist() == [13, 10, 12]
+    assert some.prompts == [[3], [0], [2]]
+    assert some.mask.tolist() == [[True, True, False], [True, True, False], [True, True, True]]
+    assert some.tokens.shape == (7, int(some.lengths.max()))
+    assert (some.margin is None) is not with_margin
+    assert not with_margin or some.margin.tolist() == [0.75, 0.0, 0.5]
+    assert rankings_of(some.select(torch.tensor([1]))) == {10: whole[10]}
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 150, 10**6])
+@pytest.mark.parametrize("counts", [[2] * 11, [2, 5, 3, 2, 4, 2, 3, 3, 2]])
+@pytest.mark.parametrize("seed", range(2))
+def test_micro_batches_of_preferences_hold_every_ranking_once(counts, max_tokens, seed):
+    batch = make_preferences(counts, seed)
+    pieces = batch.micro_batches(max_tokens)
+    assert sum(len(piece.mask) for piece in pieces) == len(counts)
+    together = {number: rows for piece in pieces for number, rows in rankings_of(piece).items()}
+    assert together == rankings_of(batch)
+    for piece in pieces:
+        assert piece.tokens.numel() <= max_tokens or len(piece.mask) == 1
+        assert piece.tokens.shape[1] == piece.lengths.max()
+        assert piece.mask.shape[1] == piece.mask.sum(1).max()
+        assert len(piece.tokens) == piece.mask.sum()
+    assert (len(pieces) == 1) is (max_tokens == 10**6)
+    assert (len(pieces) == len(counts)) is (max_tokens == 1)
+
+
+def test_preference_batch_moves():
+    for with_margin in (False, True):
+        batch = make_preferences([2, 3], with_margin=with_margin)
+        moved = batch.to(torch.device("meta"))
+        names = ["tokens", "prompt_lengths", "lengths", "ranking", "mask", "number"] + ["margin"] * with_margin
+        assert {getattr(moved, name).device.type for name in names} == {"meta"}
+        assert moved.prompts == batch.prompts
+        assert (moved.margin is None) is not with_margin

@@ -7,7 +7,7 @@ import torch
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Source, column, read_records
-from lit_rlhf.data.tokenize import chat_tokens, continued_tokens
+from lit_rlhf.data.tokenize import chat_tokens, continued_tokens, shared_prefix
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import DemonstrationBatch
 
@@ -99,7 +99,8 @@ class Demonstrations(ResumableData):
         if not isinstance(prompt, str):
             opening = chat_tokens(self.tokenizer, prompt, field, add_generation_prompt=True)
             turns = [*prompt, {"role": "assistant", "content": response}]
-            return chat_tokens(self.tokenizer, turns, field, add_generation_prompt=False), len(opening)
+            whole = chat_tokens(self.tokenizer, turns, field, add_generation_prompt=False)
+            return whole, shared_prefix(opening, whole)
         if not isinstance(response, str):
             raise UserError(f"{field}: {self.response} should be text, not {type(response).__name__}")
         return continued_tokens(self.tokenizer, prompt, response)

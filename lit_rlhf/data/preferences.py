@@ -1,5 +1,6 @@
 """Pairs and rankings of responses, for reward models and DPO."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +11,7 @@ import torch
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Source, read_records
-from lit_rlhf.data.tokenize import chat_tokens, continued_tokens, prompt_tokens
+from lit_rlhf.data.tokenize import chat_tokens, continued_tokens, prompt_tokens, shared_prefix
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import PreferenceBatch, Prompt
 
@@ -140,11 +141,13 @@ class Preferences(ResumableData):
 
     def _tokenize(self, record: Record, responses: Sequence[Any], where: str) -> _Ranking:
         prompt = record.get(self.prompt)
+        if prompt is None and self.prompt != "prompt":
+            raise UserError(f"{where} has no column {self.prompt!r}; it has: {', '.join(sorted(record))}")
         margin = None if self.margin is None else self._margin(record, responses, where)
         if prompt is None:
             wholes = [self._whole(response, where) for response in responses]
-            shared = _shared_prefix(wholes)
-            return _Ranking([], [(whole, min(shared, len(whole) - 1)) for whole in wholes], margin)
+            shared = shared_prefix(*wholes)
+            return _Ranking([], [(whole, _begin(shared, whole)) for whole in wholes], margin)
         opening = prompt_tokens(self.tokenizer, prompt, where)
         return _Ranking(opening, [self._continued(prompt, opening, r, where) for r in responses], margin)
 
@@ -152,10 +155,13 @@ class Preferences(ResumableData):
         if isinstance(prompt, str):
             if not isinstance(response, str):
                 raise UserError(f"{where}: the prompt is text, so a response is text too, not {str(response)[:60]!r}")
-            return continued_tokens(self.tokenizer, prompt, response)
+            whole, begin = continued_tokens(self.tokenizer, prompt, response)
+            return whole, _begin(begin, whole)
         turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+        if not isinstance(turns, list) or not turns:
+            raise UserError(f"{where}: a response is text or a list of turns, not {str(response)[:60]!r}")
         whole = self._whole([*prompt, *turns], where)
-        return whole, min(len(opening), len(whole) - 1)
+        return whole, _begin(shared_prefix(opening, whole), whole)
 
     def _whole(self, text: Any, where: str) -> list[int]:
         """A whole text or conversation, up to and with its last end-of-sequence token."""
@@ -166,9 +172,11 @@ class Preferences(ResumableData):
         return tokens[: ends[-1] + 1] if ends else [*tokens, self.tokenizer.eos_token_id]
 
     def _margin(self, record: Record, responses: Sequence[Any], where: str) -> float:
-        value = record.get(self.margin or "")
-        if not isinstance(value, int | float) or len(responses) != 2:
-            raise UserError(f"{where}: data.margin is a number beside a pair, not {value!r} beside {len(responses)}")
+        value: Any = record.get(self.margin or "")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or len(responses) != 2:
+            count = len(responses)
+            raise UserError(f"{where}: data.margin is a finite number beside a pair, not {value!r} beside {count}")
         return float(value)
 
     def _collate(self, placed: list[tuple[int, tuple[int, _Ranking]]]) -> PreferenceBatch:
@@ -198,11 +206,6 @@ def _pairs(ranking: _Ranking) -> list[_Ranking]:
     return [_Ranking(ranking.prompt, [*pair], ranking.margin) for pair in combinations(ranking.responses, 2)]
 
 
-def _shared_prefix(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows begin with."""
-    shared = 0
-    for tokens in zip(*rows, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        shared += 1
-    return shared
+def _begin(shared: int, whole: list[int]) -> int:
+    """Where the response begins: never at the first token, which nothing predicts, and never after the last."""
+    return max(1, min(shared, len(whole) - 1))

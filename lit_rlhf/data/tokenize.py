@@ -51,11 +51,21 @@ def continued_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, response: 
     are those that it shares with the whole from the start.
     """
     whole = [*_opened(tokenizer, prompt + response), tokenizer.eos_token_id]
-    alone = _opened(tokenizer, prompt)
+    return whole, shared_prefix(_opened(tokenizer, prompt), whole)
+
+
+def shared_prefix(*rows: list[int]) -> int:
+    """How many tokens all of them begin with.
+
+    >>> shared_prefix([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
     shared = 0
-    while shared < min(len(alone), len(whole)) and alone[shared] == whole[shared]:
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
         shared += 1
-    return whole, shared
+    return shared
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -93,7 +93,7 @@ def to_classifier(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> Pr
     config.pad_token_id = tokenizer.pad_token_id
     bias = getattr(scalar.head, "bias", None)
     if bias is not None:
-        config.value_bias = float(bias)
+        config.value_bias = float(bias.detach())
     try:
         model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:

@@ -81,9 +81,9 @@ class AlignmentModule(lightning.LightningModule):
             self.trainer.should_stop = True
 
     def is_last_step(self) -> bool:
-        """Whether the training step under way is the run's last, as far as iterations and epochs decide."""
+        """Whether the training step under way is the run's last, as far as iterations, steps and epochs decide."""
         trainer, loop = self.trainer, self.trainer.fit_loop
-        if trainer.should_stop:
+        if trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
             return True
         last_epoch = (
             loop.max_epochs is not None and loop.max_epochs != -1 and trainer.current_epoch + 1 >= loop.max_epochs

@@ -163,7 +163,7 @@ class PreferenceModule(AlignmentModule):
             self.held_out.add("accuracy_if_shorter", won[longer < 0])
             self.held_out.add("score", responses)
             self.held_out.add("score_squared", responses.double() ** 2)
-            self.calibration.update(torch.sigmoid(ahead.abs()), (ahead > 0).int())
+            self.calibration.update(*_claims(ahead))
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """As ``validation_step``."""
@@ -173,7 +173,8 @@ class PreferenceModule(AlignmentModule):
         """With the scores' deviation and the calibration error."""
         squared = means.pop("score_squared")
         means["score_std"] = max(0.0, squared - means["score"] ** 2) ** 0.5
-        return means | {"ece": float(self.calibration.compute())}
+        means["ece"] = float(self.calibration.compute())
+        return {name: value for name, value in means.items() if value == value}  # NaN: there are no such pairs
 
 
 def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
@@ -195,3 +196,10 @@ def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
 def _won(ahead: Tensor) -> Tensor:
     """1 where it is ahead, ½ where the two are level."""
     return (ahead > 0).float() + 0.5 * (ahead == 0)
+
+
+def _claims(ahead: Tensor) -> tuple[Tensor, Tensor]:
+    """The probability claimed for the response that is ahead, and whether it is the better; a tie is half each."""
+    claimed, right = torch.sigmoid(ahead.abs()), ahead >= 0
+    tied = ahead == 0
+    return torch.cat([claimed, claimed[tied]]), torch.cat([right, ~right[tied]]).int()

@@ -50,25 +50,29 @@ def test_what_stands_in_the_padding_changes_nothing(tiny_model, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("task", ["causal", "score"])
-def test_a_scalar_model_as_a_classifier_of_transformers(tiny_model, architecture, task, tmp_path):
+@pytest.mark.parametrize(("task", "bias"), [("causal", None), ("causal", 0.5), ("score", None)])
+def test_a_scalar_model_as_a_classifier_of_transformers(tiny_model, architecture, task, bias, tmp_path):
     folder = str(tiny_model(architecture, task=task))
-    tokenizer, scalar = AutoTokenizer.from_pretrained(folder), load_critic(folder)
+    tokenizer, scalar = AutoTokenizer.from_pretrained(folder), load_critic(folder, bias=bias is not None)
     if task == "causal":
         torch.nn.init.normal_(scalar.head.weight, generator=torch.Generator().manual_seed(0))
+    if bias is not None:
+        torch.nn.init.constant_(scalar.head.bias, bias)
     classifier = to_classifier(scalar, tokenizer)
     assert not classifier.training
     assert classifier.config.num_labels == 1
-    assert classifier.config.architectures == [type(classifier).__name__]
     classifier.save_pretrained(tmp_path)
+    assert classifier.config.architectures == [type(classifier).__name__]
     real = torch.arange(7) < LENGTHS[:, None]
     padded = torch.where(real, TOKENS, tokenizer.pad_token_id)
-    expected = scalar(padded).gather(1, LENGTHS[:, None] - 1)
-    assert expected.std() > 0.1
+    scores = scalar(padded).gather(1, LENGTHS[:, None] - 1)
+    assert scores.std() > 0.1
     for model in (classifier, AutoModelForSequenceClassification.from_pretrained(tmp_path)):
+        expected = scores - (bias or 0.0)  # transformers' classifiers have none; it is in the configuration
+        assert getattr(model.config, "value_bias", None) == bias
         torch.testing.assert_close(model(padded).logits, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model(padded, attention_mask=real.long()).logits, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(load_reward_model(str(tmp_path))(padded), scalar(padded))
+    torch.testing.assert_close(load_reward_model(str(tmp_path))(padded), scalar(padded), atol=1e-6, rtol=1e-6)
 
 
 def test_a_classifier_is_a_copy(tiny_model):

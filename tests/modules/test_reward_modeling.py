@@ -1,0 +1,436 @@
+import json
+import math
+import random
+
+import lightning
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint
+from lit_rlhf.data import Preferences
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import RandomWeights, load_model
+from lit_rlhf.modules import RewardModeling
+from lit_rlhf.testing import WORDS, Recorder
+
+
+def adam(lr):
+    return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0)
+
+
+def sgd(lr):
+    return lambda p: torch.optim.SGD(p, lr=lr)
+
+
+def words(rng, most=6, least=1):
+    return [f"w{rng.randrange(WORDS)}" for _ in range(rng.randint(least, most))]
+
+
+def low(response):
+    return sum(int(word[1:]) < 8 for word in response)
+
+
+def low_pairs(count, seed=0):
+    """The chosen has more of the words w0 … w7."""
+    rng, records = random.Random(seed), []
+    while len(records) < count:
+        one, other = words(rng), words(rng)
+        if low(one) == low(other):
+            continue
+        better, worse = sorted([one, other], key=low, reverse=True)
+        records.append(record(words(rng, 3), chosen=better, rejected=worse))
+    return records
+
+
+def low_rankings(count, places=(2, 3, 4), seed=0):
+    """By how many of the words w0 … w7 they have."""
+    rng, records = random.Random(seed), []
+    while len(records) < count:
+        ranked = sorted((words(rng) for _ in range(places[len(records) % len(places)])), key=low, reverse=True)
+        if len({low(response) for response in ranked}) == len(ranked):
+            records.append(record(words(rng, 3), responses=ranked))
+    return records
+
+
+def record(prompt, **responses):
+    def text(response):
+        return "".join(f" {word}" for word in response)
+
+    ranked = {k: [text(r) for r in v] if k == "responses" else text(v) for k, v in responses.items()}
+    return {"prompt": " ".join(prompt)} | ranked
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Run a real fit (or another of the Trainer's methods) on these records; gives the trainer."""
+
+    def run(
+        module, train, validation=None, callbacks=(), *, ckpt_path=None, method="fit", data=None, **options
+    ) -> lightning.Trainer:
+        files = {}
+        for split, records in {"train": train, "validation": validation}.items():
+            if records is not None:
+                files[split] = str(tmp_path / f"{split}.jsonl")
+                (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        defaults = {
+            "default_root_dir": tmp_path,
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": any(isinstance(c, IterationCheckpoint) for c in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "log_every_n_steps": 1,
+        }
+        trainer = lightning.Trainer(callbacks=list(callbacks), **(defaults | options))
+        made = Preferences(**files, **({"batch_size": 8} | (data or {})))
+        getattr(trainer, method)(module, datamodule=made, ckpt_path=ckpt_path)
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def make(tiny_model):
+    def build(**options) -> RewardModeling:
+        return RewardModeling(**({"reward": str(tiny_model("llama")), "optimizer": adam(1e-2)} | options))
+
+    return build
+
+
+def all_scores(module, loader):
+    """Of every response of every ranking, one by one, in float64."""
+    scores = []
+    with torch.no_grad():
+        for batch in loader:
+            for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True):
+                scores.append(module.reward(row[None, :length])[0, -1].item())
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def score_of(module, prompt, response):
+    ids = module.tokenizer(f"{prompt} {response}")["input_ids"]
+    with torch.no_grad():
+        return module.reward(torch.tensor([[*ids, module.tokenizer.eos_token_id]]))[0, -1].item()
+
+
+def small_model(tiny_model):
+    """One layer, and weights as small as is usual."""
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return RandomWeights(config=config | {"num_attention_heads": 4}, tokenizer=str(tiny_model("llama")))
+
+
+def test_it_learns(make, fit, tiny_model):
+    recorder, module = Recorder(), make(reward=small_model(tiny_model))
+    trainer = fit(module, low_pairs(480), low_pairs(120, seed=1), [recorder], max_epochs=4, data={"batch_size": 32})
+    metrics = trainer.callback_metrics
+    assert float(metrics["val/accuracy"]) > 0.9
+    assert float(metrics["val/margin"]) > 1
+    assert float(metrics["val/loss"]) < 0.3
+    assert recorder.metrics[-1]["train/loss"] < 0.3 * recorder.metrics[0]["train/loss"]
+    assert [m["progress/iteration"] for m in recorder.metrics] == list(range(1, 61))
+
+
+def test_a_linear_reward_is_found_from_drawn_preferences(fit, tiny_model):
+    """Bradley–Terry draws the pairs by a reward that is linear in the counts of words."""
+    rng = random.Random(0)
+    worth = {f"w{i}": rng.gauss(0, 1) for i in range(WORDS)}
+
+    def true(response):
+        return sum(worth[word] for word in response)
+
+    def drawn():
+        one, other = words(rng, 8), words(rng, 8)
+        if one == other:
+            return drawn()
+        wins = rng.random() < 1 / (1 + math.exp(true(other) - true(one)))
+        return record(words(rng, 2, 2), chosen=one if wins else other, rejected=other if wins else one)
+
+    pairs = [drawn() for _ in range(3000)]
+    module = RewardModeling(
+        small_model(tiny_model),
+        optimizer=adam(1e-2),
+        scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / 181),
+    )
+    fit(module, pairs, max_epochs=3, data={"batch_size": 50})
+    held_out = [words(rng, 8) for _ in range(300)]
+    scores = torch.tensor([[score_of(module, "w1 w2", " ".join(r)) for r in held_out], [true(r) for r in held_out]])
+    ranks = scores.argsort(1).argsort(1).double()
+    assert torch.corrcoef(ranks)[0, 1] >= 0.95
+
+
+@pytest.mark.parametrize("places", [(2,), (3,), (4,), (2, 3, 4)])
+def test_the_first_loss_is_that_of_equal_scores(make, fit, places):
+    recorder = Recorder()
+    fit(make(), low_rankings(12, places), None, [recorder], data={"batch_size": 12})
+    expected = sum(math.log(math.factorial(k)) for k in places) / len(places)
+    assert recorder.metrics[0]["train/loss"] == pytest.approx(expected, abs=1e-6)
+    assert recorder.metrics[0]["train/accuracy"] == 0.5
+    assert recorder.metrics[0]["train/margin"] == 0
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_rankings_of_different_sizes_train(make, fit, tiny_model, as_pairs):
+    module, data = make(reward=small_model(tiny_model)), {"batch_size": 60 if as_pairs else 20, "as_pairs": as_pairs}
+    trainer = fit(module, low_rankings(300), low_rankings(60, seed=1), max_epochs=3, data=data)
+    assert float(trainer.callback_metrics["val/accuracy"]) > 0.9
+
+
+@pytest.mark.parametrize("records", [low_pairs(24), low_rankings(24)], ids=["pairs", "rankings"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_micro_batches_change_nothing(make, fit, records, clip):
+    results = []
+    for max_tokens in (64, 4096):
+        recorder = Recorder()
+        module = make(max_tokens=max_tokens, optimizer=sgd(0.1), clip_grad_norm=clip)
+        trainer = fit(module, records, records, [recorder], data={"batch_size": 12, "validation_batch_size": 12})
+        held_out = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        results.append((recorder.weights, recorder.metrics[-1]["train/loss"], held_out))
+    for name, weight in results[0][0].items():
+        torch.testing.assert_close(weight, results[1][0][name], rtol=0, atol=1e-6)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-6)
+    assert results[0][2] == pytest.approx(results[1][2], abs=1e-5)
+
+
+def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit, tmp_path):
+    recorder = Recorder()
+    records = low_rankings(21)
+    module = make(max_tokens=64)
+    trainer = fit(module, records, None, [recorder, ExportAtEnd(), IterationCheckpoint()], max_epochs=2)
+    scores = all_scores(module, trainer.train_dataloader.once())
+    assert len(scores) == 7 * (2 + 3 + 4)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    (path,) = tmp_path.rglob("last.ckpt")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    mean, std = scores.mean().item(), scores.std(unbiased=False).item()
+    assert std > 0.1
+    for found in (config, module.state_dict(), recorder.weights, state):
+        assert float(found["score_mean"]) == pytest.approx(mean, abs=1e-6)
+        assert float(found["score_std"]) == pytest.approx(std, abs=1e-6)
+
+
+def test_they_are_measured_once_at_the_end(make, fit):
+    class Watch(lightning.Callback):
+        def __init__(self):
+            self.means = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.means.append(float(module.score_mean))
+
+    for options, last in (({"max_epochs": 2}, 6), ({"iterations": 4}, 4)):
+        watch = Watch()
+        module = make(iterations=options.pop("iterations", None))
+        fit(module, low_pairs(24), None, [watch], **options)
+        assert [math.isnan(mean) for mean in watch.means] == [True] * (last - 1) + [False]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_export_is_a_classifier_of_transformers(fit, tiny_model, tmp_path, architecture):
+    module = RewardModeling(str(tiny_model(architecture)), optimizer=adam(1e-2))
+    fit(module, low_pairs(48), None, [ExportAtEnd()], max_epochs=2)
+    folder = tmp_path / "export"
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token != tokenizer.eos_token
+    texts = [f"{r['prompt']}{r['chosen']}" for r in low_pairs(20, seed=2)]
+    expected = [score_of(module, r["prompt"], r["chosen"].strip()) for r in low_pairs(20, seed=2)]
+    tokenizer.padding_side = "right"
+    batch = tokenizer([f"{text} {tokenizer.eos_token}" for text in texts], return_tensors="pt", padding=True)
+    assert len({int(length) for length in batch["attention_mask"].sum(1)}) > 1
+    with torch.no_grad():
+        scores = classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    assert scores.std() > 0.1
+    again = RewardModeling(str(folder))
+    again.configure_model()
+    assert score_of(again, "w1", "w2") == pytest.approx(score_of(module, "w1", "w2"), abs=1e-6)
+
+
+def test_it_starts_from_a_classifier_with_its_head(make, fit, tiny_model):
+    folder = str(tiny_model("llama", task="score"))
+    recorder, records = Recorder(), low_pairs(8)
+    module = make(reward=folder, optimizer=sgd(0.0))
+    fit(module, records, None, [recorder])
+    classifier = load_model(folder, "score")
+    assert torch.equal(module.reward.head.weight, classifier.score.weight)
+    losses = []
+    with torch.no_grad():
+        for r in records:
+            ids = [module.tokenizer(r["prompt"] + r[name])["input_ids"] for name in ("chosen", "rejected")]
+            chosen, rejected = (classifier(torch.tensor([[*i, 1]])).logits.item() for i in ids)
+            losses.append(math.log1p(math.exp(rejected - chosen)))
+    assert recorder.metrics[0]["train/loss"] == pytest.approx(sum(losses) / 8, abs=1e-5)
+    assert recorder.metrics[0]["train/loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+class ByFirstWord(RewardModeling):
+    """A response's score is a number that its first word has."""
+
+    def scores(self, batch):
+        table = {"w0": 0.0, "w1": math.log(3), "w2": math.log(19)}
+        first = batch.tokens.gather(1, batch.prompt_lengths[:, None]).squeeze(1).tolist()
+        return torch.tensor([table[word] for word in self.tokenizer.convert_ids_to_tokens(first)])
+
+
+@pytest.mark.parametrize("validation_batch_size", [1, 2, 64])
+@pytest.mark.parametrize("max_tokens", [1, 4096])
+def test_held_out_metrics_by_hand(fit, tiny_model, validation_batch_size, max_tokens):
+    pairs = [  # σ(log 3) = 0.75, σ(log 19) = 0.95
+        (" w1 w9 w9", " w0"),  # ahead by log 3, longer
+        (" w1", " w0 w9"),  # ahead by log 3, shorter
+        (" w0 w9", " w1"),  # behind by log 3, longer
+        (" w2", " w0"),  # ahead by log 19, level
+        (" w0", " w2 w9"),  # behind by log 19, shorter
+    ]
+    records = [{"prompt": "w5", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    module = ByFirstWord(str(tiny_model("llama")), max_tokens=max_tokens)
+    sizes = {"validation_batch_size": validation_batch_size}
+    trainer = fit(module, None, records, method="validate", data=sizes)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    losses = [math.log(4 / 3)] * 2 + [math.log(4), math.log(20 / 19), math.log(20)]
+    scores = [math.log(3)] * 3 + [math.log(19)] * 2 + [0.0] * 5
+    mean = sum(scores) / 10
+    expected = {
+        "val/loss": sum(losses) / 5,
+        "val/accuracy": 3 / 5,
+        "val/margin": math.log(3) / 5,
+        "val/accuracy_of_length": (2 + 0.5) / 5,
+        "val/accuracy_if_longer": 1 / 2,
+        "val/accuracy_if_shorter": 1 / 2,
+        "val/score": mean,
+        "val/score_std": (sum((s - mean) ** 2 for s in scores) / 10) ** 0.5,
+        "val/ece": 3 / 5 * abs(0.75 - 2 / 3) + 2 / 5 * abs(0.95 - 1 / 2),
+    }
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_held_out_metrics_of_a_ranking_are_those_of_its_pairs(fit, tiny_model):
+    """Scores log 3, 0, log 19; lengths 2, 1, 1 and the end."""
+    records = [{"prompt": "w5", "responses": [" w1 w9", " w0", " w2"]}]
+    trainer = fit(ByFirstWord(str(tiny_model("llama"))), None, records, method="validate")
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert found["val/loss"] == pytest.approx(math.log(23 / 3) + math.log(20), abs=1e-5)  # 3/23 · 1/20
+    assert found["val/accuracy"] == pytest.approx(1 / 3)
+    assert found["val/margin"] == pytest.approx((math.log(3) - math.log(19 / 3) - math.log(19)) / 3, abs=1e-5)
+    assert found["val/accuracy_of_length"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert found["val/accuracy_if_longer"] == pytest.approx(1 / 2)
+    p = 19 / 22  # of the one that is log 19 against log 3; its bin is [0.8, 0.9)
+    assert found["val/ece"] == pytest.approx((0.25 + p + 0.95) / 3, abs=1e-5)
+
+
+def test_equal_scores_are_right_half_the_time_and_calibrated(make, fit):
+    metrics = fit(make(), None, low_pairs(20), method="validate").callback_metrics
+    assert float(metrics["val/accuracy"]) == 0.5
+    assert float(metrics["val/loss"]) == pytest.approx(math.log(2))
+    assert float(metrics["val/ece"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_each_validation_starts_anew(make, fit):
+    module, records = make(), low_pairs(20, seed=1)
+    last = fit(module, low_pairs(24), records, max_epochs=3).callback_metrics
+    alone = fit(module, None, records, method="validate").callback_metrics
+    assert float(alone["val/ece"]) > 0.01
+    assert {name: float(last[name]) for name in alone} == {name: float(value) for name, value in alone.items()}
+
+
+def test_test_metrics(make, fit):
+    module = make()
+    trainer = fit(module, low_pairs(24), low_pairs(20, seed=1))
+    held_out = {k[4:]: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    tested = fit(module, None, low_pairs(20, seed=1), method="test").callback_metrics
+    assert {k[5:]: float(v) for k, v in tested.items() if k.startswith("test/")} == pytest.approx(held_out)
+
+
+@pytest.mark.parametrize(("margin", "smoothing"), [(0.0, 0.0), (1.5, 0.0), (-1.0, 0.2), (0.0, 0.2)])
+def test_the_first_loss_with_margin_and_smoothing(make, fit, margin, smoothing):
+    recorder = Recorder()
+    records = [r | {"gap": margin} for r in low_pairs(8)]
+    fit(make(label_smoothing=smoothing), records, None, [recorder], data={"margin": "gap"})
+    p = 1 / (1 + math.exp(margin))
+    expected = -(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p)
+    assert recorder.metrics[0]["train/loss"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("margin", "smoothing"), [(0.0, 0.2), (1.0, 0.2), (-1.0, 0.1)])
+def test_the_best_distance_with_margin_and_smoothing(make, fit, tiny_model, margin, smoothing):
+    """Of one pair it is the margin and the log-odds of a label that is right."""
+    recorder = Recorder()
+    module = make(
+        reward=small_model(tiny_model),
+        iterations=80,
+        label_smoothing=smoothing,
+        scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / 80),
+    )
+    fit(module, [low_pairs(1)[0] | {"gap": margin}], None, [recorder], data={"margin": "gap", "batch_size": 1})
+    expected = margin + math.log((1 - smoothing) / smoothing)
+    assert recorder.metrics[-1]["train/margin"] == pytest.approx(expected, abs=0.02)
+
+
+def test_smoothing_of_rankings_is_refused(make, fit):
+    with pytest.raises(UserError, match=r"^model\.label_smoothing is for pairs: .*rankings of more than two$"):
+        fit(make(label_smoothing=0.1), low_rankings(8, (3,)))
+    fit(make(label_smoothing=0.1), low_rankings(8, (3,)), data={"as_pairs": True})
+
+
+def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit, tmp_path):
+    records = low_rankings(28)  # three batches an epoch: the second ends after six
+    whole, rest = Recorder(), Recorder()
+
+    def run(iterations, callbacks, **options):
+        module = make(
+            iterations=iterations,
+            scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+        )
+        fit(module, records, low_pairs(8), callbacks, **options)
+
+    run(7, [whole])
+    run(4, [IterationCheckpoint(every_n=4)])
+    (path,) = tmp_path.rglob("last.ckpt")
+    run(7, [rest], ckpt_path=str(path))
+    assert len(rest.metrics) == 3
+    for name in ("train/loss", "train/margin", "train/grad_norm", "train/lr", "progress/iteration"):
+        assert [m[name] for m in rest.metrics] == [m[name] for m in whole.metrics[4:]]
+    assert whole.weights.keys() == rest.weights.keys()
+    assert all(torch.equal(rest.weights[name], weight) for name, weight in whole.weights.items())
+    assert torch.isfinite(whole.weights["score_mean"])
+
+
+@pytest.mark.parametrize("where", ["trunk", "head"])
+def test_all_of_it_trains(make, fit, where):
+    recorder, module = Recorder(), make()
+    fit(module, low_pairs(24), None, [recorder])
+    fresh = make()
+    fresh.configure_model()
+    before = fresh.state_dict()
+    moved = [not torch.equal(w, before[k]) for k, w in recorder.weights.items() if k.startswith(f"reward.{where}")]
+    assert moved
+    assert all(moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 0.5}, r"^model\.label_smoothing must lie in \[0, 0\.5\), not 0\.5$"),
+        ({"label_smoothing": -0.1}, r"^model\.label_smoothing must lie in \[0, 0\.5\), not -0\.1$"),
+        ({"max_tokens": 0}, r"^model\.max_tokens must be 1 or more, not 0$"),
+        ({"clip_grad_norm": 0.0}, r"^model\.clip_grad_norm must be positive or null, not 0\.0$"),
+        ({"clip_grad_norm": math.nan}, r"^model\.clip_grad_norm must be positive or null, not nan$"),
+    ],
+)
+def test_numbers_out_of_range(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_no_model():
+    with pytest.raises(UserError, match=r"^model\.reward is not set"):
+        RewardModeling()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(make, fit):
+    module = make(optimizer=sgd(1e30), clip_grad_norm=None)
+    with pytest.raises(UserError, match=r"^the (loss|gradient norm) is (nan|inf): stopped before the step"):
+        fit(module, low_pairs(80))
