@@ -122,3 +122,27 @@ def test_validation_is_optional(make, tokenizer):
     assert list(make(tokenizer, validation=None).val_dataloader()) == []
     with pytest.raises(UserError, match=r"data.validation is not set"):
         make(tokenizer, validation=None, stage="validate")
+
+
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_packing_keeps_each_text_and_what_is_trained(make, tokenizer, loss_on):
+    records = [{"prompt": "w1", "response": " " + " ".join(f"w{i}" for i in range(n))} for n in (3, 9, 1, 5, 2, 7)]
+    plain, packed = (
+        make(tokenizer, records, loss_on=loss_on, batch_size=6, max_tokens=14, packing=packing)
+        for packing in (False, True)
+    )
+    (one,), (other,) = plain.val_dataloader(), packed.val_dataloader()
+    assert other.tokens.shape[0] < one.tokens.shape[0]
+    assert other.tokens.shape[1] <= 14
+    assert one.positions is None
+    found = []
+    for tokens, mask, positions in zip(other.tokens, other.mask, other.positions, strict=True):
+        starts = [i for i, p in enumerate(positions.tolist()) if p == 0 and tokens[i] == tokenizer.bos_token_id]
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            length = int(positions[start:end].max()) + 1
+            assert positions[start : start + length].tolist() == list(range(length))
+            found.append((tokens[start : start + length].tolist(), mask[start : start + length].tolist()))
+            assert not mask[start + length : end].any()
+    real = (one.tokens != tokenizer.pad_token_id).sum(1).tolist()
+    expected = [(t[:n].tolist(), m[:n].tolist()) for t, m, n in zip(one.tokens, one.mask, real, strict=True)]
+    assert sorted(found) == sorted(expected)

@@ -85,3 +85,30 @@ def test_the_held_out_loss_is_the_mean_over_tokens_not_batches(fit_sft, tmp_path
         total += float(module.actor(batch.tokens, batch.mask).logprobs.sum())
         count += int(batch.mask.sum())
     assert metrics["val/loss"] == pytest.approx(-total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_packing_changes_neither_loss_nor_step(tiny_model, tmp_path, architecture):
+    file = tmp_path / "texts.jsonl"
+    rows = [f"w{i} " + " ".join(["w5", "w9"] * (1 + i % 4)) for i in range(8)]
+    file.write_text("\n".join(f'{{"text": "{row}"}}' for row in rows))
+    found = []
+    for packing in (False, True):
+        module = SFT(str(tiny_model(architecture)), lambda p: torch.optim.SGD(p, lr=0.1), iterations=2)
+        recorder = Recorder()
+        trainer = lightning.Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[recorder],
+        )
+        trainer.fit(module, datamodule=Demonstrations(train=str(file), batch_size=8, max_tokens=24, packing=packing))
+        found.append((recorder.metrics[-1]["train/loss"], recorder.weights))
+    (loss, weights), (packed_loss, packed_weights) = found
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(packed_weights[name], weight, atol=1e-5, rtol=1e-5)

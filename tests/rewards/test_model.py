@@ -144,3 +144,22 @@ def test_models_that_give_no_single_score(tiny_model, tmp_path):
         prepared(tmp_path, AutoTokenizer.from_pretrained(folder))
     with pytest.raises(UserError, match=r"rewards.model.*/nowhere does not exist"):
         prepared(tmp_path / "nowhere", AutoTokenizer.from_pretrained(folder))
+
+
+def test_normalised_by_the_training_sets_scores(tiny_model, tmp_path):
+    folder = tiny_model("llama", task="score")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.config.score_mean, model.config.score_std = 0.25, 4.0
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain, normalised = RewardModel(str(tmp_path)), RewardModel(str(tmp_path), normalize=True)
+    for reward in (plain, normalised):
+        reward.prepare(tokenizer)
+    done = completions(tokenizer)
+    torch.testing.assert_close(normalised(done), (plain(done) - 0.25) / 4.0)
+    without = RewardModel(str(folder), normalize=True)
+    with pytest.raises(
+        UserError, match=r"^rewards\.normalize: .* has no score_mean and score_std in its config\.json$"
+    ):
+        without.prepare(tokenizer)
