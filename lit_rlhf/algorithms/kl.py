@@ -3,14 +3,14 @@
 Units: nats. With x drawn from π and r = log π_ref(x) − log π(x) (Schulman 2020, «Approximating KL divergence»,
 joschu.net/blog/kl-approx.html):
 
-====  ===================  =========  ==========================================================
-name  value                unbiased?  as a loss term
-====  ===================  =========  ==========================================================
-k1    −r                   yes        its expected gradient is 0: put it into the reward instead
-k2    r² / 2               no         its expected gradient is the KL's
-k3    exp(r) − 1 − r       yes, ≥ 0   its gradient is biased: on average that of KL(π_ref ‖ π)
-full  Σₓ π(x) log π/π_ref  exact      exact, in each state; needs both models' logits
-====  ===================  =========  ==========================================================
+====  ===================  =========  ==================================  ==========================
+name  value                unbiased?  as a loss term                      in the reward
+====  ===================  =========  ==================================  ==========================
+k1    −r                   yes        its expected gradient is 0          right
+k2    r² / 2               no         right for each state                biased
+k3    exp(r) − 1 − r       yes, ≥ 0   on average that of KL(π_ref ‖ π)    biased
+full  Σₓ π(x) log π/π_ref  exact      right; needs both models' logits    lacks its own state's part
+====  ===================  =========  ==================================  ==========================
 
 All of them are of one token. The KL of a response is the sum over its tokens, and that is what the controllers take.
 """
