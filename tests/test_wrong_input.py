@@ -136,7 +136,7 @@ def test_models_and_what_must_be_set(folder, capsys, changes, patterns):
         ({"data__validation": "nowhere.csv"}, [r"data\.validation", r"no file nowhere\.csv"]),
         ({"data__column": "question"}, [r"data\.train", r"prompts\.jsonl", "'question'", "answer, prompt"]),
         ({"data__max_tokens": 1}, ["all 8 prompts", r"prompts\.jsonl", r"data\.max_tokens=1"]),
-        ({"data__batch_size": 9}, [r"data\.batch_size is 9", "8 prompts"]),
+        ({"data__batch_size": 9}, [r"data\.batch_size is 9", "8 records"]),
         ({"data__batch_size": 0}, [r"batch_size", "1 or more", "0"]),
         ({"data__chat": "true"}, ["chat template"]),
         ({"ckpt_path": "nowhere.ckpt"}, ["ckpt_path", r"nowhere\.ckpt"]),
@@ -213,18 +213,22 @@ def test_a_misspelt_option_in_a_file(folder, capsys, right, wrong, name):
     check(message, "no option", mistake, "|".join(meant(n) for n in name.split("|")))
 
 
+MODULES = "DPO, PolicyGradient, RewardModeling, SFT, TRPO"
+DATA = "Demonstrations, Preferences, Prompts"
+
+
 @pytest.mark.parametrize(
     ("changes", "patterns"),
     [
-        ({"model": "PolicyGradent"}, ["model", meant("PolicyGradient"), "PolicyGradient, SFT"]),
-        ({"data": "Promts"}, ["data", meant("Prompts"), "Demonstrations, Prompts"]),
+        ({"model": "PolicyGradent"}, ["model", meant("PolicyGradient"), MODULES]),
+        ({"data": "Promts"}, ["data", meant("Prompts"), DATA]),
         ({"model__advantages": "GEA"}, ["advantages", meant("GAE")]),
         ({"model__objective": "Clipp"}, ["objective", meant("Clip")]),
         ({"model__kl": "FixdKL"}, ["kl", meant("FixedKL")]),
         ({"model__rewards": reward("f", "RewardFuncton")}, ["rewards", meant("RewardFunction"), "ExactAnswer"]),
         ({"model__actor_optimizer": "AdmW"}, ["actor_optimizer", meant("AdamW")]),
-        ({"model": None}, ["model", "PolicyGradient, SFT"]),
-        ({"data": None, "data__train": None, "data__batch_size": None}, ["data", "Demonstrations, Prompts"]),
+        ({"model": None}, ["model", MODULES]),
+        ({"data": None, "data__train": None, "data__batch_size": None}, ["data", DATA]),
         ({"model__rewards": "[{function: 'rewards.py:fine'}]"}, ["rewards", "class_path", "ExactAnswer"]),
     ],
 )
@@ -317,3 +321,38 @@ def test_the_command_itself(folder, changes, status, patterns):
     assert told == lines[-1:], done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     check(told[0], *patterns)
+
+
+@pytest.mark.parametrize("module", ["RewardModeling", "DPO"])
+@pytest.mark.parametrize(
+    ("record", "patterns"),
+    [
+        ({"prompt": "w1", "chosen": " w2", "rejected": " w2"}, ["record 2", "equal"]),
+        ({"prompt": "w1", "responses": [" w2"]}, ["record 2", "2 responses or more", "one of 1"]),
+        ({"prompt": "w1", "responses": [" w2", [" w3", " w4"]]}, ["record 2", "tie"]),
+        ({"prompt": "w1", "chosen": " w2"}, ["record 2", "'rejected'", "chosen, prompt"]),
+    ],
+)
+def test_preferences(tmp_path, tiny_model, capsys, module, record, patterns):
+    right = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{json.dumps(right)}\n{json.dumps(record)}\n")
+    role = "reward" if module == "RewardModeling" else "actor"
+    words = ["fit", "--model", module, f"--model.{role}", str(tiny_model("llama")), "--data", "Preferences"]
+    words += ["--data.train", str(path), "--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path / "run")]
+    check(refusal(capsys, [*words, "--trainer.accelerator", "cpu"]), r"data\.train", *patterns)
+
+
+@pytest.mark.parametrize(
+    ("words", "patterns"),
+    [
+        (["--model", "RewardModeling"], [r"model\.reward is not set"]),
+        (["--model", "DPO"], [r"model\.actor is not set"]),
+        (["--model", "DPO", "--model.actor", "x", "--model.beta", "0"], [r"model\.beta must be positive"]),
+        (["--model", "DPO", "--model.actor", "x", "--model.label_smoothing", "0.5"], [r"label_smoothing", "0.5"]),
+        (["--model", "TRPO", "--model.actor", "x", "--model.critic", "shared"], ["critic", "region"]),
+        (["--model", "TRPO", "--model.actor", "x", "--model.region.max_kl", "0"], [r"region\.max_kl"]),
+    ],
+)
+def test_options_of_the_other_modules(capsys, words, patterns):
+    check(refusal(capsys, ["fit", *words, "--data", "Preferences", "--data.train", "x.jsonl"]), *patterns)
