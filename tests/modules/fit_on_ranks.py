@@ -1,9 +1,10 @@
 """One iteration of each case on as many processes as torchrun starts; rank 0 saves weights and metrics.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py MODEL PROMPTS OUT
+python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py MODEL REFERENCE PROMPTS OUT
 """
 
 import os
+import random
 import sys
 import warnings
 
@@ -11,6 +12,7 @@ import lightning
 import torch
 
 from lit_rlhf import (
+    DPO,
     GAE,
     TRPO,
     AdaptiveKL,
@@ -19,9 +21,11 @@ from lit_rlhf import (
     KLPenalty,
     LeaveOneOut,
     PolicyGradient,
+    Preferences,
     Prompts,
     ReferenceKL,
     RewardFunction,
+    RewardModeling,
     Sampling,
     ScoreShaping,
     Update,
@@ -37,6 +41,13 @@ def low_words(responses):
     return [sum(word in low for word in r.split()) / max(1, len(r.split())) for r in responses]
 
 
+def rankings():
+    """Rankings of two to four responses of uneven length."""
+    rng = random.Random(0)
+    texts = [[" ".join(f"w{rng.randrange(32)}" for _ in range(rng.randint(1, 9))) for _ in range(4)] for _ in range(12)]
+    return [{"prompt": "w1 w2", "responses": [f" {t}" for t in row[: 2 + i % 3]]} for i, row in enumerate(texts)]
+
+
 def sgd(parameters):
     """At learning rate 1 the step is the gradient."""
     return torch.optim.SGD(parameters, lr=1.0)
@@ -46,7 +57,7 @@ def one_step(**options):
     return Update(epochs=1, minibatches=1, max_tokens=64, clip_grad_norm=None, entropy_coef=0.01, **options)
 
 
-def cases(actor):
+def cases(actor, reference):
     common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(f"{__file__}:low_words")]}
     steps = {"actor_optimizer": sgd, "critic_optimizer": sgd}
     several = Sampling(max_tokens=12, responses=2)
@@ -101,12 +112,16 @@ def cases(actor):
     )  # fmt: skip
     yield "trpo", lambda: TRPO(**common, critic_optimizer=sgd, sampling=Sampling(max_tokens=12), update=one_step())
 
+    again = {"optimizer": sgd, "iterations": 1, "max_tokens": 64, "clip_grad_norm": None}
+    yield "reward", lambda: RewardModeling(reward=actor, **again)
+    yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
 
-def main(actor, prompts, out):
+
+def main(actor, reference, prompts, out):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
     found = {}
-    for name, make in cases(actor):
+    for name, make in cases(actor, reference):
         recorder = Recorder()
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -121,7 +136,10 @@ def main(actor, prompts, out):
             default_root_dir=os.path.dirname(out),
             callbacks=[recorder],
         )
-        trainer.fit(make(), datamodule=Prompts(train=prompts, batch_size=24))
+        data = Prompts(train=prompts, batch_size=24)
+        if name in ("reward", "dpo"):
+            data = Preferences(train=f"{__file__}:rankings", batch_size=12)
+        trainer.fit(make(), datamodule=data)
         timed = ("time/", "perf/")
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
         found[name] = {"weights": recorder.weights, "metrics": metrics}

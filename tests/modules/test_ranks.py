@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo")
+CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo", "reward", "dpo")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def found(tiny_model, prompt_file, tmp_path_factory):
     for count in (1, 2, 4):
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         words += [str(Path(__file__).with_name("fit_on_ranks.py")), str(tiny_model("llama"))]
-        words += [str(prompt_file), str(folder / f"{count}.pt")]
+        words += [str(tiny_model("llama", seed=1)), str(prompt_file), str(folder / f"{count}.pt")]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     return {count: torch.load(folder / f"{count}.pt") for count in (1, 2, 4)}
@@ -37,4 +37,8 @@ def test_the_iteration_changed_the_weights(found, tiny_model, case):
     from safetensors.torch import load_file
 
     start = load_file(Path(tiny_model("llama")) / "model.safetensors")["model.norm.weight"]
-    assert (found[1][case]["weights"]["actor.model.model.norm.weight"] - start).abs().max() > 1e-4
+    weights = found[1][case]["weights"]
+    if case == "reward":  # the head is 0 at first, so the first gradient is the head's alone
+        assert weights["reward.head.weight"].abs().max() > 1e-4
+    else:
+        assert (weights["actor.model.model.norm.weight"] - start).abs().max() > 1e-4
