@@ -77,7 +77,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or str(make_tiny_model(Path(folder, "model")))
         for seed in range(1, options.seeds + 1):
-            data: dict[str, object] = {"train": options.train, "validation": options.validation, "max_tokens": 512}
+            data: dict[str, object] = {
+                "train": options.train,
+                "validation": options.validation,
+                "max_tokens": 512,
+                "ties": "drop",
+            }
             pairs_of_one = 6
             if not options.train:
                 for split, count, key in (("train", 320, seed), ("validation", 200, 1000)):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,8 @@ class Preferences(ResumableData):
         responses: The column of a ranking's responses, best first.
         margin: A column of numbers, by how much the better of a pair should be ahead; None: not used.
         as_pairs: Cut each ranking into all its pairs.
+        ties: What becomes of a record with two equal responses, neither of which can be better: refused, or dropped
+            and counted.
         max_tokens: Tokens of prompt and response at most; a record with a longer one is dropped, and counted.
         batch_size: Records of a batch, over all processes.
         validation_batch_size: The same of a validation batch.
@@ -59,6 +61,7 @@ class Preferences(ResumableData):
         responses: str = "responses",
         margin: str | None = None,
         as_pairs: bool = False,
+        ties: Literal["refuse", "drop"] = "refuse",
         max_tokens: int = 512,
         batch_size: int = 32,
         validation_batch_size: int = 64,
@@ -71,10 +74,12 @@ class Preferences(ResumableData):
         self.responses = responses
         self.margin = margin
         self.as_pairs = as_pairs
+        self.ties = ties
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.validation_batch_size = validation_batch_size
-        self.dropped: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}  # too long
+        self.tied: dict[str, int] = {}
         self._rankings: dict[str, list[_Ranking]] = {}
 
     def setup(self, stage: str) -> None:
@@ -105,16 +110,29 @@ class Preferences(ResumableData):
         source, field = self.sources[split], f"data.{split}"
         assert source is not None
         records = read_records(source, field)
-        rankings = []
+        rankings, self.tied[split] = [], 0
         for number, record in enumerate(records, 1):
             where = f"{field}: record {number} of {source}"
-            ranking = self._tokenize(record, self._ordered(record, where), where)
+            responses = self._ordered(record, where)
+            equal = next((one for one, other in combinations(responses, 2) if one == other), None)
+            if equal is not None:
+                if self.ties == "refuse":
+                    raise UserError(
+                        f"{where}: two of its responses are equal, so neither is better (data.ties: drop leaves such "
+                        f"records out): {str(equal)[:60]!r}"
+                    )
+                self.tied[split] += 1
+                continue
+            ranking = self._tokenize(record, responses, where)
             rankings += _pairs(ranking) if self.as_pairs else [ranking]
         kept = [r for r in rankings if max(len(tokens) for tokens, _ in r.responses) <= self.max_tokens]
         self.dropped[split] = len(rankings) - len(kept)
         if not kept:
-            raise UserError(f"{field}: all records of {source} are longer than data.max_tokens={self.max_tokens}")
-        note = f", {self.dropped[split]} dropped (longer than {self.max_tokens} tokens)" if self.dropped[split] else ""
+            raise UserError(
+                f"{field}: no record of {source} is left: longer than data.max_tokens={self.max_tokens}, or tied"
+            )
+        counts = ((self.dropped[split], f"longer than {self.max_tokens} tokens"), (self.tied[split], "equal responses"))
+        note = "".join(f", {count} dropped ({why})" for count, why in counts if count)
         what = "pairs" if all(len(r.responses) == 2 for r in kept) else "rankings"
         self.say(f"data: {len(kept)} {split} {what} from {source}{note}")
         return kept
@@ -134,9 +152,6 @@ class Preferences(ResumableData):
                     there = ", ".join(sorted(k for k, v in record.items() if v is not None)) or "nothing"
                     raise UserError(f"{where} has neither {self.responses!r} nor a pair with {name!r}; it has: {there}")
             responses = [record[name] for name in self.pair]
-        for one, other in combinations(responses, 2):
-            if one == other:
-                raise UserError(f"{where}: two of its responses are equal, so neither is better: {str(one)[:60]!r}")
         return responses
 
     def _tokenize(self, record: Record, responses: Sequence[Any], where: str) -> _Ranking:

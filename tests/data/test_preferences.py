@@ -265,6 +265,15 @@ def test_of_a_ranking_cut_into_pairs_only_those_with_the_long_one_are_dropped(ma
     assert data.dropped["validation"] == 3
 
 
+def test_records_with_equal_responses_can_be_dropped(make, tokenizer, capsys):
+    tied = {"prompt": "w1", "responses": [" w2", " w3", " w2"]}
+    data = make(tokenizer, [tied, *PAIRS], ties="drop")
+    (batch,) = data.val_dataloader()
+    assert len(batch.mask) == len(PAIRS)
+    assert data.tied == {"train": 1, "validation": 1}
+    assert "1 dropped (equal responses)" in capsys.readouterr().out
+
+
 def test_what_is_said(make, tokenizer, capsys):
     make(tokenizer, RANKINGS)
     assert "data: 3 train rankings from" in (out := capsys.readouterr().out)
@@ -409,7 +418,7 @@ def test_a_margin_that_is_no_finite_number(make, tokenizer, gap):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 3}, r"^data\.train: all records of \S*jsonl are longer than data\.max_tokens=3$"),
+        ({"max_tokens": 3}, r"^data\.train: no record of \S*jsonl is left: .*data\.max_tokens=3"),
         ({"train": None}, r"^data\.train is not set"),
         ({"train": None, "validation": None, "stage": "validate"}, r"^data\.validation is not set"),
         ({"train": "there/is/none.jsonl"}, r"^data\.train: there is no file there/is/none\.jsonl$"),
