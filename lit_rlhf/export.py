@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 import transformers
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -122,6 +122,8 @@ def _scalar(
         models = [r["init_args"]["model"] for r in options["rewards"] if r["class_path"].endswith("RewardModel")]
         start = models[0]
     scalar = load_critic(_as_source(start), f"model.{role}", bias="head.bias" in weights)
+    if "head.bias" in weights and scalar.head.bias is None:  # a critic in the units of a normalised reward model
+        scalar.head.bias = nn.Parameter(torch.zeros(1))
     scalar.load_state_dict(weights)
     return scalar
 

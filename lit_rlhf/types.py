@@ -207,6 +207,7 @@ class Experience:
     values: Tensor | None  # [B, T], the critic's at the start of the update
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T]
+    reward_scale: Tensor  # [B, T], what whitening multiplied a reward by on its way to the advantages; 1 without
 
     def select(self, rows: Tensor) -> "Experience":
         """These rows, cut to their longest response."""

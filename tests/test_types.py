@@ -33,7 +33,7 @@ def make_experience(seed, rows=13, with_values=True):
     lengths = torch.randint(1, 9, (2, rows), generator=g).tolist()
     rollout = make_rollout(*lengths)
     numbers = torch.arange(rows)[:, None].expand(rollout.response_mask.shape).float()
-    fields = dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages", "returns"), numbers)
+    fields = dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages", "returns", "reward_scale"), numbers)
     return Experience(rollout=rollout, values=numbers if with_values else None, **fields)
 
 

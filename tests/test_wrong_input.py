@@ -356,3 +356,15 @@ def test_preferences(tmp_path, tiny_model, capsys, module, record, patterns):
 )
 def test_options_of_the_other_modules(capsys, words, patterns):
     check(refusal(capsys, ["fit", *words, "--data", "Preferences", "--data.train", "x.jsonl"]), *patterns)
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "option"),
+    [("DPO", "Prompts", "actor"), ("RewardModeling", "Demonstrations", "reward"), ("SFT", "Preferences", "actor")],
+)
+def test_data_of_another_module(tmp_path, tiny_model, capsys, module, data, option):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "w1", "text": "w2", "chosen": " w2", "rejected": " w3"}) + "\n")
+    words = ["fit", "--model", module, f"--model.{option}", str(tiny_model("llama")), "--data", data]
+    words += ["--data.train", str(path), "--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path / "run")]
+    check(refusal(capsys, [*words, "--trainer.accelerator", "cpu"]), f"data: {module} takes", "this data module gives")

@@ -11,7 +11,7 @@ import torch
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Source, read_records
-from lit_rlhf.data.tokenize import chat_tokens, continued_tokens, prompt_tokens, shared_prefix
+from lit_rlhf.data.tokenize import chat_tokens, continued_tokens, ended, prompt_tokens, shared_prefix
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import PreferenceBatch, Prompt
 
@@ -125,6 +125,8 @@ class Preferences(ResumableData):
                 continue
             ranking = self._tokenize(record, responses, where)
             rankings += _pairs(ranking) if self.as_pairs else [ranking]
+        if len({bool(r.prompt) for r in rankings}) > 1:
+            raise UserError(f"{field}: some records of {source} have a {self.prompt!r}, and some have none")
         kept = [r for r in rankings if max(len(tokens) for tokens, _ in r.responses) <= self.max_tokens]
         self.dropped[split] = len(rankings) - len(kept)
         if not kept:
@@ -182,9 +184,7 @@ class Preferences(ResumableData):
         """A whole text or conversation, up to and with its last end-of-sequence token."""
         if isinstance(text, str):
             return continued_tokens(self.tokenizer, "", text)[0]
-        tokens = chat_tokens(self.tokenizer, text, where, add_generation_prompt=False)
-        ends = [place for place, token in enumerate(tokens) if token == self.tokenizer.eos_token_id]
-        return tokens[: ends[-1] + 1] if ends else [*tokens, self.tokenizer.eos_token_id]
+        return ended(self.tokenizer, chat_tokens(self.tokenizer, text, where, add_generation_prompt=False))
 
     def _margin(self, record: Record, responses: Sequence[Any], where: str) -> float:
         value: Any = record.get(self.margin or "")

@@ -54,6 +54,15 @@ def continued_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, response: 
     return whole, shared_prefix(_opened(tokenizer, prompt), whole)
 
 
+def ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """A conversation's tokens up to and with its last end-of-sequence token; one is added if there is none.
+
+    An opening token that is the same does not count.
+    """
+    ends = [place for place, token in enumerate(tokens) if token == tokenizer.eos_token_id and place > 0]
+    return tokens[: ends[-1] + 1] if ends else [*tokens, int(tokenizer.eos_token_id)]
+
+
 def shared_prefix(*rows: list[int]) -> int:
     """How many tokens all of them begin with.
 

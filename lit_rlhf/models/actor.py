@@ -87,6 +87,22 @@ class Actor(nn.Module):
         """The trunk's last hidden state, [B, S, H]; a text does not see the one before it in its row."""
         return self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
 
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """See that two texts in one row do not see each other.
+
+        Raises:
+            UserError: if they do: the architecture's attention does not go by positions.
+        """
+        device, size = self.model.device, self.model.config.vocab_size
+        one, other = torch.arange(8, device=device)[None] % size, torch.arange(8, 16, device=device)[None] % size
+        place = torch.arange(8, device=device)[None]
+        together = self.hidden(torch.cat([one, other], 1), torch.cat([place, place], 1))[:, 8:]
+        if not torch.allclose(together.float(), self.hidden(other).float(), rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"data.packing: {type(self.model).__name__} does not keep packed texts apart; set it to false"
+            )
+
     def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of the token after the last one, [B, V] float32, before the temperature.
 

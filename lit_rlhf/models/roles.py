@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from lit_rlhf.errors import UserError
@@ -67,8 +69,22 @@ def _load_critic(critic: ModelSource | None, actor: ModelSource, rewards: Sequen
     if critic == "reward":
         if not rewards or rewards[0].model is None:
             raise UserError("model.critic is 'reward', but no reward is a RewardModel")
-        return deepcopy(rewards[0].model).requires_grad_(True)
+        return _in_units_of(rewards[0])
     return load_critic(critic, "model.critic")
+
+
+def _in_units_of(reward: RewardModel) -> ScalarModel:
+    """A copy of the reward model that says what enters the score: weight × (r − mean) / deviation."""
+    critic = deepcopy(reward.model)
+    assert critic is not None
+    mean, deviation = reward.scale
+    factor = reward.weight / deviation
+    if (mean, factor) != (0.0, 1.0):
+        head: Any = critic.head
+        bias = 0.0 if head.bias is None else float(head.bias.detach())
+        head.weight.data *= factor
+        head.bias = nn.Parameter(torch.tensor([factor * (bias - mean)], device=head.weight.device))
+    return critic.requires_grad_(True)
 
 
 def vocabulary_size(model: nn.Module) -> int:

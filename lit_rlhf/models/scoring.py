@@ -83,14 +83,19 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
 def to_classifier(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The same as a sequence classifier of transformers with one label, which scores the last token.
 
-    Those have no bias: a critic's is stored in ``config.value_bias``, to be added to what the classifier says.
+    Where padding and end of text are one token, the classifier takes one unpadded row at a time. It has no bias: a
+    critic's is stored in ``config.value_bias``, to be added to what the classifier says.
 
     Raises:
         UserError: if transformers has no sequence classifier of this architecture.
     """
     config: Any = deepcopy(scalar.trunk.config)
     config.num_labels = 1
-    config.pad_token_id = tokenizer.pad_token_id
+    # transformers scores the last token that is no padding, which must not be the end of the text
+    config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    for name in ("score_mean", "score_std"):  # of the model that it was trained from
+        if hasattr(config, name):
+            delattr(config, name)
     bias = getattr(scalar.head, "bias", None)
     if bias is not None:
         config.value_bias = float(bias.detach())

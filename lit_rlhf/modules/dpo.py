@@ -133,6 +133,7 @@ class DPO(PreferenceModule):
         loader: Any = self.trainer.train_dataloader
         table = torch.zeros(len(loader.records), 2, device=self.device)
         for number, batch in enumerate(loader.once(whole=True)):
+            self.check_batch(batch)
             table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
             if number % self.trainer.world_size != self.trainer.global_rank:
                 continue

@@ -32,6 +32,9 @@ class AlignmentModule(lightning.LightningModule):
     role: ClassVar[str] = "actor"
     """The trained model's name: of the module's attribute, from configure_model on, and of its option."""
 
+    batch_type: ClassVar[type]
+    """What it learns from."""
+
     actor: Actor
     iteration: Tensor  # [], int64, in the checkpoint
 
@@ -79,6 +82,36 @@ class AlignmentModule(lightning.LightningModule):
         self.iteration += 1
         if self.iterations is not None and int(self.iteration) >= self.iterations:
             self.trainer.should_stop = True
+
+    def check_batch(self, batch: Any) -> None:
+        """Refuse the batches of a data module that is another's.
+
+        Raises:
+            UserError: naming the two.
+        """
+        if not isinstance(batch, self.batch_type):
+            made, takes = type(batch).__name__, self.batch_type.__name__
+            raise UserError(f"data: {type(self).__name__} takes {takes}es, this data module gives {made}es")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """See that the data are this module's."""
+        self.check_batch(batch)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """See that the data are this module's."""
+        self.check_batch(batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """See that the data are this module's."""
+        self.check_batch(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Nothing, unless a module says otherwise.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{type(self).__name__} predicts nothing: take PolicyGradient with the exported model's folder")
 
     def is_last_step(self) -> bool:
         """Whether the training step under way is the run's last, as far as iterations, steps and epochs decide."""

@@ -46,6 +46,7 @@ class OnPolicy(AlignmentModule):
         UserError: for settings that do not fit together, and in ``configure_model`` for models that do not load.
     """
 
+    batch_type = PromptBatch
     critic: ScalarModel | None  # there from configure_model on; None: no critic, or a head on the actor
     reference: Actor  # likewise, frozen
 
@@ -227,8 +228,9 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def estimate(self, judged: Judged, trajectory: Trajectory, means: Means) -> Experience:
         """Advantages and returns, whitened where the configuration says so."""
-        mask = trajectory.mask
+        mask, scale = trajectory.mask, torch.ones_like(trajectory.rewards)
         if self.update.whiten_rewards:
+            scale = scale * (masked_var(trajectory.rewards, mask, self.sum_over_ranks) + 1e-8).rsqrt()
             whitened = masked_whiten(trajectory.rewards, mask, shift_mean=False, reduce=self.sum_over_ranks)
             trajectory = replace(trajectory, rewards=whitened)
         estimates = self.estimator(trajectory)
@@ -239,6 +241,7 @@ class OnPolicy(AlignmentModule):
             means.add("value/explained_variance", 1 - unexplained / total.clamp(min=1e-8))
         advantages = estimates.advantages
         if self.update.whiten_advantages:
+            scale = scale * (masked_var(advantages, mask, self.sum_over_ranks) + 1e-8).rsqrt()
             advantages = masked_whiten(advantages, mask, reduce=self.sum_over_ranks)
         return Experience(
             rollout=judged.rollout,
@@ -247,6 +250,7 @@ class OnPolicy(AlignmentModule):
             values=judged.values,
             advantages=advantages,
             returns=estimates.returns,
+            reward_scale=scale,
         )
 
     def _profile(self, phase: str) -> AbstractContextManager[Any]:
@@ -344,7 +348,8 @@ class OnPolicy(AlignmentModule):
         loss = loss - self.update.entropy_coef * entropy
         if self.reference_kl.in_loss:
             full_kl = None if stats.full_kl is None else rollout.at_responses(stats.full_kl)
-            loss = loss + self.kl.coef * self.reference_kl.estimate(logprobs, piece.ref_logprobs, full_kl)
+            coef = self.kl.coef * (piece.reward_scale if self.reference_kl.where == "reward" else 1.0)
+            loss = loss + coef * self.reference_kl.estimate(logprobs, piece.ref_logprobs, full_kl)
         return loss, stats
 
     def value_loss(self, piece: Experience, stats: TokenStats | None, means: Means) -> Tensor:
@@ -393,7 +398,7 @@ class OnPolicy(AlignmentModule):
         """With the scores' deviation, and the win rate's 95 % confidence interval."""
         squared = means.pop("score_squared")
         prompts = self.sum_over_ranks(torch.tensor(self.held_out.count("score"), device=self.device))
-        low, high = wilson_interval(means["win_rate"], float(prompts))
+        low, high = wilson_interval(means["win_rate"], float(prompts) / self.sampling.responses)
         deviation = max(0.0, squared - means["score"] ** 2) ** 0.5
         return means | {"score_std": deviation, "win_rate_low": low, "win_rate_high": high}
 

@@ -28,6 +28,8 @@ class PreferenceModule(AlignmentModule):
         ValueError: if a number is out of range.
     """
 
+    batch_type = PreferenceBatch
+
     def __init__(
         self,
         *,

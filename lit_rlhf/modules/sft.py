@@ -32,6 +32,8 @@ class SFT(AlignmentModule):
         UserError: if the actor is not named, and in ``configure_model`` if it does not load.
     """
 
+    batch_type = DemonstrationBatch
+
     def __init__(
         self,
         actor: ModelSource = "",
@@ -42,6 +44,7 @@ class SFT(AlignmentModule):
         super().__init__(actor, iterations)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
+        self._keeps_apart = False  # packed texts; checked once
 
     def configure_model(self) -> None:
         """Load the model; Lightning calls it, more than once."""
@@ -58,6 +61,17 @@ class SFT(AlignmentModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
+
+    def on_train_batch_start(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """Before the first step on packed texts: see that the model keeps them apart.
+
+        Raises:
+            UserError: if it does not.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        if batch.positions is not None and not self._keeps_apart:
+            self.actor.check_packing()
+            self._keeps_apart = True
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """The batch's mean loss, in nats a token."""

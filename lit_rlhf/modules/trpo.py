@@ -107,7 +107,7 @@ class TRPO(OnPolicy):
         bootstrap_truncated: Whether the critic's value stands for what a truncated response would still have earned.
         update: Of the critic: epochs, minibatches, clipping. Of both: micro-batches, aggregation, whitening, and the
             entropy bonus that is added to the surrogate.
-        iterations: Stop after so many; None: the Trainer's max_epochs decides.
+        iterations: Stop after so many; None: the Trainer's max_epochs decides (max_steps counts the critic's steps).
         critic_optimizer: The critic's; the actor has none.
         critic_scheduler: The critic's learning rate, stepped once an iteration; None: constant.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.tokenize import chat_tokens
+from lit_rlhf.data.tokenize import chat_tokens, ended
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
@@ -87,7 +87,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> t
                 ids = [*ids, tokenizer.eos_token_id]
         else:
             turns = [*prompt, {"role": "assistant", "content": response}]
-            ids = chat_tokens(tokenizer, turns, "rewards.model", add_generation_prompt=False)
+            ids = ended(tokenizer, chat_tokens(tokenizer, turns, "rewards.model", add_generation_prompt=False))
         rows.append(list(ids))
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad_token_id)

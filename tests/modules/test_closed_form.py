@@ -43,19 +43,17 @@ def total_variation(module):
     return sum(distances) / len(distances)
 
 
-@pytest.mark.parametrize(
-    "reference_kl", [ReferenceKL("reward", "k1"), ReferenceKL("reward", "full")], ids=lambda kl: kl.estimator
-)
-def test_ppo(reference_kl, tmp_path):
+@pytest.mark.parametrize(("estimator", "whiten"), [("k1", False), ("full", False), ("full", True)])
+def test_ppo(estimator, whiten, tmp_path):
     iterations = 120
     module = PolicyGradient(
         actor=RandomWeights(config=SHAPE, tokenizer=f"{BENCHMARKS}/worlds.py:chain_tokenizer", seed=1),
         rewards=[RewardFunction(f"{BENCHMARKS}/worlds.py:chain_score")],
         sampling=Sampling(max_tokens=STEPS),
         kl=FixedKL(BETA),
-        reference_kl=reference_kl,
+        reference_kl=ReferenceKL("reward", estimator),
         advantages=GAE(lam=1.0),
-        update=Update(epochs=2, minibatches=1, whiten_advantages=False, value_clip=None),
+        update=Update(epochs=2, minibatches=1, whiten_advantages=whiten, value_clip=None),
         iterations=iterations,
         actor_optimizer=lambda p: torch.optim.Adam(p, lr=5e-3),
         critic_optimizer=lambda p: torch.optim.Adam(p, lr=5e-3),

@@ -1,0 +1,21 @@
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_rlhf.models.roles import load_roles
+from lit_rlhf.rewards import RewardModel
+
+
+def test_a_critic_from_a_normalised_reward_model_speaks_its_units(tiny_model, tmp_path):
+    folder = tiny_model("llama", task="score")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.config.score_mean, model.config.score_std = 3.0, 0.5
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path)
+    reward = RewardModel(str(tmp_path), weight=2.0, normalize=True)
+    reward.prepare(tokenizer)
+    roles = load_roles(
+        str(tiny_model("llama")), "reward", None, rewards=[reward], temperature=1.0, value_grad_scale=1.0
+    )
+    tokens = torch.tensor([[2, 6, 7, 8, 1]])
+    torch.testing.assert_close(roles.critic(tokens), 2.0 * (reward.model(tokens) - 3.0) / 0.5, atol=1e-4, rtol=1e-4)
