@@ -61,7 +61,8 @@ class ReferenceKL:
 
     The gradient of E[Σₜ KLₜ] has two parts: a token's effect on the KL of the states after it, which a reward carries,
     and on that of its own state. In the reward, k1 carries both, as its own expected gradient is 0; k2 and k3 do not.
-    ``full`` depends on the state alone, so its second part is added to the loss.
+    ``full`` depends on the state alone, so its second part is added to the loss, in the advantages' scale. In ``loss``
+    the coefficient is in units of the advantages as they are, whitened or not.
 
     Args:
         where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss, each token by itself.
