@@ -113,6 +113,11 @@ def measure_held_out(
         means.add(name, value)
 
 
+def deviation(means: dict[str, float]) -> float:
+    """The scores' standard deviation, from the mean of their squares, which is taken out."""
+    return max(0.0, means.pop("score_squared") - means["score"] ** 2) ** 0.5
+
+
 def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """The 95 % confidence interval of a share of ``count`` independent trials.
 

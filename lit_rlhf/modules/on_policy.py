@@ -28,7 +28,7 @@ from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.roles import load_roles
 from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.modules.completions import as_records, complete
-from lit_rlhf.modules.metrics import Means, Stopwatch, measure_experience, measure_held_out, wilson_interval
+from lit_rlhf.modules.metrics import Means, Stopwatch, deviation, measure_experience, measure_held_out, wilson_interval
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import ReferenceKL, Update, check_finite
 from lit_rlhf.randomness import Stream, generator
@@ -396,11 +396,9 @@ class OnPolicy(AlignmentModule):
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """With the scores' deviation, and the win rate's 95 % confidence interval."""
-        squared = means.pop("score_squared")
         prompts = self.sum_over_ranks(torch.tensor(self.held_out.count("score"), device=self.device))
         low, high = wilson_interval(means["win_rate"], float(prompts) / self.sampling.responses)
-        deviation = max(0.0, squared - means["score"] ** 2) ** 0.5
-        return means | {"score_std": deviation, "win_rate_low": low, "win_rate_high": high}
+        return means | {"score_std": deviation(means), "win_rate_low": low, "win_rate_high": high}
 
     def _answers(self, batch: PromptBatch, actor: Actor, batch_idx: int) -> Completions:
         return complete(self.generate(batch, actor, Stream.VALIDATION, batch_idx), batch, self.tokenizer)

@@ -13,7 +13,7 @@ from torchmetrics.classification import BinaryCalibrationError
 from lit_rlhf.algorithms.preferences import bradley_terry, plackett_luce
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource
-from lit_rlhf.modules.metrics import Means, Stopwatch
+from lit_rlhf.modules.metrics import Means, Stopwatch, deviation
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite, clip_gradients
 from lit_rlhf.types import PreferenceBatch
@@ -173,8 +173,7 @@ class PreferenceModule(AlignmentModule):
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """With the scores' deviation and the calibration error."""
-        squared = means.pop("score_squared")
-        means["score_std"] = max(0.0, squared - means["score"] ** 2) ** 0.5
+        means["score_std"] = deviation(means)
         means["ece"] = float(self.calibration.compute())
         return {name: value for name, value in means.items() if value == value}  # NaN: there are no such pairs
 
