@@ -1,35 +1,46 @@
-"""Generation with the actor's own weights: a KV cache, and rows leave the batch when they have ended."""
+"""Generation with the actor's own weights: texts that have ended leave the batch, and waiting ones take their place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lit_rlhf.generation.cache import RowCache
 from lit_rlhf.generation.engine import Engine, Sampling, Vocabulary, join_responses
-from lit_rlhf.generation.sampling import sample
+from lit_rlhf.generation.sampling import draw
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
-COMPACT_BELOW = 0.75
-"""Ended rows leave the cache once fewer than this share of its rows is alive: each time costs one copy of it."""
+LOOK_EVERY = 8
+"""On a GPU, steps between two looks at which rows have ended: each look waits for the GPU."""
+FIRST_COLUMNS = 64
+"""Tokens of a response that the cache has room for at first; it grows as texts do, when many have left already."""
+ADMIT_SHARE = 0.125
+"""Waiting prompts come in once this share of the rows is free, so that several come in at once."""
 
 
 @dataclass(frozen=True)
 class NativeEngine(Engine):
-    """Decodes in this process; a prompt's keys and values are computed once for all its responses.
+    """Decodes in this process, in a cache of fixed size; a prompt is computed once for all its responses.
 
     Args:
-        batch_size: Rows decoded at a time, to bound the cache's memory; None: all. The responses to
-            one prompt stay together. The samples do not depend on it.
+        cache_tokens: Tokens whose keys and values are held at a time, padding included, to bound the cache's memory;
+            None: enough for all responses at once. The responses to one prompt are begun together, however many. The
+            samples do not depend on it.
+
+    Raises:
+        ValueError: if it is not positive.
     """
 
-    batch_size: int | None = None
+    cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, or null for all rows, not {self.batch_size}")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise ValueError(f"cache_tokens must be 1 or more, or null for all rows, not {self.cache_tokens}")
 
     @torch.no_grad()
     def generate(
@@ -48,80 +59,170 @@ class NativeEngine(Engine):
             len(prompts.group)
         )
         draws = uniforms(stream, iteration, rows, sampling.max_tokens)
-        at_a_time = len(prompts.group) if self.batch_size is None else max(1, self.batch_size // n)
-        tokens = torch.full_like(draws, vocabulary.pad, dtype=torch.long)
-        logprobs = torch.zeros_like(draws, dtype=torch.float32)
-        lengths = torch.full_like(rows, sampling.max_tokens)
-        terminated = torch.zeros_like(rows, dtype=torch.bool)
-        for start in range(0, len(prompts.group), at_a_time):
-            chunk = slice(start * n, (start + at_a_time) * n)
-            some = slice(start, start + at_a_time)
-            _decode(
-                actor,
-                prompts.tokens[some],
-                prompts.mask[some],
-                draws[chunk],
-                sampling,
-                vocabulary,
-                tokens=tokens[chunk],
-                logprobs=logprobs[chunk],
-                lengths=lengths[chunk],
-                terminated=terminated[chunk],
-            )
-        longest = int(lengths.max())
+        with _casts_kept():
+            decoding = _Decoding(actor, prompts, sampling, vocabulary, draws, self.cache_tokens)
+            decoding.run()
+        longest = int(decoding.lengths.max())
         return join_responses(
             prompts,
             sampling,
             vocabulary.pad,
-            tokens=tokens[:, :longest],
-            logprobs=logprobs[:, :longest],
-            lengths=lengths,
-            terminated=terminated,
+            tokens=decoding.tokens[:, :longest],
+            logprobs=decoding.logprobs[:, :longest],
+            lengths=decoding.lengths,
+            terminated=decoding.terminated,
         )
 
 
-def _decode(
-    actor: Actor,
-    prompt_tokens: Tensor,
-    prompt_mask: Tensor,
-    draws: Tensor,
-    sampling: Sampling,
-    vocabulary: Vocabulary,
-    *,
-    tokens: Tensor,
-    logprobs: Tensor,
-    lengths: Tensor,
-    terminated: Tensor,
-) -> None:
-    """Fill the last four, views of the rollout's rows, token by token."""
-    stop = torch.tensor(vocabulary.stop, device=tokens.device)
-    temperature = sampling.temperature or 1.0
-    cache = DynamicCache(config=actor.model.config)
-    positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
-    logits = actor.next_logits(prompt_tokens, prompt_mask.long(), positions, cache)
-    if sampling.responses > 1:
-        cache.batch_repeat_interleave(sampling.responses)
-    logits = logits.repeat_interleave(sampling.responses, 0)
-    mask = prompt_mask.long().repeat_interleave(sampling.responses, 0)
-    position = positions[:, -1:].repeat_interleave(sampling.responses, 0)
-    row = torch.arange(len(tokens), device=tokens.device)  # which row of the rollout each row of the cache is
-    ended = torch.zeros_like(terminated)  # of the rows in the cache
-    for t in range(sampling.max_tokens):
-        new = sample(logits, draws[row, t], sampling, forbidden=stop if t < sampling.min_tokens else None)
-        new_logprobs = torch.log_softmax(logits / temperature, -1).gather(1, new[:, None]).squeeze(1)
-        tokens[row, t] = torch.where(ended, tokens[row, t], new)
-        logprobs[row, t] = torch.where(ended, 0.0, new_logprobs)
-        stops = torch.isin(new, stop) & ~ended
-        lengths[row] = torch.where(stops, t + 1, lengths[row])
-        terminated[row] |= stops
-        ended = ended | stops
-        alive = int((~ended).sum())
-        if alive == 0 or t + 1 == sampling.max_tokens:
-            return
-        if alive < COMPACT_BELOW * len(row):
-            keep = (~ended).nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            row, new, mask, position, ended = row[keep], new[keep], mask[keep], position[keep], ended[keep]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        position = position + 1
-        logits = actor.next_logits(new[:, None], mask, position, cache)
+class _Decoding:
+    """One call of `NativeEngine.generate`: the responses so far, and the rows of the cache that are at work on them."""
+
+    def __init__(
+        self,
+        actor: Actor,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        vocabulary: Vocabulary,
+        draws: Tensor,
+        cache_tokens: int | None,
+    ) -> None:
+        device = draws.device
+        self.actor, self.prompts, self.sampling, self.draws = actor, prompts, sampling, draws
+        self.stop = torch.tensor(vocabulary.stop, device=device)
+        self.tokens = torch.full_like(draws, vocabulary.pad, dtype=torch.long)  # [B n, T]
+        self.logprobs = torch.zeros_like(draws, dtype=torch.float32)
+        self.lengths = torch.zeros_like(self.tokens[:, 0])
+        self.terminated = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
+        self.waiting = 0  # the first prompt that has not begun
+        self.longest = max(self.prompt_lengths)
+        self.columns = self.longest + sampling.max_tokens + LOOK_EVERY  # at most; rows go on until somebody looks
+        rows = len(draws)
+        if cache_tokens is not None and rows * self.columns > cache_tokens:
+            self.columns += self.columns // 4  # texts come and go: the column that is written moves on
+            rows = min(rows, max(1, cache_tokens // (self.columns * sampling.responses)) * sampling.responses)
+        columns = min(self.columns, self.longest + FIRST_COLUMNS)
+        self.cache = RowCache(rows, columns, end=self.longest)
+        self.mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        # of the rows in use:
+        self.first: list[int] = []  # column of the prompt's first token
+        self.response = torch.empty(0, dtype=torch.long, device=device)  # which of the B n
+        self.time = self.response.clone()  # tokens drawn
+        self.position = self.response.clone()  # of the token drawn last
+        self.ended = torch.empty(0, dtype=torch.bool, device=device)
+
+    def run(self) -> None:
+        """Decode until every response has ended."""
+        logits, look_every, steps = self._admit(None), LOOK_EVERY if self.draws.is_cuda else 1, 0
+        while True:
+            new = self._draw(logits)
+            steps += 1
+            if steps % look_every == 0 or self.sampling.max_tokens < look_every:
+                new = self._retire(new)
+                if not self.first and self.waiting == len(self.prompt_lengths):
+                    return
+            logits = self._admit(self._forward(new) if self.first else None)
+
+    def _admit(self, logits: Tensor | None) -> Tensor:
+        """Let waiting prompts in if there is room; their logits stand behind the others'."""
+        n, used = self.sampling.responses, len(self.first)
+        free = self.cache.rows - used
+        count = min(len(self.prompt_lengths) - self.waiting, free // n)
+        if count == 0 or (logits is not None and free < ADMIT_SHARE * self.cache.rows):
+            assert logits is not None
+            return logits
+        which = slice(self.waiting, self.waiting + count)
+        self.waiting += count
+        lengths = self.prompt_lengths[which]
+        width = max(lengths)
+        mask = self.prompts.mask[which, -width:]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        prefilled = DynamicCache()
+        new = self.actor.next_logits(self.prompts.tokens[which, -width:], mask, positions, prefilled)
+        self.cache.insert(prefilled, n)
+        self.mask[used : self.cache.used] = False
+        self.mask[used : self.cache.used, self.cache.end - width : self.cache.end] = mask.repeat_interleave(n, 0)
+        self.first += [self.cache.end - length for length in lengths for _ in range(n)]
+        self.cache.start = min(self.first)
+        began = torch.arange(which.start * n, which.stop * n, device=self.time.device)
+        self.response = torch.cat([self.response, began])
+        self.time = torch.cat([self.time, torch.zeros_like(began)])
+        self.position = torch.cat([self.position, positions[:, -1].repeat_interleave(n)])
+        self.ended = torch.cat([self.ended, torch.zeros_like(began, dtype=torch.bool)])
+        new = new.repeat_interleave(n, 0)
+        return new if logits is None else torch.cat([logits, new])
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """The next token of every row in use."""
+        response, time = self.response, self.time.clamp(max=self.sampling.max_tokens - 1)
+        forbidden = None
+        if self.sampling.min_tokens:
+            forbidden = torch.zeros_like(logits, dtype=torch.bool)
+            forbidden[:, self.stop] = (time < self.sampling.min_tokens)[:, None]
+        new, logprobs = draw(logits, self.draws[response, time], self.sampling, forbidden)
+        stops = torch.isin(new, self.stop) & ~self.ended
+        self.tokens[response, time] = torch.where(self.ended, self.tokens[response, time], new)
+        self.logprobs[response, time] = torch.where(self.ended, self.logprobs[response, time], logprobs)
+        self.lengths[response] += ~self.ended
+        self.terminated[response] |= stops
+        self.time = time + 1
+        self.position = self.position + ~self.ended
+        self.ended = self.ended | stops | (self.time == self.sampling.max_tokens)
+        return new
+
+    def _retire(self, new: Tensor) -> Tensor:
+        """Rows that have ended give way to the last ones; returns the tokens of those that are left."""
+        ended = self.ended.tolist()
+        left = len(ended) - sum(ended)
+        if left == len(ended):
+            return new
+        holes = [row for row in range(left) if ended[row]]
+        movers = [row for row in range(left, len(ended)) if not ended[row]]
+        order = list(range(left))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        if movers:
+            source, target = (torch.tensor(rows, device=new.device) for rows in (movers, holes))
+            self.cache.move(source, target)
+            self.mask[target] = self.mask[source]
+        self.cache.used = left
+        self.first = [self.first[row] for row in order]
+        self.cache.start = min(self.first, default=self.cache.end)
+        kept = torch.tensor(order, dtype=torch.long, device=new.device)
+        self.response, self.time, self.position = self.response[kept], self.time[kept], self.position[kept]
+        self.ended = self.ended[kept]
+        return new[kept]
+
+    def _forward(self, new: Tensor) -> Tensor:
+        """One step of the rows in use."""
+        cache = self.cache
+        if cache.end == cache.columns:
+            self._make_room()
+        self.mask[: cache.used, cache.end] = True
+        seen = self.mask[: cache.used, cache.start : cache.end + 1]
+        logits = self.actor.next_logits(new[:, None], seen, self.position[:, None], cache)
+        cache.end += 1
+        return logits
+
+    def _make_room(self) -> None:
+        """More columns, and fewer rows if nobody waits for them; at full size, everything moves to the left."""
+        cache = self.cache
+        before, width = cache.end, cache.end - cache.start
+        seen = self.mask[: cache.used, cache.start : cache.end]
+        rows = cache.used if self.waiting == len(self.prompt_lengths) else cache.rows
+        cache.make_room(rows, min(self.columns, max(2 * width, self.longest + FIRST_COLUMNS)), max(width, self.longest))
+        self.mask = torch.zeros(rows, cache.columns, dtype=torch.bool, device=seen.device)
+        self.mask[: cache.used, cache.start : cache.end] = seen
+        self.first = [column + cache.end - before for column in self.first]
+
+
+@contextmanager
+def _casts_kept() -> Iterator[None]:
+    """Under autocast, cast the weights once and not at every token: nothing trains here."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(before)

@@ -9,9 +9,8 @@ from transformers import Cache, PreTrainedModel
 
 from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.errors import UserError
-
-CHUNK_ELEMENTS = 2**25
-"""Logits held at a time, in floats: the head runs in chunks of CHUNK_ELEMENTS / vocabulary tokens."""
+from lit_rlhf.models.attention import last_hidden_state
+from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +19,7 @@ class TokenStats:
 
     logprobs: Tensor  # [B, S] float32, of the token at each place given those before it
     entropy: Tensor  # [B, S] float32, of the distribution it was drawn from, in nats
-    values: Tensor | None  # [B, S] float32, V after the token at each place; None without a value head
+    values: Tensor | None  # [B, S] float32, V after each token up to a row's last chosen; None without a value head
     full_kl: Tensor | None  # [B, S] float32, of that distribution to another actor's, in nats; None without one
 
 
@@ -66,13 +65,19 @@ class Actor(nn.Module):
                 0 whose second derivative is the Fisher matrix.
             positions: [B, S] int64, where a row holds several texts: they begin at 0 with each; None: one text a row.
         """
-        hidden = self.hidden(tokens, positions)
+        real = chosen.flip(1).cummax(1).values.flip(1)  # what stands behind a row's last chosen token is never seen
+        real[:, 0] = True
+        hidden = self.hidden(tokens, real, positions)
         predicted = chosen[:, 1:]
-        others = None
-        if other is not None:
+        states, targets, kl = hidden[:, :-1][predicted], tokens[:, 1:][predicted], None
+        if other is None:
+            rows = chunk_rows(self.model.config.vocab_size, tokens.device)
+            head = list(self.model.get_output_embeddings().parameters())
+            logprobs, entropy = logprobs_and_entropy(self._scaled_logits, head, states, targets, rows)
+        else:
             with torch.no_grad():
-                others = (hidden.detach() if other is self else other.hidden(tokens, positions))[:, :-1][predicted]
-        logprobs, entropy, kl = self._head(hidden[:, :-1][predicted], tokens[:, 1:][predicted], other, others)
+                others = hidden.detach() if other is self else other.hidden(tokens, real, positions)
+            logprobs, entropy, kl = self._compare(states, targets, other, others[:, :-1][predicted])
         values = None
         if self.value_head is not None:
             values = self.value_head(_scale_gradient(hidden, self.value_grad_scale)).squeeze(-1).float()
@@ -80,12 +85,12 @@ class Actor(nn.Module):
             logprobs=_spread(logprobs, chosen),
             entropy=_spread(entropy, chosen),
             values=values,
-            full_kl=None if other is None else _spread(kl, chosen),
+            full_kl=None if kl is None else _spread(kl, chosen),
         )
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The trunk's last hidden state, [B, S, H]; a text does not see the one before it in its row."""
-        return self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+    def hidden(self, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The trunk's `last_hidden_state`; a text does not see the one before it in its row."""
+        return last_hidden_state(self.model.base_model, tokens, real, positions)
 
     @torch.no_grad()
     def check_packing(self) -> None:
@@ -97,8 +102,10 @@ class Actor(nn.Module):
         device, size = self.model.device, self.model.config.vocab_size
         one, other = torch.arange(8, device=device)[None] % size, torch.arange(8, 16, device=device)[None] % size
         place = torch.arange(8, device=device)[None]
-        together = self.hidden(torch.cat([one, other], 1), torch.cat([place, place], 1))[:, 8:]
-        if not torch.allclose(together.float(), self.hidden(other).float(), rtol=1e-2, atol=1e-2):
+        real = torch.ones_like(one, dtype=torch.bool)
+        both, places = torch.cat([one, other], 1), torch.cat([place, place], 1)
+        together = self.hidden(both, torch.cat([real, real], 1), places)[:, 8:]
+        if not torch.allclose(together.float(), self.hidden(other, real).float(), rtol=1e-2, atol=1e-2):
             raise UserError(
                 f"data.packing: {type(self.model).__name__} does not keep packed texts apart; set it to false"
             )
@@ -130,31 +137,29 @@ class Actor(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def _head(
-        self, hidden: Tensor, targets: Tensor, other: "Actor | None", others: Tensor | None
+    def _scaled_logits(self, hidden: Tensor) -> Tensor:
+        logits = self.logits(hidden)
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+    def _compare(
+        self, hidden: Tensor, targets: Tensor, other: "Actor", others: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        chunk = max(1, CHUNK_ELEMENTS // self.model.config.vocab_size)
-        pieces = []
-        for start in range(0, max(1, len(targets)), chunk):
-            part = slice(start, start + chunk)
-            inputs = (hidden[part], targets[part], other, None if others is None else others[part])
-            pieces.append(checkpoint(self._chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
+        """Log-probabilities, entropies and the full KL to another actor: twice differentiable, and slower."""
+        rows = chunk_rows(self.model.config.vocab_size, hidden.device)
+        pieces = [
+            checkpoint(self._chunk, *inputs, other, use_reentrant=False, preserve_rng_state=False)
+            for inputs in zip(hidden.split(rows), targets.split(rows), others.split(rows), strict=True)
+        ]
         logprobs, entropy, kl = zip(*pieces, strict=True)
         return torch.cat(logprobs), torch.cat(entropy), torch.cat(kl)
 
-    def _chunk(
-        self, hidden: Tensor, targets: Tensor, other: "Actor | None", others: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.logits(hidden) / self.temperature
+    def _chunk(self, hidden: Tensor, targets: Tensor, others: Tensor, other: "Actor") -> tuple[Tensor, Tensor, Tensor]:
+        logits = self._scaled_logits(hidden)
         logprobs = torch.log_softmax(logits, dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        if other is None or others is None:
-            kl = torch.zeros_like(entropy)
-        else:
-            with torch.no_grad():
-                other_logits = other.logits(others) / other.temperature
-            kl = full_kl(logits, other_logits)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, kl
+        with torch.no_grad():
+            other_logits = other._scaled_logits(others)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, full_kl(logits, other_logits)
 
 
 def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:

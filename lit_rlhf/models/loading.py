@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.attention import leave_out_padding
 from lit_rlhf.references import is_reference, load_reference
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
@@ -93,7 +94,9 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
         model = _pretrained_model(source, task, field)
     if task == "score" and model.config.num_labels != 1:
         raise UserError(f"{field}: a reward model has one label, {source} has {model.config.num_labels}")
-    return model.eval()
+    model.eval()
+    leave_out_padding(model)
+    return model
 
 
 def check_exists(path: str, field: str) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import new_value_head
+from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, read_config
 
 
@@ -25,16 +26,20 @@ class ScalarModel(nn.Module):
         self.trunk = trunk
         self.head = head
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """One float32 number after each token.
 
         Args:
             tokens: [B, S] int64, right-padded.
+            lengths: [B] int64, tokens that are no padding; None: all.
 
         Returns:
-            [B, S].
+            [B, S]; what stands at padding is without meaning.
         """
-        hidden = self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        real = torch.ones_like(tokens, dtype=torch.bool)
+        if lengths is not None:
+            real &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        hidden = last_hidden_state(self.trunk, tokens, real)
         return self.head(hidden).squeeze(-1).float()
 
 

@@ -68,7 +68,7 @@ class DPO(PreferenceModule):
         engine: Engine = NativeEngine(),
         max_tokens: int = 8192,
         clip_grad_norm: float | None = 1.0,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
     ) -> None:

@@ -190,18 +190,23 @@ class OnPolicy(AlignmentModule):
             completions = complete(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(completions)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
-            old_logprobs, entropy, *full_kl = self.measure(rollout, partial(self._actor_stats, other=full))
+            old_logprobs, entropy, *found = self.measure(rollout, partial(self._actor_stats, other=full))
             (ref_logprobs,) = self.measure(rollout, self._reference_logprobs)
-            values, bootstrap = self._values(rollout)
+            if self.critic is not None:
+                found += self.measure(rollout, self._critic_values)
+            full_kl = found.pop(0) if full is not None else None
+            values, after = found or (None, None)
+            if not self.bootstrap_truncated:
+                after = None
         return Judged(
             rollout=rollout,
             completions=completions,
             old_logprobs=old_logprobs,
             entropy=entropy,
             ref_logprobs=ref_logprobs,
-            full_kl=full_kl[0] if full_kl else None,
+            full_kl=full_kl,
             values=values,
-            bootstrap=bootstrap,
+            bootstrap=None if after is None else torch.where(rollout.terminated, 0.0, after),
             rewards=rewards,
             scores=scores,
             shaped_scores=self.scores.shape(scores, rollout.terminated, self.sum_over_ranks),
@@ -285,27 +290,18 @@ class OnPolicy(AlignmentModule):
         return by_micro_batch(rollout, self.update.max_tokens, measure)
 
     def _actor_stats(self, piece: Rollout, other: Actor | None = None) -> tuple[Tensor, ...]:
+        """Log-probabilities and entropies, the full KL to another actor, and what a head on the trunk values."""
         stats = self.actor(piece.tokens, piece.scored, other)
         found = (stats.logprobs, stats.entropy, stats.full_kl)
-        return tuple(piece.at_responses(x) for x in found if x is not None)
+        of_tokens = tuple(piece.at_responses(x) for x in found if x is not None)
+        return of_tokens if stats.values is None else (*of_tokens, *_split_values(piece, stats.values))
 
     def _reference_logprobs(self, piece: Rollout) -> tuple[Tensor, ...]:
         return (piece.at_responses(self.reference(piece.tokens, piece.scored).logprobs),)
 
-    def _values(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None]:
-        """Values [B, T], and what stands after the last token of truncated responses [B]."""
-        if self.critic_source is None:
-            return None, None
-
-        def measure(piece: Rollout) -> tuple[Tensor, ...]:
-            if self.critic is None:
-                values = self.actor(piece.tokens, torch.zeros_like(piece.scored)).values
-            else:
-                values = self.critic(piece.tokens)
-            return piece.before_responses(values), piece.at_end(values)
-
-        values, after = self.measure(rollout, measure)
-        return values, torch.where(rollout.terminated, 0.0, after) if self.bootstrap_truncated else None
+    def _critic_values(self, piece: Rollout) -> tuple[Tensor, ...]:
+        assert self.critic is not None
+        return _split_values(piece, self.critic(piece.tokens, piece.lengths))
 
     # ------------------------------------------------------------------ losses
 
@@ -345,7 +341,8 @@ class OnPolicy(AlignmentModule):
         )
         means.add_masked("policy/loss", loss, mask)
         means.add_masked("policy/entropy", entropy, mask)
-        loss = loss - self.update.entropy_coef * entropy
+        if self.update.entropy_coef:
+            loss = loss - self.update.entropy_coef * entropy
         if self.reference_kl.in_loss:
             full_kl = None if stats.full_kl is None else rollout.at_responses(stats.full_kl)
             coef = self.kl.coef * (piece.reward_scale if self.reference_kl.where == "reward" else 1.0)
@@ -356,7 +353,9 @@ class OnPolicy(AlignmentModule):
         """The critic's loss, [B, T]; a shared critic's values are in the actor's stats."""
         rollout, mask, clip = piece.rollout, piece.rollout.response_mask, self.update.value_clip
         assert piece.values is not None
-        after = self.critic(rollout.tokens) if self.critic is not None else cast(TokenStats, stats).values
+        after = (
+            self.critic(rollout.tokens, rollout.lengths) if self.critic is not None else cast(TokenStats, stats).values
+        )
         values = rollout.before_responses(cast(Tensor, after))
         loss = value_loss(values, piece.values, piece.returns, clip)
         check_finite(value_loss=masked_mean(loss, mask))
@@ -386,7 +385,7 @@ class OnPolicy(AlignmentModule):
         rewards, scores = self.scores.judge(completions)
         if batch_idx not in self.reference_scores:
             self.reference_scores[batch_idx] = self.scores.judge(self._answers(batch, self.reference, batch_idx))[1]
-        logprobs, _ = self.measure(completions.rollout, self._actor_stats)
+        logprobs, *_ = self.measure(completions.rollout, self._actor_stats)
         (ref_logprobs,) = self.measure(completions.rollout, self._reference_logprobs)
         kl_to_ref = masked_sum(k1(logprobs, ref_logprobs), completions.rollout.response_mask, 1)
         measure_held_out(
@@ -402,6 +401,11 @@ class OnPolicy(AlignmentModule):
 
     def _answers(self, batch: PromptBatch, actor: Actor, batch_idx: int) -> Completions:
         return complete(self.generate(batch, actor, Stream.VALIDATION, batch_idx), batch, self.tokenizer)
+
+
+def _split_values(piece: Rollout, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The states' values before each response token, [b, t], and after the last, [b]."""
+    return piece.before_responses(values), piece.at_end(values)
 
 
 def _as_list(value: Any) -> list[Any]:

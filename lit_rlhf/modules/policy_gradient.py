@@ -69,8 +69,8 @@ class PolicyGradient(OnPolicy):
         update: Update = Update(),
         value_grad_scale: float = 1.0,
         iterations: int | None = None,
-        actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
-        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
+        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         actor_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -146,7 +146,7 @@ class PolicyGradient(OnPolicy):
     def _follow_kl(self, experience: Experience, means: Means) -> None:
         """Measure the KL that the iteration's update ended with, and let the objective follow it."""
         mask = experience.rollout.response_mask
-        logprobs, _ = self.measure(experience.rollout, self._actor_stats)
+        logprobs, *_ = self.measure(experience.rollout, self._actor_stats)
         kl, tokens = masked_sum(k3(experience.old_logprobs, logprobs), mask), mask.sum()
         kl, tokens = self.sum_over_ranks(torch.stack([kl, tokens.to(kl.dtype)]))
         means.add("policy/kl_to_old_end", kl / tokens)

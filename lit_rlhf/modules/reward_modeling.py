@@ -46,7 +46,7 @@ class RewardModeling(PreferenceModule):
         label_smoothing: float = 0.0,
         max_tokens: int = 8192,
         clip_grad_norm: float | None = 1.0,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class RewardModeling(PreferenceModule):
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """The number after each response's last token, [N]."""
-        return self.reward(batch.tokens).gather(1, batch.lengths[:, None] - 1).squeeze(1)
+        return self.reward(batch.tokens, batch.lengths).gather(1, batch.lengths[:, None] - 1).squeeze(1)
 
     def after_step(self) -> None:
         """After the last step: the training set's scores."""

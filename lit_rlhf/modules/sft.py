@@ -37,7 +37,7 @@ class SFT(AlignmentModule):
     def __init__(
         self,
         actor: ModelSource = "",
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
     ) -> None:

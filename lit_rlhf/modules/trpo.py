@@ -133,7 +133,7 @@ class TRPO(OnPolicy):
         bootstrap_truncated: bool = False,
         update: Update = Update(),
         iterations: int | None = None,
-        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         critic_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         if critic == "shared":

@@ -71,7 +71,7 @@ class RewardModel(Reward):
         for rows in pack(lengths.cpu(), self.max_tokens):
             rows = rows.to(tokens.device)
             some = tokens[rows, : int(lengths[rows].max())]
-            scores[rows] = self.model(some).gather(1, lengths[rows, None] - 1).squeeze(1)
+            scores[rows] = self.model(some, lengths[rows]).gather(1, lengths[rows, None] - 1).squeeze(1)
         mean, deviation = self.scale
         return (scores - mean) / deviation
 

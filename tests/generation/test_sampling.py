@@ -5,7 +5,7 @@ import torch
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf.generation import Sampling
-from lit_rlhf.generation.sampling import sample
+from lit_rlhf.generation.sampling import draw
 
 VOCABULARY = 20
 MANY = 2**16
@@ -20,6 +20,15 @@ SETTINGS = [
     {"top_p": 1e-6},
     {"temperature": 1.7, "top_k": 7, "top_p": 0.8},
 ]
+
+
+def sample(logits, uniforms, sampling, forbidden=None):
+    """The tokens alone; forbidden are ids, the same for all rows."""
+    never = None
+    if forbidden is not None:
+        never = torch.zeros_like(logits, dtype=torch.bool)
+        never[:, forbidden] = True
+    return draw(logits, uniforms, sampling, never)[0]
 
 
 def make_logits(seed=0, rows=1):
@@ -83,6 +92,18 @@ def test_rounding_never_leaves_the_vocabulary():
     logits = torch.randn(50, 30_000, generator=torch.Generator().manual_seed(0))
     assert (logits.softmax(-1).double().sum(-1) < LARGEST).any()
     assert sample(logits, torch.full((50,), LARGEST, dtype=torch.float64), Sampling()).max() < 30_000
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, {"temperature": 0}], ids=str)
+def test_logprobs_are_those_of_the_whole_distribution(setting):
+    logits, sampling = make_logits(rows=30), Sampling(**setting)
+    u = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    never = torch.zeros_like(logits, dtype=torch.bool)
+    never[:10, 3] = True
+    tokens, logprobs = draw(logits, u, sampling, never)
+    assert not (tokens[:10] == 3).any()
+    expected = torch.distributions.Categorical(logits=logits / (sampling.temperature or 1.0)).log_prob(tokens)
+    torch.testing.assert_close(logprobs, expected)
 
 
 def test_by_hand():

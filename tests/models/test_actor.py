@@ -43,7 +43,7 @@ def gradients(module):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("temperature", "chunk_rows"), [(1.0, 1000), (0.7, 4), (1.5, 1)])
 def test_equals_a_plain_forward(tiny_model, monkeypatch, architecture, temperature, chunk_rows):
-    monkeypatch.setattr(actor_module, "CHUNK_ELEMENTS", 38 * chunk_rows + 1)
+    monkeypatch.setattr(actor_module, "chunk_rows", lambda *_: chunk_rows)
     actor = Actor(load_model(str(tiny_model(architecture))), temperature)
     tokens, chosen = make_batch()
     logprobs, entropy = plain(actor.model, tokens, temperature)
@@ -77,7 +77,7 @@ def test_what_stands_in_the_padding_changes_nothing(tiny_model, architecture):
 
 
 def test_no_logits_of_all_tokens_wait_for_the_backward_pass(tiny_model, monkeypatch):
-    monkeypatch.setattr(actor_module, "CHUNK_ELEMENTS", 38 * 4)
+    monkeypatch.setattr(actor_module, "chunk_rows", lambda *_: 4)
     actor = Actor(load_model(str(tiny_model("llama"))))
     tokens, chosen = make_batch()
     for forward, held in ((lambda: actor(tokens, chosen), False), (lambda: plain(actor.model, tokens, 1.0), True)):
@@ -140,7 +140,8 @@ def test_shared_critic(tiny_model, architecture):
     torch.nn.init.ones_(actor.value_head.bias)
     hidden = actor.model.base_model(input_ids=tokens).last_hidden_state
     expected = hidden @ actor.value_head.weight[0] + 1
-    torch.testing.assert_close(actor(tokens, chosen).values, expected, atol=1e-5, rtol=1e-5)
+    seen = chosen.flip(1).cummax(1).values.flip(1)  # up to the last token that is asked for
+    torch.testing.assert_close(actor(tokens, chosen).values[seen], expected[seen], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
@@ -171,9 +172,9 @@ def some_tokens(seed=0):
     return tokens, chosen & (torch.arange(9)[None] < torch.tensor([[9], [7], [8]]))
 
 
-@pytest.mark.parametrize("chunk", [2**25, 32 * 5])
+@pytest.mark.parametrize("chunk", [1000, 5])
 def test_full_kl_to_another_actor(tiny_model, monkeypatch, chunk):
-    monkeypatch.setattr("lit_rlhf.models.actor.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(actor_module, "chunk_rows", lambda *_: chunk)
     actor, other = double(tiny_model, temperature=0.7), double(tiny_model, temperature=1.3)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -206,7 +207,7 @@ def test_the_kl_to_itself_has_the_fisher_matrix_as_its_hessian(tiny_model, archi
         assert kl.abs().max() < 1e-12
         product = hessian_product(kl.sum(), parameters, v)
     expected = torch.zeros_like(v)
-    states = actor.hidden(tokens)[:, :-1][chosen[:, 1:]]
+    states = actor.hidden(tokens, torch.ones_like(chosen))[:, :-1][chosen[:, 1:]]
     for logprobs in torch.log_softmax(actor.logits(states), -1):
         for logprob in logprobs:
             gradient = flatten(torch.autograd.grad(logprob, parameters, retain_graph=True, materialize_grads=True))

@@ -1,0 +1,96 @@
+"""Times lit-rlhf's PPO on a benchmark checkpoint folder, in this process; prints one JSON line.
+
+    python benchmarks/ours_ppo.py MODELS [--iterations 4] [--response 256] [--precision bf16-mixed] [--critic shared]
+
+One iteration: 64 prompts of 32 tokens, one response each of at most --response tokens, 4 epochs of 4 minibatches;
+actor, critic, reference and reward model are of one shape. The first iteration warms up and is not counted.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+import time
+import warnings
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("models", help="a folder that models.py wrote")
+parser.add_argument("--iterations", type=int, default=4)
+parser.add_argument("--batch", type=int, default=64)
+parser.add_argument("--responses", type=int, default=1)
+parser.add_argument("--response", type=int, default=256)
+parser.add_argument("--precision", default="32-true")
+parser.add_argument("--critic", choices=("separate", "shared"), default="separate")
+parser.add_argument("--max-tokens", type=int, default=8192)
+parser.add_argument("--compile", action="store_true")
+parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--minibatches", type=int, default=4)
+
+
+def main() -> None:
+    """Run it."""
+    options = parser.parse_args()
+    import lightning
+    import torch
+
+    from lit_rlhf import PolicyGradient, Prompts, RewardModel, Sampling, Update
+
+    class Watch(lightning.Callback):
+        """Keeps what each iteration measured."""
+
+        def __init__(self) -> None:
+            self.iterations: list[dict[str, float]] = []
+            self.last = 0.0
+
+        def on_train_batch_start(self, *_: object) -> None:
+            self.last = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.iterations.append(
+                {k: float(v) for k, v in trainer.callback_metrics.items()}
+                | {"seconds": time.perf_counter() - self.last}
+            )
+
+    warnings.filterwarnings("ignore")
+    lightning.seed_everything(1, verbose=False)
+    models, watch = options.models, Watch()
+    module = PolicyGradient(
+        actor=f"{models}/policy",
+        critic=f"{models}/reward" if options.critic == "separate" else "shared",
+        rewards=[RewardModel(f"{models}/reward")],
+        sampling=Sampling(max_tokens=options.response, responses=options.responses),
+        update=Update(epochs=options.epochs, minibatches=options.minibatches, max_tokens=options.max_tokens),
+        iterations=options.iterations,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        trainer = lightning.Trainer(
+            accelerator="auto",
+            callbacks=[watch],
+            precision=options.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=Prompts(train=f"{models}/prompts.jsonl", batch_size=options.batch))
+    counted = watch.iterations[1:] or watch.iterations
+    middle = {k: statistics.median(i[k] for i in counted) for k in counted[0]}
+    json.dump(
+        {
+            "seconds": [round(i["seconds"], 3) for i in watch.iterations],
+            "median": middle["seconds"],
+            **{k: middle[f"time/{k}"] for k in ("generate", "judge", "update")},
+            "response_tokens": options.batch * options.responses * middle["response/length"],
+            "peak_memory_gib": middle["perf/peak_memory_gib"],
+        },
+        sys.stdout,
+    )
+    print()
+
+
+if __name__ == "__main__":
+    main()
