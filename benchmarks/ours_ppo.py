@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 import warnings
+from typing import Any
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("models", help="a folder that models.py wrote")
@@ -35,25 +36,25 @@ def main() -> None:
     import lightning
     import torch
 
-    from lit_rlhf import PolicyGradient, Prompts, RewardModel, Sampling, Update
+    from lit_rlhf import CompileLayers, PolicyGradient, Prompts, RewardModel, Sampling, Update
 
     class Watch(lightning.Callback):
         """Keeps what each iteration measured."""
 
         def __init__(self) -> None:
             self.iterations: list[dict[str, float]] = []
+            self.lengths: list[list[int]] = []
             self.last = 0.0
 
         def on_train_batch_start(self, *_: object) -> None:
             self.last = time.perf_counter()
 
-        def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        def on_train_batch_end(self, trainer: lightning.Trainer, module: object, outputs: Any, *_: object) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.iterations.append(
-                {k: float(v) for k, v in trainer.callback_metrics.items()}
-                | {"seconds": time.perf_counter() - self.last}
-            )
+            seconds = time.perf_counter() - self.last
+            self.iterations.append({k: float(v) for k, v in trainer.callback_metrics.items()} | {"seconds": seconds})
+            self.lengths.append(outputs["judged"].rollout.response_lengths.tolist())
 
     warnings.filterwarnings("ignore")
     lightning.seed_everything(1, verbose=False)
@@ -69,7 +70,7 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         trainer = lightning.Trainer(
             accelerator="auto",
-            callbacks=[watch],
+            callbacks=[watch, *([CompileLayers()] if options.compile else [])],
             precision=options.precision,
             logger=False,
             enable_checkpointing=False,
@@ -84,7 +85,8 @@ def main() -> None:
             "seconds": [round(i["seconds"], 3) for i in watch.iterations],
             "median": middle["seconds"],
             **{k: middle[f"time/{k}"] for k in ("generate", "judge", "update")},
-            "response_tokens": options.batch * options.responses * middle["response/length"],
+            "response_tokens": [sum(lengths) for lengths in watch.lengths[1:] or watch.lengths],
+            "lengths": watch.lengths[1:] or watch.lengths,
             "peak_memory_gib": middle["perf/peak_memory_gib"],
         },
         sys.stdout,

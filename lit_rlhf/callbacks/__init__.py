@@ -1,9 +1,19 @@
-"""What is written beside the training: checkpoints, metrics, samples, the exported model."""
+"""What is added to a run: checkpoints, metrics, samples, the exported model, and what is done to the layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd
+from lit_rlhf.callbacks.layers import ActivationCheckpointing, CompileLayers
 from lit_rlhf.callbacks.metrics import MetricsFile
 from lit_rlhf.callbacks.progress import ProgressBar
 from lit_rlhf.callbacks.samples import Predictions, Samples
 
-__all__ = ["ExportAtEnd", "IterationCheckpoint", "MetricsFile", "Predictions", "ProgressBar", "Samples"]
+__all__ = [
+    "ActivationCheckpointing",
+    "CompileLayers",
+    "ExportAtEnd",
+    "IterationCheckpoint",
+    "MetricsFile",
+    "Predictions",
+    "ProgressBar",
+    "Samples",
+]

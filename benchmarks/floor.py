@@ -1,0 +1,64 @@
+"""The least time that an iteration can take here: its matrix products' operations over this machine's rate at them.
+
+    python benchmarks/floor.py
+
+Counted are the products of real tokens only (no padding), at 2 operations a multiplication and addition, the causal
+half of the attention's, and 3 times a forward for forward and backward. Nothing is computed twice.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Operations a second of the best of a few matrix products as a small decoder has them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best = 0.0
+    for m, k, n in ((2048, 256, 768), (2048, 768, 256), (2048, 1024, 4096)):
+        x, w = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        for _ in range(3):
+            torch.nn.functional.linear(x, w)
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            torch.nn.functional.linear(x, w)
+            count += 1
+            if device == "cuda":
+                torch.cuda.synchronize()
+        best = max(best, 2 * m * k * n * count / (time.perf_counter() - began))
+    return best
+
+
+def operations(
+    policy: Path, prompt: int, responses: Sequence[int], epochs: int = 4, shared: bool = False
+) -> dict[str, float]:
+    """Operations of generation, judgement and update of one iteration.
+
+    Args:
+        policy: A model folder; critic, reference and reward model are of its shape.
+        prompt: Tokens of each prompt.
+        responses: Tokens of each response.
+        epochs: Passes over them.
+        shared: Whether the critic is a head on the actor's trunk.
+    """
+    config = AutoConfig.from_pretrained(policy)
+    h, layers = config.hidden_size, config.num_hidden_layers
+    kv = h * config.num_key_value_heads // config.num_attention_heads
+    weights = layers * (2 * h * h + 2 * h * kv + 3 * h * config.intermediate_size)
+    texts = [prompt + response for response in responses]
+    trunk = 2.0 * weights * sum(texts) + layers * 2.0 * h * sum(length**2 for length in texts)
+    head = 2.0 * h * config.vocab_size * sum(responses)
+    critics = 0 if shared else 1
+    return {
+        "generate": trunk + head,
+        "judge": (3 + critics) * trunk + 2 * head,
+        "update": 3 * epochs * ((1 + critics) * trunk + head),
+    }
+
+
+if __name__ == "__main__":
+    for dtype in (torch.float32, torch.bfloat16):
+        print(f"{dtype}: {matrix_rate(dtype) / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")

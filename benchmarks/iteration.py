@@ -1,0 +1,112 @@
+"""A PPO iteration of ours beside TRL's, on the same models, one after the other in the same run.
+
+    python benchmarks/iteration.py [--trl-python ENV/bin/python] [--iterations 4] [--compile]
+
+64 prompts of 32 tokens, 4 epochs of 4 minibatches, four models of 7 million parameters. Once with responses of
+geometric length (mean 64, at most 256 tokens), once with all of 128 tokens. Prints medians without the first iteration,
+ratios to TRL, the time of each phase, and the floor (floor.py) at this machine's matrix rate in the same run. Without
+--trl-python only ours runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from floor import matrix_rate, operations
+from models import write_models
+
+HERE = Path(__file__).resolve().parent
+SETTINGS = {  # mean length, longest response
+    "geometric lengths, mean 64, at most 256": (64.0, 256),
+    "all of 128 tokens": (1e9, 128),
+}
+VARIANTS: dict[str, list[str]] = {
+    "fp32": [],
+    "bf16": ["--precision", "bf16-mixed"],
+    "bf16, critic on the actor's trunk": ["--precision", "bf16-mixed", "--critic", "shared"],
+}
+COLUMNS = [
+    "",
+    "s an iteration",
+    "response tokens",
+    "TRL's time / this",
+    "generate",
+    "judge",
+    "update",
+    "floor",
+    "time / floor",
+    "peak GiB",
+]
+
+
+def run(python: str, script: str, *words: str) -> dict[str, Any]:
+    """What a script's last line says."""
+    done = subprocess.run(
+        [python, str(HERE / script), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    if done.returncode:
+        raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    """Measure, and print a table for each setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", help="python of an environment with trl 1.12.0")
+    parser.add_argument("--iterations", type=int, default=4, help="of each, the first of them not counted")
+    parser.add_argument("--compile", action="store_true", help="ours with CompileLayers")
+    options = parser.parse_args()
+    rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (mean_length, longest) in SETTINGS.items():
+            models = write_models(Path(folder, str(longest)), mean_length=mean_length)
+            rows: list[tuple[str, dict[str, Any], list[str] | None]] = []
+            fixed = [str(models), "--iterations", str(options.iterations), "--response", str(longest)]
+            if options.trl_python:
+                rows.append(("TRL, fp32", run(options.trl_python, "trl_ppo.py", *fixed), None))
+            for variant, words in VARIANTS.items():
+                for dtype, measured in rates.items():
+                    measured.append(matrix_rate(dtype))
+                more = ["--compile"] if options.compile else []
+                rows.append((f"ours, {variant}", run(sys.executable, "ours_ppo.py", *fixed, *words, *more), words))
+            print_table(name, rows, models / "policy", {k: max(v) for k, v in rates.items()})
+
+
+def print_table(
+    name: str, rows: list[tuple[str, dict[str, Any], list[str] | None]], policy: Path, rates: dict[torch.dtype, float]
+) -> None:
+    """One line a variant."""
+    print(f"\n{name} (matrix rate: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in rates.items()) + ")\n")
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|---" * len(COLUMNS) + "|")
+    base = rows[0][1]["median"] if rows[0][2] is None else None
+    for label, found, words in rows:
+        tokens = statistics.median(found["response_tokens"])
+        ratio = "" if base is None else f"{base / found['median']:.2f}"
+        cells = [label, f"{found['median']:.1f}", f"{tokens:.0f}", ratio]
+        cells += [f"{found[phase]:.1f}" if phase in found else "" for phase in ("generate", "judge", "update")]
+        if words is None:
+            cells += ["", ""]
+        else:
+            rate = rates[torch.bfloat16 if "bf16-mixed" in words else torch.float32]
+            counted = [operations(policy, 32, lengths, shared="shared" in words) for lengths in found["lengths"]]
+            floors = [sum(phases.values()) / rate for phases in counted]
+            times = [took / floor for took, floor in zip(found["seconds"][-len(floors) :], floors, strict=True)]
+            cells += [f"{statistics.median(floors):.1f}", f"{statistics.median(times):.2f}"]
+        print("| " + " | ".join([*cells, f"{found['peak_memory_gib']:.2f}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
