@@ -18,8 +18,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
 from floor import matrix_rate, operations
 from models import write_models
@@ -67,6 +65,7 @@ def main() -> None:
     parser.add_argument("--trl-python", help="python of an environment with trl 1.12.0")
     parser.add_argument("--iterations", type=int, default=4, help="of each, the first of them not counted")
     parser.add_argument("--compile", action="store_true", help="ours with CompileLayers")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="of our micro-batches")
     options = parser.parse_args()
     rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +78,7 @@ def main() -> None:
             for variant, words in VARIANTS.items():
                 for dtype, measured in rates.items():
                     measured.append(matrix_rate(dtype))
-                more = ["--compile"] if options.compile else []
+                more = ["--max-tokens", str(options.max_tokens), *(["--compile"] if options.compile else [])]
                 rows.append((f"ours, {variant}", run(sys.executable, "ours_ppo.py", *fixed, *words, *more), words))
             print_table(name, rows, models / "policy", {k: max(v) for k, v in rates.items()})
 

@@ -67,7 +67,7 @@ def main() -> None:
         update=Update(epochs=options.epochs, minibatches=options.minibatches, max_tokens=options.max_tokens),
         iterations=options.iterations,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
         trainer = lightning.Trainer(
             accelerator="auto",
             callbacks=[watch, *([CompileLayers()] if options.compile else [])],

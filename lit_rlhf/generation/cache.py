@@ -36,6 +36,8 @@ class RowCache(Cache):
         Raises:
             UserError: if the model keeps other things than keys and values.
         """
+        if not prefilled.layers or not all(isinstance(layer, DynamicLayer) for layer in prefilled.layers):
+            raise UserError("model.engine: the model keeps more than keys and values, which NativeEngine does not know")
         if not self.layers:
             self.layers = [_Layer(self, layer) for layer in prefilled.layers]
         width = prefilled.get_seq_length()
@@ -66,8 +68,6 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, cache: RowCache, like: Any) -> None:
         super().__init__()
-        if not isinstance(like, DynamicLayer):
-            raise UserError("model.engine: the model keeps more than keys and values, which NativeEngine does not know")
         self.cache = cache
         for name, held in zip(("keys", "values"), _held_by(like), strict=True):
             kind = held.device.type

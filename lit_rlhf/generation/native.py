@@ -15,8 +15,8 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
-LOOK_EVERY = 8
-"""On a GPU, steps between two looks at which rows have ended: each look waits for the GPU."""
+LOOK_EVERY_ON_CPU, LOOK_EVERY_ON_GPU = 1, 8
+"""Steps between two looks at which rows have ended: on a GPU, each look waits for it."""
 FIRST_COLUMNS = 64
 """Tokens of a response that the cache has room for at first; it grows as texts do, when many have left already."""
 ADMIT_SHARE = 0.125
@@ -59,7 +59,7 @@ class NativeEngine(Engine):
             len(prompts.group)
         )
         draws = uniforms(stream, iteration, rows, sampling.max_tokens)
-        with _casts_kept():
+        with _casts_kept(), torch.compiler.set_stance("force_eager"):  # compiled layers would adapt to every length
             decoding = _Decoding(actor, prompts, sampling, vocabulary, draws, self.cache_tokens)
             decoding.run()
         longest = int(decoding.lengths.max())
@@ -95,8 +95,9 @@ class _Decoding:
         self.terminated = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.waiting = 0  # the first prompt that has not begun
+        self.look_every = LOOK_EVERY_ON_CPU if device.type == "cpu" else LOOK_EVERY_ON_GPU
         self.longest = max(self.prompt_lengths)
-        self.columns = self.longest + sampling.max_tokens + LOOK_EVERY  # at most; rows go on until somebody looks
+        self.columns = self.longest + sampling.max_tokens + self.look_every  # at most; rows go on until somebody looks
         rows = len(draws)
         if cache_tokens is not None and rows * self.columns > cache_tokens:
             self.columns += self.columns // 4  # texts come and go: the column that is written moves on
@@ -113,11 +114,11 @@ class _Decoding:
 
     def run(self) -> None:
         """Decode until every response has ended."""
-        logits, look_every, steps = self._admit(None), LOOK_EVERY if self.draws.is_cuda else 1, 0
+        logits, steps = self._admit(None), 0
         while True:
             new = self._draw(logits)
             steps += 1
-            if steps % look_every == 0 or self.sampling.max_tokens < look_every:
+            if steps % self.look_every == 0:
                 new = self._retire(new)
                 if not self.first and self.waiting == len(self.prompt_lengths):
                     return

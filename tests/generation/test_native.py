@@ -8,7 +8,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.generation.engine import Vocabulary, find_vocabulary
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.loading import load_model, load_tokenizer
+from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PromptBatch
 
@@ -142,6 +142,87 @@ def test_samples_do_not_depend_on_batching(subject, n):
     assert [response for half in halves for response in responses(half)] == whole
     backwards = responses(subject.generate(part(prompts, reversed(range(16))), responses=n))
     assert [r for i in reversed(range(16)) for r in backwards[i * n : (i + 1) * n]] == whole
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 300, 700])
+@pytest.mark.parametrize("first_columns", [1, 3])
+def test_the_cache_grows_and_moves(llama, monkeypatch, cache_tokens, first_columns):
+    """Long responses: the cache begins small, is enlarged for those that are left, and moves to the left when full."""
+    prompts = llama.prompts(count=24)
+    expected = responses(llama.generate(prompts, max_tokens=60))
+    assert max(map(len, expected)) > 30
+    monkeypatch.setattr("lit_rlhf.generation.native.FIRST_COLUMNS", first_columns)
+    assert responses(llama.generate(prompts, NativeEngine(cache_tokens), max_tokens=60)) == expected
+
+
+@pytest.mark.parametrize("look_every", [3, 8])
+def test_looking_seldom_changes_nothing(subject, monkeypatch, look_every):
+    """As on a GPU, where rows go on after their end until somebody looks."""
+    prompts = subject.prompts()
+    expected = subject.generate(prompts)
+    monkeypatch.setattr("lit_rlhf.generation.native.LOOK_EVERY_ON_CPU", look_every)
+    for engine in (NativeEngine(), NativeEngine(cache_tokens=150)):
+        found = subject.generate(prompts, engine)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.response_mask, expected.response_mask)
+        assert torch.equal(found.terminated, expected.terminated)
+        torch.testing.assert_close(found.rollout_logprobs, expected.rollout_logprobs, atol=1e-5, rtol=0)
+
+
+def test_rows_that_have_ended_are_not_computed(llama):
+    rows, step = [], llama.actor.next_logits
+
+    def counted(tokens, *others):
+        rows.append(len(tokens))
+        return step(tokens, *others)
+
+    llama.actor.next_logits = counted
+    try:
+        rollout = llama.generate(max_tokens=60)
+        assert sum(rows) == 16 + int((rollout.response_lengths - 1).sum())  # the prompts, then each token but the last
+        rows.clear()
+        llama.generate(max_tokens=60, engine=NativeEngine(cache_tokens=700))
+        assert 1 < max(rows) < 16
+    finally:
+        del llama.actor.next_logits
+
+
+def test_a_prompt_is_computed_once_for_all_its_responses(llama):
+    shapes, step = [], llama.actor.next_logits
+
+    def seen(tokens, *others):
+        shapes.append(tuple(tokens.shape))
+        return step(tokens, *others)
+
+    llama.actor.next_logits = seen
+    try:
+        llama.generate(responses=5)
+    finally:
+        del llama.actor.next_logits
+    assert shapes[0][0] == 16
+    assert shapes[1] == (max(shapes[1][0], 1), 1)
+    assert 16 < shapes[1][0] <= 80
+
+
+def test_half_precision_casts_the_weights_once(llama):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        first = llama.generate()
+        assert not torch.is_autocast_cache_enabled()
+        assert torch.equal(llama.generate().tokens, first.tokens)
+        with torch.no_grad():
+            llama.actor.model.get_output_embeddings().weight.neg_()  # a stale copy would not see this
+        changed = llama.generate()
+        with torch.no_grad():
+            llama.actor.model.get_output_embeddings().weight.neg_()
+    assert not torch.equal(changed.tokens, first.tokens)
+
+
+def test_a_model_that_keeps_more_than_keys_and_values(tiny_model):
+    config = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    folder = str(tiny_model("llama"))
+    actor = Actor(load_model(RandomWeights(config=config, tokenizer=folder)))
+    with pytest.raises(UserError, match=r"model\.engine: .* keys and values"):
+        Subject(actor, load_tokenizer(folder)).generate()
 
 
 def test_several_responses_a_prompt(subject):

@@ -540,3 +540,12 @@ def test_each_epoch_has_minibatches_and_each_iteration_random_numbers_of_its_own
     assert len(splits) == 3 * 2 * 2
     assert all(one | two == set(range(24)) for one, two in zip(splits[::2], splits[1::2], strict=True))
     assert len({frozenset(pair) for pair in zip(splits[::2], splits[1::2], strict=True)}) == 3 * 2
+
+
+def test_the_profiler_names_the_phases(make_module, fit):
+    trainer = fit(make_module(iterations=2), profiler="simple")
+    recorded = {name: len(times) for name, times in trainer.profiler.recorded_durations.items()}
+    assert {phase: recorded[phase] for phase in ("generate", "judge", "update")} == dict.fromkeys(
+        ("generate", "judge", "update"), 2
+    )
+    assert all(f"|  {phase} " in trainer.profiler.summary() for phase in ("generate", "judge", "update"))

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from lit_rlhf.callbacks import ActivationCheckpointing, CompileLayers
+from lit_rlhf.callbacks.layers import decoder_layers
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import load_model
+from lit_rlhf.modules import TRPO
+from lit_rlhf.testing import Recorder
+
+
+def run(make_module, fit, *callbacks, **options):
+    """Metrics and final weights of two iterations."""
+    recorder = Recorder()
+    module = make_module(iterations=2, **options)
+    fit(module, [*callbacks, recorder])
+    metrics = [{k: v for k, v in m.items() if not k.startswith(("time", "perf"))} for m in recorder.metrics]
+    return metrics, module.state_dict()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_activation_checkpointing_changes_nothing(tiny_model, make_module, fit, architecture):
+    plain = run(make_module, fit, actor=str(tiny_model(architecture)))
+    again = run(make_module, fit, ActivationCheckpointing(), actor=str(tiny_model(architecture)))
+    assert again[0] == plain[0]
+    assert again[1].keys() == plain[1].keys()
+    assert all(torch.equal(again[1][name], weight) for name, weight in plain[1].items())
+
+
+def test_activation_checkpointing_keeps_less(make_module, fit):
+    """Tensors that wait for the backward pass, counted in the first optimizer step."""
+    kept = []
+    for callbacks in ([], [ActivationCheckpointing()]):
+        elements, module = [0], make_module(iterations=1)
+        step = module._step
+
+        def counted(minibatch, means, elements=elements, step=step):
+            def pack(x):
+                elements[0] += x.numel()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                return step(minibatch, means)
+
+        module._step = counted
+        fit(module, callbacks)
+        kept.append(elements[0])
+    assert 0 < kept[1] < 0.9 * kept[0]
+
+
+def test_compiled_layers_give_the_same(make_module, fit):
+    torch.compiler.reset()
+    plain, compiled = run(make_module, fit), run(make_module, fit, CompileLayers())
+    for before, after in zip(plain[0], compiled[0], strict=True):
+        assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
+    assert compiled[1].keys() == plain[1].keys()
+    torch.testing.assert_close(compiled[1], plain[1], atol=1e-4, rtol=1e-3)
+
+
+def test_trpo_cannot_be_compiled(make_module, fit):
+    module = make_module(iterations=1)
+    module = TRPO(actor=module.source, rewards=list(module.scores.rewards), sampling=module.sampling, iterations=1)
+    with pytest.raises(UserError, match="TRPO differentiates twice"):
+        fit(module, [CompileLayers()])
+
+
+@pytest.mark.parametrize(("architecture", "name"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])
+def test_decoder_layers(tiny_model, architecture, name):
+    layers = list(decoder_layers(load_model(str(tiny_model(architecture)))))
+    assert [type(layer).__name__ for layer in layers] == [name] * len(layers)
+    assert len(layers) > 1

@@ -1,0 +1,139 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lit_rlhf.models.attention import UNPADDED, is_unpadded, last_hidden_state, leave_out_padding
+from lit_rlhf.models.loading import RandomWeights, load_model
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
+LENGTHS = torch.tensor([11, 1, 7, 11, 4])
+REAL = torch.arange(11) < LENGTHS[:, None]
+
+
+def make_tokens(seed=0):
+    return torch.randint(0, 38, (5, 11), generator=torch.Generator().manual_seed(seed))
+
+
+def plain(trunk, tokens):
+    """Every text alone, by transformers' own attention, at real tokens; 0 elsewhere."""
+    before = trunk.config._attn_implementation
+    trunk.set_attn_implementation("eager")
+    rows = [
+        trunk(input_ids=row[None, :n], use_cache=False).last_hidden_state[0]
+        for row, n in zip(tokens, LENGTHS, strict=True)
+    ]
+    trunk.set_attn_implementation(before)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def weighed(hidden):
+    """A scalar that depends on each number in its own way."""
+    return (torch.linspace(-1, 2, hidden.numel()).view_as(hidden) * hidden).sum()
+
+
+def gradients(trunk):
+    found = {name: p.grad.clone() for name, p in trunk.named_parameters() if p.grad is not None}
+    trunk.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_same_as_each_text_alone(tiny_model, architecture):
+    model = load_model(str(tiny_model(architecture))).double()
+    assert model.config._attn_implementation == UNPADDED
+    trunk, tokens = model.base_model, make_tokens()
+    expected, found = plain(trunk, tokens), last_hidden_state(trunk, tokens, REAL)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found[~REAL] == 0).all()
+    weighed(expected).backward()
+    wanted = gradients(trunk)
+    weighed(found).backward()
+    torch.testing.assert_close(gradients(trunk), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_half_precision_on_a_cpu(tiny_model, architecture):
+    trunk, tokens = load_model(str(tiny_model(architecture))).base_model, make_tokens()
+    exact = plain(trunk, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, theirs = last_hidden_state(trunk, tokens, REAL), plain(trunk, tokens)
+    error, usual = (found.float() - exact).abs().max(), (theirs.float() - exact).abs().max()
+    assert 0 < error < 2 * usual
+    weighed(found.float()).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(trunk).values())
+
+
+def test_only_real_tokens_are_computed(tiny_model):
+    trunk, tokens, seen = load_model(str(tiny_model("llama"))).base_model, make_tokens(), []
+    trunk.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:-1]))
+    last_hidden_state(trunk, tokens, REAL)
+    assert seen == [(1, int(LENGTHS.sum()))]
+
+
+def test_several_texts_in_a_row(tiny_model):
+    trunk, tokens = load_model(str(tiny_model("qwen3"))).base_model, make_tokens()
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 0]]).expand(5, -1)
+    real = torch.arange(11) < 8
+    found = last_hidden_state(trunk, tokens, real.expand(5, -1), positions)
+    for part in (slice(0, 5), slice(5, 8)):
+        alone = trunk(input_ids=tokens[:, part], use_cache=False).last_hidden_state
+        torch.testing.assert_close(found[:, part], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_sliding_windows(tiny_model):
+    config = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}  # fmt: skip
+    model = load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama"))))
+    tokens = make_tokens()
+    assert is_unpadded(model.base_model)
+    expected = plain(model.base_model, tokens)
+    torch.testing.assert_close(last_hidden_state(model.base_model, tokens, REAL), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = last_hidden_state(model.base_model, tokens, REAL)
+    assert (half.float() - expected).abs().max() < 0.05
+    model.config.sliding_window = None
+    for layer in model.base_model.layers:
+        layer.self_attn.sliding_window = None
+    wide = last_hidden_state(model.base_model, tokens, REAL)
+    assert (wide - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "falcon"])
+def test_other_architectures_keep_their_attention_and_their_padding(tiny_model, model_type):
+    config = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4, "d_model": 32, "alibi": True}  # fmt: skip
+    model = load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama"))))
+    assert not is_unpadded(model.base_model)
+    tokens = make_tokens()
+    found = last_hidden_state(model.base_model, tokens, REAL)
+    for row, (text, n) in enumerate(zip(tokens, LENGTHS, strict=True)):
+        alone = model.base_model(input_ids=text[None, :n], use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(found[row, :n], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_soft_caps_are_left_alone(tiny_model):
+    config = {"model_type": "gemma2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+              "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    model = load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama"))))
+    assert not is_unpadded(model.base_model)
+
+
+def test_leaving_out_padding_twice_changes_nothing(tiny_model):
+    model = load_model(str(tiny_model("llama")))
+    leave_out_padding(model)
+    assert model.config._attn_implementation == UNPADDED
+
+
+def test_the_attention_is_not_exported(tiny_model, tmp_path):
+    load_model(str(tiny_model("llama"))).save_pretrained(tmp_path)
+    assert UNPADDED not in (tmp_path / "config.json").read_text()
+
+
+def test_twice_differentiable_by_the_math_kernel(tiny_model):
+    trunk, tokens = load_model(str(tiny_model("gpt2"))).double().base_model, make_tokens()
+    weight = trunk.wte.weight
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = last_hidden_state(trunk, tokens, REAL).square().sum()
+        (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), weight)
+    assert second.abs().sum() > 0

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
+
+V, H, N = 23, 6, 17
+
+
+def make(seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=g, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, generator=g, dtype=dtype, requires_grad=True)
+    bias = torch.randn(V, generator=g, dtype=dtype, requires_grad=True)
+    return hidden, weight, bias, torch.randint(0, V, (N,), generator=g)
+
+
+def by_categorical(hidden, weight, bias, targets):
+    distribution = torch.distributions.Categorical(logits=torch.tanh(hidden @ weight.T + bias) * 3)
+    return distribution.log_prob(targets), distribution.entropy()
+
+
+def by_chunks(hidden, weight, bias, targets, rows):
+    def logits(states):
+        return torch.tanh(states @ weight.T + bias) * 3
+
+    return logprobs_and_entropy(logits, [weight, bias], hidden, targets, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17, 100])
+@pytest.mark.parametrize("which", ["logprobs", "entropy", "both"])
+def test_values_and_gradients(rows, which):
+    hidden, weight, bias, targets = make()
+    weights = torch.linspace(-1, 2, N, dtype=torch.float64)
+    found = []
+    for logprobs, entropy in (
+        by_categorical(hidden, weight, bias, targets),
+        by_chunks(hidden, weight, bias, targets, rows),
+    ):
+        parts = {"logprobs": (weights * logprobs).sum(), "entropy": (weights.flip(0) ** 2 * entropy).sum()}
+        loss = sum(parts.values()) if which == "both" else parts[which]
+        found.append((logprobs, entropy, torch.autograd.grad(loss, (hidden, weight, bias))))
+    torch.testing.assert_close(found[1], found[0], atol=1e-12, rtol=1e-12)
+
+
+def test_numerical_gradients():
+    hidden, weight, bias, targets = make()
+    assert torch.autograd.gradcheck(lambda *x: by_chunks(*x, targets, 4), (hidden, weight, bias))
+
+
+def test_frozen_parameters_have_no_gradient():
+    hidden, weight, bias, targets = make()
+    weight.requires_grad_(False)
+    by_chunks(hidden, weight, bias, targets, 4)[0].sum().backward()
+    assert weight.grad is None
+    assert bias.grad is not None
+
+
+def test_no_tokens():
+    hidden, weight, bias, targets = make()
+    logprobs, entropy = by_chunks(hidden[:0], weight, bias, targets[:0], 4)
+    assert logprobs.shape == entropy.shape == (0,)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert (weight.grad == 0).all()
+
+
+def test_differentiable_once_only():
+    hidden, weight, bias, targets = make()
+    (gradient,) = torch.autograd.grad(by_chunks(hidden, weight, bias, targets, 4)[0].sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_autocast_reaches_the_backward_pass():
+    hidden, weight, _, targets = make(dtype=torch.float32)
+    seen = []
+
+    def logits(states):
+        product = torch.nn.functional.linear(states, weight)
+        seen.append(product.dtype)
+        return product.float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = logprobs_and_entropy(logits, [weight], hidden, targets, 5)
+    logprobs.sum().backward()
+    assert set(seen) == {torch.bfloat16}
+    assert logprobs.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("vocabulary", [38, 4096, 32_000, 151_936])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_chunk_is_small(vocabulary, device):
+    rows = chunk_rows(vocabulary, torch.device(device))
+    assert rows >= 64
+    assert rows * vocabulary <= max(2**24, 64 * vocabulary)
