@@ -107,7 +107,7 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    if query.is_cuda and varlen_attn is not None and _computes_in_half(query) and query.shape[-1] % 8 == 0:
+    if query.is_cuda and _has_varlen(query):
         half = _dtype(query)
         q, k, v = (x[0].transpose(0, 1).to(half).contiguous() for x in (query, key, value))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -122,6 +122,12 @@ def _attend(
         return _by_products(query[0] * scale, key[0], value[0], lengths, sliding_window).transpose(0, 1)[None], None
     texts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     return torch.cat([_by_sdpa(q, k, v, scale, sliding_window) for q, k, v in texts], 2).transpose(1, 2), None
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Not where flash attention is switched off: it is differentiable once only."""
+    allowed = varlen_attn is not None and torch.backends.cuda.flash_sdp_enabled()
+    return allowed and _computes_in_half(query) and query.shape[-1] % 8 == 0
 
 
 def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
