@@ -263,26 +263,28 @@ def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[T
 
 
 def by_micro_batch(
-    rollout: Rollout, max_tokens: int, measure: Callable[[Rollout], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
+    rollout: Rollout, max_tokens: int, measure: Callable[[Rollout], tuple[Tensor | None, ...]]
+) -> tuple[Any, ...]:
     """Measure a rollout by micro-batches of similar length, with the results back in order.
 
     Args:
         rollout: B rows.
         max_tokens: Padded tokens of a micro-batch at most.
-        measure: Gives [b, t] or [b] tensors of some rows, t their longest response.
+        measure: Gives [b, t] or [b] tensors of some rows, t their longest response, or None for what there is not.
 
     Returns:
-        The same tensors of all rows, [B, T] or [B], float32, 0 behind a row's own micro-batch.
+        The same tensors of all rows, [B, T] or [B], float32, 0 behind a row's own micro-batch; None where it gave None.
     """
-    results: list[Tensor] = []
+    results: list[Tensor | None] = []
     for rows in pack(rollout.lengths.cpu(), max_tokens):
         rows = rows.to(rollout.tokens.device)
         pieces = measure(rollout.select(rows))
         if not results:
             shape = rollout.response_mask.shape
-            results = [torch.zeros(shape[: piece.ndim], device=piece.device) for piece in pieces]
+            results = [None if x is None else torch.zeros(shape[: x.ndim], device=x.device) for x in pieces]
         for result, piece in zip(results, pieces, strict=True):
+            if result is None or piece is None:
+                continue
             if piece.ndim == 1:
                 result[rows] = piece
             else:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.modules.trpo import TRPO
 
 
 class CompileLayers(Callback):
@@ -28,7 +29,7 @@ class CompileLayers(Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Once the models are loaded."""
-        if type(pl_module).__name__ == "TRPO":
+        if isinstance(pl_module, TRPO):
             raise UserError("CompileLayers: TRPO differentiates twice, compiled layers only once")
         for layer in decoder_layers(pl_module):
             layer.compile(dynamic=True)

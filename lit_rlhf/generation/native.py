@@ -25,7 +25,7 @@ ADMIT_SHARE = 0.125
 
 @dataclass(frozen=True)
 class NativeEngine(Engine):
-    """Decodes in this process, in a cache of fixed size; a prompt is computed once for all its responses.
+    """Decodes in this process, in a cache of bounded size; a prompt is computed once for all its responses.
 
     Args:
         cache_tokens: Tokens whose keys and values are held at a time, padding included, to bound the cache's memory;

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 
 from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.attention import last_hidden_state
+from lit_rlhf.models.attention import keeps_texts_apart, last_hidden_state
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
 
@@ -92,20 +92,13 @@ class Actor(nn.Module):
         """The trunk's `last_hidden_state`; a text does not see the one before it in its row."""
         return last_hidden_state(self.model.base_model, tokens, real, positions)
 
-    @torch.no_grad()
     def check_packing(self) -> None:
         """See that two texts in one row do not see each other.
 
         Raises:
             UserError: if they do: the architecture's attention does not go by positions.
         """
-        device, size = self.model.device, self.model.config.vocab_size
-        one, other = torch.arange(8, device=device)[None] % size, torch.arange(8, 16, device=device)[None] % size
-        place = torch.arange(8, device=device)[None]
-        real = torch.ones_like(one, dtype=torch.bool)
-        both, places = torch.cat([one, other], 1), torch.cat([place, place], 1)
-        together = self.hidden(both, torch.cat([real, real], 1), places)[:, 8:]
-        if not torch.allclose(together.float(), self.hidden(other, real).float(), rtol=1e-2, atol=1e-2):
+        if not keeps_texts_apart(self.model):
             raise UserError(
                 f"data.packing: {type(self.model).__name__} does not keep packed texts apart; set it to false"
             )

@@ -68,18 +68,29 @@ def leave_out_padding(model: PreTrainedModel) -> None:
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only their mask knows
     if chunked or not model._can_set_attn_implementation() or model.device.type == "meta":
         return
+    if not keeps_texts_apart(model, UNPADDED):
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> bool:
+    """Whether two texts in one row get the hidden states that the model gives each alone.
+
+    Args:
+        model: A decoder.
+        attention: What the model shall compute the row with, and keep; None: what it has.
+    """
     tokens = torch.arange(7, device=model.device)[None] % model.config.vocab_size
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=model.device)
     try:
         pieces = [model.base_model(input_ids=text, use_cache=False) for text in (tokens[:, :3], tokens[:, 3:])]
         apart = torch.cat([piece.last_hidden_state for piece in pieces], 1)
-        model.set_attn_implementation(UNPADDED)
+        if attention is not None:
+            model.set_attn_implementation(attention)
         together = last_hidden_state(model.base_model, tokens, torch.ones_like(tokens, dtype=torch.bool), places)
-        same = torch.allclose(together.float(), apart.float(), rtol=1e-3, atol=1e-3)
-    except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError):
-        same = False
-    if not same:
-        model.set_attn_implementation(before)
+    except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError):  # it cannot at all
+        return False
+    return torch.allclose(together.float(), apart.float(), rtol=1e-3, atol=1e-3)
 
 
 @torch.compiler.disable

@@ -190,14 +190,10 @@ class OnPolicy(AlignmentModule):
             completions = complete(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(completions)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
-            old_logprobs, entropy, *found = self.measure(rollout, partial(self._actor_stats, other=full))
+            old_logprobs, entropy, full_kl, *values = self.measure(rollout, partial(self._actor_stats, other=full))
             (ref_logprobs,) = self.measure(rollout, self._reference_logprobs)
             if self.critic is not None:
-                found += self.measure(rollout, self._critic_values)
-            full_kl = found.pop(0) if full is not None else None
-            values, after = found or (None, None)
-            if not self.bootstrap_truncated:
-                after = None
+                values = list(self.measure(rollout, self._critic_values))
         return Judged(
             rollout=rollout,
             completions=completions,
@@ -205,8 +201,8 @@ class OnPolicy(AlignmentModule):
             entropy=entropy,
             ref_logprobs=ref_logprobs,
             full_kl=full_kl,
-            values=values,
-            bootstrap=None if after is None else torch.where(rollout.terminated, 0.0, after),
+            values=values[0],
+            bootstrap=torch.where(rollout.terminated, 0.0, values[1]) if self.bootstrap_truncated else None,
             rewards=rewards,
             scores=scores,
             shaped_scores=self.scores.shape(scores, rollout.terminated, self.sum_over_ranks),
@@ -285,21 +281,20 @@ class OnPolicy(AlignmentModule):
 
     # ---------------------------------------------------------------- forwards
 
-    def measure(self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def measure(self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor | None, ...]]) -> tuple[Any, ...]:
         """`by_micro_batch` with the update's budget of tokens."""
         return by_micro_batch(rollout, self.update.max_tokens, measure)
 
-    def _actor_stats(self, piece: Rollout, other: Actor | None = None) -> tuple[Tensor, ...]:
-        """Log-probabilities and entropies, the full KL to another actor, and what a head on the trunk values."""
+    def _actor_stats(self, piece: Rollout, other: Actor | None = None) -> tuple[Tensor | None, ...]:
+        """Log-probabilities, entropies, the full KL to another actor, and what a head on the trunk values."""
         stats = self.actor(piece.tokens, piece.scored, other)
         found = (stats.logprobs, stats.entropy, stats.full_kl)
-        of_tokens = tuple(piece.at_responses(x) for x in found if x is not None)
-        return of_tokens if stats.values is None else (*of_tokens, *_split_values(piece, stats.values))
+        return *(None if x is None else piece.at_responses(x) for x in found), *_split_values(piece, stats.values)
 
     def _reference_logprobs(self, piece: Rollout) -> tuple[Tensor, ...]:
         return (piece.at_responses(self.reference(piece.tokens, piece.scored).logprobs),)
 
-    def _critic_values(self, piece: Rollout) -> tuple[Tensor, ...]:
+    def _critic_values(self, piece: Rollout) -> tuple[Tensor | None, ...]:
         assert self.critic is not None
         return _split_values(piece, self.critic(piece.tokens, piece.lengths))
 
@@ -403,9 +398,9 @@ class OnPolicy(AlignmentModule):
         return complete(self.generate(batch, actor, Stream.VALIDATION, batch_idx), batch, self.tokenizer)
 
 
-def _split_values(piece: Rollout, values: Tensor) -> tuple[Tensor, Tensor]:
+def _split_values(piece: Rollout, values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The states' values before each response token, [b, t], and after the last, [b]."""
-    return piece.before_responses(values), piece.at_end(values)
+    return (None, None) if values is None else (piece.before_responses(values), piece.at_end(values))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -3,6 +3,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
@@ -199,21 +200,40 @@ def test_a_prompt_is_computed_once_for_all_its_responses(llama):
         llama.generate(responses=5)
     finally:
         del llama.actor.next_logits
-    assert shapes[0][0] == 16
-    assert shapes[1] == (max(shapes[1][0], 1), 1)
-    assert 16 < shapes[1][0] <= 80
+    (prompts, _), (rows, width) = shapes[:2]
+    assert prompts == 16
+    assert 16 < rows <= 80
+    assert width == 1
+    assert all(width == 1 for _, width in shapes[1:])
 
 
-def test_half_precision_casts_the_weights_once(llama):
+class CastsOf(TorchDispatchMode):
+    """Counts the casts of a weight, forgetting none."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.count = weight, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.weight.data_ptr():
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_half_precision_casts_the_weights_once_a_generation(llama):
+    weight = llama.actor.model.get_output_embeddings().weight
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        first = llama.generate()
+        with CastsOf(weight) as casts:
+            first = llama.generate()
+        assert first.response_lengths.max() > 5
+        assert casts.count == 1
         assert not torch.is_autocast_cache_enabled()
         assert torch.equal(llama.generate().tokens, first.tokens)
         with torch.no_grad():
-            llama.actor.model.get_output_embeddings().weight.neg_()  # a stale copy would not see this
+            weight.neg_()  # a stale copy would not see this
         changed = llama.generate()
         with torch.no_grad():
-            llama.actor.model.get_output_embeddings().weight.neg_()
+            weight.neg_()
     assert not torch.equal(changed.tokens, first.tokens)
 
 
