@@ -4,6 +4,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+import json
 import logging
 import random
 from pathlib import Path
@@ -12,7 +13,7 @@ import lightning
 import pytest
 import torch
 
-from lit_rlhf.data import Prompts
+from lit_rlhf.data import Preferences, Prompts
 from lit_rlhf.generation import Sampling
 from lit_rlhf.modules import PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
@@ -66,13 +67,10 @@ def make_module(tiny_model):
 
 
 @pytest.fixture
-def fit(prompt_file, tmp_path):
-    """Run a real `Trainer.fit`; gives the trainer."""
+def make_trainer(tmp_path):
+    """A quiet Trainer of one epoch on the CPU; checkpoints are on if a callback makes them."""
 
-    def run(module, callbacks=(), *, batch_size=8, validation=False, ckpt_path=None, **options) -> lightning.Trainer:
-        data = Prompts(
-            train=str(prompt_file), validation=str(prompt_file) if validation else None, batch_size=batch_size
-        )
+    def make(callbacks=(), **options) -> lightning.Trainer:
         defaults = {
             "default_root_dir": tmp_path,
             "accelerator": "cpu",
@@ -85,8 +83,41 @@ def fit(prompt_file, tmp_path):
             "use_distributed_sampler": False,
             "log_every_n_steps": 1,
         }
-        trainer = lightning.Trainer(callbacks=list(callbacks), **(defaults | options))
+        return lightning.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def fit(prompt_file, make_trainer):
+    """Run a real `Trainer.fit`; gives the trainer."""
+
+    def run(module, callbacks=(), *, batch_size=8, validation=False, ckpt_path=None, **options) -> lightning.Trainer:
+        data = Prompts(
+            train=str(prompt_file), validation=str(prompt_file) if validation else None, batch_size=batch_size
+        )
+        trainer = make_trainer(callbacks, **options)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def fit_preferences(make_trainer, tmp_path):
+    """Run a real fit (or another of the Trainer's methods) on these records; gives the trainer."""
+
+    def run(
+        module, train, validation=None, callbacks=(), *, ckpt_path=None, method="fit", data=None, **options
+    ) -> lightning.Trainer:
+        files = {}
+        for split, records in {"train": train, "validation": validation}.items():
+            if records is not None:
+                files[split] = str(tmp_path / f"{split}.jsonl")
+                (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        trainer = make_trainer(callbacks, **options)
+        made = Preferences(**files, **({"batch_size": 8} | (data or {})))
+        getattr(trainer, method)(module, datamodule=made, ckpt_path=ckpt_path)
         return trainer
 
     return run

@@ -1,6 +1,3 @@
-import json
-from types import SimpleNamespace
-
 import pytest
 from transformers import AutoTokenizer
 
@@ -11,22 +8,10 @@ RECORDS = [{"prompt": "w1 w2", "response": " w3 w4 w5"}, {"prompt": "w6", "respo
 
 
 @pytest.fixture
-def tokenizer(tiny_model):
-    return AutoTokenizer.from_pretrained(tiny_model("llama"))
-
-
-@pytest.fixture
-def make(tmp_path):
-    def build(tokenizer, records=RECORDS, stage="fit", **options) -> Demonstrations:
-        path = tmp_path / "texts.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        defaults = {"train": str(path), "validation": str(path), "prompt": "prompt", "response": "response"}
-        data = Demonstrations(**(defaults | {"batch_size": 2} | options))
-        data.trainer = SimpleNamespace(
-            lightning_module=SimpleNamespace(tokenizer=tokenizer), world_size=1, global_rank=0, is_global_zero=True
-        )
-        data.setup(stage)
-        return data
+def make(make_data):
+    def build(tokenizer, records=RECORDS, **options) -> Demonstrations:
+        columns = {"prompt": "prompt", "response": "response"}
+        return make_data(Demonstrations, "texts.jsonl", tokenizer, records, **(columns | options))
 
     return build
 
@@ -74,10 +59,9 @@ def test_texts_without_prompt(make, tokenizer):
     assert trained == [["w1", "w2", "<eos>"], ["w3", "<eos>"]]
 
 
-def test_a_conversation_as_prompt(make, tiny_model):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", chat=True))
+def test_a_conversation_as_prompt(make, chat_tokenizer):
     record = {"prompt": [{"role": "user", "content": "w1"}], "response": "w2 w3"}
-    words, trained = texts(make(tokenizer, [record], batch_size=1), tokenizer)
+    words, trained = texts(make(chat_tokenizer, [record], batch_size=1), chat_tokenizer)
     assert words == [["<user>", "w1", "<eos>", "<assistant>", "w2", "w3", "<eos>"]]
     assert trained == [["w2", "w3", "<eos>"]]
 

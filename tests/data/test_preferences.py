@@ -1,6 +1,5 @@
 import csv
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,29 +26,9 @@ def says(content):
 
 
 @pytest.fixture
-def tokenizer(tiny_model):
-    return AutoTokenizer.from_pretrained(tiny_model("llama"))
-
-
-@pytest.fixture
-def chat_tokenizer(tiny_model):
-    return AutoTokenizer.from_pretrained(tiny_model("llama", chat=True))
-
-
-@pytest.fixture
-def make(tmp_path):
-    def build(tokenizer, records=PAIRS, stage="fit", rank=0, world_size=1, **options) -> Preferences:
-        path = tmp_path / "preferences.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        data = Preferences(**({"train": str(path), "validation": str(path), "batch_size": 2} | options))
-        data.trainer = SimpleNamespace(
-            lightning_module=SimpleNamespace(tokenizer=tokenizer),
-            world_size=world_size,
-            global_rank=rank,
-            is_global_zero=rank == 0,
-        )
-        data.setup(stage)
-        return data
+def make(make_data):
+    def build(tokenizer, records=PAIRS, **options) -> Preferences:
+        return make_data(Preferences, "preferences.jsonl", tokenizer, records, **options)
 
     return build
 

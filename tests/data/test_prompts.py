@@ -1,6 +1,3 @@
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -12,31 +9,9 @@ RECORDS = [{"prompt": " ".join(f"w{i}" for i in range(n)), "answer": f"w{n}", "n
 
 
 @pytest.fixture
-def tokenizer(tiny_model):
-    return AutoTokenizer.from_pretrained(tiny_model("llama"))
-
-
-@pytest.fixture
-def chat_tokenizer(tiny_model):
-    return AutoTokenizer.from_pretrained(tiny_model("llama", chat=True))
-
-
-@pytest.fixture
-def make(tmp_path):
-    """A data module of these records, set up as in a Trainer of so many processes."""
-
-    def build(tokenizer, records=RECORDS, stage="fit", rank=0, world_size=1, **options) -> Prompts:
-        path = tmp_path / "prompts.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        data = Prompts(**({"train": str(path), "validation": str(path), "batch_size": 2} | options))
-        data.trainer = SimpleNamespace(
-            lightning_module=SimpleNamespace(tokenizer=tokenizer),
-            world_size=world_size,
-            global_rank=rank,
-            is_global_zero=rank == 0,
-        )
-        data.setup(stage)
-        return data
+def make(make_data):
+    def build(tokenizer, records=RECORDS, **options) -> Prompts:
+        return make_data(Prompts, "prompts.jsonl", tokenizer, records, **options)
 
     return build
 

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 
@@ -44,7 +43,7 @@ def total_variation(module):
 
 
 @pytest.mark.parametrize(("estimator", "whiten"), [("k1", False), ("full", False), ("full", True)])
-def test_ppo(estimator, whiten, tmp_path):
+def test_ppo(make_trainer, estimator, whiten):
     iterations = 120
     module = PolicyGradient(
         actor=RandomWeights(config=SHAPE, tokenizer=f"{BENCHMARKS}/worlds.py:chain_tokenizer", seed=1),
@@ -59,15 +58,7 @@ def test_ppo(estimator, whiten, tmp_path):
         critic_optimizer=lambda p: torch.optim.Adam(p, lr=5e-3),
         actor_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.02, iterations),
     )
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = make_trainer(max_epochs=-1)
     module.configure_model()
     before = total_variation(module)
     trainer.fit(module, datamodule=Prompts(train=f"{BENCHMARKS}/worlds.py:chain_prompts", batch_size=384))

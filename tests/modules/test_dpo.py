@@ -1,15 +1,12 @@
-import json
 import math
 import random
 from fractions import Fraction
 from itertools import combinations, permutations, product
 
-import lightning
 import pytest
 import torch
 
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint
-from lit_rlhf.data import Preferences
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
 from lit_rlhf.models.actor import Actor
@@ -48,38 +45,6 @@ def rankings(count, places=(2,), seed=0, prompts=True):
 
 
 @pytest.fixture
-def fit(tmp_path):
-    """Run a real fit (or another of the Trainer's methods) on these records; gives the trainer."""
-
-    def run(
-        module, train, validation=None, callbacks=(), *, ckpt_path=None, method="fit", data=None, **options
-    ) -> lightning.Trainer:
-        files = {}
-        for split, records in {"train": train, "validation": validation}.items():
-            if records is not None:
-                files[split] = str(tmp_path / f"{split}.jsonl")
-                (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        defaults = {
-            "default_root_dir": tmp_path,
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": any(isinstance(c, IterationCheckpoint) for c in callbacks),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "use_distributed_sampler": False,
-            "log_every_n_steps": 1,
-        }
-        trainer = lightning.Trainer(callbacks=list(callbacks), **(defaults | options))
-        made = Preferences(**files, **({"batch_size": 8} | (data or {})))
-        getattr(trainer, method)(module, datamodule=made, ckpt_path=ckpt_path)
-        return trainer
-
-    return run
-
-
-@pytest.fixture
 def make(tiny_model):
     def build(**options) -> DPO:
         defaults = {"actor": str(tiny_model("llama")), "optimizer": adam(1e-3), "sampling": Sampling(max_tokens=6)}
@@ -106,21 +71,21 @@ def reward_of(module, record, response):
 
 @pytest.mark.parametrize("places", [(2,), (3,), (2, 3, 4)])
 @pytest.mark.parametrize("cache", [True, False])
-def test_at_the_reference_all_orders_are_as_likely(make, fit, places, cache):
+def test_at_the_reference_all_orders_are_as_likely(make, fit_preferences, places, cache):
     recorder = Recorder()
-    fit(make(cache_reference=cache), rankings(12, places), None, [recorder], data={"batch_size": 12})
+    fit_preferences(make(cache_reference=cache), rankings(12, places), None, [recorder], data={"batch_size": 12})
     expected = sum(math.log(math.factorial(k)) for k in places) / len(places)
     assert recorder.metrics[0]["train/loss"] == pytest.approx(expected, abs=1e-6)
     assert recorder.metrics[0]["train/margin"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("places", "loss"), [((2,), 0.5), ((2, 3, 4), 1.3)])
-def test_it_learns(make, fit, tiny_model, places, loss):
+def test_it_learns(make, fit_preferences, tiny_model, places, loss):
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     actor = RandomWeights(config | {"intermediate_size": 48}, str(tiny_model("llama")))
     recorder, module = Recorder(), make(actor=actor, beta=0.3, optimizer=adam(1e-2))
     records, others = rankings(240, places), rankings(60, places, seed=1)
-    found = held_out(fit(module, records, others, [recorder], max_epochs=3, data={"batch_size": 24}))
+    found = held_out(fit_preferences(module, records, others, [recorder], max_epochs=3, data={"batch_size": 24}))
     assert found["accuracy"] > 0.85
     assert found["margin"] > 1
     assert found["loss"] < loss
@@ -129,11 +94,11 @@ def test_it_learns(make, fit, tiny_model, places, loss):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_loss_and_metrics_are_those_of_the_implicit_rewards(make, fit, temperature):
+def test_loss_and_metrics_are_those_of_the_implicit_rewards(make, fit_preferences, temperature):
     records = rankings(10, seed=1)
     module = make(beta=0.7, optimizer=adam(1e-2), sampling=Sampling(max_tokens=6, temperature=temperature))
-    fit(module, rankings(16), max_epochs=2)
-    found = held_out(fit(module, None, records, method="validate"))
+    fit_preferences(module, rankings(16), max_epochs=2)
+    found = held_out(fit_preferences(module, None, records, method="validate"))
     ahead = [reward_of(module, r, r["chosen"]) - reward_of(module, r, r["rejected"]) for r in records]
     assert max(abs(a) for a in ahead) > 0.1
     assert found["loss"] == pytest.approx(sum(math.log1p(math.exp(-a)) for a in ahead) / 10, abs=1e-4)
@@ -143,12 +108,12 @@ def test_loss_and_metrics_are_those_of_the_implicit_rewards(make, fit, temperatu
 
 @pytest.mark.parametrize("records", [rankings(24), rankings(24, (2, 3, 4))], ids=["pairs", "rankings"])
 @pytest.mark.parametrize("iterations", [1, 5])
-def test_the_cached_reference_is_the_reference(make, fit, records, iterations):
+def test_the_cached_reference_is_the_reference(make, fit_preferences, records, iterations):
     results = []
     for cache in (True, False):
         recorder = Recorder()
         module = make(cache_reference=cache, optimizer=sgd(0.05), iterations=iterations)
-        fit(module, records, None, [recorder])
+        fit_preferences(module, records, None, [recorder])
         results.append((recorder.weights, [m["train/loss"] for m in recorder.metrics]))
     for name, weight in results[0][0].items():
         torch.testing.assert_close(weight, results[1][0][name], rtol=0, atol=1e-6)
@@ -157,22 +122,22 @@ def test_the_cached_reference_is_the_reference(make, fit, records, iterations):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_micro_batches_change_nothing(make, fit, cache):
+def test_micro_batches_change_nothing(make, fit_preferences, cache):
     results, records = [], rankings(24, (2, 3, 4))
     for max_tokens in (64, 4096):
         recorder = Recorder()
         module = make(max_tokens=max_tokens, cache_reference=cache, optimizer=sgd(0.05), iterations=2)
-        fit(module, records, None, [recorder], data={"batch_size": 12})
+        fit_preferences(module, records, None, [recorder], data={"batch_size": 12})
         results.append(recorder.weights)
     for name, weight in results[0].items():
         torch.testing.assert_close(weight, results[1][name], rtol=0, atol=1e-6)
 
 
-def test_another_reference_than_the_start(make, fit, tiny_model):
+def test_another_reference_than_the_start(make, fit_preferences, tiny_model):
     other = str(tiny_model("llama", seed=1))
     records = rankings(8)
     module, recorder = make(reference=other, beta=0.05, optimizer=sgd(0.0)), Recorder()
-    fit(module, records, records, [recorder])
+    fit_preferences(module, records, records, [recorder])
     weights = load_model(other).state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in module.reference.model.state_dict().items())
     ahead = [reward_of(module, r, r["chosen"]) - reward_of(module, r, r["rejected"]) for r in records]
@@ -182,7 +147,7 @@ def test_another_reference_than_the_start(make, fit, tiny_model):
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
-def test_label_smoothing_sets_the_best_margin(make, fit, smoothing):
+def test_label_smoothing_sets_the_best_margin(make, fit_preferences, smoothing):
     """Of one pair it is the log-odds of a label that is right."""
     recorder = Recorder()
     module = make(
@@ -192,45 +157,47 @@ def test_label_smoothing_sets_the_best_margin(make, fit, smoothing):
         iterations=100,
         scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / 100),
     )
-    fit(module, rankings(1), None, [recorder], data={"batch_size": 1})
+    fit_preferences(module, rankings(1), None, [recorder], data={"batch_size": 1})
     assert recorder.metrics[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert recorder.metrics[-1]["train/margin"] == pytest.approx(math.log((1 - smoothing) / smoothing), abs=0.02)
 
 
-def test_smoothing_of_rankings_is_refused(make, fit):
+def test_smoothing_of_rankings_is_refused(make, fit_preferences):
     with pytest.raises(UserError, match=r"^model\.label_smoothing is for pairs"):
-        fit(make(label_smoothing=0.1), rankings(8, (3,)))
+        fit_preferences(make(label_smoothing=0.1), rankings(8, (3,)))
 
 
-def test_a_margin_counts(make, fit):
+def test_a_margin_counts(make, fit_preferences):
     recorder = Recorder()
-    fit(make(), [r | {"gap": 2.0} for r in rankings(8)], None, [recorder], data={"margin": "gap"})
+    fit_preferences(make(), [r | {"gap": 2.0} for r in rankings(8)], None, [recorder], data={"margin": "gap"})
     assert recorder.metrics[0]["train/loss"] == pytest.approx(math.log1p(math.exp(2)), abs=1e-6)
 
 
-def test_kl_to_the_reference(make, fit):
+def test_kl_to_the_reference(make, fit_preferences):
     module, records = make(optimizer=adam(3e-3)), rankings(48, seed=1)
-    before = held_out(fit(module, None, records, method="validate"))
+    before = held_out(fit_preferences(module, None, records, method="validate"))
     assert before["kl_to_ref"] == 0
     assert before["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert 0 < before["length"] <= 6
-    after = held_out(fit(module, rankings(64), records, max_epochs=2))
+    after = held_out(fit_preferences(module, rankings(64), records, max_epochs=2))
     assert after["kl_to_ref"] > 0.01
-    again = held_out(fit(module, None, records, method="validate"))
+    again = held_out(fit_preferences(module, None, records, method="validate"))
     assert again["kl_to_ref"] == pytest.approx(after["kl_to_ref"], abs=1e-5)
-    in_small_batches = held_out(fit(module, None, records, method="validate", data={"validation_batch_size": 7}))
+    in_small_batches = held_out(
+        fit_preferences(module, None, records, method="validate", data={"validation_batch_size": 7})
+    )
     assert in_small_batches["kl_to_ref"] == pytest.approx(after["kl_to_ref"], abs=1e-4)
 
 
-def test_records_without_a_prompt_train_but_have_no_kl(make, fit):
+def test_records_without_a_prompt_train_but_have_no_kl(make, fit_preferences):
     records = rankings(24, prompts=False)
-    found = held_out(fit(make(optimizer=adam(3e-3)), records, records, max_epochs=4))
+    found = held_out(fit_preferences(make(optimizer=adam(3e-3)), records, records, max_epochs=4))
     assert found["accuracy"] > 0.8
     assert "kl_to_ref" not in found
     assert "length" not in found
 
 
-def test_texts_that_differ_from_the_first_token_on(fit):
+def test_texts_that_differ_from_the_first_token_on(fit_preferences):
     """Without a beginning-of-sequence token nothing predicts the first; what is learnt is the rest."""
     source = RandomWeights(CONFIG, f"{__file__}:letters")
     module, recorder = DPO(source, beta=1.0, optimizer=sgd(0.0)), Recorder()
@@ -238,7 +205,7 @@ def test_texts_that_differ_from_the_first_token_on(fit):
     with torch.no_grad():
         for weight in module.actor.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    trainer = fit(module, [{"chosen": "a b c", "rejected": "b"}], None, [recorder], data={"batch_size": 1})
+    trainer = fit_preferences(module, [{"chosen": "a b c", "rejected": "b"}], None, [recorder], data={"batch_size": 1})
     (batch,) = trainer.train_dataloader.once()
     chosen, rejected = (
         log_probability(module.actor, row, max(1, prompt)) - log_probability(module.reference, row, max(1, prompt))
@@ -251,20 +218,20 @@ def test_texts_that_differ_from_the_first_token_on(fit):
     assert recorder.metrics[0]["train/margin"] == pytest.approx(float(chosen - rejected), abs=1e-5)
 
 
-def test_conversations(fit, tiny_model):
+def test_conversations(fit_preferences, tiny_model):
     records = []
     for record in rankings(24, (2, 3)):
         turns = {"prompt": [{"role": "user", "content": record.pop("prompt")}]}
         records.append({k: v[1:] if isinstance(v, str) else [r[1:] for r in v] for k, v in record.items()} | turns)
     actor = str(tiny_model("llama", chat=True))
     module = DPO(actor, optimizer=adam(3e-3), sampling=Sampling(max_tokens=6))
-    found = held_out(fit(module, records, records, max_epochs=4))
+    found = held_out(fit_preferences(module, records, records, max_epochs=4))
     assert found["accuracy"] > 0.8
     assert found["kl_to_ref"] > 0
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit, tmp_path, cache):
+def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit_preferences, tmp_path, cache):
     records = rankings(28, (2, 3))
     whole, rest = Recorder(), Recorder()
 
@@ -275,7 +242,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit, tmp_path, cach
             optimizer=adam(3e-3),
             scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
         )
-        return fit(module, records, rankings(20, seed=1), callbacks, **options)
+        return fit_preferences(module, records, rankings(20, seed=1), callbacks, **options)
 
     expected = held_out(run(7, [whole]))
     run(4, [IterationCheckpoint(every_n=4)])
@@ -289,9 +256,9 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit, tmp_path, cach
     assert found == expected
 
 
-def test_the_reference_is_in_no_checkpoint_and_stays(make, fit, tiny_model, tmp_path):
+def test_the_reference_is_in_no_checkpoint_and_stays(make, fit_preferences, tiny_model, tmp_path):
     module = make(optimizer=adam(1e-2))
-    fit(module, rankings(16), rankings(4), [IterationCheckpoint(), ExportAtEnd()], max_epochs=2)
+    fit_preferences(module, rankings(16), rankings(4), [IterationCheckpoint(), ExportAtEnd()], max_epochs=2)
     (path,) = tmp_path.rglob("last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     assert not [name for name in checkpoint["state_dict"] if not name.startswith(("actor.", "iteration"))]
@@ -339,7 +306,7 @@ def in_proportion(odds, places):
 
 @pytest.mark.parametrize(("places", "longest", "steps"), [(2, 2, 160), (3, 1, 80)])
 @pytest.mark.parametrize("beta", [1.0, 0.5])
-def test_the_policy_is_the_closed_form(fit, places, longest, steps, beta):
+def test_the_policy_is_the_closed_form(fit_preferences, places, longest, steps, beta):
     """π(y|x) = π_ref(y|x) exp(r(x, y) / β) / Z(x), among the responses that preferences tell of."""
     responses = [" ".join(r) for length in range(longest + 1) for r in product(LETTERS, repeat=length)]
     odds = {
@@ -359,7 +326,7 @@ def test_the_policy_is_the_closed_form(fit, places, longest, steps, beta):
         scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / (steps + 1)),
         iterations=steps,
     )
-    fit(module, records, data={"batch_size": len(records)})
+    fit_preferences(module, records, data={"batch_size": len(records)})
     for start, of_start in odds.items():
         rows = [module.tokenizer(f"{start} {response} <end>")["input_ids"] for response in responses]
         policy, reference = (

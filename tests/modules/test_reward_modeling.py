@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint
-from lit_rlhf.data import Preferences
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.modules import RewardModeling
@@ -62,38 +61,6 @@ def record(prompt, **responses):
 
 
 @pytest.fixture
-def fit(tmp_path):
-    """Run a real fit (or another of the Trainer's methods) on these records; gives the trainer."""
-
-    def run(
-        module, train, validation=None, callbacks=(), *, ckpt_path=None, method="fit", data=None, **options
-    ) -> lightning.Trainer:
-        files = {}
-        for split, records in {"train": train, "validation": validation}.items():
-            if records is not None:
-                files[split] = str(tmp_path / f"{split}.jsonl")
-                (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        defaults = {
-            "default_root_dir": tmp_path,
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": any(isinstance(c, IterationCheckpoint) for c in callbacks),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "use_distributed_sampler": False,
-            "log_every_n_steps": 1,
-        }
-        trainer = lightning.Trainer(callbacks=list(callbacks), **(defaults | options))
-        made = Preferences(**files, **({"batch_size": 8} | (data or {})))
-        getattr(trainer, method)(module, datamodule=made, ckpt_path=ckpt_path)
-        return trainer
-
-    return run
-
-
-@pytest.fixture
 def make(tiny_model):
     def build(**options) -> RewardModeling:
         return RewardModeling(**({"reward": str(tiny_model("llama")), "optimizer": adam(1e-2)} | options))
@@ -123,9 +90,11 @@ def small_model(tiny_model):
     return RandomWeights(config=config | {"num_attention_heads": 4}, tokenizer=str(tiny_model("llama")))
 
 
-def test_it_learns(make, fit, tiny_model):
+def test_it_learns(make, fit_preferences, tiny_model):
     recorder, module = Recorder(), make(reward=small_model(tiny_model))
-    trainer = fit(module, low_pairs(480), low_pairs(120, seed=1), [recorder], max_epochs=4, data={"batch_size": 32})
+    trainer = fit_preferences(
+        module, low_pairs(480), low_pairs(120, seed=1), [recorder], max_epochs=4, data={"batch_size": 32}
+    )
     metrics = trainer.callback_metrics
     assert float(metrics["val/accuracy"]) > 0.9
     assert float(metrics["val/margin"]) > 1
@@ -134,7 +103,7 @@ def test_it_learns(make, fit, tiny_model):
     assert [m["progress/iteration"] for m in recorder.metrics] == list(range(1, 61))
 
 
-def test_a_linear_reward_is_found_from_drawn_preferences(fit, tiny_model):
+def test_a_linear_reward_is_found_from_drawn_preferences(fit_preferences, tiny_model):
     """Bradley–Terry draws the pairs by a reward that is linear in the counts of words."""
     rng = random.Random(0)
     worth = {f"w{i}": rng.gauss(0, 1) for i in range(WORDS)}
@@ -155,7 +124,7 @@ def test_a_linear_reward_is_found_from_drawn_preferences(fit, tiny_model):
         optimizer=adam(1e-2),
         scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / 181),
     )
-    fit(module, pairs, max_epochs=3, data={"batch_size": 50})
+    fit_preferences(module, pairs, max_epochs=3, data={"batch_size": 50})
     held_out = [words(rng, 8) for _ in range(300)]
     scores = torch.tensor([[score_of(module, "w1 w2", " ".join(r)) for r in held_out], [true(r) for r in held_out]])
     ranks = scores.argsort(1).argsort(1).double()
@@ -163,9 +132,9 @@ def test_a_linear_reward_is_found_from_drawn_preferences(fit, tiny_model):
 
 
 @pytest.mark.parametrize("places", [(2,), (3,), (4,), (2, 3, 4)])
-def test_the_first_loss_is_that_of_equal_scores(make, fit, places):
+def test_the_first_loss_is_that_of_equal_scores(make, fit_preferences, places):
     recorder = Recorder()
-    fit(make(), low_rankings(12, places), None, [recorder], data={"batch_size": 12})
+    fit_preferences(make(), low_rankings(12, places), None, [recorder], data={"batch_size": 12})
     expected = sum(math.log(math.factorial(k)) for k in places) / len(places)
     assert recorder.metrics[0]["train/loss"] == pytest.approx(expected, abs=1e-6)
     assert recorder.metrics[0]["train/accuracy"] == 0.5
@@ -173,20 +142,22 @@ def test_the_first_loss_is_that_of_equal_scores(make, fit, places):
 
 
 @pytest.mark.parametrize("as_pairs", [False, True])
-def test_rankings_of_different_sizes_train(make, fit, tiny_model, as_pairs):
+def test_rankings_of_different_sizes_train(make, fit_preferences, tiny_model, as_pairs):
     module, data = make(reward=small_model(tiny_model)), {"batch_size": 60 if as_pairs else 20, "as_pairs": as_pairs}
-    trainer = fit(module, low_rankings(300), low_rankings(60, seed=1), max_epochs=3, data=data)
+    trainer = fit_preferences(module, low_rankings(300), low_rankings(60, seed=1), max_epochs=3, data=data)
     assert float(trainer.callback_metrics["val/accuracy"]) > 0.9
 
 
 @pytest.mark.parametrize("records", [low_pairs(24), low_rankings(24)], ids=["pairs", "rankings"])
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_micro_batches_change_nothing(make, fit, records, clip):
+def test_micro_batches_change_nothing(make, fit_preferences, records, clip):
     results = []
     for max_tokens in (64, 4096):
         recorder = Recorder()
         module = make(max_tokens=max_tokens, optimizer=sgd(0.1), clip_grad_norm=clip)
-        trainer = fit(module, records, records, [recorder], data={"batch_size": 12, "validation_batch_size": 12})
+        trainer = fit_preferences(
+            module, records, records, [recorder], data={"batch_size": 12, "validation_batch_size": 12}
+        )
         held_out = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         results.append((recorder.weights, recorder.metrics[-1]["train/loss"], held_out))
     for name, weight in results[0][0].items():
@@ -195,11 +166,11 @@ def test_micro_batches_change_nothing(make, fit, records, clip):
     assert results[0][2] == pytest.approx(results[1][2], abs=1e-5)
 
 
-def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit, tmp_path):
+def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit_preferences, tmp_path):
     recorder = Recorder()
     records = low_rankings(21)
     module = make(max_tokens=64)
-    trainer = fit(module, records, None, [recorder, ExportAtEnd(), IterationCheckpoint()], max_epochs=2)
+    trainer = fit_preferences(module, records, None, [recorder, ExportAtEnd(), IterationCheckpoint()], max_epochs=2)
     scores = all_scores(module, trainer.train_dataloader.once())
     assert len(scores) == 7 * (2 + 3 + 4)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
@@ -212,7 +183,7 @@ def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit, 
         assert float(found["score_std"]) == pytest.approx(std, abs=1e-6)
 
 
-def test_they_are_measured_once_at_the_end(make, fit):
+def test_they_are_measured_once_at_the_end(make, fit_preferences):
     class Watch(lightning.Callback):
         def __init__(self):
             self.means = []
@@ -223,14 +194,14 @@ def test_they_are_measured_once_at_the_end(make, fit):
     for options, last in (({"max_epochs": 2}, 6), ({"iterations": 4}, 4)):
         watch = Watch()
         module = make(iterations=options.pop("iterations", None))
-        fit(module, low_pairs(24), None, [watch], **options)
+        fit_preferences(module, low_pairs(24), None, [watch], **options)
         assert [math.isnan(mean) for mean in watch.means] == [True] * (last - 1) + [False]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_export_is_a_classifier_of_transformers(fit, tiny_model, tmp_path, architecture):
+def test_the_export_is_a_classifier_of_transformers(fit_preferences, tiny_model, tmp_path, architecture):
     module = RewardModeling(str(tiny_model(architecture)), optimizer=adam(1e-2))
-    fit(module, low_pairs(48), None, [ExportAtEnd()], max_epochs=2)
+    fit_preferences(module, low_pairs(48), None, [ExportAtEnd()], max_epochs=2)
     folder = tmp_path / "export"
     classifier = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -249,11 +220,11 @@ def test_the_export_is_a_classifier_of_transformers(fit, tiny_model, tmp_path, a
     assert score_of(again, "w1", "w2") == pytest.approx(score_of(module, "w1", "w2"), abs=1e-6)
 
 
-def test_it_starts_from_a_classifier_with_its_head(make, fit, tiny_model):
+def test_it_starts_from_a_classifier_with_its_head(make, fit_preferences, tiny_model):
     folder = str(tiny_model("llama", task="score"))
     recorder, records = Recorder(), low_pairs(8)
     module = make(reward=folder, optimizer=sgd(0.0))
-    fit(module, records, None, [recorder])
+    fit_preferences(module, records, None, [recorder])
     classifier = load_model(folder, "score")
     assert torch.equal(module.reward.head.weight, classifier.score.weight)
     losses = []
@@ -277,7 +248,7 @@ class ByFirstWord(RewardModeling):
 
 @pytest.mark.parametrize("validation_batch_size", [1, 2, 64])
 @pytest.mark.parametrize("max_tokens", [1, 4096])
-def test_held_out_metrics_by_hand(fit, tiny_model, validation_batch_size, max_tokens):
+def test_held_out_metrics_by_hand(fit_preferences, tiny_model, validation_batch_size, max_tokens):
     pairs = [  # σ(log 3) = 0.75, σ(log 19) = 0.95
         (" w1 w9 w9", " w0"),  # ahead by log 3, longer
         (" w1", " w0 w9"),  # ahead by log 3, shorter
@@ -288,7 +259,7 @@ def test_held_out_metrics_by_hand(fit, tiny_model, validation_batch_size, max_to
     records = [{"prompt": "w5", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
     module = ByFirstWord(str(tiny_model("llama")), max_tokens=max_tokens)
     sizes = {"validation_batch_size": validation_batch_size}
-    trainer = fit(module, None, records, method="validate", data=sizes)
+    trainer = fit_preferences(module, None, records, method="validate", data=sizes)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     losses = [math.log(4 / 3)] * 2 + [math.log(4), math.log(20 / 19), math.log(20)]
     scores = [math.log(3)] * 3 + [math.log(19)] * 2 + [0.0] * 5
@@ -307,10 +278,10 @@ def test_held_out_metrics_by_hand(fit, tiny_model, validation_batch_size, max_to
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_held_out_metrics_of_a_ranking_are_those_of_its_pairs(fit, tiny_model):
+def test_held_out_metrics_of_a_ranking_are_those_of_its_pairs(fit_preferences, tiny_model):
     """Scores log 3, 0, log 19; lengths 2, 1, 1 and the end."""
     records = [{"prompt": "w5", "responses": [" w1 w9", " w0", " w2"]}]
-    trainer = fit(ByFirstWord(str(tiny_model("llama"))), None, records, method="validate")
+    trainer = fit_preferences(ByFirstWord(str(tiny_model("llama"))), None, records, method="validate")
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert found["val/loss"] == pytest.approx(math.log(23 / 3) + math.log(20), abs=1e-5)  # 3/23 · 1/20
     assert found["val/accuracy"] == pytest.approx(1 / 3)
@@ -321,41 +292,41 @@ def test_held_out_metrics_of_a_ranking_are_those_of_its_pairs(fit, tiny_model):
     assert found["val/ece"] == pytest.approx((0.25 + p + 0.95) / 3, abs=1e-5)
 
 
-def test_equal_scores_are_right_half_the_time_and_calibrated(make, fit):
-    metrics = fit(make(), None, low_pairs(20), method="validate").callback_metrics
+def test_equal_scores_are_right_half_the_time_and_calibrated(make, fit_preferences):
+    metrics = fit_preferences(make(), None, low_pairs(20), method="validate").callback_metrics
     assert float(metrics["val/accuracy"]) == 0.5
     assert float(metrics["val/loss"]) == pytest.approx(math.log(2))
     assert float(metrics["val/ece"]) == pytest.approx(0, abs=1e-6)
 
 
-def test_each_validation_starts_anew(make, fit):
+def test_each_validation_starts_anew(make, fit_preferences):
     module, records = make(), low_pairs(20, seed=1)
-    last = fit(module, low_pairs(24), records, max_epochs=3).callback_metrics
-    alone = fit(module, None, records, method="validate").callback_metrics
+    last = fit_preferences(module, low_pairs(24), records, max_epochs=3).callback_metrics
+    alone = fit_preferences(module, None, records, method="validate").callback_metrics
     assert float(alone["val/ece"]) > 0.01
     assert {name: float(last[name]) for name in alone} == {name: float(value) for name, value in alone.items()}
 
 
-def test_test_metrics(make, fit):
+def test_test_metrics(make, fit_preferences):
     module = make()
-    trainer = fit(module, low_pairs(24), low_pairs(20, seed=1))
+    trainer = fit_preferences(module, low_pairs(24), low_pairs(20, seed=1))
     held_out = {k[4:]: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-    tested = fit(module, None, low_pairs(20, seed=1), method="test").callback_metrics
+    tested = fit_preferences(module, None, low_pairs(20, seed=1), method="test").callback_metrics
     assert {k[5:]: float(v) for k, v in tested.items() if k.startswith("test/")} == pytest.approx(held_out)
 
 
 @pytest.mark.parametrize(("margin", "smoothing"), [(0.0, 0.0), (1.5, 0.0), (-1.0, 0.2), (0.0, 0.2)])
-def test_the_first_loss_with_margin_and_smoothing(make, fit, margin, smoothing):
+def test_the_first_loss_with_margin_and_smoothing(make, fit_preferences, margin, smoothing):
     recorder = Recorder()
     records = [r | {"gap": margin} for r in low_pairs(8)]
-    fit(make(label_smoothing=smoothing), records, None, [recorder], data={"margin": "gap"})
+    fit_preferences(make(label_smoothing=smoothing), records, None, [recorder], data={"margin": "gap"})
     p = 1 / (1 + math.exp(margin))
     expected = -(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p)
     assert recorder.metrics[0]["train/loss"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("margin", "smoothing"), [(0.0, 0.2), (1.0, 0.2), (-1.0, 0.1)])
-def test_the_best_distance_with_margin_and_smoothing(make, fit, tiny_model, margin, smoothing):
+def test_the_best_distance_with_margin_and_smoothing(make, fit_preferences, tiny_model, margin, smoothing):
     """Of one pair it is the margin and the log-odds of a label that is right."""
     recorder = Recorder()
     module = make(
@@ -364,18 +335,20 @@ def test_the_best_distance_with_margin_and_smoothing(make, fit, tiny_model, marg
         label_smoothing=smoothing,
         scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / 80),
     )
-    fit(module, [low_pairs(1)[0] | {"gap": margin}], None, [recorder], data={"margin": "gap", "batch_size": 1})
+    fit_preferences(
+        module, [low_pairs(1)[0] | {"gap": margin}], None, [recorder], data={"margin": "gap", "batch_size": 1}
+    )
     expected = margin + math.log((1 - smoothing) / smoothing)
     assert recorder.metrics[-1]["train/margin"] == pytest.approx(expected, abs=0.02)
 
 
-def test_smoothing_of_rankings_is_refused(make, fit):
+def test_smoothing_of_rankings_is_refused(make, fit_preferences):
     with pytest.raises(UserError, match=r"^model\.label_smoothing is for pairs: .*rankings of more than two$"):
-        fit(make(label_smoothing=0.1), low_rankings(8, (3,)))
-    fit(make(label_smoothing=0.1), low_rankings(8, (3,)), data={"as_pairs": True})
+        fit_preferences(make(label_smoothing=0.1), low_rankings(8, (3,)))
+    fit_preferences(make(label_smoothing=0.1), low_rankings(8, (3,)), data={"as_pairs": True})
 
 
-def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit, tmp_path):
+def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit_preferences, tmp_path):
     records = low_rankings(28)  # three batches an epoch: the second ends after six
     whole, rest = Recorder(), Recorder()
 
@@ -384,7 +357,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit, tmp_path):
             iterations=iterations,
             scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
         )
-        fit(module, records, low_pairs(8), callbacks, **options)
+        fit_preferences(module, records, low_pairs(8), callbacks, **options)
 
     run(7, [whole])
     run(4, [IterationCheckpoint(every_n=4)])
@@ -399,9 +372,9 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["trunk", "head"])
-def test_all_of_it_trains(make, fit, where):
+def test_all_of_it_trains(make, fit_preferences, where):
     recorder, module = Recorder(), make()
-    fit(module, low_pairs(24), None, [recorder])
+    fit_preferences(module, low_pairs(24), None, [recorder])
     fresh = make()
     fresh.configure_model()
     before = fresh.state_dict()
@@ -430,7 +403,7 @@ def test_no_model():
         RewardModeling()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(make, fit):
+def test_a_loss_that_is_not_finite_stops_before_the_step(make, fit_preferences):
     module = make(optimizer=sgd(1e30), clip_grad_norm=None)
     with pytest.raises(UserError, match=r"^the (loss|gradient norm) is (nan|inf): stopped before the step"):
-        fit(module, low_pairs(80))
+        fit_preferences(module, low_pairs(80))

@@ -1,6 +1,5 @@
 import math
 
-import lightning
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from lit_rlhf.testing import Recorder
 
 
 @pytest.fixture
-def fit_sft(tiny_model, tmp_path):
+def fit_sft(tiny_model, make_trainer, tmp_path):
     def run(*, lr=1e-2, iterations=None, **options):
         file = tmp_path / "texts.jsonl"
         rows = [(f"w{i % 4} w5", " w7 w8 w9") for i in range(24)]
@@ -19,19 +18,7 @@ def fit_sft(tiny_model, tmp_path):
         data = Demonstrations(train=str(file), validation=str(file), prompt="prompt", response="response", batch_size=8)
         module = SFT(str(tiny_model("llama")), lambda p: torch.optim.AdamW(p, lr=lr), iterations=iterations, **options)
         recorder = Recorder()
-        trainer = lightning.Trainer(
-            default_root_dir=tmp_path,
-            accelerator="cpu",
-            max_epochs=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            log_every_n_steps=1,
-            callbacks=[recorder],
-        )
+        trainer = make_trainer([recorder], max_epochs=2)
         trainer.fit(module, datamodule=data)
         return trainer, module, recorder
 
@@ -88,7 +75,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_not_batches(fit_sft, tmp_path
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_packing_changes_neither_loss_nor_step(tiny_model, tmp_path, architecture):
+def test_packing_changes_neither_loss_nor_step(tiny_model, make_trainer, tmp_path, architecture):
     file = tmp_path / "texts.jsonl"
     rows = [f"w{i} " + " ".join(["w5", "w9"] * (1 + i % 4)) for i in range(8)]
     file.write_text("\n".join(f'{{"text": "{row}"}}' for row in rows))
@@ -96,16 +83,7 @@ def test_packing_changes_neither_loss_nor_step(tiny_model, tmp_path, architectur
     for packing in (False, True):
         module = SFT(str(tiny_model(architecture)), lambda p: torch.optim.SGD(p, lr=0.1), iterations=2)
         recorder = Recorder()
-        trainer = lightning.Trainer(
-            default_root_dir=tmp_path,
-            accelerator="cpu",
-            max_epochs=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[recorder],
-        )
+        trainer = make_trainer([recorder], max_epochs=2)
         trainer.fit(module, datamodule=Demonstrations(train=str(file), batch_size=8, max_tokens=24, packing=packing))
         found.append((recorder.metrics[-1]["train/loss"], recorder.weights))
     (loss, weights), (packed_loss, packed_weights) = found

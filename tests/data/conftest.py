@@ -1,0 +1,35 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model("llama"))
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model("llama", chat=True))
+
+
+@pytest.fixture
+def make_data(tmp_path):
+    """A data module of these records in this file, set up as in a Trainer of so many processes."""
+
+    def make(kind, file, tokenizer, records, stage="fit", rank=0, world_size=1, **options):
+        path = tmp_path / file
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        data = kind(**({"train": str(path), "validation": str(path), "batch_size": 2} | options))
+        data.trainer = SimpleNamespace(
+            lightning_module=SimpleNamespace(tokenizer=tokenizer),
+            world_size=world_size,
+            global_rank=rank,
+            is_global_zero=rank == 0,
+        )
+        data.setup(stage)
+        return data
+
+    return make
