@@ -108,6 +108,7 @@ class Rollout:
     prompt_lengths: Tensor  # [B] int64
     response_lengths: Tensor  # [B] int64, the stop token included
     rollout_logprobs: Tensor  # [B, T] float32, the engine's own
+    rollout_entropy: Tensor  # [B, T] float32, likewise, of the distribution that each token was drawn from, in nats
     response_mask: Tensor  # [B, T] bool
     terminated: Tensor  # [B] bool, the actor ended the response by itself (not by the limit)
     group: Tensor  # [B] int64, which prompt of the global batch
@@ -143,6 +144,7 @@ class Rollout:
             picked,
             tokens=picked.tokens[:, :width],
             rollout_logprobs=picked.rollout_logprobs[:, :time],
+            rollout_entropy=picked.rollout_entropy[:, :time],
             response_mask=picked.response_mask[:, :time],
         )
 

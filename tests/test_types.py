@@ -21,6 +21,7 @@ def make_rollout(prompts=PROMPTS, responses=RESPONSES):
         prompt_lengths=prompt_lengths,
         response_lengths=response_lengths,
         rollout_logprobs=torch.where(mask, -torch.rand(mask.shape), 0.0),
+        rollout_entropy=torch.where(mask, torch.rand(mask.shape), 0.0),
         response_mask=mask,
         terminated=response_lengths < 4,
         group=10 + torch.arange(len(prompts)),
@@ -70,6 +71,7 @@ def test_select_cuts_to_the_longest():
     assert some.tokens.tolist() == [[101, 102, 103, 104, 105], [1, 2, 3, 4, 5]]
     assert some.response_mask.tolist() == [[True, False, False], [True, True, True]]
     assert torch.equal(some.rollout_logprobs, rollout.rollout_logprobs[[1, 0], :3])
+    assert torch.equal(some.rollout_entropy, rollout.rollout_entropy[[1, 0], :3])
     assert (some.prompt_lengths.tolist(), some.response_lengths.tolist()) == ([4, 2], [1, 3])
     assert (some.terminated.tolist(), some.group.tolist()) == ([True, True], [11, 10])
     assert some.at_responses(some.tokens)[some.response_mask].tolist() == [105, 3, 4, 5]
@@ -91,7 +93,7 @@ def test_minibatches_hold_every_row_once(count, max_tokens, with_values):
         assert rollout.tokens.shape[1] == rollout.lengths.max()
         assert rollout.response_mask.shape[1] == rollout.response_lengths.max()
         whole = experience.rollout.select(torch.tensor(rows_of(piece)))
-        for name in ("tokens", "response_mask", "rollout_logprobs", "group"):
+        for name in ("tokens", "response_mask", "rollout_logprobs", "rollout_entropy", "group"):
             assert torch.equal(getattr(rollout, name), getattr(whole, name))
         for name in ("old_logprobs", "ref_logprobs", "advantages", "returns", *(["values"] if with_values else [])):
             expected = torch.tensor(rows_of(piece))[:, None].expand(rollout.response_mask.shape).float()

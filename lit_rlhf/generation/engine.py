@@ -81,9 +81,13 @@ class Engine(ABC):
         """Draw ``sampling.responses`` responses for each prompt, prompt-major.
 
         The random numbers of a row are a function of (seed, stream, iteration, its place in the global batch).
-        ``rollout_logprobs`` are those of the whole distribution at the sampling temperature (at 1 if it is 0), before
-        top-k, top-p and the minimum length cut it: the same that the actor's own forward gives.
+        ``rollout_logprobs`` and ``rollout_entropy`` are those of the whole distribution at the sampling temperature (at
+        1 if it is 0), before top-k, top-p and the minimum length cut it: the same that the actor's own forward gives.
         """
+
+    def is_exact(self, actor: Actor) -> bool:
+        """Whether they are so to float32's precision. If not, the update starts from the actor's own forward."""
+        return False
 
 
 def find_vocabulary(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Vocabulary:
@@ -113,6 +117,7 @@ def join_responses(
     *,
     tokens: Tensor,
     logprobs: Tensor,
+    entropy: Tensor,
     lengths: Tensor,
     terminated: Tensor,
 ) -> Rollout:
@@ -124,6 +129,7 @@ def join_responses(
         pad: The padding token's id.
         tokens: [B n, T], the responses.
         logprobs: [B n, T], of their tokens.
+        entropy: [B n, T], of the distributions they were drawn from.
         lengths: [B n], tokens of each response.
         terminated: Bool [B n].
     """
@@ -141,6 +147,7 @@ def join_responses(
         prompt_lengths=prompt_mask.sum(1),
         response_lengths=lengths,
         rollout_logprobs=torch.where(response_mask, logprobs, 0.0),
+        rollout_entropy=torch.where(response_mask, entropy, 0.0),
         response_mask=response_mask,
         terminated=terminated,
         group=prompts.group.repeat_interleave(sampling.responses, 0),

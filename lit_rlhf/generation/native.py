@@ -1,15 +1,18 @@
 """Generation with the actor's own weights: texts that have ended leave the batch, and waiting ones take their place."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lit_rlhf.generation.cache import RowCache
 from lit_rlhf.generation.engine import Engine, Sampling, Vocabulary, join_responses
+from lit_rlhf.generation.packing import packed_weights
 from lit_rlhf.generation.sampling import draw
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.randomness import Stream, uniforms
@@ -31,12 +34,15 @@ class NativeEngine(Engine):
         cache_tokens: Tokens whose keys and values are held at a time, padding included, to bound the cache's memory;
             None: enough for all responses at once. The responses to one prompt are begun together, however many. The
             samples do not depend on it.
+        compile: Compile the step, for rows and columns of any number, with ``torch.compile``: meant for GPUs, where a
+            small model's step is bound by the launches of its operations. The first generation takes a minute longer.
 
     Raises:
-        ValueError: if it is not positive.
+        ValueError: if cache_tokens is not positive.
     """
 
     cache_tokens: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.cache_tokens is not None and self.cache_tokens < 1:
@@ -59,19 +65,46 @@ class NativeEngine(Engine):
             len(prompts.group)
         )
         draws = uniforms(stream, iteration, rows, sampling.max_tokens)
-        with _casts_kept(), torch.compiler.set_stance("force_eager"):  # compiled layers would adapt to every length
-            decoding = _Decoding(actor, prompts, sampling, vocabulary, draws, self.cache_tokens)
+        with _casts_kept(), self._fast_step(actor, len(rows)) as step:
+            decoding = _Decoding(actor, prompts, sampling, vocabulary, draws, self.cache_tokens, step)
             decoding.run()
         longest = int(decoding.lengths.max())
+        last = decoding.tokens.gather(1, decoding.lengths[:, None] - 1)
         return join_responses(
             prompts,
             sampling,
             vocabulary.pad,
             tokens=decoding.tokens[:, :longest],
             logprobs=decoding.logprobs[:, :longest],
+            entropy=decoding.entropy[:, :longest],
             lengths=decoding.lengths,
-            terminated=decoding.terminated,
+            terminated=(last == decoding.stop).any(1),
         )
+
+    def is_exact(self, actor: Actor) -> bool:
+        """In float32 that is not rounded to fewer digits, and with whole weights: a decoded token's numbers are rounded
+        differently, by some 1e-6.
+        """
+        whole = all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in actor.parameters())
+        rounded = torch.is_autocast_enabled(actor.model.device.type) or (
+            actor.model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        )
+        return whole and not rounded
+
+    @contextmanager
+    def _fast_step(self, actor: Actor, rows: int) -> Iterator[Callable[..., Tensor]]:
+        """`Actor.next_logits` of one token a row, compiled or with weights that are packed for it."""
+        if self.compile:
+            yield partial(_compiled_step(), actor)
+        else:  # layers that are compiled for training would adapt to every length
+            with torch.compiler.set_stance("force_eager"), packed_weights(actor.model, rows):
+                yield actor.next_logits
+
+
+@lru_cache
+def _compiled_step() -> Callable[..., Tensor]:
+    """One for all engines: what is compiled stays."""
+    return torch.compile(Actor.next_logits, dynamic=True)
 
 
 class _Decoding:
@@ -85,14 +118,16 @@ class _Decoding:
         vocabulary: Vocabulary,
         draws: Tensor,
         cache_tokens: int | None,
+        step: Callable[..., Tensor],
     ) -> None:
         device = draws.device
-        self.actor, self.prompts, self.sampling, self.draws = actor, prompts, sampling, draws
+        self.actor, self.prompts, self.sampling, self.step = actor, prompts, sampling, step
         self.stop = torch.tensor(vocabulary.stop, device=device)
-        self.tokens = torch.full_like(draws, vocabulary.pad, dtype=torch.long)  # [B n, T]
-        self.logprobs = torch.zeros_like(draws, dtype=torch.float32)
-        self.lengths = torch.zeros_like(self.tokens[:, 0])
-        self.terminated = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.draws = F.pad(draws, (0, 1))  # [B n, T + 1], and so the next three
+        self.tokens = torch.full_like(self.draws, vocabulary.pad, dtype=torch.long)
+        self.logprobs = torch.zeros_like(self.draws, dtype=torch.float32)
+        self.entropy = torch.zeros_like(self.logprobs)
+        self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.waiting = 0  # the first prompt that has not begun
         self.look_every = LOOK_EVERY_ON_CPU if device.type == "cpu" else LOOK_EVERY_ON_GPU
@@ -155,20 +190,19 @@ class _Decoding:
 
     def _draw(self, logits: Tensor) -> Tensor:
         """The next token of every row in use."""
-        response, time = self.response, self.time.clamp(max=self.sampling.max_tokens - 1)
+        longest = self.sampling.max_tokens
+        place = self.response, torch.where(self.ended, longest, self.time)  # what an ended row draws goes behind
         forbidden = None
         if self.sampling.min_tokens:
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
-            forbidden[:, self.stop] = (time < self.sampling.min_tokens)[:, None]
-        new, logprobs = draw(logits, self.draws[response, time], self.sampling, forbidden)
-        stops = torch.isin(new, self.stop) & ~self.ended
-        self.tokens[response, time] = torch.where(self.ended, self.tokens[response, time], new)
-        self.logprobs[response, time] = torch.where(self.ended, self.logprobs[response, time], logprobs)
-        self.lengths[response] += ~self.ended
-        self.terminated[response] |= stops
-        self.time = time + 1
-        self.position = self.position + ~self.ended
-        self.ended = self.ended | stops | (self.time == self.sampling.max_tokens)
+            forbidden[:, self.stop] = (self.time < self.sampling.min_tokens)[:, None]
+        new, logprobs, entropy = draw(logits, self.draws[place], self.sampling, forbidden)
+        self.tokens[place], self.logprobs[place], self.entropy[place] = new, logprobs, entropy
+        going = ~self.ended
+        self.time += going
+        self.position += going
+        self.lengths[self.response] = self.time
+        self.ended = self.ended | (new[:, None] == self.stop).any(1) | (self.time == longest)
         return new
 
     def _retire(self, new: Tensor) -> Tensor:
@@ -201,7 +235,7 @@ class _Decoding:
             self._make_room()
         self.mask[: cache.used, cache.end] = True
         seen = self.mask[: cache.used, cache.start : cache.end + 1]
-        logits = self.actor.next_logits(new[:, None], seen, self.position[:, None], cache)
+        logits = self.step(new[:, None], seen, self.position[:, None], cache)
         cache.end += 1
         return logits
 

@@ -93,7 +93,6 @@ def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> b
     return torch.allclose(together.float(), apart.float(), rtol=1e-3, atol=1e-3)
 
 
-@torch.compiler.disable
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -117,22 +116,30 @@ def _attend(
                 return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _attend_within(query, key, value, scale, sliding_window, cu_seq_lens_q, max_length_q), None
+
+
+@torch.compiler.disable  # a graph for every number of texts otherwise
+def _attend_within(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sliding_window: int | None, bounds: Tensor, longest: int
+) -> Tensor:
+    """Texts of [1, heads, N, D] one after the other, each for itself → [1, N, heads, D]."""
     groups = query.shape[1] // key.shape[1]
     if query.is_cuda and _has_varlen(query):
         half = _dtype(query)
         q, k, v = (x[0].transpose(0, 1).to(half).contiguous() for x in (query, key, value))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         out: Any = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            q, k, v, bounds, bounds, longest, longest,
             scale=scale, window_size=window, enable_gqa=groups > 1,
         )  # fmt: skip
-        return out.unsqueeze(0), None
-    lengths = cu_seq_lens_q.diff().tolist()
+        return out.unsqueeze(0)
+    lengths = bounds.diff().tolist()
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if query.device.type == "cpu" and _computes_in_half(query):
-        return _by_products(query[0] * scale, key[0], value[0], lengths, sliding_window).transpose(0, 1)[None], None
+        return _by_products(query[0] * scale, key[0], value[0], lengths, sliding_window).transpose(0, 1)[None]
     texts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([_by_sdpa(q, k, v, scale, sliding_window) for q, k, v in texts], 2).transpose(1, 2), None
+    return torch.cat([_by_sdpa(q, k, v, scale, sliding_window) for q, k, v in texts], 2).transpose(1, 2)
 
 
 def _has_varlen(query: Tensor) -> bool:

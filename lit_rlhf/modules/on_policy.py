@@ -190,7 +190,7 @@ class OnPolicy(AlignmentModule):
             completions = complete(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(completions)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
-            old_logprobs, entropy, full_kl, *values = self.measure(rollout, partial(self._actor_stats, other=full))
+            old_logprobs, entropy, full_kl, *values = self._of_actor(rollout, full)
             (ref_logprobs,) = self.measure(rollout, self._reference_logprobs)
             if self.critic is not None:
                 values = list(self.measure(rollout, self._critic_values))
@@ -284,6 +284,12 @@ class OnPolicy(AlignmentModule):
     def measure(self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor | None, ...]]) -> tuple[Any, ...]:
         """`by_micro_batch` with the update's budget of tokens."""
         return by_micro_batch(rollout, self.update.max_tokens, measure)
+
+    def _of_actor(self, rollout: Rollout, other: Actor | None = None) -> tuple[Any, ...]:
+        """`_actor_stats` of a whole rollout: the engine's own numbers where these are all, and exact."""
+        if self.engine.is_exact(self.actor) and other is None and self.actor.value_head is None:
+            return rollout.rollout_logprobs, rollout.rollout_entropy, None, None, None
+        return self.measure(rollout, partial(self._actor_stats, other=other))
 
     def _actor_stats(self, piece: Rollout, other: Actor | None = None) -> tuple[Tensor | None, ...]:
         """Log-probabilities, entropies, the full KL to another actor, and what a head on the trunk values."""
@@ -380,7 +386,7 @@ class OnPolicy(AlignmentModule):
         rewards, scores = self.scores.judge(completions)
         if batch_idx not in self.reference_scores:
             self.reference_scores[batch_idx] = self.scores.judge(self._answers(batch, self.reference, batch_idx))[1]
-        logprobs, *_ = self.measure(completions.rollout, self._actor_stats)
+        logprobs, *_ = self._of_actor(completions.rollout)
         (ref_logprobs,) = self.measure(completions.rollout, self._reference_logprobs)
         kl_to_ref = masked_sum(k1(logprobs, ref_logprobs), completions.rollout.response_mask, 1)
         measure_held_out(

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -124,13 +125,30 @@ def test_a_rollout_is_contiguous_and_right_padded(subject):
         assert rollout.terminated[row] or len(response) == LONGEST
 
 
-def test_logprobs_are_the_actors_own(subject):
-    rollout = subject.generate(top_k=10, top_p=0.9, min_tokens=2)
+@pytest.mark.parametrize("cache_tokens", [None, 150])
+def test_logprobs_and_entropies_are_the_actors_own(subject, cache_tokens):
+    engine = NativeEngine(cache_tokens)
+    assert engine.is_exact(subject.actor)
+    rollout = subject.generate(engine=engine, top_k=10, top_p=0.9, min_tokens=2)
     assert_some_end_early(rollout)
-    own = rollout.at_responses(subject.actor(rollout.tokens, rollout.scored).logprobs)
-    mask = rollout.response_mask
-    torch.testing.assert_close(rollout.rollout_logprobs[mask], own[mask], atol=1e-4, rtol=0)
-    assert rollout.rollout_logprobs.dtype == torch.float32
+    mask, stats = rollout.response_mask, subject.actor(rollout.tokens, rollout.scored)
+    for found, own in ((rollout.rollout_logprobs, stats.logprobs), (rollout.rollout_entropy, stats.entropy)):
+        assert found.dtype == torch.float32
+        assert (found[~mask] == 0).all()
+        torch.testing.assert_close(found[mask], rollout.at_responses(own)[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_not_exact(llama):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not NativeEngine().is_exact(llama.actor)
+    assert not NativeEngine().is_exact(copy.deepcopy(llama.actor).bfloat16())
+
+
+def test_a_compiled_step_draws_the_same(llama):
+    prompts = llama.prompts(count=6)
+    expected = responses(llama.generate(prompts))
+    for cache_tokens in (None, 60):
+        assert responses(llama.generate(prompts, NativeEngine(cache_tokens, compile=True))) == expected
 
 
 @pytest.mark.parametrize("n", [1, 3])

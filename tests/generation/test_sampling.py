@@ -100,10 +100,11 @@ def test_logprobs_are_those_of_the_whole_distribution(setting):
     u = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     never = torch.zeros_like(logits, dtype=torch.bool)
     never[:10, 3] = True
-    tokens, logprobs = draw(logits, u, sampling, never)
+    tokens, logprobs, entropy = draw(logits, u, sampling, never)
     assert not (tokens[:10] == 3).any()
-    expected = torch.distributions.Categorical(logits=logits / (sampling.temperature or 1.0)).log_prob(tokens)
-    torch.testing.assert_close(logprobs, expected)
+    expected = torch.distributions.Categorical(logits=logits / (sampling.temperature or 1.0))
+    torch.testing.assert_close(logprobs, expected.log_prob(tokens))
+    torch.testing.assert_close(entropy, expected.entropy())
 
 
 def test_by_hand():

@@ -1,6 +1,7 @@
 """Every estimator with every objective, and every place and estimator of the KL to the reference."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_adaptive_penalty_holds_its_target(make_module, fit):
     fit(module, [recorder], batch_size=24)
     last = [m["policy/kl_to_old_end"] for m in recorder.metrics[40:]]
     assert len(last) == 20
-    assert 0.02 / 1.5 < sum(last) / len(last) < 0.02 * 1.5
+    assert 0.02 / 1.5 < statistics.median(last) < 0.02 * 1.5  # an iteration may go far beyond it, and is answered
     assert recorder.metrics[-1]["policy/beta"] != 0.1
 
 

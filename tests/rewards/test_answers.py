@@ -14,6 +14,7 @@ def completions(responses, **columns) -> Completions:
         prompt_lengths=torch.ones(count, dtype=torch.long),
         response_lengths=torch.ones(count, dtype=torch.long),
         rollout_logprobs=torch.zeros(count, 1),
+        rollout_entropy=torch.zeros(count, 1),
         response_mask=torch.ones(count, 1, dtype=torch.bool),
         terminated=torch.ones(count, dtype=torch.bool),
         group=torch.arange(count),

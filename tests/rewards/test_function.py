@@ -65,6 +65,7 @@ def completions(responses, terminated=(True, False), **columns) -> Completions:
         prompt_lengths=torch.ones(count, dtype=torch.long),
         response_lengths=torch.ones(count, dtype=torch.long),
         rollout_logprobs=torch.zeros(count, 1),
+        rollout_entropy=torch.zeros(count, 1),
         response_mask=torch.ones(count, 1, dtype=torch.bool),
         terminated=torch.tensor(terminated),
         group=torch.arange(count),

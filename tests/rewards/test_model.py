@@ -29,6 +29,7 @@ def completions(tokenizer, prompts=PROMPTS) -> Completions:
         prompt_lengths=torch.tensor([len(s) for s in starts]),
         response_lengths=lengths,
         rollout_logprobs=torch.zeros(mask.shape),
+        rollout_entropy=torch.zeros(mask.shape),
         response_mask=mask,
         terminated=torch.tensor(TERMINATED),
         group=torch.arange(len(rows)),
