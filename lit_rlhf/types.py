@@ -219,22 +219,41 @@ class Experience:
         cut: dict[str, Any] = {k: None if v is None else v[rows][:, :time] for k, v in others.items()}
         return Experience(rollout=rollout, **cut)
 
-    def minibatches(self, count: int, max_tokens: int, generator: torch.Generator) -> Iterator[list["Experience"]]:
-        """Cut the rows, shuffled, into ``count`` minibatches, each a list of micro-batches.
+    def minibatches(
+        self, count: int, max_tokens: int, generator: torch.Generator, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list["Experience"]]:
+        """Cut the rows, shuffled, into ``count`` minibatches, each this process's share as a list of micro-batches.
 
         Args:
             count: Minibatches, each for one optimizer step; sizes differ by one row at most.
             max_tokens: Padded tokens of a micro-batch at most (a longer single row goes alone).
             generator: A CPU generator, the shuffle's only source of randomness.
+            rank: This process.
+            world_size: Processes; all of them hold the same rows.
         """
         order = torch.randperm(len(self.rollout.tokens), generator=generator)
         for rows in order.tensor_split(count):
-            yield self.select(rows.to(self.advantages.device)).micro_batches(max_tokens)
+            minibatch = self.select(rows.to(self.advantages.device))
+            yield minibatch.micro_batches(max_tokens, rank, world_size)
 
-    def micro_batches(self, max_tokens: int) -> list["Experience"]:
-        """All rows in micro-batches of similar length, of at most ``max_tokens`` padded tokens each."""
-        device = self.advantages.device
-        return [self.select(rows.to(device)) for rows in pack(self.rollout.lengths.cpu(), max_tokens)]
+    def micro_batches(self, max_tokens: int, rank: int = 0, world_size: int = 1) -> list["Experience"]:
+        """This process's share of the rows, in as many micro-batches as any other's, of similar length each.
+
+        Args:
+            max_tokens: Padded tokens of a micro-batch at most (a longer single row goes alone).
+            rank: This process.
+            world_size: Processes; all of them hold the same rows.
+        """
+        lengths, device = self.rollout.lengths.cpu(), self.advantages.device
+        groups = deal(lengths, max_tokens, world_size)[rank]
+        nothing = lengths.argmin()[None]
+        return [self.select(rows.to(device)) if len(rows) else self._uncounted(nothing.to(device)) for rows in groups]
+
+    def _uncounted(self, rows: Tensor) -> "Experience":
+        """These rows, none of whose tokens counts: work for a process that has no more, when others have."""
+        some = self.select(rows)
+        rollout = replace(some.rollout, response_mask=torch.zeros_like(some.rollout.response_mask))
+        return replace(some, rollout=rollout)
 
 
 def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[Tensor]:
@@ -262,6 +281,41 @@ def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[T
             groups.append([item])
             longest, taken = int(lengths[item]), count
     return [torch.tensor(group) for group in groups]
+
+
+def deal(lengths: Tensor, max_tokens: int, hands: int) -> list[list[Tensor]]:
+    """Deal items out to processes: about as many tokens for each, and equally many groups, as `pack` makes them.
+
+    Args:
+        lengths: [B] int64.
+        max_tokens: A group's budget.
+        hands: Processes.
+
+    Returns:
+        Each process's groups of indices, together 0 … B − 1; groups are empty where there are too few items.
+
+    >>> deal(torch.tensor([5, 1, 4, 2]), max_tokens=8, hands=2)
+    [[tensor([0]), tensor([1])], [tensor([2]), tensor([3])]]
+    """
+    held: list[list[int]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for item in torch.argsort(lengths, descending=True, stable=True).tolist():
+        least = tokens.index(min(tokens))
+        held[least].append(item)
+        tokens[least] += int(lengths[item])
+    dealt = []
+    for items in held:
+        rows = torch.tensor(items, dtype=torch.long)
+        dealt.append([rows[group] for group in pack(lengths[rows], max_tokens)])
+    most = max(len(groups) for groups in dealt)
+    for groups in dealt:
+        while len(groups) < most:
+            largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
+            if largest is None or len(groups[largest]) < 2:
+                groups.append(torch.empty(0, dtype=torch.long))
+            else:
+                groups[largest : largest + 1] = groups[largest].tensor_split(2)
+    return dealt
 
 
 def by_micro_batch(

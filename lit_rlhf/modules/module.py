@@ -147,14 +147,23 @@ class AlignmentModule(lightning.LightningModule):
         for name, value in self.summary(self.held_out.compute()).items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
+    def on_rank(self) -> tuple[int, int]:
+        """This process, and how many there are."""
+        return self.trainer.global_rank, self.trainer.world_size
+
     def synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients go over the ranks with the last micro-batch; how many there are may differ from rank to rank."""
+        """Under DDP gradients go over the ranks with the last micro-batch, under sharding with each."""
         blocked = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         return nullcontext() if last else blocked()
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
         return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
+
+    def max_over_ranks(self, *numbers: int) -> list[int]:
+        """The largest over all processes, of each."""
+        x = torch.tensor(numbers, device=self.device)
+        return (self.trainer.strategy.reduce(x, reduce_op="max") if self.trainer.world_size > 1 else x).tolist()
 
 
 def iteration_of(module: lightning.LightningModule) -> int:

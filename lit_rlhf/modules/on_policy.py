@@ -30,6 +30,7 @@ from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.modules.completions import as_records, complete
 from lit_rlhf.modules.metrics import Means, Stopwatch, deviation, measure_experience, measure_held_out, wilson_interval
 from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.modules.ranks import everyones
 from lit_rlhf.modules.update import ReferenceKL, Update, check_finite
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
@@ -91,7 +92,12 @@ class OnPolicy(AlignmentModule):
 
     @abstractmethod
     def learn(self, experience: Experience, means: Means) -> None:
-        """Update the models."""
+        """Update the models.
+
+        Args:
+            experience: Of all processes; each learns from its share of every minibatch.
+            means: Takes the metrics in.
+        """
 
     def _check(self) -> None:
         if not self.scores.rewards:
@@ -171,7 +177,7 @@ class OnPolicy(AlignmentModule):
             trajectory = self.reward(judged)
             experience = self.estimate(judged, trajectory, means)
         with watch.phase("update"), self._profile("update"):
-            self.learn(experience, means)
+            self.learn(self.gather(experience), means)
         self._finish(judged, trajectory, means, watch)
         return {"judged": judged}
 
@@ -254,6 +260,12 @@ class OnPolicy(AlignmentModule):
             reward_scale=scale,
         )
 
+    def gather(self, experience: Experience) -> Experience:
+        """The experience of all processes."""
+        if self.trainer.world_size == 1:
+            return experience
+        return everyones(experience, self.sampling.responses, self.sum_over_ranks, self.max_over_ranks)
+
     def _profile(self, phase: str) -> AbstractContextManager[Any]:
         """The phase by its name in ``--trainer.profiler``."""
         return cast(Any, self.trainer).profiler.profile(phase)
@@ -307,7 +319,7 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ losses
 
     def minibatches(self, experience: Experience) -> Iterator[list[Experience]]:
-        """The minibatches of all epochs, each a list of micro-batches."""
+        """The minibatches of all epochs, each this process's share in micro-batches."""
         if self.update.minibatches > len(experience.advantages):
             raise UserError(
                 f"model.update.minibatches is {self.update.minibatches}, but an iteration has only "
@@ -315,7 +327,11 @@ class OnPolicy(AlignmentModule):
             )
         for epoch in range(self.update.epochs):
             shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch)
-            yield from experience.minibatches(self.update.minibatches, self.update.max_tokens, shuffle)
+            yield from experience.minibatches(self.update.minibatches, self.update.max_tokens, shuffle, *self.on_rank())
+
+    def share(self, experience: Experience) -> list[Experience]:
+        """This process's share in micro-batches."""
+        return experience.micro_batches(self.update.max_tokens, *self.on_rank())
 
     def count(self, minibatch: Sequence[Experience]) -> Tensor:
         """Tokens and sequences of an optimizer step, over all ranks, [2]."""

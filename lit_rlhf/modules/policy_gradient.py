@@ -145,10 +145,13 @@ class PolicyGradient(OnPolicy):
     @torch.no_grad()
     def _follow_kl(self, experience: Experience, means: Means) -> None:
         """Measure the KL that the iteration's update ended with, and let the objective follow it."""
-        mask = experience.rollout.response_mask
-        logprobs, *_ = self.measure(experience.rollout, self._actor_stats)
-        kl, tokens = masked_sum(k3(experience.old_logprobs, logprobs), mask), mask.sum()
-        kl, tokens = self.sum_over_ranks(torch.stack([kl, tokens.to(kl.dtype)]))
+        total = torch.zeros(2, device=self.device)
+        for piece in self.share(experience):
+            mask = piece.rollout.response_mask
+            stats = self.actor(piece.rollout.tokens, piece.rollout.scored)
+            logprobs = piece.rollout.at_responses(stats.logprobs)
+            total += torch.stack([masked_sum(k3(piece.old_logprobs, logprobs), mask), mask.sum()])
+        kl, tokens = self.sum_over_ranks(total)
         means.add("policy/kl_to_old_end", kl / tokens)
         if isinstance(self.objective, KLPenalty):
             means.add("policy/beta", self.objective.beta)

@@ -186,7 +186,7 @@ class TRPO(OnPolicy):
         parameters = list(self.actor.parameters())
         start = flatten([p.detach() for p in parameters])
         assign(list(self.old.parameters()), start)
-        pieces = experience.micro_batches(self.update.max_tokens)
+        pieces = self.share(experience)
         counts = self.count(pieces)
         loss, gradient = self._gradient(pieces, counts, means)
         product = self._fisher(experience)
@@ -220,9 +220,8 @@ class TRPO(OnPolicy):
     def _fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
         """v ↦ (F + damping) v, F the mean over tokens of the Fisher matrix of the actor's distributions."""
         rows = (experience.rollout.group % self.region.fisher_every == 0).nonzero().squeeze(1)
-        pieces = experience.select(rows).micro_batches(self.update.max_tokens) if len(rows) else []
-        tokens = sum(piece.rollout.response_mask.sum() for piece in pieces)
-        tokens = self.sum_over_ranks(torch.as_tensor(tokens, dtype=torch.float32, device=self.device))
+        pieces = self.share(experience.select(rows))
+        tokens = self.count(pieces)[0]
         parameters = list(self.actor.parameters())
 
         def product(vector: Tensor) -> Tensor:
@@ -230,7 +229,8 @@ class TRPO(OnPolicy):
             with sdpa_kernel(SDPBackend.MATH):
                 for piece in pieces:
                     stats = self.actor(piece.rollout.tokens, piece.rollout.scored, self.actor)
-                    total += hessian_product(stats.full_kl.sum() / tokens, parameters, vector)
+                    kl = masked_sum(piece.rollout.at_responses(stats.full_kl), piece.rollout.response_mask)
+                    total += hessian_product(kl / tokens, parameters, vector)
             return self.sum_over_ranks(total) + self.region.damping * vector
 
         return product
@@ -241,9 +241,10 @@ class TRPO(OnPolicy):
         total = torch.zeros(2, device=self.device)
         for piece in pieces:
             loss, _ = self.policy_loss(piece, Means())
-            kl = self.old(piece.rollout.tokens, piece.rollout.scored, self.actor).full_kl
-            share = masked_sum(self.weights(piece, counts) * loss, piece.rollout.response_mask)
-            total += torch.stack([share, kl.sum() / counts[0]])
+            rollout, mask = piece.rollout, piece.rollout.response_mask
+            kl = rollout.at_responses(self.old(rollout.tokens, rollout.scored, self.actor).full_kl)
+            share = masked_sum(self.weights(piece, counts) * loss, mask)
+            total += torch.stack([share, masked_sum(kl, mask) / counts[0]])
         return self.sum_over_ranks(total)
 
     @torch.no_grad()
