@@ -5,24 +5,14 @@ Importing this module makes the names known to Lightning.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from lit_rlhf.errors import UserError
-from lit_rlhf.models.sharding import shard, wrap
+from lit_rlhf.models.sharding import shard
 
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
 
@@ -43,9 +33,7 @@ class FSDP2(ModelParallelStrategy):
     def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = True, **options: Any) -> None:
         if cpu_offload and torch.cuda.is_available():
             options.setdefault("process_group_backend", "cpu:gloo,cuda:nccl")  # norms of what lies on the CPU
-        super().__init__(
-            tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **options
-        )
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **options)
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:

@@ -17,6 +17,7 @@ import lightning
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Architecture = Literal["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
 Special = Literal["distinct", "bos_is_eos", "pad_is_eos"]
@@ -125,4 +126,7 @@ class Recorder(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep a copy of the weights, those of frozen models not."""
-        self.weights = {name: torch.clone(value) for name, value in pl_module.state_dict().items()}
+        self.weights = {
+            name: value.full_tensor() if isinstance(value, DTensor) else torch.clone(value)
+            for name, value in pl_module.state_dict().items()
+        }

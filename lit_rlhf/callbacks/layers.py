@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules.trpo import TRPO
 
 
@@ -46,17 +44,6 @@ class ActivationCheckpointing(Callback):
         for layer in decoder_layers(pl_module):
             if any(parameter.requires_grad for parameter in layer.parameters()):
                 layer.forward = partial(_recomputed, layer.forward)
-
-
-def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The decoder layers of all models of transformers in a module, each once."""
-    seen: set[int] = set()
-    for model in module.modules():
-        names = tuple(model._no_split_modules or ()) if isinstance(model, PreTrainedModel) else ()
-        for layer in model.modules() if names else ():
-            if type(layer).__name__ in names and id(layer) not in seen:
-                seen.add(id(layer))
-                yield layer
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from lit_rlhf.generation.engine import Engine, Sampling, Vocabulary, join_respon
 from lit_rlhf.generation.packing import packed_weights
 from lit_rlhf.generation.sampling import draw
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
@@ -65,7 +66,7 @@ class NativeEngine(Engine):
             len(prompts.group)
         )
         draws = uniforms(stream, iteration, rows, sampling.max_tokens)
-        with _casts_kept(), self._fast_step(actor, len(rows)) as step:
+        with gathered(actor), _casts_kept(), self._fast_step(actor, len(rows)) as step:
             decoding = _Decoding(actor, prompts, sampling, vocabulary, draws, self.cache_tokens, step)
             decoding.run()
         longest = int(decoding.lengths.max())

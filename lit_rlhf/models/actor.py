@@ -1,6 +1,6 @@
 """The language model as the trainer sees it: log-probabilities of chosen tokens, and the next token's logits."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,8 @@ from lit_rlhf.models.attention import keeps_texts_apart, last_hidden_state
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenStats:
-    """What a forward says of each chosen token; 0 at the others."""
+class TokenStats(NamedTuple):
+    """What a forward says of each chosen token; 0 at the others. A tuple, so that FSDP sees the tensors in it."""
 
     logprobs: Tensor  # [B, S] float32, of the token at each place given those before it
     entropy: Tensor  # [B, S] float32, of the distribution it was drawn from, in nats
@@ -67,7 +66,7 @@ class Actor(nn.Module):
         """
         real = chosen.flip(1).cummax(1).values.flip(1)  # what stands behind a row's last chosen token is never seen
         real[:, 0] = True
-        hidden = self.hidden(tokens, real, positions)
+        hidden = last_hidden_state(self.model.base_model, tokens, real, positions)
         predicted = chosen[:, 1:]
         states, targets, kl = hidden[:, :-1][predicted], tokens[:, 1:][predicted], None
         if other is None:

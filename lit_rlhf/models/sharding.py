@@ -1,6 +1,6 @@
 """Models whose weights, gradients and optimizer state are spread over processes, each holding its share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -111,10 +111,6 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
             named = [*model.named_parameters(remove_duplicate=False)] if torch.distributed.get_rank() == 0 else []
             return {name.replace("_fsdp_wrapped_module.", ""): weight.detach().cpu().clone() for name, weight in named}
     if isinstance(model, FSDPModule):
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[arg-type]
+        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return state
     return model.state_dict()
-
-
-def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients, those of other processes' shares included, []."""
-    raise NotImplementedError

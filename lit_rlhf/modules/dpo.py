@@ -20,6 +20,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.roles import load_roles
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PreferenceBatch, PromptBatch
@@ -105,7 +106,7 @@ class DPO(PreferenceModule):
             temperature=self.sampling.temperature or 1.0,
             value_grad_scale=1.0,
         )
-        self.actor, self.reference = roles.actor, roles.reference
+        self.actor, self.reference = self.shard(roles.actor), self.shard(roles.reference)
         self.train(self.training)
 
     @cached_property
@@ -132,21 +133,23 @@ class DPO(PreferenceModule):
             return
         loader: Any = self.trainer.train_dataloader
         table = torch.zeros(len(loader.records), 2, device=self.device)
-        for number, batch in enumerate(loader.once(whole=True)):
-            self.check_batch(batch)
-            table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
-            if number % self.trainer.world_size != self.trainer.global_rank:
-                continue
-            for piece in batch.to(self.device).micro_batches(self.max_tokens):
-                found = piece.by_ranking(self.reference(piece.tokens, piece.scored).logprobs.sum(1))
-                table[piece.number, : found.shape[1]] = found
+        with gathered(self.reference):
+            for number, batch in enumerate(loader.once(whole=True)):
+                self.check_batch(batch)
+                table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
+                if number % self.trainer.world_size != self.trainer.global_rank:
+                    continue
+                for piece in batch.to(self.device).micro_batches(self.max_tokens):
+                    found = piece.by_ranking(self.reference(piece.tokens, piece.scored).logprobs.sum(1))
+                    table[piece.number, : found.shape[1]] = found
         self._cached = self.sum_over_ranks(table)
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """The held-out preferences, and the KL on responses that the actor draws to their prompts."""
         super().validation_step(batch, batch_idx)
-        if not all(batch.prompts):
+        (without,) = self.max_over_ranks(sum(not prompt for prompt in batch.prompts))
+        if without:
             return
         tokens, mask = left_pad(batch.prompts, self.vocabulary.pad)
         prompts = PromptBatch(
@@ -159,9 +162,10 @@ class DPO(PreferenceModule):
         rollout = self.engine.generate(
             self.actor, prompts, self.sampling, self.vocabulary, stream=Stream.VALIDATION, iteration=0
         )
-        ours, theirs = (
-            rollout.at_responses(model(rollout.tokens, rollout.scored).logprobs)
-            for model in (self.actor, self.reference)
-        )
+        with gathered(self.actor, self.reference):
+            ours, theirs = (
+                rollout.at_responses(model(rollout.tokens, rollout.scored).logprobs)
+                for model in (self.actor, self.reference)
+            )
         self.held_out.add("kl_to_ref", masked_sum(k1(ours, theirs), rollout.response_mask, 1))
         self.held_out.add("length", rollout.response_lengths)

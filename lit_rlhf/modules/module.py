@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import lightning
 import torch
-from torch import Tensor
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
@@ -16,6 +17,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.update import clip_gradients
+from lit_rlhf.strategies import FSDP2
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -147,6 +150,19 @@ class AlignmentModule(lightning.LightningModule):
         for name, value in self.summary(self.held_out.compute()).items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
+    def shard(self, model: nn.Module) -> Any:
+        """The model as the strategy wants it: spread over the processes, or as it is.
+
+        Raises:
+            UserError: for a strategy that would have to know how, and does not.
+        """
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if isinstance(strategy, FSDP2):
+            return strategy.shard(model)
+        if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+            raise UserError(f"trainer.strategy: {type(strategy).__name__} shards nothing here; take fsdp2")
+        return model
+
     def on_rank(self) -> tuple[int, int]:
         """This process, and how many there are."""
         return self.trainer.global_rank, self.trainer.world_size
@@ -155,6 +171,11 @@ class AlignmentModule(lightning.LightningModule):
         """Under DDP gradients go over the ranks with the last micro-batch, under sharding with each."""
         blocked = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         return nullcontext() if last else blocked()
+
+    def clip(self, optimizer: Any, max_norm: float | None) -> Tensor:
+        """Clip the gradient norm of an optimizer's parameters, over all ranks, and return what it was, []."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return clip_gradients(parameters, max_norm)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -25,8 +25,9 @@ from lit_rlhf.generation.engine import Vocabulary, find_vocabulary
 from lit_rlhf.models.actor import Actor, TokenStats
 from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
 from lit_rlhf.models.loading import ModelSource
-from lit_rlhf.models.roles import load_roles
+from lit_rlhf.models.roles import Roles, load_roles
 from lit_rlhf.models.scoring import ScalarModel
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.modules.completions import as_records, complete
 from lit_rlhf.modules.metrics import Means, Stopwatch, deviation, measure_experience, measure_held_out, wilson_interval
 from lit_rlhf.modules.module import AlignmentModule
@@ -48,6 +49,9 @@ class OnPolicy(AlignmentModule):
     """
 
     batch_type = PromptBatch
+    shards_actor: ClassVar[bool] = True
+    """Whether a strategy that shards may do so with the actor."""
+
     critic: ScalarModel | None  # there from configure_model on; None: no critic, or a head on the actor
     reference: Actor  # likewise, frozen
 
@@ -141,8 +145,17 @@ class OnPolicy(AlignmentModule):
             temperature=self.sampling.temperature,
             value_grad_scale=self.value_grad_scale,
         )
-        self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
+        self.place(roles)
         self.train(self.training)
+
+    def place(self, roles: Roles) -> None:
+        """Put the models where the strategy wants them."""
+        self.actor = self.shard(roles.actor) if self.shards_actor else roles.actor
+        self.reference = self.shard(roles.reference)
+        self.critic = None if roles.critic is None else self.shard(roles.critic)
+        for reward in self.scores.rewards:
+            if isinstance(reward, RewardModel) and reward.model is not None:
+                reward.model = self.shard(reward.model)
 
     def configure_optimizers(self) -> Any:
         """The actor's optimizer and, with a critic, the critic's; each with its schedule, if any."""
@@ -176,7 +189,8 @@ class OnPolicy(AlignmentModule):
             judged = self.judge(rollout, batch)
             trajectory = self.reward(judged)
             experience = self.estimate(judged, trajectory, means)
-        with watch.phase("update"), self._profile("update"):
+        compared = self.reference if self.reference_kl.is_full else None
+        with watch.phase("update"), self._profile("update"), gathered(compared):
             self.learn(self.gather(experience), means)
         self._finish(judged, trajectory, means, watch)
         return {"judged": judged}
@@ -197,9 +211,9 @@ class OnPolicy(AlignmentModule):
             rewards, scores = self.scores.judge(completions)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
             old_logprobs, entropy, full_kl, *values = self._of_actor(rollout, full)
-            (ref_logprobs,) = self.measure(rollout, self._reference_logprobs)
+            (ref_logprobs,) = self.measure(rollout, self._reference_logprobs, self.reference)
             if self.critic is not None:
-                values = list(self.measure(rollout, self._critic_values))
+                values = list(self.measure(rollout, self._critic_values, self.critic))
         return Judged(
             rollout=rollout,
             completions=completions,
@@ -293,15 +307,18 @@ class OnPolicy(AlignmentModule):
 
     # ---------------------------------------------------------------- forwards
 
-    def measure(self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor | None, ...]]) -> tuple[Any, ...]:
-        """`by_micro_batch` with the update's budget of tokens."""
-        return by_micro_batch(rollout, self.update.max_tokens, measure)
+    def measure(
+        self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor | None, ...]], *models: nn.Module | None
+    ) -> tuple[Any, ...]:
+        """`by_micro_batch` with the update's budget of tokens, and with these models whole on each process."""
+        with gathered(*models):
+            return by_micro_batch(rollout, self.update.max_tokens, measure)
 
     def _of_actor(self, rollout: Rollout, other: Actor | None = None) -> tuple[Any, ...]:
         """`_actor_stats` of a whole rollout: the engine's own numbers where these are all, and exact."""
         if self.engine.is_exact(self.actor) and other is None and self.actor.value_head is None:
             return rollout.rollout_logprobs, rollout.rollout_entropy, None, None, None
-        return self.measure(rollout, partial(self._actor_stats, other=other))
+        return self.measure(rollout, partial(self._actor_stats, other=other), self.actor, other)
 
     def _actor_stats(self, piece: Rollout, other: Actor | None = None) -> tuple[Tensor | None, ...]:
         """Log-probabilities, entropies, the full KL to another actor, and what a head on the trunk values."""
@@ -403,7 +420,7 @@ class OnPolicy(AlignmentModule):
         if batch_idx not in self.reference_scores:
             self.reference_scores[batch_idx] = self.scores.judge(self._answers(batch, self.reference, batch_idx))[1]
         logprobs, *_ = self._of_actor(completions.rollout)
-        (ref_logprobs,) = self.measure(completions.rollout, self._reference_logprobs)
+        (ref_logprobs,) = self.measure(completions.rollout, self._reference_logprobs, self.reference)
         kl_to_ref = masked_sum(k1(logprobs, ref_logprobs), completions.rollout.response_mask, 1)
         measure_held_out(
             self.held_out, completions.rollout, scores, self.reference_scores[batch_idx], rewards, kl_to_ref

@@ -14,9 +14,10 @@ from lit_rlhf.algorithms.masked import masked_mean, masked_sum
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective, probability_ratio
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.loading import ModelSource
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.modules.metrics import Means
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.update import ReferenceKL, Update, check_finite, clip_gradients
+from lit_rlhf.modules.update import ReferenceKL, Update, check_finite
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
 
@@ -118,7 +119,7 @@ class PolicyGradient(OnPolicy):
         if self.update.target_kl is not None and kl_to_old > self.update.target_kl:
             return False
         for name, optimizer in self.optimizers_by_name().items():
-            means.add(f"{name}/grad_norm", clip_gradients(self.trained()[name], self.update.clip_grad_norm))
+            means.add(f"{name}/grad_norm", self.clip(optimizer, self.update.clip_grad_norm))
             optimizer.step()
         return True
 
@@ -146,11 +147,12 @@ class PolicyGradient(OnPolicy):
     def _follow_kl(self, experience: Experience, means: Means) -> None:
         """Measure the KL that the iteration's update ended with, and let the objective follow it."""
         total = torch.zeros(2, device=self.device)
-        for piece in self.share(experience):
-            mask = piece.rollout.response_mask
-            stats = self.actor(piece.rollout.tokens, piece.rollout.scored)
-            logprobs = piece.rollout.at_responses(stats.logprobs)
-            total += torch.stack([masked_sum(k3(piece.old_logprobs, logprobs), mask), mask.sum()])
+        with gathered(self.actor):
+            for piece in self.share(experience):
+                mask = piece.rollout.response_mask
+                stats = self.actor(piece.rollout.tokens, piece.rollout.scored)
+                logprobs = piece.rollout.at_responses(stats.logprobs)
+                total += torch.stack([masked_sum(k3(piece.old_logprobs, logprobs), mask), mask.sum()])
         kl, tokens = self.sum_over_ranks(total)
         means.add("policy/kl_to_old_end", kl / tokens)
         if isinstance(self.objective, KLPenalty):

@@ -13,9 +13,10 @@ from torchmetrics.classification import BinaryCalibrationError
 from lit_rlhf.algorithms.preferences import bradley_terry, plackett_luce
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource
+from lit_rlhf.models.sharding import gathered, is_sharded
 from lit_rlhf.modules.metrics import Means, Stopwatch, deviation
 from lit_rlhf.modules.module import AlignmentModule
-from lit_rlhf.modules.update import check_finite, clip_gradients
+from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import PreferenceBatch
 
 
@@ -94,14 +95,19 @@ class PreferenceModule(AlignmentModule):
         optimizer.zero_grad()
         count = self.sum_over_ranks(torch.tensor(float(len(batch.mask)), device=self.device))
         pieces = batch.micro_batches(self.max_tokens)
-        for number, piece in enumerate(pieces, start=1):
+        most = self.max_over_ranks(len(pieces))[0] if is_sharded(self.get_submodule(self.role)) else len(pieces)
+        for number in range(most):
+            piece = pieces[min(number, len(pieces) - 1)]
             scores = piece.by_ranking(self.scores(piece))
             loss = self.loss(scores, piece)
             check_finite(loss=loss.mean())
-            self.measure(scores.detach(), loss.detach(), piece, means)
-            with self.synchronized(number == len(pieces)):
+            if number < len(pieces):
+                self.measure(scores.detach(), loss.detach(), piece, means)
+            else:  # other processes have more work, and sharded weights need us all
+                loss = loss * 0.0
+            with self.synchronized(number == most - 1):
                 self.manual_backward(loss.sum() / count * self.trainer.world_size)
-        means.add("grad_norm", clip_gradients(self.trained_parameters(), self.clip_grad_norm))
+        means.add("grad_norm", self.clip(optimizer, self.clip_grad_norm))
         means.add("lr", optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
@@ -154,18 +160,22 @@ class PreferenceModule(AlignmentModule):
         and ``accuracy_if_shorter`` are the model's where the better response is the longer, or the shorter; ``ece`` is
         the expected calibration error of the probability that the one ahead wins.
         """
-        for piece in batch.micro_batches(self.max_tokens):
-            responses = self.scores(piece)
-            scores = piece.by_ranking(responses)
-            self.measure(scores, self.loss(scores, piece), piece, self.held_out)
-            ahead, longer = pairs(scores, piece)
-            won = _won(ahead)
-            self.held_out.add("accuracy_of_length", _won(longer))
-            self.held_out.add("accuracy_if_longer", won[longer > 0])
-            self.held_out.add("accuracy_if_shorter", won[longer < 0])
-            self.held_out.add("score", responses)
-            self.held_out.add("score_squared", responses.double() ** 2)
-            self.calibration.update(*_claims(ahead))
+        with gathered(*self.children()):
+            for piece in batch.micro_batches(self.max_tokens):
+                self._validate(piece)
+
+    def _validate(self, piece: PreferenceBatch) -> None:
+        responses = self.scores(piece)
+        scores = piece.by_ranking(responses)
+        self.measure(scores, self.loss(scores, piece), piece, self.held_out)
+        ahead, longer = pairs(scores, piece)
+        won = _won(ahead)
+        self.held_out.add("accuracy_of_length", _won(longer))
+        self.held_out.add("accuracy_if_longer", won[longer > 0])
+        self.held_out.add("accuracy_if_shorter", won[longer < 0])
+        self.held_out.add("score", responses)
+        self.held_out.add("score_squared", responses.double() ** 2)
+        self.calibration.update(*_claims(ahead))
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """As ``validation_step``."""

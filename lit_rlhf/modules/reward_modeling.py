@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.scoring import ScalarModel, load_critic, to_classifier
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.types import PreferenceBatch
 
@@ -65,7 +66,7 @@ class RewardModeling(PreferenceModule):
     def configure_model(self) -> None:
         """Load the model; Lightning calls it, more than once."""
         if not self.is_configured:
-            self.reward = load_critic(self.source, "model.reward", bias=False)
+            self.reward = self.shard(load_critic(self.source, "model.reward", bias=False))
             self.train(self.training)
 
     def trained_model(self) -> PreTrainedModel:
@@ -87,10 +88,11 @@ class RewardModeling(PreferenceModule):
     @torch.no_grad()
     def _measure_training_set(self) -> None:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for batch in self.trainer.train_dataloader.once():  # type: ignore[union-attr]
-            for piece in batch.to(self.device).micro_batches(self.max_tokens):
-                scores = self.scores(piece).double()
-                sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
+        with gathered(self.reward):
+            for batch in self.trainer.train_dataloader.once():  # type: ignore[union-attr]
+                for piece in batch.to(self.device).micro_batches(self.max_tokens):
+                    scores = self.scores(piece).double()
+                    sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
         count, total, squares = self.sum_over_ranks(sums)
         self.score_mean.copy_(total / count)
         self.score_std.copy_((squares / count - self.score_mean**2).clamp(min=0).sqrt())

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_rlhf.algorithms.masked import masked_mean
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import DemonstrationBatch
@@ -49,7 +50,7 @@ class SFT(AlignmentModule):
     def configure_model(self) -> None:
         """Load the model; Lightning calls it, more than once."""
         if not self.is_configured:
-            self.actor = Actor(load_model(self.source, "causal", "model.actor"))
+            self.actor = self.shard(Actor(load_model(self.source, "causal", "model.actor")))
             self.train(self.training)
 
     def configure_optimizers(self) -> Any:
@@ -70,7 +71,8 @@ class SFT(AlignmentModule):
         """
         super().on_train_batch_start(batch, batch_idx)
         if batch.positions is not None and not self._keeps_apart:
-            self.actor.check_packing()
+            with gathered(self.actor):
+                self.actor.check_packing()
             self._keeps_apart = True
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:

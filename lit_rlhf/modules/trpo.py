@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -28,9 +29,10 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
+from lit_rlhf.models.sharding import is_sharded
 from lit_rlhf.modules.metrics import Means
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.update import ReferenceKL, Update, check_finite, clip_gradients
+from lit_rlhf.modules.update import ReferenceKL, Update, check_finite
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
 
@@ -86,7 +88,8 @@ class TRPO(OnPolicy):
     and the backward of both: as long as 14 forwards (measured: a Llama of 5 layers, 180 tokens, CPU); there are
     ``cg_iterations`` + 1 of them, over 1 / ``fisher_every`` of the responses. Each step of the line search takes 3
     forwards. With the defaults that is some 50 forwards an iteration, where PPO's 4 epochs of the actor take 14.
-    Memory: no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size. In the
+    Memory: no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size; under fsdp2
+    every process holds all of these whole, and its share of the other models. In the
     products attention is PyTorch's plain form (others cannot be differentiated twice), so that a micro-batch holds
     [heads, S, S] for each row and layer: lower ``update.max_tokens`` if that is too much.
 
@@ -115,6 +118,7 @@ class TRPO(OnPolicy):
         UserError: for settings that do not fit together, and in ``configure_model`` for models that do not load.
     """
 
+    shards_actor = False  # what is sharded cannot be differentiated twice
     old: Actor  # there from configure_model on: frozen, the policy that drew the responses
 
     def __init__(
@@ -262,13 +266,15 @@ class TRPO(OnPolicy):
     def _step_critic(self, minibatch: Sequence[Experience], means: Means) -> None:
         counts = self.count(minibatch)
         (optimizer,), parameters = self.optimizers_by_name().values(), self.trained()["value"]
-        gradient = torch.zeros_like(flatten(parameters))
+        sharded = is_sharded(cast(nn.Module, self.critic))  # then backward takes the mean over the ranks; else we add
+        optimizer.zero_grad()
         for piece in minibatch:
             loss = self.weights(piece, counts) * self.value_loss(piece, None, means) * self.update.value_coef
             loss = masked_sum(loss, piece.rollout.response_mask)
-            gradient += flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
-        gradient = self.sum_over_ranks(gradient)
-        for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
-        means.add("value/grad_norm", clip_gradients(parameters, self.update.clip_grad_norm))
+            with self.synchronized(last=False):
+                self.manual_backward(loss * self.trainer.world_size if sharded else loss)
+        if not sharded:
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            assign(found, self.sum_over_ranks(flatten(found)))
+        means.add("value/grad_norm", self.clip(optimizer, self.update.clip_grad_norm))
         optimizer.step()

@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lit_rlhf.algorithms.kl import k1, k2, k3
-from lit_rlhf.algorithms.masked import Aggregation
+from lit_rlhf.algorithms.masked import Aggregation, Reduce
 from lit_rlhf.errors import UserError
 
 
@@ -119,12 +120,23 @@ def check_finite(**values: Tensor) -> None:
             )
 
 
-def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
-    """Clip the parameters' gradient norm in place, and return what it was.
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None, reduce: Reduce | None = None) -> Tensor:
+    """Clip the parameters' gradient norm in place, and return what it was, [].
+
+    Args:
+        parameters: Those of one optimizer.
+        max_norm: The largest norm; None: unbounded.
+        reduce: Sums a tensor over all ranks, where each holds a share that torch does not know to be one (FSDP1).
 
     Raises:
         UserError: if it is not finite.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf if max_norm is None else max_norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if reduce is not None:
+        norm = reduce(norm.square()).sqrt()
     check_finite(gradient_norm=norm)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

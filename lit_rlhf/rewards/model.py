@@ -11,6 +11,7 @@ from lit_rlhf.data.tokenize import chat_tokens, ended
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.rewards.reward import Reward
 from lit_rlhf.types import Completions, Prompt, pack
 
@@ -68,10 +69,11 @@ class RewardModel(Reward):
             tokens, lengths = _tokenize(self.retokenizer, completions)
             tokens, lengths = tokens.to(rollout.tokens.device), lengths.to(rollout.tokens.device)
         scores = torch.empty(len(tokens), device=tokens.device)
-        for rows in pack(lengths.cpu(), self.max_tokens):
-            rows = rows.to(tokens.device)
-            some = tokens[rows, : int(lengths[rows].max())]
-            scores[rows] = self.model(some, lengths[rows]).gather(1, lengths[rows, None] - 1).squeeze(1)
+        with gathered(self.model):
+            for rows in pack(lengths.cpu(), self.max_tokens):
+                rows = rows.to(tokens.device)
+                some = tokens[rows, : int(lengths[rows].max())]
+                scores[rows] = self.model(some, lengths[rows]).gather(1, lengths[rows, None] - 1).squeeze(1)
         mean, deviation = self.scale
         return (scores - mean) / deviation
 

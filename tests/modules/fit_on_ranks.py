@@ -1,6 +1,6 @@
-"""One iteration of each case on as many processes as torchrun starts; rank 0 saves weights and metrics.
+"""Every case on as many processes as torchrun starts; rank 0 saves weights and metrics.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py MODEL REFERENCE PROMPTS OUT
+python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py STRATEGY MODEL REFERENCE REWARD PROMPTS OUT
 """
 
 import os
@@ -14,9 +14,11 @@ import torch
 from lit_rlhf import (
     DPO,
     GAE,
+    SFT,
     TRPO,
     AdaptiveKL,
     Clip,
+    Demonstrations,
     GroupNormalized,
     KLPenalty,
     LeaveOneOut,
@@ -25,6 +27,7 @@ from lit_rlhf import (
     Prompts,
     ReferenceKL,
     RewardFunction,
+    RewardModel,
     RewardModeling,
     Sampling,
     ScoreShaping,
@@ -48,16 +51,24 @@ def rankings():
     return [{"prompt": "w1 w2", "responses": [f" {t}" for t in row[: 2 + i % 3]]} for i, row in enumerate(texts)]
 
 
+def texts():
+    return [{"text": " ".join(r["responses"])} for r in rankings()]
+
+
 def sgd(parameters):
     """At learning rate 1 the step is the gradient."""
     return torch.optim.SGD(parameters, lr=1.0)
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-4, fused=True)
 
 
 def one_step(**options):
     return Update(epochs=1, minibatches=1, max_tokens=64, clip_grad_norm=None, entropy_coef=0.01, **options)
 
 
-def cases(actor, reference):
+def cases(actor, reference, scorer):
     common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(f"{__file__}:low_words")]}
     steps = {"actor_optimizer": sgd, "critic_optimizer": sgd}
     several = Sampling(max_tokens=12, responses=2)
@@ -112,31 +123,43 @@ def cases(actor, reference):
     )  # fmt: skip
     yield "trpo", lambda: TRPO(**common, critic_optimizer=sgd, sampling=Sampling(max_tokens=12), update=one_step())
 
+    yield "three", lambda: PolicyGradient(
+        **{**common, "iterations": 3, "rewards": [RewardModel(scorer, max_tokens=64)]},
+        critic="reward",
+        actor_optimizer=adam,
+        critic_optimizer=adam,
+        sampling=Sampling(max_tokens=12),
+        update=Update(epochs=3, minibatches=3, max_tokens=64, target_kl=0.02, entropy_coef=0.01),
+    )  # fmt: skip
     again = {"optimizer": sgd, "iterations": 1, "max_tokens": 64, "clip_grad_norm": None}
     yield "reward", lambda: RewardModeling(reward=actor, **again)
+    yield "sft", lambda: SFT(actor=actor, optimizer=sgd, iterations=1)
     yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
 
 
-def main(actor, reference, prompts, out):
+def main(strategy, actor, reference, scorer, prompts, out):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
     found = {}
-    for name, make in cases(actor, reference):
+    for name, make in cases(actor, reference, scorer):
         recorder = Recorder()
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=int(os.environ["WORLD_SIZE"]),
-            strategy="ddp",
+            strategy=strategy,
             max_epochs=-1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            inference_mode=False,
             default_root_dir=os.path.dirname(out),
             callbacks=[recorder],
         )
-        data = Prompts(train=prompts, batch_size=24)
+        data = Prompts(train=prompts, batch_size=10 if name == "three" else 24)
+        if name == "sft":
+            data = Demonstrations(train=f"{__file__}:texts", batch_size=10)
         if name in ("reward", "dpo"):
             data = Preferences(train=f"{__file__}:rankings", batch_size=12)
         trainer.fit(make(), datamodule=data)
