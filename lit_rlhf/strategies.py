@@ -5,16 +5,20 @@ Importing this module makes the names known to Lightning.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
-from lit_rlhf.models.sharding import shard
-
-HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
+from lit_rlhf.checkpoints import by_name, read_checkpoint
+from lit_rlhf.models.sharding import shard, wrap
 
 
 class FSDP2(ModelParallelStrategy):
@@ -57,9 +61,86 @@ class FSDP2(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.model is not None
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.root_device))
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(self.root_device)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """A folder takes an older one's place when it is whole."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        part, old = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.old")
+        if self.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)
+        self.barrier()
+        super().save_checkpoint(checkpoint, part, storage_options)
+        if self.is_global_zero:
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A folder, or one file of any strategy, whatever the number of processes it was saved on."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        checkpoint = read_checkpoint(path, weights_only is not False)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        here = self.model.state_dict()
+        weights = {name: _like(value, here[name]) for name, value in checkpoint.pop("state_dict").items()}
+        self.model.load_state_dict(weights, strict=self.lightning_module.strict_loading)
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            named = by_name(state, _names(self.model, optimizer))
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=options)
+        return checkpoint
 
 
+def _like(whole: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, spread as another one is."""
+    if not isinstance(there, DTensor):
+        return whole
+    return distribute_tensor(whole.to(there.device), there.device_mesh, there.placements)
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """The names of an optimizer's parameters, by group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+class FSDP(FSDPStrategy):
+    """The same by FSDP1, each model wrapped by itself. Take `FSDP2` unless something else asks for FSDP1.
+
+    Args:
+        cpu_offload: Keep the shares in the CPU's memory, and update them there.
+        options: Lightning's.
+    """
+
+    def __init__(self, cpu_offload: bool = False, **options: Any) -> None:
+        super().__init__(cpu_offload=cpu_offload, **options)
+
+    def setup_environment(self) -> None:
+        """Batches stay as they are: Lightning casts the numbers in them, and refuses frozen dataclasses."""
+        super().setup_environment()
+        self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """The model wrapped, and spread over the processes."""
+        options: dict[str, Any] = {"cpu_offload": self.cpu_offload, "sharding_strategy": self.sharding_strategy}
+        if self.precision_plugin.precision == "bf16-mixed":
+            options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return wrap(model, device_id=self.root_device, **options)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """The models are wrapped already; what is beside them goes to the device."""
+        return model if self.cpu_offload.offload_params else model.to(self.root_device)
+
+
+StrategyRegistry.register("fsdp", FSDP, description="the same by FSDP1", override=True)
 StrategyRegistry.register("fsdp2", FSDP2, description="every process holds its share of all models (FSDP2)")

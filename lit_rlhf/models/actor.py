@@ -71,8 +71,9 @@ class Actor(nn.Module):
         states, targets, kl = hidden[:, :-1][predicted], tokens[:, 1:][predicted], None
         if other is None:
             rows = chunk_rows(self.model.config.vocab_size, tokens.device)
-            head = list(self.model.get_output_embeddings().parameters())
-            logprobs, entropy = logprobs_and_entropy(self._scaled_logits, head, states, targets, rows)
+            head = self.model.get_output_embeddings()
+            weights = [x for x in (head.weight, getattr(head, "bias", None)) if x is not None]
+            logprobs, entropy = logprobs_and_entropy(self._scaled_logits, weights, states, targets, rows)
         else:
             with torch.no_grad():
                 others = hidden.detach() if other is self else other.hidden(tokens, real, positions)

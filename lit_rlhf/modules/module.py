@@ -18,7 +18,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.modules.metrics import Means
 from lit_rlhf.modules.update import clip_gradients
-from lit_rlhf.strategies import FSDP2
+from lit_rlhf.strategies import FSDP, FSDP2
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -157,7 +157,7 @@ class AlignmentModule(lightning.LightningModule):
             UserError: for a strategy that would have to know how, and does not.
         """
         strategy = None if self._trainer is None else self._trainer.strategy
-        if isinstance(strategy, FSDP2):
+        if isinstance(strategy, FSDP2 | FSDP):
             return strategy.shard(model)
         if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
             raise UserError(f"trainer.strategy: {type(strategy).__name__} shards nothing here; take fsdp2")
@@ -175,7 +175,8 @@ class AlignmentModule(lightning.LightningModule):
     def clip(self, optimizer: Any, max_norm: float | None) -> Tensor:
         """Clip the gradient norm of an optimizer's parameters, over all ranks, and return what it was, []."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        return clip_gradients(parameters, max_norm)
+        spread = isinstance(self.trainer.strategy, FSDP)
+        return clip_gradients(parameters, max_norm, self.sum_over_ranks if spread else None)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum over all processes."""

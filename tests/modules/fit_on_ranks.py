@@ -1,6 +1,7 @@
 """Every case on as many processes as torchrun starts; rank 0 saves weights and metrics.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py STRATEGY MODEL REFERENCE REWARD PROMPTS OUT
+python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py STRATEGY ACTOR REFERENCE REWARD \
+    PROMPTS OUT
 """
 
 import os
@@ -34,6 +35,7 @@ from lit_rlhf import (
     Update,
     VanillaPG,
 )
+from lit_rlhf.strategies import FSDP
 from lit_rlhf.testing import Recorder
 
 warnings.filterwarnings("ignore")
@@ -146,7 +148,7 @@ def main(strategy, actor, reference, scorer, prompts, out):
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=int(os.environ["WORLD_SIZE"]),
-            strategy=strategy,
+            strategy=FSDP() if strategy == "fsdp" else strategy,  # Lightning takes that name on GPUs alone
             max_epochs=-1,
             logger=False,
             enable_checkpointing=False,
@@ -165,7 +167,7 @@ def main(strategy, actor, reference, scorer, prompts, out):
         trainer.fit(make(), datamodule=data)
         timed = ("time/", "perf/")
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
-        found[name] = {"weights": recorder.weights, "metrics": metrics}
+        found[name] = {"weights": recorder.weights, "metrics": metrics, "steps": trainer.global_step}
     if os.environ["RANK"] == "0":
         torch.save(found, out)
     torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""The loss and its gradients do not depend on how the rows are spread over processes (gloo, real ones)."""
+"""Weights and metrics do not depend on the number of processes, nor on how the models lie on them (gloo, real ones)."""
 
 import subprocess
 import sys
@@ -7,29 +7,44 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo", "reward", "dpo")
+CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo", "three", "reward", "sft", "dpo")
+RUNS = (("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4), ("fsdp", 2))
 
 
 @pytest.fixture(scope="module")
 def found(tiny_model, prompt_file, tmp_path_factory):
-    """Weights and metrics after an iteration on 1, 2 and 4 processes."""
+    """Weights and metrics of every case, on one process and in each of the runs."""
     folder = tmp_path_factory.mktemp("ranks")
-    for count in (1, 2, 4):
+    models = [
+        str(tiny_model("llama")),
+        str(tiny_model("llama", seed=1)),
+        str(tiny_model("llama", task="score", seed=2)),
+    ]
+    results = {}
+    for strategy, count in (("ddp", 1), *RUNS):
+        out = folder / f"{strategy}-{count}.pt"
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        words += [str(Path(__file__).with_name("fit_on_ranks.py")), str(tiny_model("llama"))]
-        words += [str(tiny_model("llama", seed=1)), str(prompt_file), str(folder / f"{count}.pt")]
+        words += [str(Path(__file__).with_name("fit_on_ranks.py")), strategy, *models, str(prompt_file), str(out)]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    return {count: torch.load(folder / f"{count}.pt") for count in (1, 2, 4)}
+        results[strategy, count] = torch.load(out)
+    return results
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("count", [2, 4])
-def test_same_gradient_on_several_processes(found, case, count):
-    alone, spread = found[1][case], found[count][case]
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+def test_same_weights_on_several_processes(found, case, run):
+    alone, spread = found["ddp", 1][case], found[run][case]
+    assert spread["steps"] == alone["steps"]
+    assert spread["weights"].keys() == alone["weights"].keys()
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(spread["weights"][name], weight, rtol=1e-6, atol=1e-6, msg=f"{case} {name}")
     assert spread["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-5)
+
+
+def test_early_stop(found):
+    """Some of the 3 iterations, each of 3 epochs of 3 steps of two optimizers, are stopped by the KL, not at once."""
+    assert 3 * 2 < found["ddp", 1]["three"]["steps"] < 3 * 9 * 2
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -37,7 +52,7 @@ def test_the_iteration_changed_the_weights(found, tiny_model, case):
     from safetensors.torch import load_file
 
     start = load_file(Path(tiny_model("llama")) / "model.safetensors")["model.norm.weight"]
-    weights = found[1][case]["weights"]
+    weights = found["ddp", 1][case]["weights"]
     if case == "reward":  # the head is 0 at first, so the first gradient is the head's alone
         assert weights["reward.head.weight"].abs().max() > 1e-4
     else:
