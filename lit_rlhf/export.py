@@ -13,17 +13,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import lit_rlhf
+from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, load_tokenizer
-from lit_rlhf.models.scoring import ScalarModel, load_critic, to_classifier
+from lit_rlhf.models.scoring import ScalarModel, load_critic, to_classifier, under
 
 Role = Literal["actor", "critic", "reward"]
 
 
-def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Weights (safetensors), configuration, generation configuration, tokenizer and model card."""
-    model.save_pretrained(folder)
+def save_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Weights (safetensors), configuration, generation configuration, tokenizer and model card.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where.
+        card: The model card, in Markdown.
+        weights: The model's whole ``state_dict``; None: what it holds.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -51,7 +66,7 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
         there = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))) or "none"
         raise UserError(f"there is no checkpoint {path}; in {run / 'checkpoints'} there are: {there}")
     options = yaml.safe_load(config_file.read_text(encoding="utf-8")).get("model", {}).get("init_args", {})
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = read_checkpoint(path)["state_dict"]
     own: Role = "reward" if "reward" in options else "actor"
     role = role or own
     source = _source(options, own, config_file)
@@ -129,7 +144,7 @@ def _scalar(
 
 
 def _under(prefix: str, state: dict[str, Tensor], path: Path, role: str) -> dict[str, Tensor]:
-    weights = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    weights = under(prefix, state)
     if not weights:
         raise UserError(f"{path} holds no {role}")
     return weights

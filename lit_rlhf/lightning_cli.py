@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import lit_rlhf.modules  # noqa: F401 (imported, so that short class names resolve)
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint, MetricsFile, Predictions, ProgressBar, Samples
+from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
@@ -98,11 +99,12 @@ class CLI(LightningCLI):
             move_aside(Path(folder))
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """The bar is a default callback; ``--trainer.enable_progress_bar false`` takes it out."""
+        """Checkpoints are read as files and as folders; ``--trainer.enable_progress_bar false`` takes the bar out."""
         if self._get(self.config_init, "trainer").enable_progress_bar is False:
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, ProgressBar)]
-        return super().instantiate_trainer(**kwargs)
+        plugins = [p for p in _as_list(self._get(self.config_init, "trainer").plugins) if p is not None]
+        return super().instantiate_trainer(plugins=[*plugins, AnyCheckpoint()], **kwargs)
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; what they refuse is the user's mistake."""

@@ -126,9 +126,10 @@ class FSDP(FSDPStrategy):
         super().__init__(cpu_offload=cpu_offload, **options)
 
     def setup_environment(self) -> None:
-        """Batches stay as they are: Lightning casts the numbers in them, and refuses frozen dataclasses."""
+        """Batches and buffers keep their types: Lightning would cast them, and refuses frozen dataclasses."""
         super().setup_environment()
-        self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        for name in ("convert_input", "convert_module"):
+            setattr(self.precision_plugin, name, lambda it: it)
 
     def shard(self, model: nn.Module) -> nn.Module:
         """The model wrapped, and spread over the processes."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning
 
 from lit_rlhf.export import model_card, save_folder
+from lit_rlhf.models.sharding import whole_state
 from lit_rlhf.modules.module import AlignmentModule
 
 
@@ -19,9 +20,11 @@ class ExportAtEnd(lightning.Callback):
         self.name = name
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write it."""
+        """Write it, from one process; the others give their shares."""
         assert isinstance(pl_module, AlignmentModule)
+        weights = whole_state(pl_module.get_submodule(pl_module.role))
         if trainer.is_global_zero:
             run = Path(trainer.default_root_dir)
             card = model_card(run, pl_module.role, int(pl_module.iteration))
-            save_folder(pl_module.trained_model(), pl_module.tokenizer, run / self.name, card)
+            model, weights = pl_module.trained_model(weights)
+            save_folder(model, pl_module.tokenizer, run / self.name, card, weights)

@@ -1,5 +1,6 @@
 """Models with a scalar head: the critic (a value after every token) and the reward model (a score after the last)."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -40,7 +41,7 @@ class ScalarModel(nn.Module):
         if lengths is not None:
             real &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         hidden = last_hidden_state(self.trunk, tokens, real)
-        return self.head(hidden).squeeze(-1).float()
+        return self.head(hidden).squeeze(-1).float().clone()  # no view: FSDP puts a hook on it
 
 
 def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
@@ -85,11 +86,18 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
     return ScalarModel(model.base_model, new_value_head(model, bias))
 
 
-def to_classifier(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def to_classifier(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
     """The same as a sequence classifier of transformers with one label, which scores the last token.
 
     Where padding and end of text are one token, the classifier takes one unpadded row at a time. It has no bias: a
     critic's is stored in ``config.value_bias``, to be added to what the classifier says.
+
+    Args:
+        scalar: The model.
+        tokenizer: Its tokenizer.
+        weights: Its whole ``state_dict``; None: what it holds.
 
     Raises:
         UserError: if transformers has no sequence classifier of this architecture.
@@ -101,16 +109,21 @@ def to_classifier(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> Pr
     for name in ("score_mean", "score_std"):  # of the model that it was trained from
         if hasattr(config, name):
             delattr(config, name)
-    bias = getattr(scalar.head, "bias", None)
-    if bias is not None:
-        config.value_bias = float(bias.detach())
+    weights = scalar.state_dict() if weights is None else weights
+    if "head.bias" in weights:
+        config.value_bias = float(weights["head.bias"])
     try:
         model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"transformers has no sequence classifier for {config.model_type}") from error
-    model.base_model.load_state_dict(scalar.trunk.state_dict())
-    model.score.load_state_dict({"weight": scalar.head.weight})
+    model.base_model.load_state_dict(under("trunk.", weights))
+    model.score.load_state_dict({"weight": weights["head.weight"]})
     return model.eval()
+
+
+def under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()

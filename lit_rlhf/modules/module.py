@@ -16,6 +16,7 @@ from typing_extensions import Self
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
+from lit_rlhf.models.scoring import under
 from lit_rlhf.modules.metrics import Means
 from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
@@ -64,9 +65,13 @@ class AlignmentModule(lightning.LightningModule):
         """Whether the models are loaded; Lightning calls ``configure_model`` more than once."""
         return self.role in self._modules
 
-    def trained_model(self) -> PreTrainedModel:
-        """What a run is for, as transformers saves it."""
-        return self.actor.model
+    def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """What a run is for, as transformers saves it: a model, and the weights to save.
+
+        Args:
+            weights: The trained model's whole ``state_dict``.
+        """
+        return self.actor.model, under("model.", weights)
 
     def train(self, mode: bool = True) -> Self:
         """Set this module's mode, but the models stay in eval mode: dropout is off in every stage."""

@@ -69,12 +69,12 @@ class RewardModeling(PreferenceModule):
             self.reward = self.shard(load_critic(self.source, "model.reward", bias=False))
             self.train(self.training)
 
-    def trained_model(self) -> PreTrainedModel:
+    def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """A sequence classifier that knows its scores' mean and deviation."""
-        model = to_classifier(self.reward, self.tokenizer)
+        model = to_classifier(self.reward, self.tokenizer, weights)
         if torch.isfinite(self.score_mean):
             model.config.score_mean, model.config.score_std = float(self.score_mean), float(self.score_std)
-        return model
+        return model, model.state_dict()
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """The number after each response's last token, [N]."""
