@@ -20,6 +20,7 @@ from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
+from lit_rlhf.lost_processes import together
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -128,22 +129,23 @@ def run(args: Sequence[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _quieten()
-    CLI(
-        lightning.LightningModule,
-        lightning.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-        trainer_defaults={
-            **TRAINER_DEFAULTS,
-            "callbacks": [MetricsFile(), Predictions(), ProgressBar(), ExportAtEnd()],
-        },
-        seed_everything_default=42,
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": "lit-rlhf"},
-        args=None if args is None else list(args),
-    )
+    with together():
+        CLI(
+            lightning.LightningModule,
+            lightning.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            trainer_defaults={
+                **TRAINER_DEFAULTS,
+                "callbacks": [MetricsFile(), Predictions(), ProgressBar(), ExportAtEnd()],
+            },
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "lit-rlhf"},
+            args=None if args is None else list(args),
+        )
 
 
 def check_config_files(words: Sequence[str]) -> None:

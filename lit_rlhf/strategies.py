@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
@@ -31,13 +31,13 @@ class FSDP2(ModelParallelStrategy):
     Args:
         cpu_offload: Keep the shares in the CPU's memory, and update them there.
         save_distributed_checkpoint: Each process writes its share into a folder; False: process 0 writes one file.
-        options: Lightning's.
     """
 
-    def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = True, **options: Any) -> None:
-        if cpu_offload and torch.cuda.is_available():
-            options.setdefault("process_group_backend", "cpu:gloo,cuda:nccl")  # norms of what lies on the CPU
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **options)
+    def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = True) -> None:
+        both = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None  # norms of what is offloaded
+        super().__init__(
+            tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=both
+        )
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
@@ -119,11 +119,11 @@ class FSDP(FSDPStrategy):
 
     Args:
         cpu_offload: Keep the shares in the CPU's memory, and update them there.
-        options: Lightning's.
+        state_dict_type: ``full``: process 0 writes one file; ``sharded``: each process its share into a folder.
     """
 
-    def __init__(self, cpu_offload: bool = False, **options: Any) -> None:
-        super().__init__(cpu_offload=cpu_offload, **options)
+    def __init__(self, cpu_offload: bool = False, state_dict_type: Literal["full", "sharded"] = "full") -> None:
+        super().__init__(cpu_offload=cpu_offload, state_dict_type=state_dict_type)
 
     def setup_environment(self) -> None:
         """Batches and buffers keep their types: Lightning would cast them, and refuses frozen dataclasses."""

@@ -8,7 +8,8 @@ import yaml
 from lit_rlhf.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+OVERLAYS = sorted((CONFIGS / "strategy").glob("*.yaml"))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -23,6 +24,21 @@ def test_recipe(recipe, capsys):
     lines = recipe.read_text().splitlines()
     assert 15 <= len(lines) <= 40
     assert any(line.startswith("#   lit-rlhf fit --config") for line in lines[:4])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_strategy(overlay, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(CONFIGS / "ppo.yaml"), "--config", str(overlay), "--print_config"])
+    assert exit_.value.code == 0
+    whole = yaml.safe_load(capsys.readouterr().out)
+    strategy = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]
+    if isinstance(strategy, dict):
+        assert strategy["init_args"].items() <= whole["trainer"]["strategy"]["init_args"].items()
+    else:
+        assert whole["trainer"]["strategy"] == strategy
+    assert whole["trainer"]["default_root_dir"] == "runs/ppo"
+    assert any(str(overlay.relative_to(CONFIGS.parent)) in line for line in overlay.read_text().splitlines()[:3])
 
 
 def test_gsm8k_recipe_runs_with_a_tiny_model_and_a_local_file(tiny_model, tmp_path, monkeypatch):

@@ -1,0 +1,145 @@
+"""Runs on several processes: resumed on another number of them, exactly resumed, killed; their memory."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_rlhf.checkpoints import read_checkpoint
+
+REWARD = """
+import os, signal
+calls = 0
+
+def reward(responses):
+    global calls
+    calls += 1
+    here = os.environ.get("LOCAL_RANK", "0") == os.environ.get("KILL_RANK")
+    if here and calls == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [len(set(response.split())) / 10 for response in responses]
+"""
+ITERATIONS = 5
+
+
+@pytest.fixture(scope="module")
+def fit(tiny_model, prompt_file, tmp_path_factory):
+    """Run the command; the folder of runs is its attribute."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "reward.py").write_text(REWARD)
+
+    def run(name: str, strategy: str, processes: int, *more: str, check: bool = True, **environment: str):
+        words = [
+            *("fit", "--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))),
+            '--model.rewards=[{"class_path": "RewardFunction", "init_args": {"function": "reward.py:reward"}}]',
+            *("--model.iterations", str(ITERATIONS), "--model.sampling.max_tokens", "10"),
+            *("--model.scores.normalize", "true", "--model.update.epochs", "2", "--model.update.minibatches", "2"),
+            *("--model.actor_optimizer", "AdamW", "--model.actor_optimizer.lr", "0.001"),
+            *("--model.critic_optimizer", "AdamW", "--model.critic_optimizer.lr", "0.01"),
+            *("--model.actor_scheduler", "ExponentialLR", "--model.actor_scheduler.gamma", "0.9"),
+            *("--data", "Prompts", "--data.train", str(prompt_file), "--data.batch_size", "11"),
+            *("--trainer.default_root_dir", name, "--trainer.accelerator", "cpu"),
+            *("--trainer.strategy", strategy, "--trainer.devices", str(processes)),
+            *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n", "2"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "lit_rlhf.cli", *words, *more],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    run.folder = folder
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(fit):
+    """Uninterrupted runs, which keep the checkpoint of iteration 3, by strategy and number of processes."""
+    for strategy, processes in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
+        fit(f"{strategy}-{processes}", strategy, processes, "--checkpoint.keep_every_n", "3")
+    return fit.folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    return [{k: float(v) for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def last(folder: Path) -> dict:
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+def assert_close(one: Path, two: Path) -> None:
+    assert len(metrics(one)) == len(metrics(two)) == ITERATIONS
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    first, second = last(one), last(two)
+    for name, weight in first["state_dict"].items():
+        torch.testing.assert_close(second["state_dict"][name], weight, rtol=1e-5, atol=1e-5, msg=name)
+    for one_state, two_state in zip(first["optimizer_states"], second["optimizer_states"], strict=True):
+        for number, values in one_state["state"].items():
+            torch.testing.assert_close(two_state["state"][number], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "strategy", "processes"),
+    [("fsdp2-2", "auto", 1), ("fsdp2-2", "fsdp2", 4), ("auto-1", "fsdp2", 2), ("auto-1", "ddp", 2)],
+)
+def test_resumed_on_another_number_of_processes(whole, fit, before, strategy, processes):
+    saved = whole / before / "checkpoints" / "iteration-000003.ckpt"
+    assert saved.is_dir() == (before == "fsdp2-2")
+    name = f"{before}-on-{processes}-{strategy}"
+    shutil.copytree(whole / before, whole / name)
+    fit(name, strategy, processes, "--ckpt_path", str(saved))
+    assert_close(whole / "auto-1", whole / name)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_killed_process_ends_the_run_which_resumes_exactly(whole, fit, strategy):
+    """The killed run ends soon, in one line; resumed on as many processes it ends with the same bits."""
+    name, rank = f"{strategy}-killed", "1" if strategy == "ddp" else "0"
+    start = time.monotonic()
+    killed = fit(name, strategy, 2, check=False, KILL_RANK=rank)
+    assert time.monotonic() - start < 60
+    assert killed.returncode == (-signal.SIGKILL if rank == "0" else 1)
+    assert "lit-rlhf: error: another process of this run is gone" in killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert len(metrics(whole / name)) == 3
+    fit(name, strategy, 2, "--ckpt_path", "last")
+    assert metrics(whole / name) == metrics(whole / f"{strategy}-2")
+    one, two = last(whole / name)["state_dict"], last(whole / f"{strategy}-2")["state_dict"]
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_export_reads_the_folder(whole):
+    from transformers import AutoModelForCausalLM
+
+    from lit_rlhf.export import export
+
+    exported = AutoModelForCausalLM.from_pretrained(export(whole / "fsdp2-2", out=whole / "exported")).state_dict()
+    at_end = AutoModelForCausalLM.from_pretrained(whole / "fsdp2-2" / "export").state_dict()
+    weights = last(whole / "fsdp2-2")["state_dict"]
+    for name, value in exported.items():
+        assert torch.equal(value, weights[f"actor.model.{name}"])
+        assert torch.equal(value, at_end[name])
+
+
+def test_an_incomplete_folder_is_refused(whole, tmp_path):
+    from lit_rlhf import UserError
+
+    shutil.copytree(whole / "fsdp2-2" / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt" / "meta.pt").unlink()
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        read_checkpoint(tmp_path / "last.ckpt")
