@@ -1,5 +1,6 @@
 """Checkpoints of any strategy, read by one process: a file, or a folder with each process's share."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,22 @@ def _renamed(optimizer: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
     }
 
 
+def remove(path: Path) -> None:
+    """A file, a folder, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class AnyCheckpoint(TorchCheckpointIO):
-    """Lets strategies that do not shard resume from a folder too."""
+    """Lets strategies that do not shard resume from a folder too, and put a file in its place."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """One file."""
+        if Path(path).is_dir():
+            remove(Path(path))
+        super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """See `read_checkpoint`."""

@@ -5,7 +5,6 @@ Importing this module makes the names known to Lightning.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecis
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from lit_rlhf.checkpoints import by_name, read_checkpoint
+from lit_rlhf.checkpoints import by_name, read_checkpoint, remove
 from lit_rlhf.models.sharding import shard, wrap
 
 
@@ -73,14 +72,15 @@ class FSDP2(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         part, old = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.old")
         if self.is_global_zero:
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
+            remove(old)
         self.barrier()
         super().save_checkpoint(checkpoint, part, storage_options)
         if self.is_global_zero:
             if path.exists():
                 path.rename(old)
             part.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def fit(tiny_model, prompt_file, tmp_path_factory):
             *("--model.iterations", str(ITERATIONS), "--model.sampling.max_tokens", "10"),
             *("--model.scores.normalize", "true", "--model.update.epochs", "2", "--model.update.minibatches", "2"),
             *("--model.actor_optimizer", "AdamW", "--model.actor_optimizer.lr", "0.001"),
+            *("--model.actor_optimizer.eps", "1e-4"),
             *("--model.critic_optimizer", "AdamW", "--model.critic_optimizer.lr", "0.01"),
+            *("--model.critic_optimizer.eps", "1e-4"),
             *("--model.actor_scheduler", "ExponentialLR", "--model.actor_scheduler.gamma", "0.9"),
             *("--data", "Prompts", "--data.train", str(prompt_file), "--data.batch_size", "11"),
             *("--trainer.default_root_dir", name, "--trainer.accelerator", "cpu"),
@@ -143,3 +145,17 @@ def test_an_incomplete_folder_is_refused(whole, tmp_path):
     (tmp_path / "last.ckpt" / "meta.pt").unlink()
     with pytest.raises(UserError, match="not a whole checkpoint"):
         read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_each_process_holds_its_share(tiny_model, prompt_file, tmp_path):
+    """All tensors alive at an iteration's end: four models, the gradients and optimizer state of two."""
+    held = {}
+    for strategy, processes in (("ddp", 1), ("fsdp2", 2)):
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        words += [str(Path(__file__).with_name("bytes_on_ranks.py")), strategy, str(tiny_model()), str(prompt_file)]
+        done = subprocess.run([sys.executable, *words, str(tmp_path)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        held[processes] = [int(path.read_text()) for path in sorted(tmp_path.glob(f"{processes}-*"))]
+    (alone,) = held[1]
+    assert len(held[2]) == 2
+    assert max(held[2]) < alone / 2 * 1.05 + 2**19

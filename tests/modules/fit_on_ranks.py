@@ -1,7 +1,7 @@
 """Every case on as many processes as torchrun starts; rank 0 saves weights and metrics.
 
 python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py STRATEGY ACTOR REFERENCE REWARD \
-    PROMPTS OUT
+    PROMPTS OUT [CASE]
 """
 
 import os
@@ -139,15 +139,18 @@ def cases(actor, reference, scorer):
     yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
 
 
-def main(strategy, actor, reference, scorer, prompts, out):
+def main(strategy, actor, reference, scorer, prompts, out, only=None):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
     found = {}
     for name, make in cases(actor, reference, scorer):
+        if only not in (None, name):
+            continue
         recorder = Recorder()
         trainer = lightning.Trainer(
             accelerator="cpu",
-            devices=int(os.environ["WORLD_SIZE"]),
+            devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+            num_nodes=int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]),
             strategy=FSDP() if strategy == "fsdp" else strategy,  # Lightning takes that name on GPUs alone
             max_epochs=-1,
             logger=False,
