@@ -35,6 +35,7 @@ _PUBLIC = {
         "Update",
     ),
     "rewards": ("ExactAnswer", "NumericAnswer", "Reward", "RewardFunction", "RewardModel", "ScoreShaping"),
+    "strategies": ("FSDP", "FSDP2"),
     "types": ("Completions", "Estimates", "Experience", "Judged", "PromptBatch", "Rollout", "Trajectory"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

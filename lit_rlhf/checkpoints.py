@@ -27,7 +27,7 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
         UserError: for a folder that is no whole checkpoint.
     """
     if not path.is_dir():
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     if not (path / REST).is_file():
         raise UserError(f"{path} is not a whole checkpoint: it has no {REST}")
     state: dict[str, Any] = {}

@@ -159,10 +159,12 @@ class AlignmentModule(lightning.LightningModule):
         """The model as the strategy wants it: spread over the processes, or as it is.
 
         Raises:
-            UserError: for a strategy that would have to know how, and does not.
+            UserError: for a strategy that would have to know how, and does not, and in inference mode.
         """
         strategy = None if self._trainer is None else self._trainer.strategy
         if isinstance(strategy, FSDP2 | FSDP):
+            if self.trainer.validate_loop.inference_mode:  # it leaves tensors that cannot be trained on later
+                raise UserError("trainer.inference_mode must be false where models are sharded, not true")
             return strategy.shard(model)
         if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
             raise UserError(f"trainer.strategy: {type(strategy).__name__} shards nothing here; take fsdp2")
