@@ -3,13 +3,15 @@
     python benchmarks/ours_ppo.py MODELS [--iterations 4] [--response 256] [--precision bf16-mixed] [--critic shared]
 
 One iteration: 64 prompts of 32 tokens, one response each of at most --response tokens, 4 epochs of 4 minibatches;
-actor, critic, reference and reward model are of one shape. The first iteration warms up and is not counted.
+actor, critic, reference and reward model are of one shape. The first iteration warms up and is not counted. Started by
+torchrun, it runs on as many processes, and process 0 prints.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import os
 import statistics
 import sys
 import time
@@ -23,6 +25,7 @@ parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--responses", type=int, default=1)
 parser.add_argument("--response", type=int, default=256)
 parser.add_argument("--precision", default="32-true")
+parser.add_argument("--strategy", default="auto")
 parser.add_argument("--critic", choices=("separate", "shared"), default="separate")
 parser.add_argument("--max-tokens", type=int, default=8192)
 parser.add_argument("--compile", action="store_true")
@@ -70,6 +73,10 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = lightning.Trainer(
             accelerator="auto",
+            devices=int(os.environ.get("WORLD_SIZE", "1")),
+            strategy=options.strategy,
+            inference_mode=False,
+            use_distributed_sampler=False,
             callbacks=[watch, *([CompileLayers()] if options.compile else [])],
             precision=options.precision,
             logger=False,
@@ -78,6 +85,11 @@ def main() -> None:
             enable_model_summary=False,
         )
         trainer.fit(module, datamodule=Prompts(train=f"{models}/prompts.jsonl", batch_size=options.batch))
+    if trainer.world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if not trainer.is_global_zero:
+        return
     counted = watch.iterations[1:] or watch.iterations
     middle = {k: statistics.median(i[k] for i in counted) for k in counted[0]}
     json.dump(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -15,7 +15,7 @@ from lit_rlhf.generation.engine import Engine, Sampling, Vocabulary, join_respon
 from lit_rlhf.generation.packing import packed_weights
 from lit_rlhf.generation.sampling import draw
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.sharding import gathered
+from lit_rlhf.models.sharding import gathered, is_sharded
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
@@ -83,14 +83,14 @@ class NativeEngine(Engine):
         )
 
     def is_exact(self, actor: Actor) -> bool:
-        """In float32 that is not rounded to fewer digits, and with whole weights: a decoded token's numbers are rounded
-        differently, by some 1e-6.
+        """In float32 that is not rounded to fewer digits, and where no strategy sees to another precision. A decoded
+        token's numbers are then rounded differently, by some 1e-6.
         """
-        whole = all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in actor.parameters())
-        rounded = torch.is_autocast_enabled(actor.model.device.type) or (
-            actor.model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        kind = actor.model.device.type
+        rounded = torch.is_autocast_enabled(kind) or (
+            kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
         )
-        return whole and not rounded
+        return not rounded and not is_sharded(actor) and all(p.dtype == torch.float32 for p in actor.parameters())
 
     @contextmanager
     def _fast_step(self, actor: Actor, rows: int) -> Iterator[Callable[..., Tensor]]:
