@@ -45,7 +45,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = str(write_models(Path(folder), mean_length=64.0))
         words = (models, "--iterations", str(options.iterations), "--precision", options.precision)
-        words += ("--max-tokens", "2048")
         alone = None
         for strategy, processes in (("auto", 1), ("ddp", options.processes), ("fsdp2", options.processes)):
             found = run(strategy, processes, *words)

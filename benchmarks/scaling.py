@@ -2,19 +2,22 @@
 
     python benchmarks/scaling.py
 
-Each line doubles one thing. The exponent is the slope of log time over log size, by least squares; 1 is linear.
+Each line doubles one thing. The exponent is the slope of log time over log size, by least squares; 1 is linear. That of
+the operations (floor.py) is beside it: the products of attention grow with the square of a text's length.
 """
 
 import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from floor import operations
 from models import write_models
 
 HERE = Path(__file__).resolve().parent
@@ -28,8 +31,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def seconds(setting: dict[str, Any]) -> tuple[float, int]:
-    """The median of an iteration, and its response tokens."""
+def measure(setting: dict[str, Any]) -> tuple[float, float, float]:
+    """An iteration's seconds (the median), its response tokens, and its operations."""
     with tempfile.TemporaryDirectory() as folder:
         shape = {name: setting[name] for name in ("hidden", "layers", "vocabulary", "mean_length")}
         models = write_models(Path(folder), **shape)
@@ -38,30 +41,34 @@ def seconds(setting: dict[str, Any]) -> tuple[float, int]:
         done = subprocess.run(
             [sys.executable, str(HERE / "ours_ppo.py"), *words], capture_output=True, text=True, env=os.environ
         )
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return found["median"], sum(found["response_tokens"]) // len(found["response_tokens"])
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        counted = [sum(operations(models / "policy", 32, lengths, epochs=1).values()) for lengths in found["lengths"]]
+    return found["median"], statistics.mean(found["response_tokens"]), statistics.mean(counted)
+
+
+def exponent(sizes: list[float], measured: list[float]) -> float:
+    """The slope of a line through the logarithms, by least squares."""
+    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in measured]).slope
 
 
 def main() -> None:
     """Measure, and print a table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("| | sizes | seconds an iteration | exponent |\n|---|---|---|---|")
+    print("| | sizes | seconds an iteration | exponent | of the operations |\n|---|---|---|---|---|")
     for name, settings in SWEEPS.items():
-        sizes, times = [], []
+        sizes, times, floors = [], [], []
         for setting in settings:
-            took, tokens = seconds(BASE | setting)
+            took, tokens, counted = measure(BASE | setting)
             grown = list(setting.values())[-1 if len(setting) == 1 else 1]
+            share = 4096 / tokens if "mean 64" in name else 1.0  # random lengths: for as many tokens
             sizes.append(float(grown))
-            times.append(took)
-            if "mean 64" in name:
-                times[-1] = took / tokens * 4096  # random lengths: for as many tokens
-        x, y = [math.log(size) for size in sizes], [math.log(time) for time in times]
-        mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-        slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+            times.append(took * share)
+            floors.append(counted * share)
         shown = ", ".join(f"{size:.0f}" for size in sizes), ", ".join(f"{time:.2f}" for time in times)
-        print(f"| {name} | {shown[0]} | {shown[1]} | {slope:.2f} |", flush=True)
+        slopes = f"{exponent(sizes, times):.2f} | {exponent(sizes, floors):.2f}"
+        print(f"| {name} | {shown[0]} | {shown[1]} | {slopes} |", flush=True)
 
 
 if __name__ == "__main__":
