@@ -3,7 +3,7 @@
     python benchmarks/generation.py [--repeats 3] [--precision bf16]
 
 64 prompts of 32 tokens with responses of geometric length (mean 64, at most 256), and all of 128 tokens; then 8
-responses to each of 8 prompts of 512 tokens. Prints medians of tokens per second, and ratios to ``generate``.
+responses to each of 2 prompts of 512 tokens. Prints medians of tokens per second, and ratios to ``generate``.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from lit_rlhf.types import PromptBatch
 SETTINGS = {  # mean length, longest response, prompts, tokens of each, responses to each
     "geometric lengths": (64.0, 256, 64, 32, 1),
     "all of 128 tokens": (1e9, 128, 64, 32, 1),
-    "8 responses to prompts of 512 tokens": (64.0, 256, 8, 512, 8),
+    "8 responses to prompts of 512 tokens": (64.0, 256, 2, 512, 8),
 }
 
 

