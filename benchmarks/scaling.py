@@ -36,7 +36,7 @@ def measure(setting: dict[str, Any]) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         shape = {name: setting[name] for name in ("hidden", "layers", "vocabulary", "mean_length")}
         models = write_models(Path(folder), **shape)
-        words = [str(models), "--iterations", "3", "--epochs", "1", "--minibatches", "2"]
+        words = [str(models), "--iterations", "3", "--epochs", "1", "--minibatches", "2", "--max-tokens", "2048"]
         words += ["--batch", str(setting["batch"]), "--response", str(setting["response"])]
         done = subprocess.run(
             [sys.executable, str(HERE / "ours_ppo.py"), *words], capture_output=True, text=True, env=os.environ
