@@ -12,6 +12,7 @@ import lightning
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils import logging as transformers_logging
 
 import lit_rlhf.modules  # noqa: F401 (imported, so that short class names resolve)
@@ -105,7 +106,9 @@ class CLI(LightningCLI):
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, ProgressBar)]
         plugins = [p for p in _as_list(self._get(self.config_init, "trainer").plugins) if p is not None]
-        return super().instantiate_trainer(plugins=[*plugins, AnyCheckpoint()], **kwargs)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AnyCheckpoint())
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; what they refuse is the user's mistake."""

@@ -3,11 +3,8 @@
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from lit_rlhf.errors import UserError
 
@@ -15,6 +12,10 @@ GONE = (
     "another process of this run is gone: killed, out of memory, or stopped by an error that it tells itself; "
     "--ckpt_path last goes on from the last checkpoint"
 )
+LAUNCHER = "LIT_RLHF_LAUNCHER"
+"""Environment variable: the first process of a run, which starts the others."""
+CLOSED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say when they lose another process."""
 
 
 @contextmanager
@@ -24,18 +25,25 @@ def together() -> Iterator[None]:
     Raises:
         UserError: if another process is gone.
     """
-    if "LOCAL_RANK" in os.environ:  # started by Lightning or torchrun, which may be killed
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    done = threading.Event()
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(LAUNCHER) == str(os.getppid()):
+        threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()
+    first = os.environ.setdefault(LAUNCHER, str(os.getpid())) == str(os.getpid())
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistBackendError) or "gloo/transport" in str(error):
-            raise UserError(f"{GONE} ({' '.join(str(error).split())[:200]})") from error
+        if any(words in str(error) for words in CLOSED):
+            raise UserError(f"{GONE} ({' '.join(str(error).split())})") from error
         raise
+    finally:
+        done.set()
+        if first:
+            os.environ.pop(LAUNCHER, None)
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, done: threading.Event) -> None:
     while os.getppid() == parent:
-        time.sleep(1.0)
+        if done.wait(1.0):
+            return
     print(f"lit-rlhf: error: {GONE}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -6,7 +6,7 @@ Importing this module makes the names known to Lightning.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
@@ -63,6 +63,8 @@ class FSDP2(ModelParallelStrategy):
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)
+        if self.lightning_module is not None:
+            self.lightning_module._device = self.root_device  # as .to() would have it
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """A folder takes an older one's place when it is whole."""
@@ -70,7 +72,8 @@ class FSDP2(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        part, old = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.old")
+        # while neither has its name, Lightning takes the old one for the last: its name begins like it
+        part, old = path.with_name("being-written"), path.with_name(f"{path.name}.old")
         if self.is_global_zero:
             remove(part)
             remove(old)
@@ -92,7 +95,7 @@ class FSDP2(ModelParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         here = self.model.state_dict()
-        weights = {name: _like(value, here[name]) for name, value in checkpoint.pop("state_dict").items()}
+        weights = {name: _like(value, here.get(name)) for name, value in checkpoint.pop("state_dict").items()}
         self.model.load_state_dict(weights, strict=self.lightning_module.strict_loading)
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             named = by_name(state, _names(self.model, optimizer))
@@ -101,7 +104,7 @@ class FSDP2(ModelParallelStrategy):
         return checkpoint
 
 
-def _like(whole: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+def _like(whole: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
     """A whole tensor, spread as another one is."""
     if not isinstance(there, DTensor):
         return whole
@@ -115,15 +118,12 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 class FSDP(FSDPStrategy):
-    """The same by FSDP1, each model wrapped by itself. Take `FSDP2` unless something else asks for FSDP1.
-
-    Args:
-        cpu_offload: Keep the shares in the CPU's memory, and update them there.
-        state_dict_type: ``full``: process 0 writes one file; ``sharded``: each process its share into a folder.
+    """The same by FSDP1, each model wrapped by itself, with checkpoints of one file. Take `FSDP2` unless something else
+    asks for FSDP1.
     """
 
-    def __init__(self, cpu_offload: bool = False, state_dict_type: Literal["full", "sharded"] = "full") -> None:
-        super().__init__(cpu_offload=cpu_offload, state_dict_type=state_dict_type)
+    def __init__(self) -> None:
+        super().__init__(state_dict_type="full")
 
     def setup_environment(self) -> None:
         """Batches and buffers keep their types: Lightning would cast them, and refuses frozen dataclasses."""
@@ -133,14 +133,14 @@ class FSDP(FSDPStrategy):
 
     def shard(self, model: nn.Module) -> nn.Module:
         """The model wrapped, and spread over the processes."""
-        options: dict[str, Any] = {"cpu_offload": self.cpu_offload, "sharding_strategy": self.sharding_strategy}
+        options: dict[str, Any] = {"sharding_strategy": self.sharding_strategy}
         if self.precision_plugin.precision == "bf16-mixed":
             options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         return wrap(model, device_id=self.root_device, **options)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """The models are wrapped already; what is beside them goes to the device."""
-        return model if self.cpu_offload.offload_params else model.to(self.root_device)
+        return model.to(self.root_device)
 
 
 StrategyRegistry.register("fsdp", FSDP, description="the same by FSDP1", override=True)

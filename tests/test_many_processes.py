@@ -125,6 +125,22 @@ def test_killed_process_ends_the_run_which_resumes_exactly(whole, fit, strategy)
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_predictions_of_all_processes(whole, prompt_file):
+    """In the order of the file, as one process writes them."""
+    found = {}
+    for processes in (1, 2):
+        words = ["predict", "--config", "ddp-2/config.yaml", "--ckpt_path", "auto-1/checkpoints/last.ckpt"]
+        words += ["--data.predict", str(prompt_file), "--trainer.devices", str(processes)]
+        words += ["--trainer.default_root_dir", f"predicted-{processes}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "lit_rlhf.cli", *words], cwd=whole, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = (whole / f"predicted-{processes}" / "predictions.jsonl").read_text()
+    assert len(found[1].splitlines()) == 48
+    assert found[2] == found[1]
+
+
 def test_export_reads_the_folder(whole):
     from transformers import AutoModelForCausalLM
 

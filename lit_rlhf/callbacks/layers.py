@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_rlhf.errors import UserError
@@ -29,7 +30,7 @@ class CompileLayers(Callback):
         """Once the models are loaded."""
         if isinstance(pl_module, TRPO):
             raise UserError("CompileLayers: TRPO differentiates twice, compiled layers only once")
-        for layer in decoder_layers(pl_module):
+        for layer in _layers(pl_module, self):
             layer.compile(dynamic=True)
 
 
@@ -41,9 +42,16 @@ class ActivationCheckpointing(Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Once the models are loaded."""
-        for layer in decoder_layers(pl_module):
+        for layer in _layers(pl_module, self):
             if any(parameter.requires_grad for parameter in layer.parameters()):
                 layer.forward = partial(_recomputed, layer.forward)
+
+
+def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Module]:
+    layers = list(decoder_layers(module))
+    if not layers:
+        raise UserError(f"{type(callback).__name__}: these models do not name their decoder layers (_no_split_modules)")
+    return layers
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rlhf.algorithms.kl import k1
@@ -134,9 +135,13 @@ class Predictions(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch's responses."""
+        """Write the batch's responses, those of all processes in the order of the file."""
+        shares = [outputs]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, outputs)
         if trainer.is_global_zero and self.file is not None:
-            self.file.append(outputs)
+            self.file.append([record for share in shares for record in share])
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Say where they are."""

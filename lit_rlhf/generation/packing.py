@@ -14,7 +14,7 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
     With 64 rows a step is twice as fast as by PyTorch's own products, with 2 rows three times. The copies are made anew
     each time, in autocast's precision, and are as large as the weights; without gradients only. Nothing happens on
-    other devices, in double precision, and to sharded weights.
+    other devices and in double precision.
 
     Args:
         model: Its weights may not change meanwhile.

@@ -86,11 +86,11 @@ class _Head(torch.autograd.Function):
                 for_logits.scatter_add_(1, targets[part, None], for_picked[part, None])
             found = torch.autograd.grad(logits, [states, *trained], for_logits)
             for_hidden[part] = found[0]
-            if not gradients:
-                gradients = list(found[1:])
+            if not gradients:  # added up in float32 at least: FSDP's weights are of half precision
+                gradients = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in found[1:]]
             else:
                 for total, gradient in zip(gradients, found[1:], strict=True):
                     total += gradient
         ordered = iter(gradients)
-        of_parameters = [next(ordered) if parameter.requires_grad else None for parameter in parameters]
+        of_parameters = [next(ordered).to(p.dtype) if p.requires_grad else None for p in parameters]
         return (None, None, None, for_hidden, *of_parameters)

@@ -20,7 +20,8 @@ def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
     for model in module.modules():
         names = tuple(model._no_split_modules or ()) if isinstance(model, PreTrainedModel) else ()
         for layer in model.modules() if names else ():
-            if type(layer).__name__ in names and id(layer) not in seen:
+            kinds = {kind.__name__ for kind in type(layer).__mro__}  # FSDP2 derives a class of its own from a layer's
+            if kinds & set(names) and id(layer) not in seen:
                 seen.add(id(layer))
                 yield layer
 

@@ -42,16 +42,21 @@ class WeightedMean(Metric):
 
 
 class Means:
-    """Metrics by name, each a (sum, count) pair that is reduced over all ranks when it is read."""
+    """Metrics by name, each a (sum, count) pair that is reduced over all ranks when it is read.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where they are held: what the ranks talk by may know no other.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._metrics: dict[str, Metric] = {}
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Take a value into the mean, ``weight`` times."""
-        value = torch.as_tensor(value)
-        metric = self._metrics.setdefault(name, WeightedMean().to(value.device))
-        metric.update(value.detach(), torch.as_tensor(weight, device=value.device))
+        value = torch.as_tensor(value, device=self.device)
+        metric = self._metrics.setdefault(name, WeightedMean().to(self.device))
+        metric.update(value.detach(), torch.as_tensor(weight, device=self.device))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Take all values that the mask counts into the mean."""
@@ -59,8 +64,8 @@ class Means:
 
     def maximum(self, name: str, value: Tensor) -> None:
         """Take a value into the maximum."""
-        metric = self._metrics.setdefault(name, MaxMetric(nan_strategy="disable").to(value.device))
-        metric.update(value.detach())
+        metric = self._metrics.setdefault(name, MaxMetric(nan_strategy="disable").to(self.device))
+        metric.update(value.detach().to(self.device))
 
     def count(self, name: str) -> float:
         """The summed weight of what a mean has taken in, on this rank."""

@@ -52,7 +52,7 @@ class AlignmentModule(lightning.LightningModule):
             raise UserError(f"model.iterations must be 1 or more, or null, not {iterations}")
         self.source = source
         self.iterations = iterations
-        self.held_out = Means()  # of the validation or test under way
+        self.held_out = Means(self.device)  # of the validation or test under way
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
     @cached_property
@@ -133,11 +133,11 @@ class AlignmentModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the means."""
-        self.held_out = Means()
+        self.held_out = Means(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Start the means."""
-        self.held_out = Means()
+        self.held_out = Means(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…``."""

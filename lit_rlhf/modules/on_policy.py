@@ -182,7 +182,7 @@ class OnPolicy(AlignmentModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """One iteration; returns what was judged, for callbacks."""
-        means, watch = Means(), Stopwatch()
+        means, watch = Means(self.device), Stopwatch()
         with watch.phase("generate"):
             rollout = self.generate(batch, self.actor, Stream.ROLLOUT, int(self.iteration))
         with watch.phase("judge"):
@@ -298,7 +298,7 @@ class OnPolicy(AlignmentModule):
         for scheduler in _as_list(self.lr_schedulers()):
             scheduler.step()
         self.count_iteration()
-        measured |= watch.measured(tokens, responses)
+        measured |= self.trainer.strategy.broadcast(watch.measured(tokens, responses))  # those of process 0
         measured["progress/iteration"] = float(self.iteration)
         measured["progress/responses"] = float(self.iteration) * responses
         shown = ("objective/score", "objective/kl_to_ref", "perf/tokens_per_second")

@@ -75,7 +75,7 @@ class PreferenceModule(AlignmentModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Gradients of all micro-batches, and a step."""
-        means, watch = Means(), Stopwatch()
+        means, watch = Means(self.device), Stopwatch()
         with watch.phase("update"):
             self._step(batch, means)
         tokens, responses = self.sum_over_ranks(
@@ -84,7 +84,7 @@ class PreferenceModule(AlignmentModule):
         self.count_iteration()
         self.after_step()
         measured = {f"train/{name}": value for name, value in means.compute().items()}
-        measured |= watch.measured(tokens, responses)
+        measured |= self.trainer.strategy.broadcast(watch.measured(tokens, responses))  # those of process 0
         measured["progress/iteration"] = float(self.iteration)
         shown = ("train/loss", "train/accuracy")
         self.log_dict({k: v for k, v in measured.items() if k not in shown}, batch_size=1)

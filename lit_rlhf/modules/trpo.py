@@ -244,7 +244,7 @@ class TRPO(OnPolicy):
         """The loss of the actor as it is now, and its mean KL from the old policy, [2]."""
         total = torch.zeros(2, device=self.device)
         for piece in pieces:
-            loss, _ = self.policy_loss(piece, Means())
+            loss, _ = self.policy_loss(piece, Means(self.device))
             rollout, mask = piece.rollout, piece.rollout.response_mask
             kl = rollout.at_responses(self.old(rollout.tokens, rollout.scored, self.actor).full_kl)
             share = masked_sum(self.weights(piece, counts) * loss, mask)

@@ -131,7 +131,8 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None, reduce:
     Raises:
         UserError: if it is not finite.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    found = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(found) if found else torch.zeros((), device=parameters[0].device)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if reduce is not None:

@@ -69,3 +69,18 @@ def test_decoder_layers(tiny_model, architecture, name):
     layers = list(decoder_layers(load_model(str(tiny_model(architecture)))))
     assert [type(layer).__name__ for layer in layers] == [name] * len(layers)
     assert len(layers) > 1
+
+
+def test_decoder_layers_of_a_sharded_model(tiny_model):
+    """FSDP2 gives each layer a class of its own, derived from the layer's."""
+    model = load_model(str(tiny_model()))
+    layers = list(decoder_layers(model))
+    for layer in layers:
+        layer.__class__ = type("FSDP" + type(layer).__name__, (type(layer),), {})
+    assert list(decoder_layers(model)) == layers
+
+
+@pytest.mark.parametrize("callback", [ActivationCheckpointing, CompileLayers])
+def test_models_without_known_layers_are_refused(callback):
+    with pytest.raises(UserError, match=f"{callback.__name__}: .* decoder layers"):
+        callback().on_fit_start(None, torch.nn.Linear(2, 2))

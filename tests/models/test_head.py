@@ -92,3 +92,18 @@ def test_a_chunk_is_small(vocabulary, device):
     rows = chunk_rows(vocabulary, torch.device(device))
     assert rows >= 64
     assert rows * vocabulary <= max(2**24, 64 * vocabulary)
+
+
+def test_gradients_of_half_precision_are_added_up_in_float32():
+    """As under FSDP, whose weights are of half precision: many chunks are no less exact than one."""
+    hidden, weight, _, targets = (x if x.dtype == torch.int64 else x.detach().bfloat16() for x in make())
+    hidden, targets = hidden.repeat(30, 1), targets.repeat(30)
+    found = []
+    for rows in (1, len(hidden)):
+        trained = weight.clone().requires_grad_()
+        logits = lambda states, w=trained: (states @ w.T).float()  # noqa: E731
+        logprobs, _ = logprobs_and_entropy(logits, [trained], hidden.clone().requires_grad_(), targets, rows)
+        logprobs.sum().backward()
+        assert trained.grad.dtype == torch.bfloat16
+        found.append(trained.grad.float())
+    assert (found[0] - found[1]).norm() < 0.005 * found[1].norm()

@@ -225,7 +225,7 @@ def test_whitening(make_module, fit, prompt_file):
     fit(module, [recorder])
     judged = recorder.outputs[-1]["judged"]
     mask = judged.rollout.response_mask
-    advantages = module.estimate(judged, module.reward(judged), Means()).advantages[mask]
+    advantages = module.estimate(judged, module.reward(judged), Means(torch.device("cpu"))).advantages[mask]
     assert advantages.mean().abs() < 1e-5
     assert advantages.var(unbiased=False) == pytest.approx(1.0, abs=1e-3)
 
@@ -239,7 +239,7 @@ def test_whitened_rewards_keep_their_mean(make_module, fit):
     rewards = trajectory.rewards[mask]
     assert rewards.mean() > 0.01
     scaled = (trajectory.rewards - rewards.mean()) / rewards.std(unbiased=False) + rewards.mean()
-    advantages = module.estimate(judged, trajectory, Means()).advantages
+    advantages = module.estimate(judged, trajectory, Means(torch.device("cpu"))).advantages
     torch.testing.assert_close(advantages[:, 0], torch.where(mask, scaled, 0.0).sum(1), rtol=1e-3, atol=1e-4)
 
 
@@ -424,7 +424,7 @@ def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggr
     actor, critic, reference = deepcopy((module.actor.model, module.critic, module.reference.model))
     fit(module, [recorder])
     judged = recorder.outputs[0]["judged"]
-    learnt = module.estimate(judged, module.reward(judged), Means())
+    learnt = module.estimate(judged, module.reward(judged), Means(torch.device("cpu")))
     rows, tokens = len(judged.scores), int(judged.rollout.response_lengths.sum())
     for row, (prompt, n) in enumerate(
         zip(judged.rollout.prompt_lengths.tolist(), judged.rollout.response_lengths.tolist(), strict=True)
@@ -490,7 +490,7 @@ def test_the_metrics_of_a_second_step(two_steps):
     once, twice = recorder.metrics[0], two_steps(2)[1].metrics[0]
     judged = recorder.outputs[0]["judged"]
     rollout, mask = judged.rollout, judged.rollout.response_mask
-    learnt = module.estimate(judged, module.reward(judged), Means())
+    learnt = module.estimate(judged, module.reward(judged), Means(torch.device("cpu")))
     logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.scored).logprobs)[mask]
     log_ratio, advantages = logprobs - judged.old_logprobs[mask], learnt.advantages[mask]
     ratio = log_ratio.exp()

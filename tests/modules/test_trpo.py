@@ -95,7 +95,7 @@ def test_the_line_search_sees_the_kl_and_the_improvement_of_the_step(make_trpo, 
     rollout, mask = judged.rollout, judged.rollout.response_mask
     kl = float(kl_after_the_step(module, rollout)[mask].mean())
     assert recorder.metrics[0]["policy/kl_to_old"] == pytest.approx(kl, rel=1e-3)
-    learnt = module.estimate(judged, module.reward(judged), Means())
+    learnt = module.estimate(judged, module.reward(judged), Means(torch.device("cpu")))
     stats = module.actor(rollout.tokens, rollout.scored)
     ratio = (rollout.at_responses(stats.logprobs) - judged.old_logprobs)[mask].exp()
     assert recorder.metrics[0]["policy/ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-3)
