@@ -124,8 +124,7 @@ class DPO(PreferenceModule):
         """Of each response, [N]."""
         if self._cached is not None and self.trainer.training:
             return self._cached[batch.number, : batch.mask.shape[1]][batch.mask]
-        with gathered(self.reference):
-            return self.reference(batch.tokens, batch.scored).logprobs.sum(1)
+        return self.reference(batch.tokens, batch.scored).logprobs.sum(1)
 
     @torch.no_grad()
     def on_train_start(self) -> None:

@@ -3,6 +3,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.errors import UserError
@@ -138,10 +139,14 @@ def test_logprobs_and_entropies_are_the_actors_own(subject, cache_tokens):
 
 
 def test_a_compiled_step_draws_the_same(llama):
+    torch.compiler.reset()
+    counters.clear()
     prompts = llama.prompts(count=6)
     expected = responses(llama.generate(prompts))
+    assert not counters["stats"]["unique_graphs"]
     for cache_tokens in (None, 60):
         assert responses(llama.generate(prompts, NativeEngine(cache_tokens, compile=True))) == expected
+    assert 1 <= counters["stats"]["unique_graphs"] < 6  # for any number of rows and columns
 
 
 @pytest.mark.parametrize("n", [1, 3])
