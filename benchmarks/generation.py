@@ -19,7 +19,7 @@ from models import EOS, PAD, WORDS, write_models
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lit_rlhf import NativeEngine, Sampling
-from lit_rlhf.generation.engine import Vocabulary
+from lit_rlhf.generation.engine import SpecialTokens
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import load_model
 from lit_rlhf.randomness import Stream
@@ -83,8 +83,8 @@ def ours(actor: Actor, tokens: torch.Tensor, longest: int, responses: int, numbe
         tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool), group=group, prompts=[""] * count, columns={}
     )
     sampling = Sampling(max_tokens=longest, responses=responses)
-    vocabulary = Vocabulary(stop=(EOS,), pad=PAD)
-    rollout = NativeEngine().generate(actor, prompts, sampling, vocabulary, stream=Stream.ROLLOUT, iteration=number)
+    special_tokens = SpecialTokens(stop=(EOS,), pad=PAD)
+    rollout = NativeEngine().generate(actor, prompts, sampling, special_tokens, stream=Stream.ROLLOUT, iteration=number)
     return int(rollout.response_lengths.sum())
 
 

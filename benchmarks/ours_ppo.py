@@ -57,7 +57,7 @@ def main() -> None:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - self.last
             self.iterations.append({k: float(v) for k, v in trainer.callback_metrics.items()} | {"seconds": seconds})
-            self.lengths.append(outputs["judged"].rollout.response_lengths.tolist())
+            self.lengths.append(outputs["scored_rollout"].rollout.response_lengths.tolist())
 
     warnings.filterwarnings("ignore")
     lightning.seed_everything(1, verbose=False)

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from lit_rlhf import GAE, Clip, Estimator, MonteCarlo, NStep, Surrogate, Trajectory
+from lit_rlhf import GAE, AdvantageEstimator, Clip, MonteCarlo, NStep, Surrogate, Trajectory
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 STATES, STEPS, SAMPLES = 6, 16, 50_000
@@ -66,7 +66,9 @@ def sample(transition: Tensor, reward: Tensor, seed: int = 1) -> tuple[Tensor, T
     return walk, reward[walk[:, :-1], walk[:, 1:]]
 
 
-def measure(estimator: Estimator, walk: Tensor, rewards: Tensor, critic: Tensor, values: Tensor) -> tuple[float, float]:
+def measure(
+    estimator: AdvantageEstimator, walk: Tensor, rewards: Tensor, critic: Tensor, values: Tensor
+) -> tuple[float, float]:
     """Bias and deviation of the first token's return A + V, given the token: root mean squares over the tokens.
 
     The return and not the advantage: a wrong V of the state itself moves all its advantages alike, which does not bias

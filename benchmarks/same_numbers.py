@@ -87,7 +87,9 @@ def compare(before: Path, after: Path) -> bool:
         rows, other_rows = metrics(before / name), metrics(after / name)
         assert len(rows) == len(other_rows), (len(rows), len(other_rows))
         names = {key for row in (*rows, *other_rows) for key in row}
-        differ = sorted({key for a, b in zip(rows, other_rows, strict=True) for key in names if a.get(key) != b.get(key)})
+        differ = sorted(
+            {key for a, b in zip(rows, other_rows, strict=True) for key in names if a.get(key) != b.get(key)}
+        )
         files = [folder / name / "samples.jsonl" for folder in (before, after)]
         texts = [[json.loads(line) for line in file.open()] if file.exists() else [] for file in files]
         difference = largest_difference(weights(before / name), weights(after / name))

@@ -7,9 +7,17 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "algorithms.advantages": ("GAE", "TD0", "Estimator", "GroupNormalized", "LeaveOneOut", "MonteCarlo", "NStep"),
-    "algorithms.kl": ("AdaptiveKL", "FixedKL", "KLController"),
-    "algorithms.objectives": ("Clip", "KLPenalty", "Objective", "Surrogate", "VanillaPG"),
+    "algorithms.advantages": (
+        "GAE",
+        "TD0",
+        "AdvantageEstimator",
+        "GroupNormalized",
+        "LeaveOneOut",
+        "MonteCarlo",
+        "NStep",
+    ),
+    "algorithms.kl": ("AdaptiveKL", "FixedKL", "KLController", "ReferenceKL"),
+    "algorithms.objectives": ("Clip", "KLPenalty", "Objective", "PolicyLoss", "Surrogate", "VanillaPG"),
     "callbacks": (
         "ActivationCheckpointing",
         "CompileLayers",
@@ -29,14 +37,13 @@ _PUBLIC = {
         "SFT",
         "TRPO",
         "PolicyGradient",
-        "ReferenceKL",
         "RewardModeling",
         "TrustRegion",
         "Update",
     ),
     "rewards": ("ExactAnswer", "NumericAnswer", "Reward", "RewardFunction", "RewardModel", "ScoreShaping"),
     "strategies": ("FSDP", "FSDP2"),
-    "types": ("Completions", "Estimates", "Experience", "Judged", "PromptBatch", "Rollout", "Trajectory"),
+    "types": ("RewardInputs", "Estimates", "Experience", "ScoredRollout", "PromptBatch", "Rollout", "Trajectory"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)

@@ -138,7 +138,7 @@ def _class_names(field: str) -> list[str]:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from lit_rlhf.algorithms.advantages import Estimator
+    from lit_rlhf.algorithms.advantages import AdvantageEstimator
     from lit_rlhf.algorithms.kl import KLController
     from lit_rlhf.algorithms.objectives import Objective
     from lit_rlhf.generation import Engine
@@ -147,7 +147,7 @@ def _class_names(field: str) -> list[str]:
     bases: dict[str, type] = {
         "model": lightning.LightningModule,
         "data": lightning.LightningDataModule,
-        "advantages": Estimator,
+        "advantages": AdvantageEstimator,
         "objective": Objective,
         "kl": KLController,
         "engine": Engine,

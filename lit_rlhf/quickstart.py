@@ -18,13 +18,14 @@ from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.data import reviews
 from lit_rlhf.data.prompts import left_pad
 from lit_rlhf.generation import NativeEngine, Sampling
-from lit_rlhf.generation.engine import find_vocabulary
+from lit_rlhf.generation.engine import find_special_tokens
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import load_model, load_tokenizer
-from lit_rlhf.modules.completions import complete
+from lit_rlhf.modules.decoding import decode
+from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.randomness import Stream
 from lit_rlhf.rewards import RewardModel
-from lit_rlhf.types import Completions, PromptBatch
+from lit_rlhf.types import PromptBatch, RewardInputs
 
 SAMPLES = 4
 TITLES = {
@@ -39,7 +40,7 @@ TITLES = {
 class Measured:
     """What a model writes for the 200 openings that no stage has seen."""
 
-    completions: Completions
+    reward_inputs: RewardInputs
     true_scores: Tensor  # [B], by the rule behind the pairs
     learned_scores: Tensor | None  # [B], by the reward model, in deviations; None: there is none
     grammatical: Tensor  # [B] bool
@@ -120,24 +121,24 @@ def measure(folder: Path, stage: str) -> Measured:
     texts = [record["prompt"] for record in reviews.fresh_prompts()]
     tokens, mask = left_pad([tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id)
     batch = PromptBatch(tokens=tokens, mask=mask, group=torch.arange(len(texts)), prompts=texts, columns={})
-    vocabulary = find_vocabulary(actor, tokenizer, ())
+    special_tokens = find_special_tokens(actor, tokenizer, ())
     rollout = NativeEngine().generate(
-        actor, batch, Sampling(max_tokens=64), vocabulary, stream=Stream.PREDICTION, iteration=0
+        actor, batch, Sampling(max_tokens=64), special_tokens, stream=Stream.PREDICTION, iteration=0
     )
-    completions = complete(rollout, batch, tokenizer)
-    ours, theirs = (rollout.at_responses(m(rollout.tokens, rollout.scored).logprobs) for m in (actor, reference))
-    whole = [f"{prompt}{response}" for prompt, response in zip(texts, completions.responses, strict=True)]
+    reward_inputs = decode(rollout, batch, tokenizer)
+    logprobs, ref_logprobs = (response_logprobs(model, rollout, max_tokens=8192) for model in (actor, reference))
+    whole = [f"{prompt}{response}" for prompt, response in zip(texts, reward_inputs.responses, strict=True)]
     learned = None
     if reward.exists():
         model = RewardModel(str(reward), normalize=True)
         model.prepare(tokenizer)
-        learned = model(completions)
+        learned = model(reward_inputs)
     return Measured(
-        completions=completions,
-        true_scores=torch.tensor(reviews.reward(completions.responses)),
+        reward_inputs=reward_inputs,
+        true_scores=torch.tensor(reviews.reward(reward_inputs.responses)),
         learned_scores=learned,
         grammatical=torch.tensor([reviews.grammatical(text) for text in whole]),
-        kl_to_sft=masked_sum(k1(ours, theirs), rollout.response_mask, 1),
+        kl_to_sft=masked_sum(k1(logprobs, ref_logprobs), rollout.response_mask, 1),
     )
 
 
@@ -189,5 +190,5 @@ def report(found: dict[str, Measured], console: Console) -> None:
     for stage, measured in found.items():
         console.print(f"\n[bold]after {stage.upper()}[/bold], true score before each")
         for i in range(SAMPLES):
-            prompt, response = measured.completions.prompts[i], measured.completions.responses[i]
+            prompt, response = measured.reward_inputs.prompts[i], measured.reward_inputs.responses[i]
             console.print(f"{measured.true_scores[i]:+.2f}  [dim]{prompt}[/dim]{response}", highlight=False)

@@ -3,7 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lit_rlhf.types import Experience, PreferenceBatch, PromptBatch, Rollout, pack
+from lit_rlhf import batching
+from lit_rlhf.batching import pack, preference_micro_batches
+from lit_rlhf.types import Experience, PreferenceBatch, PromptBatch, Rollout
 
 PROMPTS = [2, 4, 1, 3]
 RESPONSES = [3, 1, 5, 0]
@@ -43,7 +45,7 @@ def rows_of(experience):
 
 
 def minibatches(experience, count, max_tokens, seed=0):
-    return list(experience.minibatches(count, max_tokens, torch.Generator().manual_seed(seed)))
+    return list(batching.minibatches(experience, count, max_tokens, torch.Generator().manual_seed(seed)))
 
 
 def test_places_of_a_rollout():
@@ -54,15 +56,15 @@ def test_places_of_a_rollout():
     assert before[rollout.response_mask].tolist() == [2, 3, 4, 104, 201, 202, 203, 204, 205]
     assert rollout.at_end(rollout.tokens).tolist() == [5, 105, 206, 303]
     assert rollout.lengths.tolist() == [5, 5, 6, 3]
-    assert rollout.tokens[rollout.scored].tolist() == at[rollout.response_mask].tolist()
-    assert rollout.scored.sum(1).tolist() == RESPONSES
+    assert rollout.tokens[rollout.response_tokens_mask].tolist() == at[rollout.response_mask].tolist()
+    assert rollout.response_tokens_mask.sum(1).tolist() == RESPONSES
 
 
 def test_places_pass_gradients():
     rollout = make_rollout()
     x = torch.zeros(rollout.tokens.shape, requires_grad=True)
     rollout.at_responses(x)[rollout.response_mask].sum().backward()
-    assert torch.equal(x.grad, rollout.scored.float())
+    assert torch.equal(x.grad, rollout.response_tokens_mask.float())
 
 
 def test_select_cuts_to_the_longest():
@@ -204,10 +206,10 @@ def rankings_of(batch):
 
 def test_scored_tokens_of_preferences():
     batch = make_preferences([2, 3])
-    assert batch.tokens[batch.scored].tolist() == [
+    assert batch.tokens[batch.response_tokens_mask].tolist() == [
         token for responses in rankings_of(batch).values() for _, response in responses for token in response
     ]
-    assert torch.equal(batch.scored.sum(1), batch.lengths - batch.prompt_lengths)
+    assert torch.equal(batch.response_tokens_mask.sum(1), batch.lengths - batch.prompt_lengths)
 
 
 def test_by_ranking():
@@ -239,7 +241,7 @@ def test_select_preferences(with_margin):
 @pytest.mark.parametrize("seed", range(2))
 def test_micro_batches_of_preferences_hold_every_ranking_once(counts, max_tokens, seed):
     batch = make_preferences(counts, seed)
-    pieces = batch.micro_batches(max_tokens)
+    pieces = preference_micro_batches(batch, max_tokens)
     assert sum(len(piece.mask) for piece in pieces) == len(counts)
     together = {number: rows for piece in pieces for number, rows in rankings_of(piece).items()}
     assert together == rankings_of(batch)

@@ -19,7 +19,7 @@ estimator           advantage of token t             variance                bia
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from lit_rlhf.types import Estimates, Trajectory
 
 
-class Estimator(ABC):
+class AdvantageEstimator(ABC):
     """Anything that turns a trajectory into advantages and returns."""
 
     needs_group: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class Estimator(ABC):
 
 
 @dataclass(frozen=True)
-class MonteCarlo(Estimator):
+class MonteCarlo(AdvantageEstimator):
     """The sampled return, less the critic's value: Aₜ = Gₜ − Vₜ with Gₜ = Σₖ γᵏ rₜ₊ₖ (+ γ^{T−t} bootstrap).
 
     The critic's target is Gₜ. Unbiased whatever the critic says. Without values it is REINFORCE's return.
@@ -66,12 +66,12 @@ class MonteCarlo(Estimator):
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Advantages and sampled returns, each [B, T]."""
-        errors = _Errors(trajectory, self.gamma)
-        return errors.estimates(errors.decayed(lam=1.0))
+        deltas = _deltas(trajectory, self.gamma)
+        return _estimates(discounted_sum(deltas, trajectory.mask, self.gamma), trajectory)
 
 
 @dataclass(frozen=True)
-class TD0(Estimator):
+class TD0(AdvantageEstimator):
     """The one-step error: Aₜ = δₜ = rₜ + γ Vₜ₊₁ − Vₜ; the critic's target is rₜ + γ Vₜ₊₁.
 
     Source: Sutton & Barto 2018, equation 6.5, and one-step actor-critic, section 13.5.
@@ -94,12 +94,11 @@ class TD0(Estimator):
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Advantages and one-step returns, each [B, T]."""
-        errors = _Errors(trajectory, self.gamma)
-        return errors.estimates(errors.decayed(lam=0.0))
+        return _estimates(_deltas(trajectory, self.gamma), trajectory)
 
 
 @dataclass(frozen=True)
-class NStep(Estimator):
+class NStep(AdvantageEstimator):
     """n sampled rewards, then the critic: Aₜ = Σ_{k<n} γᵏ rₜ₊ₖ + γⁿ Vₜ₊ₙ − Vₜ; the critic's target is Aₜ + Vₜ.
 
     Where fewer than n tokens are left, the return runs to the end and the bootstrap stands there.
@@ -128,12 +127,12 @@ class NStep(Estimator):
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Advantages and n-step returns, each [B, T]."""
-        errors = _Errors(trajectory, self.gamma)
-        return errors.estimates(errors.windowed(self.n))
+        deltas = _deltas(trajectory, self.gamma)
+        return _estimates(n_step_sum(deltas, trajectory.mask, self.n, self.gamma), trajectory)
 
 
 @dataclass(frozen=True)
-class GAE(Estimator):
+class GAE(AdvantageEstimator):
     """Generalised advantage estimation.
 
     Aₜ = δₜ + γλ Aₜ₊₁ with δₜ = rₜ + γ Vₜ₊₁ − Vₜ, and the critic's target is the λ-return Rₜ = Aₜ + Vₜ.
@@ -178,16 +177,23 @@ class GAE(Estimator):
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Advantages and λ-returns, each [B, T]."""
-        errors = _Errors(trajectory, self.gamma)
-        length = trajectory.mask.sum(1).clamp(min=1).to(errors.delta.dtype)
-        alpha = self.length_alpha
-        lam = self.lam if alpha is None else (1.0 - 1.0 / (alpha * length)).clamp(min=0.0)
-        advantages = errors.decayed(lam)
-        return errors.estimates(advantages, None if self.critic_lam is None else errors.decayed(self.critic_lam))
+        mask, gamma, lam = trajectory.mask, self.gamma, self._lam(trajectory)
+        deltas = _deltas(trajectory, gamma)
+        advantages = discounted_sum(deltas, mask, gamma * lam)
+        if self.critic_lam is None:
+            return _estimates(advantages, trajectory)
+        return _estimates(advantages, trajectory, discounted_sum(deltas, mask, gamma * self.critic_lam))
+
+    def _lam(self, trajectory: Trajectory) -> float | Tensor:
+        """λ of the advantages: a number, or [B] by the responses' lengths."""
+        if self.length_alpha is None:
+            return self.lam
+        length = trajectory.mask.sum(1).clamp(min=1).to(trajectory.rewards.dtype)
+        return (1.0 - 1.0 / (self.length_alpha * length)).clamp(min=0.0)
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(Estimator):
+class LeaveOneOut(AdvantageEstimator):
     """A response's return, less the mean return of the prompt's other responses; the same for each of its tokens.
 
     Aᵢ = Rᵢ − Σ_{j≠i} Rⱼ / (n − 1), with R = Σₜ rₜ (+ bootstrap). Unbiased: the baseline does not depend on response i.
@@ -208,11 +214,11 @@ class LeaveOneOut(Estimator):
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Advantages and returns (the sampled, undiscounted rewards to go), each [B, T]."""
         group = _Group(trajectory)
-        return group.estimates(group.centred * group.count / (group.count - 1))
+        return group.estimates(group.centred * group.size / (group.size - 1))
 
 
 @dataclass(frozen=True)
-class GroupNormalized(Estimator):
+class GroupNormalized(AdvantageEstimator):
     """A response's return in deviations from its prompt's mean; the same for each of its tokens.
 
     Aᵢ = (Rᵢ − mean R) / (std R + 1e-8), with R = Σₜ rₜ (+ bootstrap) and the sample deviation
@@ -242,93 +248,145 @@ class GroupNormalized(Estimator):
         group = _Group(trajectory)
         advantage = group.centred
         if self.divide_by_std:
-            deviation = (group.total(advantage**2) / (group.count - 1)).sqrt()
+            deviation = (group.sum(advantage**2) / (group.size - 1)).sqrt()
             advantage = advantage / (deviation + 1e-8)
         return group.estimates(advantage)
 
 
-class _Errors:
-    """The one-step errors δ of the tokens that count, moved together to the left.
+def td_errors(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, bootstrap: Tensor | None = None, gamma: float = 1.0
+) -> Tensor:
+    """The one-step errors δₜ = rₜ + γ Vₜ₊₁ − Vₜ, where t + 1 is the next token that counts.
+
+    Source: Sutton & Barto 2018, equation 6.5.
 
     Args:
-        trajectory: Its mask may have holes.
-        gamma: Discount.
+        rewards: [B, T].
+        values: [B, T], V of the state before each token; None for V = 0.
+        mask: Bool [B, T]; True counts, and there may be holes.
+        bootstrap: [B], V after the last token that counts; None for 0.
+        gamma: Discount γ.
+
+    Returns:
+        [B, T], 0 outside the mask.
+
+    >>> mask = torch.tensor([[True, False, True]])
+    >>> td_errors(torch.tensor([[0.0, 9.0, 1.0]]), torch.tensor([[0.5, 9.0, 0.75]]), mask)
+    tensor([[0.2500, 0.0000, 0.2500]])
     """
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.zeros_like(rewards) if values is None else torch.where(mask, values, 0.0)
+    last = values.new_zeros(len(values)) if bootstrap is None else bootstrap
+    next_values = torch.cat([values, last[:, None]], 1).gather(1, _next_token(mask))
+    return torch.where(mask, rewards + gamma * next_values - values, 0.0)
 
-    def __init__(self, trajectory: Trajectory, gamma: float) -> None:
-        self.mask, self.gamma = trajectory.mask, gamma
-        rewards = torch.where(self.mask, trajectory.rewards, 0.0)
-        values = torch.zeros_like(rewards) if trajectory.values is None else trajectory.values
-        self.values = torch.where(self.mask, values, 0.0)
-        self.order = torch.argsort((~self.mask).byte(), dim=1, stable=True)
-        value = self.values.gather(1, self.order)
-        following = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
-        if trajectory.bootstrap is not None:
-            last = torch.arange(value.shape[1], device=value.device) == self.mask.sum(1, keepdim=True) - 1
-            following = torch.where(last, trajectory.bootstrap[:, None], following)
-        delta = rewards.gather(1, self.order) + gamma * following - value
-        self.delta = torch.where(self.mask.gather(1, self.order), delta, 0.0)
 
-    def decayed(self, lam: float | Tensor) -> Tensor:
-        """Σₖ (γλ)ᵏ δₜ₊ₖ of each token, [B, T]; λ is a number or [B]."""
-        total, sums = torch.zeros_like(self.delta.sum(1)), torch.zeros_like(self.delta)
-        for t in reversed(range(self.delta.shape[1])):
-            total = self.delta[:, t] + self.gamma * lam * total
-            sums[:, t] = total
-        return self._back(sums)
+def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
+    """The discounted sum to the end, Gₜ = xₜ + discount · Gₜ₊₁, over the tokens that count.
 
-    def windowed(self, n: int) -> Tensor:
-        """Σ_{k<n} γᵏ δₜ₊ₖ of each token, [B, T]."""
-        total = torch.zeros_like(self.delta)
-        for k in range(min(n, self.delta.shape[1])):
-            total = total + pad(self.gamma**k * self.delta[:, k:], (0, k))
-        return self._back(total)
+    Args:
+        x: [B, T].
+        mask: Bool [B, T]; True counts, and there may be holes.
+        discount: A number, or [B].
 
-    def estimates(self, advantages: Tensor, critic_advantages: Tensor | None = None) -> Estimates:
-        """With the critic's targets Rₜ = Aₜ + Vₜ, of advantages of its own if given."""
-        returns = (advantages if critic_advantages is None else critic_advantages) + self.values
-        return Estimates(advantages=advantages, returns=returns)
+    Returns:
+        [B, T], 0 outside the mask.
 
-    def _back(self, sums: Tensor) -> Tensor:
-        """Each at its token's own place."""
-        return torch.where(self.mask, torch.zeros_like(sums).scatter(1, self.order, sums), 0.0)
+    >>> discounted_sum(torch.tensor([[1.0, 9.0, 1.0]]), torch.tensor([[True, False, True]]), discount=0.5)
+    tensor([[1.5000, 0.0000, 1.0000]])
+    """
+    x = torch.where(mask, x, 0.0)
+    total, sums = x.new_zeros(len(x)), torch.zeros_like(x)
+    for t in reversed(range(x.shape[1])):
+        total = torch.where(mask[:, t], x[:, t] + discount * total, total)
+        sums[:, t] = total
+    return torch.where(mask, sums, 0.0)
+
+
+def n_step_sum(x: Tensor, mask: Tensor, n: int, discount: float) -> Tensor:
+    """The discounted sum of n tokens, Σ_{k<n} discountᵏ xₜ₊ₖ, over the tokens that count.
+
+    Args:
+        x: [B, T].
+        mask: Bool [B, T]; True counts, and there may be holes.
+        n: The number of terms; fewer at the end.
+        discount: A number.
+
+    Returns:
+        [B, T], 0 outside the mask.
+
+    >>> n_step_sum(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, True, True]]), n=2, discount=0.5)
+    tensor([[2., 4., 4.]])
+    """
+    x = torch.where(mask, x, 0.0)
+    beyond = x.shape[1]  # the index of a column of zeros after the last token
+    padded, following = pad(x, (0, 1)), pad(_next_token(mask), (0, 1), value=beyond)
+    index = torch.arange(beyond, device=x.device).expand_as(x)
+    total = torch.zeros_like(x)
+    for k in range(min(n, beyond)):
+        total = total + discount**k * padded.gather(1, index)
+        index = following.gather(1, index)
+    return torch.where(mask, total, 0.0)
+
+
+def _next_token(mask: Tensor) -> Tensor:
+    """The index of the next token after t that counts, [B, T]; T after the last one."""
+    length = mask.shape[1]
+    index = torch.where(mask, torch.arange(length, device=mask.device), length)
+    return pad(index[:, 1:].flip(1).cummin(1).values.flip(1), (0, 1), value=length)
+
+
+def _estimates(advantages: Tensor, trajectory: Trajectory, critic_advantages: Tensor | None = None) -> Estimates:
+    """The advantages with the critic's targets Rₜ = Aₜ + Vₜ, from the critic's own advantages if given."""
+    targets = advantages if critic_advantages is None else critic_advantages
+    if trajectory.values is not None:
+        targets = targets + torch.where(trajectory.mask, trajectory.values, 0.0)
+    return Estimates(advantages=advantages, returns=targets)
+
+
+def _deltas(trajectory: Trajectory, gamma: float) -> Tensor:
+    return td_errors(trajectory.rewards, trajectory.values, trajectory.mask, trajectory.bootstrap, gamma)
 
 
 class _Group:
-    """The return R of each response, beside those of its prompt's other responses.
+    """The return R of each response, centred among the responses to its prompt.
 
-    In float64: there the mean of equal float32 returns is that return exactly, and its advantage 0.
+    It is computed in float64, where the mean of equal float32 returns is exactly that return, and its advantage 0.
 
     Args:
-        trajectory: With a group; rows in which nothing counts are left out.
+        trajectory: A trajectory with groups; rows in which no token counts are left out.
+
+    Raises:
+        ValueError: without groups, or for a prompt with one response.
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
         if trajectory.group is None:
             raise ValueError("group baselines need the group of each row")
         self.mask = trajectory.mask
-        self.to_go = _Errors(replace(trajectory, values=None), gamma=1.0).decayed(lam=1.0)
+        deltas = td_errors(trajectory.rewards, None, trajectory.mask, trajectory.bootstrap)
+        self.returns = discounted_sum(deltas, trajectory.mask, discount=1.0)
         self.counts = self.mask.any(1)
-        self.place = trajectory.group.unique(return_inverse=True)[1]
-        self.count = self.total(torch.ones_like(self.to_go[:, 0], dtype=torch.float64))
-        if (self.count[self.counts] < 2).any():
+        self.index = trajectory.group.unique(return_inverse=True)[1]
+        self.size = self.sum(torch.ones_like(self.returns[:, 0], dtype=torch.float64))
+        if (self.size[self.counts] < 2).any():
             raise ValueError(
                 "a group baseline compares the responses to a prompt: it needs 2 or more of each, not 1 "
                 "(sampling.responses)"
             )
         first = self.mask.byte().argmax(1, keepdim=True)
-        returns = self.to_go.gather(1, first).squeeze(1).double()
-        self.centred = returns - self.total(returns) / self.count.clamp(min=1)  # [B]
+        returns = self.returns.gather(1, first).squeeze(1).double()
+        self.centred = returns - self.sum(returns) / self.size.clamp(min=1)  # [B]
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over the row's group, [B]."""
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of ``x`` [B] over the row's group, [B]."""
         x = torch.where(self.counts, x, 0.0)
-        return torch.zeros_like(x).index_add(0, self.place, x)[self.place]
+        return torch.zeros_like(x).index_add(0, self.index, x)[self.index]
 
     def estimates(self, advantage: Tensor) -> Estimates:
-        """The row's advantage [B] at each of its tokens."""
-        spread = torch.where(self.mask, advantage[:, None], 0.0).to(self.to_go.dtype)
-        return Estimates(advantages=spread, returns=self.to_go)
+        """Return the row's advantage [B] at each of its tokens."""
+        advantages = torch.where(self.mask, advantage[:, None], 0.0).to(self.returns.dtype)
+        return Estimates(advantages=advantages, returns=self.returns)
 
 
 def _check_unit_interval(**fields: float) -> None:

@@ -17,6 +17,7 @@ All of them are of one token. The KL of a response is the sum over its tokens, a
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -150,3 +151,53 @@ class AdaptiveKL(nn.Module, KLController):
     def set_extra_state(self, state: Tensor) -> None:
         """Go on with this coefficient."""
         self.coef = float(state)
+
+
+@dataclass(frozen=True)
+class ReferenceKL:
+    """How the KL to the reference enters.
+
+    The gradient of E[Σₜ KLₜ] has two parts: a token's effect on the KL of the states after it, which a reward carries,
+    and on that of its own state. In the reward, k1 carries both, as its own expected gradient is 0; k2 and k3 do not.
+    ``full`` depends on the state alone, so its second part is added to the loss, in the advantages' scale. In ``loss``
+    the coefficient is in units of the advantages as they are, whitened or not.
+
+    Args:
+        where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss, each token by itself.
+        estimator: ``k1``, ``k2``, ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs a forward
+            of the reference in the update. Right are k1 and full in the reward, k2 and full in the loss; k1 in the loss
+            has no gradient on average, k3 that of the reverse KL.
+
+    Raises:
+        ValueError: for k1 in the loss.
+    """
+
+    where: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
+
+    def __post_init__(self) -> None:
+        if self.where == "loss" and self.estimator == "k1":
+            raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; take k2, k3 or full")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the full KL is wanted."""
+        return self.estimator == "full"
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the loss has a term of it."""
+        return self.where == "loss" or self.is_full
+
+    def estimate(self, logprobs: Tensor, ref_logprobs: Tensor, full_kl: Tensor | None) -> Tensor:
+        """KL(π ‖ π_ref) of each token, [B, T], in nats.
+
+        Args:
+            logprobs: [B, T], of the sampled tokens.
+            ref_logprobs: [B, T].
+            full_kl: [B, T], over the vocabulary; only ``full`` needs it.
+        """
+        if self.estimator == "full":
+            assert full_kl is not None
+            return full_kl
+        return {"k1": k1, "k2": k2, "k3": k3}[self.estimator](logprobs, ref_logprobs)

@@ -5,7 +5,7 @@ arithmetic, because ``NaN * 0`` is NaN, and so is its gradient.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ Reduce = Callable[[Tensor], Tensor]
 Aggregation = Literal["token", "sequence", "constant"]
 
 
-def _here(x: Tensor) -> Tensor:
+def _this_process(x: Tensor) -> Tensor:
     return x
 
 
@@ -48,13 +48,13 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
-def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _here) -> Tensor:
+def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _this_process) -> Tensor:
     """Variance Σ mₜ (xₜ − x̄)² / Σ mₜ (population form: divided by the count); 0 for one element or none.
 
     Args:
         x: Any shape.
         mask: Bool of the same shape; True counts.
-        reduce: Sums a tensor over all ranks; by default the statistics are this process's.
+        reduce: Sums a tensor over all ranks; by default the statistics are those of this process.
 
     >>> masked_var(torch.tensor([1.0, 9.0, 3.0]), torch.tensor([True, False, True]))
     tensor(1.)
@@ -62,24 +62,33 @@ def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _here) -> Tensor:
     return _moments(x, mask, reduce)[1]
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = _here) -> Tensor:
+class Whitened(NamedTuple):
+    """The result of `masked_whiten`."""
+
+    values: Tensor  # like x, 0 outside the mask
+    var: Tensor  # [], the variance of x before
+    scale: Tensor  # [], the factor that x was multiplied by, 1 / √(var + 1e-8)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = _this_process) -> Whitened:
     """Scale the elements that count to variance 1: (xₜ − x̄) / √(var + 1e-8), and 0 outside the mask.
 
     Args:
         x: Any shape.
         mask: Bool of the same shape; True counts.
-        shift_mean: True: the result has mean 0. False: the mean stays as it was.
-        reduce: Sums a tensor over all ranks; by default the statistics are this process's.
+        shift_mean: Whether the mean becomes 0; False adds x̄ again, so that the mean stays as it was.
+        reduce: Sums a tensor over all ranks; by default the statistics are those of this process.
 
-    >>> masked_whiten(torch.tensor([1.0, 9.0, 3.0]), torch.tensor([True, False, True]))
+    >>> masked_whiten(torch.tensor([1.0, 9.0, 3.0]), torch.tensor([True, False, True])).values
     tensor([-1.,  0.,  1.])
     """
     x = torch.where(mask, x, torch.zeros_like(x))
     mean, var = _moments(x, mask, reduce)
-    whitened = (x - mean) * torch.rsqrt(var + 1e-8)
+    scale = torch.rsqrt(var + 1e-8)
+    whitened = (x - mean) * scale
     if not shift_mean:
         whitened = whitened + mean
-    return torch.where(mask, whitened, torch.zeros_like(x))
+    return Whitened(torch.where(mask, whitened, torch.zeros_like(x)), var, scale)
 
 
 def _moments(x: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,27 @@ differ in what they do when the policy has moved: nothing (`VanillaPG`), importa
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.kl import MAX_LOG_RATIO, k3
 from lit_rlhf.algorithms.masked import masked_mean
+from lit_rlhf.types import check_shapes
 
 MAX_BETA = 1e10
 """An adaptive β stays between this and its inverse, so that it can always come back."""
 
 Level = Literal["token", "sequence"]
+
+
+class PolicyLoss(NamedTuple):
+    """The output of an objective, token by token."""
+
+    loss: Tensor  # [B, T], 0 outside the mask; gradients flow into the log-probabilities alone
+    ratio: Tensor  # [B, T], π / π_old as the objective uses it, 1 outside the mask
+    clipped: Tensor  # Bool [B, T], the tokens whose gradient the objective cuts off
 
 
 class Objective(ABC):
@@ -32,12 +41,15 @@ class Objective(ABC):
         return False
 
     @abstractmethod
-    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """The loss of each token, [B, T], 0 outside the mask; gradients flow into ``logprobs`` alone."""
+    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
+        """Return the loss, the ratio and what was clipped, each [B, T].
 
-    def clipped(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Bool [B, T]: tokens whose gradient the objective cuts off. None, unless it says otherwise."""
-        return torch.zeros_like(mask)
+        Args:
+            logprobs: [B, T], log π(aₜ|sₜ) of the policy now.
+            old_logprobs: [B, T], at the start of the update; a constant.
+            advantages: [B, T]; a constant.
+            mask: Bool [B, T]; True counts.
+        """
 
     def update(self, measured_kl: float) -> None:  # noqa: B027 (most objectives follow nothing)
         """Take notice of the mean KL(π_old ‖ π) after an iteration's update, in nats a token."""
@@ -57,6 +69,7 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
     >>> probability_ratio(torch.tensor([[0.0, 0.693147]]), old, mask, level="sequence")
     tensor([[1.4142, 1.4142]])
     """
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     log_ratio = torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs.detach(), 0.0)
     if level == "sequence":
         log_ratio = torch.where(mask, masked_mean(log_ratio, mask, 1)[:, None], 0.0)
@@ -74,13 +87,14 @@ class VanillaPG(Objective):
 
     >>> mask = torch.tensor([[True]])
     >>> VanillaPG()(logprobs=torch.tensor([[-0.5]]), old_logprobs=torch.tensor([[-0.5]]),
-    ...             advantages=torch.tensor([[2.0]]), mask=mask)
+    ...             advantages=torch.tensor([[2.0]]), mask=mask).loss
     tensor([[1.]])
     """
 
-    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """The loss of each token, [B, T]."""
-        return -torch.where(mask, advantages.detach(), 0.0) * torch.where(mask, logprobs, 0.0)
+    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
+        """Return the loss of each token; nothing is clipped."""
+        loss = -torch.where(mask, advantages.detach(), 0.0) * torch.where(mask, logprobs, 0.0)
+        return PolicyLoss(loss, probability_ratio(logprobs.detach(), old_logprobs, mask), torch.zeros_like(mask))
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Surrogate(Objective):
 
     >>> mask = torch.tensor([[True]])
     >>> Surrogate()(logprobs=torch.tensor([[0.5]]), old_logprobs=torch.tensor([[0.5]]),
-    ...             advantages=torch.tensor([[2.0]]), mask=mask)
+    ...             advantages=torch.tensor([[2.0]]), mask=mask).loss
     tensor([[-2.]])
     """
 
@@ -107,10 +121,10 @@ class Surrogate(Objective):
     def __post_init__(self) -> None:
         _check_level(self.ratio)
 
-    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """The loss of each token, [B, T]."""
+    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
+        """Return the loss of each token; nothing is clipped."""
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
-        return -torch.where(mask, advantages.detach(), 0.0) * ratio
+        return PolicyLoss(-torch.where(mask, advantages.detach(), 0.0) * ratio, ratio, torch.zeros_like(mask))
 
 
 class KLPenalty(nn.Module, Objective):
@@ -172,13 +186,13 @@ class KLPenalty(nn.Module, Objective):
         """If adaptive."""
         return self.adaptive
 
-    def forward(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """The loss of each token, [B, T]."""
+    def forward(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
+        """Return the loss of each token; nothing is clipped."""
         surrogate = Surrogate(self.ratio)(
             logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
         )
         kl_to_old = k3(torch.where(mask, old_logprobs.detach(), 0.0), torch.where(mask, logprobs, 0.0))
-        return surrogate + self.beta * kl_to_old
+        return surrogate._replace(loss=surrogate.loss + self.beta * kl_to_old)
 
     def update(self, measured_kl: float) -> None:
         """Follow the mean KL(π_old ‖ π) after an iteration's update, in nats a token."""
@@ -220,7 +234,7 @@ class Clip(Objective):
 
     >>> mask = torch.tensor([[True]])
     >>> Clip(0.2)(logprobs=torch.tensor([[0.5]]), old_logprobs=torch.tensor([[0.0]]),
-    ...           advantages=torch.tensor([[1.0]]), mask=mask)
+    ...           advantages=torch.tensor([[1.0]]), mask=mask).loss
     tensor([[-1.2000]])
     """
 
@@ -238,23 +252,19 @@ class Clip(Objective):
             raise ValueError(f"objective.dual must be greater than 1, not {self.dual}")
         _check_level(self.ratio)
 
-    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """The clipped loss of each token, [B, T]."""
+    def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
+        """Return the clipped loss of each token, and the tokens that have left the trust interval.
+
+        Those are the tokens whose ratio is outside the bounds in the direction of their advantage.
+        """
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
         advantages = torch.where(mask, advantages.detach(), 0.0)
-        loss = -torch.minimum(ratio * advantages, self._clip(ratio) * advantages)
+        unclipped, clipped = ratio * advantages, self._clip(ratio) * advantages
+        loss, cut = -torch.minimum(unclipped, clipped), clipped < unclipped
         if self.dual is not None:
             loss = torch.where(advantages < 0, torch.minimum(loss, -self.dual * advantages), loss)
-        return torch.where(mask, loss, 0.0)
-
-    def clipped(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Bool [B, T]: tokens that have already moved out of the trust interval in the direction of their advantage."""
-        ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
-        advantages = torch.where(mask, advantages, 0.0)
-        cut = self._clip(ratio) * advantages < ratio * advantages
-        if self.dual is not None:
             cut = cut | ((advantages < 0) & (ratio > self.dual))
-        return cut & mask
+        return PolicyLoss(torch.where(mask, loss, 0.0), ratio, cut & mask)
 
     def _clip(self, ratio: Tensor) -> Tensor:
         high = self.eps if self.eps_high is None else self.eps_high

@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning
 
 from lit_rlhf.export import model_card, save_folder
-from lit_rlhf.models.sharding import whole_state
+from lit_rlhf.models.sharding import full_state_dict
 from lit_rlhf.modules.module import AlignmentModule
 
 
@@ -22,7 +22,7 @@ class ExportAtEnd(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write it, from one process; the others give their shares."""
         assert isinstance(pl_module, AlignmentModule)
-        weights = whole_state(pl_module.get_submodule(pl_module.role))
+        weights = full_state_dict(pl_module.get_submodule(pl_module.role))
         if trainer.is_global_zero:
             run = Path(trainer.default_root_dir)
             card = model_card(run, pl_module.role, int(pl_module.iteration))

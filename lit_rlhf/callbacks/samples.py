@@ -11,7 +11,7 @@ from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.callbacks.files import LinesFile
 from lit_rlhf.modules.module import iteration_of
-from lit_rlhf.types import Completions, Judged
+from lit_rlhf.types import RewardInputs, ScoredRollout
 
 COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score", "rewards", "kl_to_ref")
 
@@ -49,12 +49,12 @@ class Samples(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the iteration's first responses."""
-        if not isinstance(outputs, dict) or not isinstance(outputs.get("judged"), Judged):
+        if not isinstance(outputs, dict) or not isinstance(outputs.get("scored_rollout"), ScoredRollout):
             return
-        judged: Judged = outputs["judged"]
-        kl_to_ref = masked_sum(k1(judged.old_logprobs, judged.ref_logprobs), judged.rollout.response_mask, 1)
+        scored: ScoredRollout = outputs["scored_rollout"]
+        kl_to_ref = masked_sum(k1(scored.old_logprobs, scored.ref_logprobs), scored.rollout.response_mask, 1)
         iteration = iteration_of(pl_module)
-        records = self._records(iteration, "train", judged.completions, judged.scores, judged.rewards, kl_to_ref)
+        records = self._records(iteration, "train", scored.reward_inputs, scored.scores, scored.rewards, kl_to_ref)
         self._write(trainer, records)
         if iteration % self.table_every_n == 0 or iteration == 1:
             self._log_table(trainer, records, iteration)
@@ -70,7 +70,7 @@ class Samples(lightning.Callback):
     ) -> None:
         """Write the first validation responses."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and batch_idx == 0 and isinstance(outputs, dict) and "completions" in outputs:
+        if fitting and batch_idx == 0 and isinstance(outputs, dict) and "reward_inputs" in outputs:
             self._write(trainer, self._records(iteration_of(pl_module), "val", **outputs))
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,20 +82,20 @@ class Samples(lightning.Callback):
         self._restored = state_dict["size"]
 
     def _records(
-        self, iteration: int, stage: str, completions: Completions, scores: Any, rewards: Any, kl_to_ref: Any
+        self, iteration: int, stage: str, reward_inputs: RewardInputs, scores: Any, rewards: Any, kl_to_ref: Any
     ) -> list[dict[str, Any]]:
         return [
             {
                 "iteration": iteration,
                 "stage": stage,
-                "prompt": completions.prompts[i],
-                "response": completions.responses[i],
-                "terminated": bool(completions.rollout.terminated[i]),
+                "prompt": reward_inputs.prompts[i],
+                "response": reward_inputs.responses[i],
+                "terminated": bool(reward_inputs.rollout.terminated[i]),
                 "score": float(scores[i]),
                 "rewards": {name: float(value[i]) for name, value in rewards.items()},
                 "kl_to_ref": float(kl_to_ref[i]),
             }
-            for i in range(min(self.count, len(completions.responses)))
+            for i in range(min(self.count, len(reward_inputs.responses)))
         ]
 
     def _write(self, trainer: lightning.Trainer, records: list[dict[str, Any]]) -> None:

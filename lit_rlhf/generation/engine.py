@@ -58,7 +58,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
+class SpecialTokens:
     """The token ids that generation must know."""
 
     stop: tuple[int, ...]
@@ -78,7 +78,7 @@ class Engine(ABC):
         actor: Actor,
         prompts: PromptBatch,
         sampling: Sampling,
-        vocabulary: Vocabulary,
+        special_tokens: SpecialTokens,
         *,
         stream: Stream,
         iteration: int,
@@ -91,7 +91,7 @@ class Engine(ABC):
         """
 
 
-def find_vocabulary(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Vocabulary:
+def find_special_tokens(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> SpecialTokens:
     """Stop tokens of the tokenizer, the model's generation config and the user, and the padding token.
 
     Raises:
@@ -108,7 +108,7 @@ def find_vocabulary(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequ
         if pieces[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
             raise UserError(f"sampling.stop: {text!r} is no token of this tokenizer")
         ids.append(pieces[0])
-    return Vocabulary(stop=tuple(dict.fromkeys(ids)), pad=tokenizer.pad_token_id)
+    return SpecialTokens(stop=tuple(dict.fromkeys(ids)), pad=tokenizer.pad_token_id)
 
 
 def join_responses(

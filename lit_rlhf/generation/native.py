@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lit_rlhf.generation.cache import RowCache
-from lit_rlhf.generation.engine import Engine, Sampling, Vocabulary, join_responses
+from lit_rlhf.generation.engine import Engine, Sampling, SpecialTokens, join_responses
 from lit_rlhf.generation.packing import packed_weights
 from lit_rlhf.generation.sampling import draw
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.sharding import gathered
+from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
@@ -57,7 +57,7 @@ class NativeEngine(Engine):
         actor: Actor,
         prompts: PromptBatch,
         sampling: Sampling,
-        vocabulary: Vocabulary,
+        special_tokens: SpecialTokens,
         *,
         stream: Stream,
         iteration: int,
@@ -68,15 +68,15 @@ class NativeEngine(Engine):
             len(prompts.group)
         )
         draws = uniforms(stream, iteration, rows, sampling.max_tokens)
-        with gathered(actor), _casts_kept(), self._fast_step(actor, len(rows)) as step:
-            decoding = _Decoding(actor, prompts, sampling, vocabulary, draws, self.cache_tokens, step)
+        with unsharded(actor), _casts_kept(), self._fast_step(actor, len(rows)) as step:
+            decoding = _Decoding(actor, prompts, sampling, special_tokens, draws, self.cache_tokens, step)
             decoding.run()
         longest = int(decoding.lengths.max())
         last = decoding.tokens.gather(1, decoding.lengths[:, None] - 1)
         return join_responses(
             prompts,
             sampling,
-            vocabulary.pad,
+            special_tokens.pad,
             tokens=decoding.tokens[:, :longest],
             logprobs=decoding.logprobs[:, :longest],
             entropy=decoding.entropy[:, :longest],
@@ -108,16 +108,16 @@ class _Decoding:
         actor: Actor,
         prompts: PromptBatch,
         sampling: Sampling,
-        vocabulary: Vocabulary,
+        special_tokens: SpecialTokens,
         draws: Tensor,
         cache_tokens: int | None,
         step: Callable[..., Tensor],
     ) -> None:
         device = draws.device
         self.actor, self.prompts, self.sampling, self.step = actor, prompts, sampling, step
-        self.stop = torch.tensor(vocabulary.stop, device=device)
+        self.stop = torch.tensor(special_tokens.stop, device=device)
         self.draws = F.pad(draws, (0, 1))  # [B n, T + 1], and so the next three
-        self.tokens = torch.full_like(self.draws, vocabulary.pad, dtype=torch.long)
+        self.tokens = torch.full_like(self.draws, special_tokens.pad, dtype=torch.long)
         self.logprobs = torch.zeros_like(self.draws, dtype=torch.float32)
         self.entropy = torch.zeros_like(self.logprobs)
         self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]

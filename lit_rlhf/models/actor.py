@@ -1,4 +1,4 @@
-"""The language model as the trainer sees it: log-probabilities of chosen tokens, and the next token's logits."""
+"""The language model as the trainer uses it: log-probabilities of response tokens, and the next token's logits."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
 
 class TokenStats(NamedTuple):
-    """What a forward says of each chosen token; 0 at the others. A tuple, so that FSDP sees the tensors in it."""
+    """The output of a forward, 0 outside the response tokens; a tuple, so that FSDP finds the tensors in it."""
 
-    logprobs: Tensor  # [B, S] float32, of the token at each place given those before it
+    logprobs: Tensor  # [B, S] float32, of each token given those before it
     entropy: Tensor  # [B, S] float32, of the distribution it was drawn from, in nats
-    values: Tensor | None  # [B, S] float32, V after each token up to a row's last chosen; None without a value head
+    values: Tensor | None  # [B, S] float32, V after each token up to the last response token; None without a value head
     full_kl: Tensor | None  # [B, S] float32, of that distribution to another actor's, in nats; None without one
 
 
@@ -53,21 +53,26 @@ class Actor(nn.Module):
         _check_head(self)
 
     def forward(
-        self, tokens: Tensor, chosen: Tensor, other: "Actor | None" = None, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        response_tokens_mask: Tensor,
+        other: "Actor | None" = None,
+        positions: Tensor | None = None,
     ) -> TokenStats:
-        """Log-probabilities and entropies at the chosen places.
+        """Compute log-probabilities and entropies at the response tokens.
 
         Args:
-            tokens: [B, S] int64, right-padded (a causal model does not see what stands behind).
-            chosen: Bool [B, S]; the first place of a row cannot be chosen, nothing stands before it.
-            other: The full KL to this one is wanted too; no gradient flows into it. The actor itself gives a KL of
-                0 whose second derivative is the Fisher matrix.
-            positions: [B, S] int64, where a row holds several texts: they begin at 0 with each; None: one text a row.
+            tokens: [B, S] int64, right-padded (a causal model does not see the padding behind a text).
+            response_tokens_mask: Bool [B, S], True at the tokens to score; never at a row's first token, which nothing
+                predicts.
+            other: Another actor, to compute the full KL(π ‖ π_other) as well; no gradient flows into it. The actor
+                itself gives a KL of 0 whose second derivative is the Fisher matrix.
+            positions: [B, S] int64, for rows that hold several texts: 0, 1, … within each; None if a row is one text.
         """
-        real = chosen.flip(1).cummax(1).values.flip(1)  # what stands behind a row's last chosen token is never seen
+        real = response_tokens_mask.flip(1).cummax(1).values.flip(1)  # nothing after a row's last scored token matters
         real[:, 0] = True
         hidden = last_hidden_state(self.model.base_model, tokens, real, positions)
-        predicted = chosen[:, 1:]
+        predicted = response_tokens_mask[:, 1:]
         states, targets, kl = hidden[:, :-1][predicted], tokens[:, 1:][predicted], None
         if other is None:
             rows = chunk_rows(self.model.config.vocab_size, tokens.device)
@@ -82,10 +87,10 @@ class Actor(nn.Module):
         if self.value_head is not None:
             values = self.value_head(_scale_gradient(hidden, self.value_grad_scale)).squeeze(-1).float()
         return TokenStats(
-            logprobs=_spread(logprobs, chosen),
-            entropy=_spread(entropy, chosen),
+            logprobs=_spread(logprobs, response_tokens_mask),
+            entropy=_spread(entropy, response_tokens_mask),
             values=values,
-            full_kl=None if kl is None else _spread(kl, chosen),
+            full_kl=None if kl is None else _spread(kl, response_tokens_mask),
         )
 
     def hidden(self, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -167,8 +172,9 @@ def _scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x.detach() + (x - x.detach()) * scale
 
 
-def _spread(x: Tensor, chosen: Tensor) -> Tensor:
-    return torch.zeros(chosen.shape, dtype=x.dtype, device=x.device).masked_scatter(chosen, x)
+def _spread(x: Tensor, mask: Tensor) -> Tensor:
+    """Place the elements of ``x`` where the mask is True, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def is_unpadded(trunk: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def leave_out_padding(model: PreTrainedModel) -> None:
+def use_unpadded_attention(model: PreTrainedModel) -> None:
     """Give a model this attention, if it then still says the same; if not, leave it as it is.
 
     Not so for architectures whose attention is not a function of queries, keys, values and positions alone (ALiBi, soft

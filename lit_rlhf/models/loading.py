@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.attention import leave_out_padding
+from lit_rlhf.models.attention import use_unpadded_attention
 from lit_rlhf.references import is_reference, load_reference
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
@@ -95,7 +95,7 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
     if task == "score" and model.config.num_labels != 1:
         raise UserError(f"{field}: a reward model has one label, {source} has {model.config.num_labels}")
     model.eval()
-    leave_out_padding(model)
+    use_unpadded_attention(model)
     return model
 
 

@@ -68,7 +68,7 @@ class Wrapped(FullyShardedDataParallel):
 
 
 @contextmanager
-def gathered(*models: nn.Module | None) -> Iterator[None]:
+def unsharded(*models: nn.Module | None) -> Iterator[None]:
     """Every process holds these models' whole weights meanwhile; models that are not sharded have them anyway.
 
     Forwards then need no other process, so that each may do as many as it has work for. For forwards without gradient:
@@ -102,7 +102,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule | FullyShardedDataParallel)
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's ``state_dict`` with whole weights; of a sharded one in the CPU's memory of process 0, else empty.
 
     All processes must ask together.

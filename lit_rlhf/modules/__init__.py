@@ -5,6 +5,6 @@ from lit_rlhf.modules.policy_gradient import PolicyGradient
 from lit_rlhf.modules.reward_modeling import RewardModeling
 from lit_rlhf.modules.sft import SFT
 from lit_rlhf.modules.trpo import TRPO, TrustRegion
-from lit_rlhf.modules.update import ReferenceKL, Update
+from lit_rlhf.modules.update import Update
 
-__all__ = ["DPO", "SFT", "TRPO", "PolicyGradient", "ReferenceKL", "RewardModeling", "TrustRegion", "Update"]
+__all__ = ["DPO", "SFT", "TRPO", "PolicyGradient", "RewardModeling", "TrustRegion", "Update"]

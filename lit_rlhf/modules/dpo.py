@@ -13,15 +13,16 @@ from torch.nn.functional import pad
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.preferences import implicit_reward
+from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.data.prompts import left_pad
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
-from lit_rlhf.generation.engine import Vocabulary, find_vocabulary
+from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
 from lit_rlhf.models.loading import ModelSource
-from lit_rlhf.models.roles import load_roles
-from lit_rlhf.models.sharding import gathered
+from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.preference import PreferenceModule
+from lit_rlhf.modules.roles import load_roles
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PreferenceBatch, PromptBatch
 
@@ -110,13 +111,13 @@ class DPO(PreferenceModule):
         self.train(self.training)
 
     @cached_property
-    def vocabulary(self) -> Vocabulary:
+    def special_tokens(self) -> SpecialTokens:
         """The tokens that end a response, and the padding token."""
-        return find_vocabulary(self.actor, self.tokenizer, self.sampling.stop)
+        return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """The implicit reward of each response, [N]."""
-        logprobs = self.actor(batch.tokens, batch.scored).logprobs.sum(1)
+        logprobs = self.actor(batch.tokens, batch.response_tokens_mask).logprobs.sum(1)
         return implicit_reward(logprobs, self._reference_logprobs(batch), self.beta)
 
     @torch.no_grad()
@@ -124,7 +125,10 @@ class DPO(PreferenceModule):
         """Of each response, [N]."""
         if self._cached is not None and self.trainer.training:
             return self._cached[batch.number, : batch.mask.shape[1]][batch.mask]
-        return self.reference(batch.tokens, batch.scored).logprobs.sum(1)
+        return self._reference_forward(batch)
+
+    def _reference_forward(self, batch: PreferenceBatch) -> Tensor:
+        return self.reference(batch.tokens, batch.response_tokens_mask).logprobs.sum(1)
 
     @torch.no_grad()
     def on_train_start(self) -> None:
@@ -133,15 +137,15 @@ class DPO(PreferenceModule):
             return
         loader: Any = self.trainer.train_dataloader
         table = torch.zeros(len(loader.records), 2, device=self.device)
-        with gathered(self.reference):
+        with unsharded(self.reference):
             for number, batch in enumerate(loader.once(whole=True)):
                 self.check_batch(batch)
                 table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
                 if number % self.trainer.world_size != self.trainer.global_rank:
                     continue
-                for piece in batch.to(self.device).micro_batches(self.max_tokens):
-                    found = piece.by_ranking(self.reference(piece.tokens, piece.scored).logprobs.sum(1))
-                    table[piece.number, : found.shape[1]] = found
+                for micro_batch in preference_micro_batches(batch.to(self.device), self.max_tokens):
+                    logprobs = micro_batch.by_ranking(self._reference_forward(micro_batch))
+                    table[micro_batch.number, : logprobs.shape[1]] = logprobs
         self._cached = self.sum_over_ranks(table)
 
     @torch.no_grad()
@@ -151,7 +155,7 @@ class DPO(PreferenceModule):
         (without,) = self.max_over_ranks(sum(not prompt for prompt in batch.prompts))
         if without:
             return
-        tokens, mask = left_pad(batch.prompts, self.vocabulary.pad)
+        tokens, mask = left_pad(batch.prompts, self.special_tokens.pad)
         prompts = PromptBatch(
             tokens=tokens.to(self.device),
             mask=mask.to(self.device),
@@ -160,11 +164,11 @@ class DPO(PreferenceModule):
             columns={},
         )
         rollout = self.engine.generate(
-            self.actor, prompts, self.sampling, self.vocabulary, stream=Stream.VALIDATION, iteration=0
+            self.actor, prompts, self.sampling, self.special_tokens, stream=Stream.VALIDATION, iteration=0
         )
-        with gathered(self.actor, self.reference):
+        with unsharded(self.actor, self.reference):
             ours, theirs = (
-                rollout.at_responses(model(rollout.tokens, rollout.scored).logprobs)
+                rollout.at_responses(model(rollout.tokens, rollout.response_tokens_mask).logprobs)
                 for model in (self.actor, self.reference)
             )
         self.held_out.add("kl_to_ref", masked_sum(k1(ours, theirs), rollout.response_mask, 1))

@@ -1,4 +1,4 @@
-"""Means over micro-batches, epochs and ranks; logged once an iteration."""
+"""Metrics over micro-batches, epochs and ranks; logged once an iteration."""
 
 import resource
 import sys
@@ -12,7 +12,7 @@ from torchmetrics import MaxMetric, Metric
 
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
-from lit_rlhf.types import Judged, Rollout, Trajectory
+from lit_rlhf.types import Rollout, ScoredRollout, Trajectory
 
 
 class WeightedMean(Metric):
@@ -41,7 +41,7 @@ class WeightedMean(Metric):
         return self.total / self.weight
 
 
-class Means:
+class Metrics:
     """Metrics by name, each a (sum, count) pair that is reduced over all ranks when it is read.
 
     Args:
@@ -55,8 +55,9 @@ class Means:
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Take a value into the mean, ``weight`` times."""
         value = torch.as_tensor(value, device=self.device)
-        metric = self._metrics.setdefault(name, WeightedMean().to(self.device))
-        metric.update(value.detach(), torch.as_tensor(weight, device=self.device))
+        if name not in self._metrics:
+            self._metrics[name] = WeightedMean().to(self.device)
+        self._metrics[name].update(value.detach(), torch.as_tensor(weight, device=self.device))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Take all values that the mask counts into the mean."""
@@ -64,10 +65,11 @@ class Means:
 
     def maximum(self, name: str, value: Tensor) -> None:
         """Take a value into the maximum."""
-        metric = self._metrics.setdefault(name, MaxMetric(nan_strategy="disable").to(self.device))
-        metric.update(value.detach().to(self.device))
+        if name not in self._metrics:
+            self._metrics[name] = MaxMetric(nan_strategy="disable").to(self.device)
+        self._metrics[name].update(value.detach().to(self.device))
 
-    def count(self, name: str) -> float:
+    def weight(self, name: str) -> float:
         """The summed weight of what a mean has taken in, on this rank."""
         metric = self._metrics[name]
         assert isinstance(metric, WeightedMean)
@@ -78,22 +80,22 @@ class Means:
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 
-def measure_experience(judged: Judged, trajectory: Trajectory, kl_coef: float, means: Means) -> None:
+def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
     """What an iteration's responses were like: scores, rewards, KL to the reference, entropy, lengths."""
-    rollout, mask = judged.rollout, trajectory.mask
-    means.add("objective/score", judged.scores)
-    means.add("objective/reward", trajectory.rewards.sum(1))
-    means.add("objective/kl_to_ref", masked_sum(k1(judged.old_logprobs, judged.ref_logprobs), mask, 1))
-    means.add("objective/kl_coef", kl_coef)
-    means.add_masked("objective/entropy", judged.entropy, mask)
-    means.add("response/length", rollout.response_lengths)
-    means.add("response/truncated_fraction", (~rollout.terminated).float())
-    for name, value in judged.rewards.items():
-        means.add(f"rewards/{name}", value)
+    rollout, mask = scored.rollout, trajectory.mask
+    metrics.add("objective/score", scored.scores)
+    metrics.add("objective/reward", trajectory.rewards.sum(1))
+    metrics.add("objective/kl_to_ref", masked_sum(k1(scored.old_logprobs, scored.ref_logprobs), mask, 1))
+    metrics.add("objective/kl_coef", kl_coef)
+    metrics.add_masked("objective/entropy", scored.entropy, mask)
+    metrics.add("response/length", rollout.response_lengths)
+    metrics.add("response/truncated_fraction", (~rollout.terminated).float())
+    for name, value in scored.rewards.items():
+        metrics.add(f"rewards/{name}", value)
 
 
 def measure_held_out(
-    means: Means,
+    metrics: Metrics,
     rollout: Rollout,
     scores: Tensor,
     reference_scores: Tensor,
@@ -115,10 +117,10 @@ def measure_held_out(
         "win_rate": (scores > reference_scores).float() + 0.5 * (scores == reference_scores),
         **{f"rewards/{name}": reward for name, reward in rewards.items()},
     }.items():
-        means.add(name, value)
+        metrics.add(name, value)
 
 
-def deviation(means: dict[str, float]) -> float:
+def pop_standard_deviation(means: dict[str, float]) -> float:
     """The scores' standard deviation, from the mean of their squares, which is taken out."""
     return max(0.0, means.pop("score_squared") - means["score"] ** 2) ** 0.5
 
@@ -150,7 +152,7 @@ class Stopwatch:
         _synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def measured(self, tokens: float, responses: float) -> dict[str, float]:
+    def summary(self, tokens: float, responses: float) -> dict[str, float]:
         """Seconds of each phase, what was done a second of all of them, and the memory held."""
         seconds = sum(self.seconds.values())
         return {f"time/{phase}": value for phase, value in self.seconds.items()} | {

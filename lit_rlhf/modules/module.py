@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import lightning
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,9 +19,12 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import under
-from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
+
+OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
+"""By name, what makes an optimizer from parameters, and a learning-rate schedule from an optimizer."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -42,7 +47,7 @@ class AlignmentModule(lightning.LightningModule):
     actor: Actor
     iteration: Tensor  # [], int64, in the checkpoint
 
-    def __init__(self, source: ModelSource, iterations: int | None) -> None:
+    def __init__(self, source: ModelSource, iterations: int | None, optimizers: OptimizerFactories) -> None:
         super().__init__()
         if not source:
             raise UserError(
@@ -52,7 +57,8 @@ class AlignmentModule(lightning.LightningModule):
             raise UserError(f"model.iterations must be 1 or more, or null, not {iterations}")
         self.source = source
         self.iterations = iterations
-        self.held_out = Means(self.device)  # of the validation or test under way
+        self.optimizer_factories = optimizers
+        self.held_out = Metrics(self.device)  # of the validation or test under way
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
     @cached_property
@@ -80,10 +86,43 @@ class AlignmentModule(lightning.LightningModule):
             child.eval()
         return self
 
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trained parameters by the names of their optimizers."""
+        (name,) = self.optimizer_factories
+        return {name: list(self.get_submodule(self.role).parameters())}
+
+    def configure_optimizers(self) -> Any:
+        """Return an optimizer for each entry of ``trained``, with its learning-rate schedule if there is one."""
+        configured = []
+        for name, parameters in self.trained().items():
+            make_optimizer, make_scheduler = self.optimizer_factories[name]
+            entry: dict[str, Any] = {"optimizer": make_optimizer(parameters)}
+            if make_scheduler is not None:
+                entry["lr_scheduler"] = {"scheduler": make_scheduler(entry["optimizer"]), "interval": "step"}
+            configured.append(entry)
+        return configured
+
+    def optimizers_by_name(self) -> dict[str, Any]:
+        """Return the optimizers under the names of ``trained``."""
+        optimizers: Any = self.optimizers()
+        return dict(zip(self.trained(), optimizers if isinstance(optimizers, list) else [optimizers], strict=True))
+
+    def step_schedulers(self) -> None:
+        """Step all learning-rate schedules; manual optimization leaves that to the module."""
+        schedulers: Any = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if scheduler is not None:
+                scheduler.step()
+
     def on_fit_start(self) -> None:
         """With ``iterations`` set, epochs do not limit the run."""
         if self.iterations is not None:
             self.trainer.fit_loop.max_epochs = -1
+
+    def log_iteration(self, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
+        """Log an iteration's metrics, some of them on the progress bar."""
+        self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
+        self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
 
     def count_iteration(self) -> None:
         """One more; inside ``training_step``, so that it is in this iteration's checkpoint."""
@@ -133,11 +172,11 @@ class AlignmentModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the means."""
-        self.held_out = Means(self.device)
+        self.held_out = Metrics(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Start the means."""
-        self.held_out = Means(self.device)
+        self.held_out = Metrics(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…``."""
@@ -199,3 +238,24 @@ def iteration_of(module: lightning.LightningModule) -> int:
     """How many iterations a module has done; for callbacks, which know it as a LightningModule."""
     assert isinstance(module, AlignmentModule)
     return int(module.iteration)
+
+
+def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
+
+    The hooks are on the module itself, because every path to a checkpoint (a file, a distributed folder) calls them.
+
+    Args:
+        module: The LightningModule.
+        prefixes: The names of the frozen submodules, each with a dot at its end.
+    """
+
+    def drop(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+        for key in [k for k in state if k.startswith(tuple(prefix + p for p in prefixes))]:
+            del state[key]
+
+    def ignore_missing(owner: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
+
+    module.register_state_dict_post_hook(drop)
+    module.register_load_state_dict_post_hook(ignore_missing)

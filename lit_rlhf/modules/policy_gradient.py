@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import nn
 
-from lit_rlhf.algorithms.advantages import GAE, Estimator
-from lit_rlhf.algorithms.kl import FixedKL, KLController, k3
-from lit_rlhf.algorithms.masked import masked_mean, masked_sum
-from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective, probability_ratio
+from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
+from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL, k3
+from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective
+from lit_rlhf.batching import micro_batches
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.loading import ModelSource
-from lit_rlhf.models.sharding import gathered
-from lit_rlhf.modules.metrics import Means
+from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.losses import Losses, count
+from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.update import ReferenceKL, Update, check_finite
+from lit_rlhf.modules.update import Update
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
 
@@ -25,7 +28,7 @@ from lit_rlhf.types import Experience
 class PolicyGradient(OnPolicy):
     """Trains an actor towards rewards: generate, judge, estimate advantages, update; one iteration a training step.
 
-    A step of the design's table is a method of the same name: `generate`, `judge`, `reward`, `estimate`, `learn`.
+    The stages of an iteration are methods: `generate`, `judge`, `reward`, `estimate` (of `OnPolicy`), and `learn`.
 
     Args:
         actor: The model to train: a folder or hub id, or a configuration for random weights.
@@ -64,7 +67,7 @@ class PolicyGradient(OnPolicy):
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
         reference_kl: ReferenceKL = ReferenceKL(),
-        advantages: Estimator = GAE(),
+        advantages: AdvantageEstimator = GAE(),
         objective: Objective = Clip(),
         bootstrap_truncated: bool = False,
         update: Update = Update(),
@@ -97,64 +100,54 @@ class PolicyGradient(OnPolicy):
             },
         )
 
-    def learn(self, experience: Experience, means: Means) -> None:
-        """Several epochs of minibatches, one optimizer step each."""
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """Return the actor's parameters and, with a critic, the critic's; a shared trunk is the actor's."""
+        head = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
+        actor = [p for p in self.actor.parameters() if not any(p is h for h in head)]
+        critic = head if self.critic is None else list(self.critic.parameters())
+        return {"policy": actor, "value": critic} if critic else {"policy": actor}
+
+    def learn(self, experience: Experience, metrics: Metrics) -> None:
+        """Do the epochs of minibatches, one optimizer step each, until the KL to the old policy exceeds its target."""
+        losses, optimizers = self.losses(), self.optimizers_by_name()
         for minibatch in self.minibatches(experience):
-            if not self._step(minibatch, means):
+            if not self._step(minibatch, losses, optimizers, metrics):
                 break
         if self.objective.follows_kl:
-            self._follow_kl(experience, means)
+            self._follow_kl(experience, metrics)
 
-    def _step(self, minibatch: Sequence[Experience], means: Means) -> bool:
-        """Gradients of all micro-batches, then a step of each optimizer; False if the KL to the old policy is over."""
-        for optimizer in self.optimizers_by_name().values():
+    def _step(
+        self, minibatch: Sequence[Experience], losses: Losses, optimizers: dict[str, Any], metrics: Metrics
+    ) -> bool:
+        """Do one optimizer step; return False, without a step, if the KL to the old policy exceeds its target."""
+        for optimizer in optimizers.values():
             optimizer.zero_grad()
-        kl_to_old, counts = torch.zeros((), device=self.device), self.count(minibatch)
-        for number, piece in enumerate(minibatch, start=1):
-            loss, piece_kl = self._loss(piece, counts, means)
-            kl_to_old += piece_kl
-            with self.synchronized(number == len(minibatch)):
-                self.manual_backward(loss * self.trainer.world_size)
-        kl_to_old = self.sum_over_ranks(kl_to_old) / counts[0]
+        totals, kl_to_old = self.sum_over_ranks(count(minibatch)), torch.zeros((), device=self.device)
+        for number, micro_batch in enumerate(minibatch, start=1):
+            loss, summed_kl = losses(micro_batch, totals, metrics)
+            kl_to_old += summed_kl
+            with self.synchronized(last=number == len(minibatch)):
+                self.manual_backward(loss * self.trainer.world_size)  # DDP and FSDP average over the ranks
+        kl_to_old = self.sum_over_ranks(kl_to_old) / totals[0]
         if self.update.target_kl is not None and kl_to_old > self.update.target_kl:
             return False
-        for name, optimizer in self.optimizers_by_name().items():
-            means.add(f"{name}/grad_norm", self.clip(optimizer, self.update.clip_grad_norm))
+        for name, optimizer in optimizers.items():
+            metrics.add(f"{name}/grad_norm", self.clip(optimizer, self.update.clip_grad_norm))
             optimizer.step()
         return True
 
-    def _loss(self, piece: Experience, counts: Tensor, means: Means) -> tuple[Tensor, Tensor]:
-        """A micro-batch's share of the step's loss, and its summed KL to the old policy."""
-        mask = piece.rollout.response_mask
-        total, stats = self.policy_loss(piece, means)
-        check_finite(policy_loss=masked_mean(total, mask))
-        if piece.values is not None:
-            total = total + self.update.value_coef * self.value_loss(piece, stats, means)
-        loss = masked_sum(self.weights(piece, counts) * total, mask)
-        check_finite(loss=loss)
-        with torch.no_grad():
-            logprobs = piece.rollout.at_responses(stats.logprobs)
-            kl_to_old = torch.where(mask, k3(piece.old_logprobs, logprobs), 0.0)
-            means.add_masked("policy/kl_to_old", kl_to_old, mask)
-            means.maximum("policy/ratio_max", probability_ratio(logprobs, piece.old_logprobs, mask).max())
-            clipped = self.objective.clipped(
-                logprobs=logprobs, old_logprobs=piece.old_logprobs, advantages=piece.advantages, mask=mask
-            )
-            means.add_masked("policy/clip_fraction", clipped.float(), mask)
-        return loss, kl_to_old.sum()
-
     @torch.no_grad()
-    def _follow_kl(self, experience: Experience, means: Means) -> None:
-        """Measure the KL that the iteration's update ended with, and let the objective follow it."""
+    def _follow_kl(self, experience: Experience, metrics: Metrics) -> None:
+        """Measure the KL to the old policy at the end of the iteration, and adapt the objective to it."""
+        rank, world_size = self.on_rank()
         total = torch.zeros(2, device=self.device)
-        with gathered(self.actor):
-            for piece in self.share(experience):
-                mask = piece.rollout.response_mask
-                stats = self.actor(piece.rollout.tokens, piece.rollout.scored)
-                logprobs = piece.rollout.at_responses(stats.logprobs)
-                total += torch.stack([masked_sum(k3(piece.old_logprobs, logprobs), mask), mask.sum()])
-        kl, tokens = self.sum_over_ranks(total)
-        means.add("policy/kl_to_old_end", kl / tokens)
+        with unsharded(self.actor):
+            for micro_batch in micro_batches(experience, self.update.max_tokens, rank=rank, world_size=world_size):
+                rollout, mask = micro_batch.rollout, micro_batch.rollout.response_mask
+                logprobs = rollout.at_responses(self.actor(rollout.tokens, rollout.response_tokens_mask).logprobs)
+                total += torch.stack([masked_sum(k3(micro_batch.old_logprobs, logprobs), mask), mask.sum()])
+        summed_kl, tokens = self.sum_over_ranks(total)
+        metrics.add("policy/kl_to_old_end", summed_kl / tokens)
         if isinstance(self.objective, KLPenalty):
-            means.add("policy/beta", self.objective.beta)
-        self.objective.update(float(kl / tokens))
+            metrics.add("policy/beta", self.objective.beta)
+        self.objective.update(float(summed_kl / tokens))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
 from lit_rlhf.algorithms.preferences import bradley_terry, plackett_luce
+from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource
-from lit_rlhf.models.sharding import gathered, is_sharded
-from lit_rlhf.modules.metrics import Means, Stopwatch, deviation
+from lit_rlhf.models.sharding import is_sharded, unsharded
+from lit_rlhf.modules.metrics import Metrics, Stopwatch, pop_standard_deviation
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import PreferenceBatch
@@ -42,7 +43,7 @@ class PreferenceModule(AlignmentModule):
         scheduler: LRSchedulerCallable | None,
         iterations: int | None,
     ) -> None:
-        super().__init__(source, iterations)
+        super().__init__(source, iterations, {"model": (optimizer, scheduler)})
         if not 0.0 <= label_smoothing < 0.5:
             raise ValueError(f"model.label_smoothing must lie in [0, 0.5), not {label_smoothing}")
         if max_tokens < 1:
@@ -53,66 +54,51 @@ class PreferenceModule(AlignmentModule):
         self.label_smoothing = label_smoothing
         self.max_tokens = max_tokens
         self.clip_grad_norm = clip_grad_norm
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
         self.calibration = BinaryCalibrationError(n_bins=10, norm="l1", sync_on_compute=True)
 
     @abstractmethod
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """The score of each response, [N]."""
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Those of the trained model."""
-        return list(self.get_submodule(self.role).parameters())
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer, and its schedule by batches."""
-        optimizer = self.make_optimizer(self.trained_parameters())
-        schedule = {} if self.make_scheduler is None else {"lr_scheduler": self.make_scheduler(optimizer)}
-        return {"optimizer": optimizer, **schedule}
-
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Gradients of all micro-batches, and a step."""
-        means, watch = Means(self.device), Stopwatch()
+        metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("update"):
-            self._step(batch, means)
+            self._step(batch, metrics)
         tokens, responses = self.sum_over_ranks(
             torch.tensor([float(batch.lengths.sum()), float(len(batch.lengths))], device=self.device)
         ).tolist()
         self.count_iteration()
         self.after_step()
-        measured = {f"train/{name}": value for name, value in means.compute().items()}
-        measured |= self.trainer.strategy.broadcast(watch.measured(tokens, responses))  # those of process 0
-        measured["progress/iteration"] = float(self.iteration)
-        shown = ("train/loss", "train/accuracy")
-        self.log_dict({k: v for k, v in measured.items() if k not in shown}, batch_size=1)
-        self.log_dict({k: measured[k] for k in shown}, prog_bar=True, batch_size=1)
+        logged = {f"train/{name}": value for name, value in metrics.compute().items()}
+        logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # those of process 0
+        logged["progress/iteration"] = float(self.iteration)
+        self.log_iteration(logged, shown=("train/loss", "train/accuracy"))
 
-    def _step(self, batch: PreferenceBatch, means: Means) -> None:
-        optimizer: Any = self.optimizers()
+    def _step(self, batch: PreferenceBatch, metrics: Metrics) -> None:
+        (optimizer,) = self.optimizers_by_name().values()
         optimizer.zero_grad()
-        count = self.sum_over_ranks(torch.tensor(float(len(batch.mask)), device=self.device))
-        pieces = batch.micro_batches(self.max_tokens)
-        most = self.max_over_ranks(len(pieces))[0] if is_sharded(self.get_submodule(self.role)) else len(pieces)
+        rankings = self.sum_over_ranks(torch.tensor(float(len(batch.mask)), device=self.device))
+        batches = preference_micro_batches(batch, self.max_tokens)
+        sharded = is_sharded(self.get_submodule(self.role))
+        most = self.max_over_ranks(len(batches))[0] if sharded else len(batches)
         for number in range(most):
-            piece = pieces[min(number, len(pieces) - 1)]
-            scores = piece.by_ranking(self.scores(piece))
-            loss = self.loss(scores, piece)
+            micro_batch = batches[min(number, len(batches) - 1)]
+            scores = micro_batch.by_ranking(self.scores(micro_batch))
+            loss = self.loss(scores, micro_batch)
             check_finite(loss=loss.mean())
-            if number < len(pieces):
-                self.measure(scores.detach(), loss.detach(), piece, means)
-            else:  # other processes have more work, and sharded weights need us all
+            if number < len(batches):
+                self.measure(scores.detach(), loss.detach(), micro_batch, metrics)
+            else:  # other ranks have more micro-batches, and every rank must join the collectives of sharded weights
                 loss = loss * 0.0
-            with self.synchronized(number == most - 1):
-                self.manual_backward(loss.sum() / count * self.trainer.world_size)
-        means.add("grad_norm", self.clip(optimizer, self.clip_grad_norm))
-        means.add("lr", optimizer.param_groups[0]["lr"])
+            with self.synchronized(last=number == most - 1):
+                self.manual_backward(loss.sum() / rankings * self.trainer.world_size)
+        metrics.add("grad_norm", self.clip(optimizer, self.clip_grad_norm))
+        metrics.add("lr", optimizer.param_groups[0]["lr"])
         optimizer.step()
-        scheduler: Any = self.lr_schedulers()
-        if scheduler is not None:
-            scheduler.step()
+        self.step_schedulers()
 
     def after_step(self) -> None:
         """What else belongs to this iteration's checkpoint."""
@@ -135,12 +121,12 @@ class PreferenceModule(AlignmentModule):
 
     # -------------------------------------------------------------- measuring
 
-    def measure(self, scores: Tensor, loss: Tensor, batch: PreferenceBatch, means: Means) -> None:
+    def measure(self, scores: Tensor, loss: Tensor, batch: PreferenceBatch, metrics: Metrics) -> None:
         """Loss, and over all pairs of a ranking: how often, and by how much, the better one is ahead."""
         ahead, _ = pairs(scores, batch)
-        means.add("loss", loss)
-        means.add("accuracy", _won(ahead))
-        means.add("margin", ahead)
+        metrics.add("loss", loss)
+        metrics.add("accuracy", _won(ahead))
+        metrics.add("margin", ahead)
 
     def on_validation_epoch_start(self) -> None:
         """Start the means."""
@@ -160,15 +146,15 @@ class PreferenceModule(AlignmentModule):
         and ``accuracy_if_shorter`` are the model's where the better response is the longer, or the shorter; ``ece`` is
         the expected calibration error of the probability that the one ahead wins.
         """
-        with gathered(*self.children()):
-            for piece in batch.micro_batches(self.max_tokens):
-                self._validate(piece)
+        with unsharded(*self.children()):
+            for micro_batch in preference_micro_batches(batch, self.max_tokens):
+                self._validate(micro_batch)
 
-    def _validate(self, piece: PreferenceBatch) -> None:
-        responses = self.scores(piece)
-        scores = piece.by_ranking(responses)
-        self.measure(scores, self.loss(scores, piece), piece, self.held_out)
-        ahead, longer = pairs(scores, piece)
+    def _validate(self, micro_batch: PreferenceBatch) -> None:
+        responses = self.scores(micro_batch)
+        scores = micro_batch.by_ranking(responses)
+        self.measure(scores, self.loss(scores, micro_batch), micro_batch, self.held_out)
+        ahead, longer = pairs(scores, micro_batch)
         won = _won(ahead)
         self.held_out.add("accuracy_of_length", _won(longer))
         self.held_out.add("accuracy_if_longer", won[longer > 0])
@@ -183,9 +169,9 @@ class PreferenceModule(AlignmentModule):
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """With the scores' deviation and the calibration error."""
-        means["score_std"] = deviation(means)
+        means["score_std"] = pop_standard_deviation(means)
         means["ece"] = float(self.calibration.compute())
-        return {name: value for name, value in means.items() if value == value}  # NaN: there are no such pairs
+        return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN without such pairs
 
 
 def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:

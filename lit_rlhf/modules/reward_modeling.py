@@ -7,9 +7,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.scoring import ScalarModel, load_critic, to_classifier
-from lit_rlhf.models.sharding import gathered
+from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.types import PreferenceBatch
 
@@ -88,10 +89,10 @@ class RewardModeling(PreferenceModule):
     @torch.no_grad()
     def _measure_training_set(self) -> None:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        with gathered(self.reward):
+        with unsharded(self.reward):
             for batch in self.trainer.train_dataloader.once():  # type: ignore[union-attr]
-                for piece in batch.to(self.device).micro_batches(self.max_tokens):
-                    scores = self.scores(piece).double()
+                for micro_batch in preference_micro_batches(batch.to(self.device), self.max_tokens):
+                    scores = self.scores(micro_batch).double()
                     sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
         count, total, squares = self.sum_over_ranks(sums)
         self.score_mean.copy_(total / count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,7 +11,7 @@ from torch import Tensor
 from lit_rlhf.algorithms.masked import masked_mean
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
-from lit_rlhf.models.sharding import gathered
+from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import DemonstrationBatch
@@ -42,9 +41,7 @@ class SFT(AlignmentModule):
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
     ) -> None:
-        super().__init__(actor, iterations)
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
+        super().__init__(actor, iterations, {"actor": (optimizer, scheduler)})
         self._keeps_apart = False  # packed texts; checked once
 
     def configure_model(self) -> None:
@@ -52,16 +49,6 @@ class SFT(AlignmentModule):
         if not self.is_configured:
             self.actor = self.shard(Actor(load_model(self.source, "causal", "model.actor")))
             self.train(self.training)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer, and its schedule by batches."""
-        optimizer = self.make_optimizer(self.actor.parameters())
-        if self.make_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
-        }
 
     def on_train_batch_start(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Before the first step on packed texts: see that the model keeps them apart.
@@ -71,7 +58,7 @@ class SFT(AlignmentModule):
         """
         super().on_train_batch_start(batch, batch_idx)
         if batch.positions is not None and not self._keeps_apart:
-            with gathered(self.actor):
+            with unsharded(self.actor):
                 self.actor.check_packing()
             self._keeps_apart = True
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_rlhf.algorithms.advantages import GAE, Estimator
-from lit_rlhf.algorithms.kl import FixedKL, KLController
-from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
+from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL
+from lit_rlhf.algorithms.masked import masked_mean, masked_sum
 from lit_rlhf.algorithms.objectives import Surrogate, probability_ratio
 from lit_rlhf.algorithms.trust_region import (
     assign,
@@ -23,16 +23,18 @@ from lit_rlhf.algorithms.trust_region import (
     line_search,
     longest_step,
 )
+from lit_rlhf.batching import micro_batches
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
-from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.losses import Losses, count
+from lit_rlhf.modules.metrics import Metrics
+from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.update import ReferenceKL, Update, check_finite
+from lit_rlhf.modules.update import Update, check_finite
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
 
@@ -132,7 +134,7 @@ class TRPO(OnPolicy):
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
         reference_kl: ReferenceKL = ReferenceKL(),
-        advantages: Estimator = GAE(),
+        advantages: AdvantageEstimator = GAE(),
         region: TrustRegion = TrustRegion(),
         bootstrap_truncated: bool = False,
         update: Update = Update(),
@@ -174,107 +176,117 @@ class TRPO(OnPolicy):
         freeze(self.old)
 
     def trained(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by optimizer: the critic's alone, if there is one."""
+        """Return the critic's parameters, if there is a critic; the actor has no optimizer."""
         return {} if self.critic is None else {"value": list(self.critic.parameters())}
 
-    def learn(self, experience: Experience, means: Means) -> None:
-        """A step of the actor within its region, then the critic's epochs."""
-        self._step_actor(experience, means)
+    def learn(self, experience: Experience, metrics: Metrics) -> None:
+        """Do one step of the actor within its trust region, then the critic's epochs."""
+        losses = self.losses()
+        self._step_actor(experience, losses, metrics)
         if experience.values is not None:
+            (optimizer,) = self.optimizers_by_name().values()
             for minibatch in self.minibatches(experience):
-                self._step_critic(minibatch, means)
+                self._step_critic(minibatch, losses, optimizer, metrics)
 
     # ------------------------------------------------------------------- actor
 
-    def _step_actor(self, experience: Experience, means: Means) -> None:
+    def _step_actor(self, experience: Experience, losses: Losses, metrics: Metrics) -> None:
         parameters = list(self.actor.parameters())
         start = flatten([p.detach() for p in parameters])
         assign(list(self.old.parameters()), start)
-        pieces = self.share(experience)
-        counts = self.count(pieces)
-        loss, gradient = self._gradient(pieces, counts, means)
+        batches = self._micro_batches(experience)
+        totals = self.sum_over_ranks(count(batches))
+        loss, gradient = self._gradient(batches, totals, losses, metrics)
         product = self._fisher(experience)
         direction = conjugate_gradients(product, -gradient, self.region.cg_iterations, self.region.cg_tolerance)
         step = longest_step(direction, product, self.region.max_kl)
 
-        def measure(share: float) -> tuple[float, float]:
-            assign(parameters, start + share * step)
-            new_loss, kl = self._measure_step(pieces, counts)
+        def try_step(fraction: float) -> tuple[float, float]:
+            assign(parameters, start + fraction * step)
+            new_loss, kl = self._loss_and_kl(batches, totals, losses)
             return float(loss - new_loss), float(kl)
 
-        share = line_search(measure, self.region.max_kl, self.region.backtracks, self.region.backtrack_ratio)
-        assign(parameters, start + share * step)
-        means.add("policy/grad_norm", gradient.norm())
-        means.add("policy/step_share", share)
-        self._measure_policy(pieces, means)
+        fraction = line_search(try_step, self.region.max_kl, self.region.backtracks, self.region.backtrack_ratio)
+        assign(parameters, start + fraction * step)
+        metrics.add("policy/grad_norm", gradient.norm())
+        metrics.add("policy/step_share", fraction)
+        self._measure_policy(batches, metrics)
 
-    def _gradient(self, pieces: Sequence[Experience], counts: Tensor, means: Means) -> tuple[Tensor, Tensor]:
-        """The loss (the surrogate and its further terms) of the old policy, [], and its gradient, [N]."""
+    def _micro_batches(self, experience: Experience) -> list[Experience]:
+        rank, world_size = self.on_rank()
+        return micro_batches(experience, self.update.max_tokens, rank=rank, world_size=world_size)
+
+    def _gradient(
+        self, batches: Sequence[Experience], totals: Tensor, losses: Losses, metrics: Metrics
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of the old policy (the surrogate and its further terms), [], and its gradient, [N]."""
         parameters = list(self.actor.parameters())
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
-        for piece in pieces:
-            total, _ = self.policy_loss(piece, means)
-            share = masked_sum(self.weights(piece, counts) * total, piece.rollout.response_mask)
-            gradient += flatten(torch.autograd.grad(share, parameters, materialize_grads=True))
-            loss += share.detach()
+        for micro_batch in batches:
+            part = losses.weigh(losses.policy(micro_batch, metrics).loss, micro_batch, totals)
+            gradient += flatten(torch.autograd.grad(part, parameters, materialize_grads=True))
+            loss += part.detach()
         loss, gradient = self.sum_over_ranks(loss), self.sum_over_ranks(gradient)
         check_finite(loss=loss, gradient_norm=gradient.norm())
         return loss, gradient
 
     def _fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
-        """v ↦ (F + damping) v, F the mean over tokens of the Fisher matrix of the actor's distributions."""
+        """v ↦ (F + damping) v, with F the mean over tokens of the Fisher matrix of the actor's distributions."""
         rows = (experience.rollout.group % self.region.fisher_every == 0).nonzero().squeeze(1)
-        pieces = self.share(experience.select(rows))
-        tokens = self.count(pieces)[0]
+        batches = self._micro_batches(experience.select(rows))
+        tokens = self.sum_over_ranks(count(batches))[0]
         parameters = list(self.actor.parameters())
 
         def product(vector: Tensor) -> Tensor:
             total = torch.zeros_like(vector)
             with sdpa_kernel(SDPBackend.MATH):
-                for piece in pieces:
-                    stats = self.actor(piece.rollout.tokens, piece.rollout.scored, self.actor)
-                    kl = masked_sum(piece.rollout.at_responses(stats.full_kl), piece.rollout.response_mask)
+                for micro_batch in batches:
+                    rollout = micro_batch.rollout
+                    stats = self.actor(rollout.tokens, rollout.response_tokens_mask, self.actor)
+                    kl = masked_sum(rollout.at_responses(stats.full_kl), rollout.response_mask)
                     total += hessian_product(kl / tokens, parameters, vector)
             return self.sum_over_ranks(total) + self.region.damping * vector
 
         return product
 
     @torch.no_grad()
-    def _measure_step(self, pieces: Sequence[Experience], counts: Tensor) -> Tensor:
-        """The loss of the actor as it is now, and its mean KL from the old policy, [2]."""
+    def _loss_and_kl(self, batches: Sequence[Experience], totals: Tensor, losses: Losses) -> Tensor:
+        """The loss of the actor as it is now, and its mean KL from the old policy in nats a token, [2]."""
         total = torch.zeros(2, device=self.device)
-        for piece in pieces:
-            loss, _ = self.policy_loss(piece, Means(self.device))
-            rollout, mask = piece.rollout, piece.rollout.response_mask
-            kl = rollout.at_responses(self.old(rollout.tokens, rollout.scored, self.actor).full_kl)
-            share = masked_sum(self.weights(piece, counts) * loss, mask)
-            total += torch.stack([share, masked_sum(kl, mask) / counts[0]])
+        for micro_batch in batches:
+            loss = losses.weigh(losses.policy(micro_batch, Metrics(self.device)).loss, micro_batch, totals)
+            kl = masked_sum(self._kl_to_old(micro_batch), micro_batch.rollout.response_mask)
+            total += torch.stack([loss, kl / totals[0]])
         return self.sum_over_ranks(total)
 
     @torch.no_grad()
-    def _measure_policy(self, pieces: Sequence[Experience], means: Means) -> None:
-        """The KL and the ratios after the step."""
-        for piece in pieces:
-            rollout, mask = piece.rollout, piece.rollout.response_mask
-            stats = self.old(rollout.tokens, rollout.scored, self.actor)
-            means.add_masked("policy/kl_to_old", rollout.at_responses(stats.full_kl), mask)
-            logprobs = rollout.at_responses(self.actor(rollout.tokens, rollout.scored).logprobs)
-            means.maximum("policy/ratio_max", probability_ratio(logprobs, piece.old_logprobs, mask).max())
+    def _measure_policy(self, batches: Sequence[Experience], metrics: Metrics) -> None:
+        """Record the KL and the ratios after the step."""
+        for micro_batch in batches:
+            rollout, mask = micro_batch.rollout, micro_batch.rollout.response_mask
+            metrics.add_masked("policy/kl_to_old", self._kl_to_old(micro_batch), mask)
+            logprobs = rollout.at_responses(self.actor(rollout.tokens, rollout.response_tokens_mask).logprobs)
+            metrics.maximum("policy/ratio_max", probability_ratio(logprobs, micro_batch.old_logprobs, mask).max())
+
+    def _kl_to_old(self, micro_batch: Experience) -> Tensor:
+        """KL(π_old ‖ π) over the vocabulary, [b, t], in nats."""
+        rollout = micro_batch.rollout
+        return rollout.at_responses(self.old(rollout.tokens, rollout.response_tokens_mask, self.actor).full_kl)
 
     # ------------------------------------------------------------------ critic
 
-    def _step_critic(self, minibatch: Sequence[Experience], means: Means) -> None:
-        counts = self.count(minibatch)
-        (optimizer,), parameters = self.optimizers_by_name().values(), self.trained()["value"]
-        sharded = is_sharded(cast(nn.Module, self.critic))  # then backward takes the mean over the ranks; else we add
+    def _step_critic(self, minibatch: Sequence[Experience], losses: Losses, optimizer: Any, metrics: Metrics) -> None:
+        totals, parameters = self.sum_over_ranks(count(minibatch)), self.trained()["value"]
+        sharded = is_sharded(cast(nn.Module, self.critic))  # backward then averages over the ranks; otherwise we sum
         optimizer.zero_grad()
-        for piece in minibatch:
-            loss = self.weights(piece, counts) * self.value_loss(piece, None, means) * self.update.value_coef
-            loss = masked_sum(loss, piece.rollout.response_mask)
+        for micro_batch in minibatch:
+            value = losses.value(micro_batch, None, metrics)
+            check_finite(value_loss=masked_mean(value, micro_batch.rollout.response_mask))
+            loss = losses.weigh(self.update.value_coef * value, micro_batch, totals)
             with self.synchronized(last=False):
                 self.manual_backward(loss * self.trainer.world_size if sharded else loss)
         if not sharded:
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            assign(found, self.sum_over_ranks(flatten(found)))
-        means.add("value/grad_norm", self.clip(optimizer, self.update.clip_grad_norm))
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            assign(gradients, self.sum_over_ranks(flatten(gradients)))
+        metrics.add("value/grad_norm", self.clip(optimizer, self.update.clip_grad_norm))
         optimizer.step()

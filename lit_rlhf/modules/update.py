@@ -1,14 +1,12 @@
-"""The update phase: from experience to optimizer steps."""
+"""The options of the update phase, and the checks around an optimizer step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_rlhf.algorithms.kl import k1, k2, k3
 from lit_rlhf.algorithms.masked import Aggregation, Reduce
 from lit_rlhf.errors import UserError
 
@@ -56,83 +54,47 @@ class Update:
                 raise ValueError(f"update.{name} must be positive or null, not {value}")
 
 
-@dataclass(frozen=True)
-class ReferenceKL:
-    """How the KL to the reference enters.
-
-    The gradient of E[Σₜ KLₜ] has two parts: a token's effect on the KL of the states after it, which a reward carries,
-    and on that of its own state. In the reward, k1 carries both, as its own expected gradient is 0; k2 and k3 do not.
-    ``full`` depends on the state alone, so its second part is added to the loss, in the advantages' scale. In ``loss``
-    the coefficient is in units of the advantages as they are, whitened or not.
+def check_finite(**values: Tensor) -> None:
+    """Stop before the step if a loss or a gradient norm is not finite; the host waits once for all of them.
 
     Args:
-        where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss, each token by itself.
-        estimator: ``k1``, ``k2``, ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs a forward
-            of the reference in the update. Right are k1 and full in the reward, k2 and full in the loss; k1 in the loss
-            has no gradient on average, k3 that of the reverse KL.
+        values: [] tensors of one device, by the names that the message uses.
 
     Raises:
-        ValueError: for k1 in the loss.
+        UserError: naming the first that is not finite.
+
+    >>> check_finite(policy_loss=torch.tensor(0.5), value_loss=torch.tensor(float("nan")))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    lit_rlhf.errors.UserError: the value loss is nan: stopped before the step, and the last checkpoint is good. ...
     """
-
-    where: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
-
-    def __post_init__(self) -> None:
-        if self.where == "loss" and self.estimator == "k1":
-            raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; take k2, k3 or full")
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the full KL is wanted."""
-        return self.estimator == "full"
-
-    @property
-    def in_loss(self) -> bool:
-        """Whether the loss has a term of it."""
-        return self.where == "loss" or self.is_full
-
-    def estimate(self, logprobs: Tensor, ref_logprobs: Tensor, full_kl: Tensor | None) -> Tensor:
-        """KL(π ‖ π_ref) of each token, [B, T], in nats.
-
-        Args:
-            logprobs: [B, T], of the sampled tokens.
-            ref_logprobs: [B, T].
-            full_kl: [B, T], over the vocabulary; only ``full`` needs it.
-        """
-        if self.estimator == "full":
-            assert full_kl is not None
-            return full_kl
-        return {"k1": k1, "k2": k2, "k3": k3}[self.estimator](logprobs, ref_logprobs)
-
-
-def check_finite(**values: Tensor) -> None:
-    """Stop before the step if a loss or gradient is not a number.
-
-    Raises:
-        UserError: naming what is not finite.
-    """
-    for name, value in values.items():
-        if not torch.isfinite(value).all():
-            raise UserError(
-                f"the {name.replace('_', ' ')} is {value.item():g}: stopped before the step, and the last checkpoint "
-                "is good. A smaller learning rate, a value_clip or a score clip usually helps"
-            )
+    if torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
+        return
+    name, value = next((name, value) for name, value in values.items() if not torch.isfinite(value))
+    raise UserError(
+        f"the {name.replace('_', ' ')} is {value.item():g}: stopped before the step, and the last checkpoint is good. "
+        "A smaller learning rate, a value_clip or a score clip usually helps"
+    )
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None, reduce: Reduce | None = None) -> Tensor:
-    """Clip the parameters' gradient norm in place, and return what it was, [].
+    """Clip the norm of the parameters' gradients in place, and return the norm before, [].
 
     Args:
-        parameters: Those of one optimizer.
-        max_norm: The largest norm; None: unbounded.
-        reduce: Sums a tensor over all ranks, where each holds a share that torch does not know to be one (FSDP1).
+        parameters: The parameters of one optimizer.
+        max_norm: The largest norm; None for no clipping.
+        reduce: Sums a tensor over all ranks; needed where each rank holds a share that is a plain tensor (FSDP1).
 
     Raises:
-        UserError: if it is not finite.
+        UserError: if the norm is not finite.
+
+    >>> weight = torch.zeros(2, requires_grad=True)
+    >>> (3.0 * weight[0] + 4.0 * weight[1]).backward()
+    >>> clip_gradients([weight], max_norm=1.0), weight.grad
+    (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    found = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(found) if found else torch.zeros((), device=parameters[0].device)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if reduce is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.reward import Reward
-from lit_rlhf.types import Completions
+from lit_rlhf.types import RewardInputs
 
 NUMBER = re.compile(r"(?:(?<!\w)-)?\$?\d[\d,]*(?:\.\d+)?")
 
@@ -29,18 +29,18 @@ class ExactAnswer(Reward):
         self.column = column
         self.ignore_case = ignore_case
 
-    def forward(self, completions: Completions) -> Tensor:
+    def forward(self, reward_inputs: RewardInputs) -> Tensor:
         """0 or 1 a response, [B].
 
         Raises:
             UserError: if the column does not exist.
         """
-        answers = [str(answer).strip() for answer in _column(completions, self.column)]
-        responses = [response.strip() for response in completions.responses]
+        answers = [str(answer).strip() for answer in _column(reward_inputs, self.column)]
+        responses = [response.strip() for response in reward_inputs.responses]
         if self.ignore_case:
             answers, responses = [a.casefold() for a in answers], [r.casefold() for r in responses]
         right = [float(a == r) for a, r in zip(answers, responses, strict=True)]
-        return torch.tensor(right, device=completions.rollout.tokens.device)
+        return torch.tensor(right, device=reward_inputs.rollout.tokens.device)
 
 
 class NumericAnswer(Reward):
@@ -71,14 +71,14 @@ class NumericAnswer(Reward):
         self.anywhere = anywhere
         self.format_score = format_score
 
-    def forward(self, completions: Completions) -> Tensor:
+    def forward(self, reward_inputs: RewardInputs) -> Tensor:
         """One number a response, [B].
 
         Raises:
             UserError: if the column does not exist, or an answer in it has no number.
         """
         scores = []
-        for response, answer in zip(completions.responses, _column(completions, self.column), strict=True):
+        for response, answer in zip(reward_inputs.responses, _column(reward_inputs, self.column), strict=True):
             text = str(answer)
             candidates = (_decimal(text), final_number(text, self.marker), last_number(text))
             right = next((number for number in candidates if number is not None), None)
@@ -89,7 +89,7 @@ class NumericAnswer(Reward):
             if given is None and self.anywhere:
                 given = last_number(response)
             scores.append(1.0 if given == right else self.format_score if marked else 0.0)
-        return torch.tensor(scores, device=completions.rollout.tokens.device)
+        return torch.tensor(scores, device=reward_inputs.rollout.tokens.device)
 
 
 def final_number(text: str, marker: str = "####") -> Decimal | None:
@@ -121,7 +121,7 @@ def _decimal(text: str) -> Decimal | None:
     return number if number.is_finite() else None
 
 
-def _column(completions: Completions, column: str) -> Sequence[Any]:
-    if column not in completions.columns:
-        raise UserError(f"the prompts have no column {column!r}; they have: {', '.join(completions.columns)}")
-    return completions.columns[column]
+def _column(reward_inputs: RewardInputs, column: str) -> Sequence[Any]:
+    if column not in reward_inputs.columns:
+        raise UserError(f"the prompts have no column {column!r}; they have: {', '.join(reward_inputs.columns)}")
+    return reward_inputs.columns[column]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.references import load_reference
 from lit_rlhf.rewards.reward import Reward
-from lit_rlhf.types import Completions
+from lit_rlhf.types import RewardInputs
 
 
 class RewardFunction(Reward):
@@ -45,7 +45,7 @@ class RewardFunction(Reward):
         if self._call is None:
             self._call = load_reference(self.function, "rewards.function")
 
-    def forward(self, completions: Completions) -> Tensor:
+    def forward(self, reward_inputs: RewardInputs) -> Tensor:
         """What the function returns, [B].
 
         Raises:
@@ -54,10 +54,10 @@ class RewardFunction(Reward):
         """
         assert self._call is not None, "prepare() comes first"
         available: dict[str, Sequence[Any]] = {
-            **completions.columns,
-            "prompts": completions.prompts,
-            "responses": completions.responses,
-            "terminated": completions.rollout.terminated.tolist(),
+            **reward_inputs.columns,
+            "prompts": reward_inputs.prompts,
+            "responses": reward_inputs.responses,
+            "terminated": reward_inputs.rollout.terminated.tolist(),
         }
         arguments = self._arguments(self._call, available)
         try:
@@ -67,7 +67,7 @@ class RewardFunction(Reward):
             raise UserError(
                 f"the reward function {self.function} raised {reason} ({_place(self._call, error)})"
             ) from error
-        return self._checked(scores, completions).to(completions.rollout.tokens.device)
+        return self._checked(scores, reward_inputs).to(reward_inputs.rollout.tokens.device)
 
     def _arguments(self, call: Callable[..., Any], available: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
         parameters = inspect.signature(call).parameters.values()
@@ -80,8 +80,8 @@ class RewardFunction(Reward):
             )
         return {p.name: available[p.name] for p in parameters if p.name in available}
 
-    def _checked(self, scores: Any, completions: Completions) -> Tensor:
-        count = len(completions.responses)
+    def _checked(self, scores: Any, reward_inputs: RewardInputs) -> Tensor:
+        count = len(reward_inputs.responses)
         try:
             tensor = torch.as_tensor(scores, dtype=torch.float32).detach()
         except Exception as error:
@@ -96,7 +96,7 @@ class RewardFunction(Reward):
             row = int((~tensor.isfinite()).nonzero()[0])
             raise UserError(
                 f"the reward function {self.function} returned {tensor[row]} for the response "
-                f"{completions.responses[row][:80]!r}"
+                f"{reward_inputs.responses[row][:80]!r}"
             )
         return tensor
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.batching import pack
 from lit_rlhf.data.tokenize import chat_tokens, ended
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
-from lit_rlhf.models.sharding import gathered
+from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.rewards.reward import Reward
-from lit_rlhf.types import Completions, Prompt, pack
+from lit_rlhf.types import Prompt, RewardInputs
 
 
 class RewardModel(Reward):
@@ -60,16 +61,16 @@ class RewardModel(Reward):
             print(f"rewards: {self.source} has another vocabulary than the actor; texts are tokenized again for it")
 
     @torch.no_grad()
-    def forward(self, completions: Completions) -> Tensor:
+    def forward(self, reward_inputs: RewardInputs) -> Tensor:
         """The score of prompt and response, [B]."""
         assert self.model is not None, "prepare() comes first"
-        rollout = completions.rollout
+        rollout = reward_inputs.rollout
         tokens, lengths = rollout.tokens, rollout.lengths
         if self.retokenizer is not None:
-            tokens, lengths = _tokenize(self.retokenizer, completions)
+            tokens, lengths = _tokenize(self.retokenizer, reward_inputs)
             tokens, lengths = tokens.to(rollout.tokens.device), lengths.to(rollout.tokens.device)
         scores = torch.empty(len(tokens), device=tokens.device)
-        with gathered(self.model):
+        with unsharded(self.model):
             for rows in pack(lengths.cpu(), self.max_tokens):
                 rows = rows.to(tokens.device)
                 some = tokens[rows, : int(lengths[rows].max())]
@@ -78,11 +79,11 @@ class RewardModel(Reward):
         return (scores - mean) / deviation
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> tuple[Tensor, Tensor]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, reward_inputs: RewardInputs) -> tuple[Tensor, Tensor]:
     """Prompt and response as this tokenizer writes them, ended where the actor ended; right-padded."""
     rows: list[list[int]] = []
-    pairs: Sequence[tuple[Prompt, str]] = list(zip(completions.prompts, completions.responses, strict=True))
-    for (prompt, response), terminated in zip(pairs, completions.rollout.terminated.tolist(), strict=True):
+    pairs: Sequence[tuple[Prompt, str]] = list(zip(reward_inputs.prompts, reward_inputs.responses, strict=True))
+    for (prompt, response), terminated in zip(pairs, reward_inputs.rollout.terminated.tolist(), strict=True):
         if isinstance(prompt, str):
             ids = tokenizer(prompt + response)["input_ids"]
             if terminated and ids[-1] != tokenizer.eos_token_id:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.types import Completions
+from lit_rlhf.types import RewardInputs
 
 
 class Reward(nn.Module, ABC):
@@ -28,5 +28,5 @@ class Reward(nn.Module, ABC):
         """Load what must be loaded, once, before the first use; the actor's tokenizer is given."""
 
     @abstractmethod
-    def forward(self, completions: Completions) -> Tensor:
+    def forward(self, reward_inputs: RewardInputs) -> Tensor:
         """[B] float32, one number a response."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.masked import Reduce
 from lit_rlhf.rewards.reward import Reward
-from lit_rlhf.types import Completions
+from lit_rlhf.types import RewardInputs
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Scores(nn.Module):
         self.rewards.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def judge(self, completions: Completions) -> tuple[dict[str, Tensor], Tensor]:
+    def judge(self, reward_inputs: RewardInputs) -> tuple[dict[str, Tensor], Tensor]:
         """Each reward by name, unweighted, and the score, their weighted sum; each [B]."""
         parts: dict[str, Tensor] = {}
-        total = torch.zeros(len(completions.responses), device=completions.rollout.tokens.device)
+        total = torch.zeros(len(reward_inputs.responses), device=reward_inputs.rollout.tokens.device)
         for reward in self._each():
-            value = reward(completions).float()
+            value = reward(reward_inputs).float()
             name = reward.name if reward.name not in parts else f"{reward.name}_{len(parts)}"
             parts[name] = value
             total = total + reward.weight * value

@@ -14,8 +14,8 @@ STATISTICS = {
     "mean": masked_mean,
     "mean of rows": partial(masked_mean, dim=1),
     "var": masked_var,
-    "whiten": masked_whiten,
-    "scale": partial(masked_whiten, shift_mean=False),
+    "whiten": lambda x, mask, **options: masked_whiten(x, mask, **options).values,
+    "scale": lambda x, mask, **options: masked_whiten(x, mask, shift_mean=False, **options).values,
 }
 
 
@@ -54,8 +54,8 @@ def test_numbers_by_hand():
     assert masked_mean(x, mask, dim=1).tolist() == [2, 6]
     assert masked_var(x, mask) == 5  # (9 + 1 + 1 + 9) / 4
     whitened = torch.tensor([[-3.0, 0.0, -1.0], [1.0, 3.0, 0.0]]) / 5**0.5
-    torch.testing.assert_close(masked_whiten(x, mask), whitened)
-    torch.testing.assert_close(masked_whiten(x, mask, shift_mean=False), torch.where(mask, whitened + 4, 0.0))
+    torch.testing.assert_close(masked_whiten(x, mask).values, whitened)
+    torch.testing.assert_close(masked_whiten(x, mask, shift_mean=False).values, torch.where(mask, whitened + 4, 0.0))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -69,7 +69,7 @@ def test_equals_a_loop(seed):
     assert masked_var(x, mask).item() == pytest.approx(var)
     for shift_mean, offset in ((True, 0.0), (False, mean)):
         expected = [(v - mean) / (var + 1e-8) ** 0.5 + offset for v in values]
-        whitened = masked_whiten(x, mask, shift_mean=shift_mean)
+        whitened = masked_whiten(x, mask, shift_mean=shift_mean).values
         assert kept(whitened, mask) == pytest.approx(expected)
         assert masked_mean(whitened, mask).item() == pytest.approx(offset, abs=1e-12)
         assert masked_var(whitened, mask).item() == pytest.approx(1)
@@ -99,8 +99,8 @@ def test_one_element_or_none_divides_by_no_zero(count, mean):
     x, mask = torch.tensor([NAN, 5.0, NAN]), torch.tensor([False, count == 1, False])
     assert masked_mean(x, mask) == mean
     assert masked_var(x, mask) == 0
-    assert masked_whiten(x, mask).tolist() == [0, 0, 0]
-    assert masked_whiten(x, mask, shift_mean=False).tolist() == [0, mean, 0]
+    assert masked_whiten(x, mask).values.tolist() == [0, 0, 0]
+    assert masked_whiten(x, mask, shift_mean=False).values.tolist() == [0, mean, 0]
 
 
 def test_variance_survives_a_large_mean():
@@ -113,7 +113,10 @@ def test_two_ranks_whiten_like_one(shift_mean):
     x, mask = random_case()
     shares = [(x[:1], mask[:1]), (x[1:], mask[1:])]
     whitened = on_two_ranks(partial(masked_whiten, shift_mean=shift_mean), shares)
-    torch.testing.assert_close(torch.cat(whitened), masked_whiten(x, mask, shift_mean=shift_mean))
+    expected = masked_whiten(x, mask, shift_mean=shift_mean)
+    torch.testing.assert_close(torch.cat([part.values for part in whitened]), expected.values)
+    for part in whitened:
+        torch.testing.assert_close((part.var, part.scale), (expected.var, expected.scale))
     for var in on_two_ranks(masked_var, shares):
         torch.testing.assert_close(var, masked_var(x, mask))
 

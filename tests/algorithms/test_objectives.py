@@ -7,7 +7,15 @@ from torch import nn
 
 from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.algorithms.masked import token_weights
-from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective, Surrogate, VanillaPG, probability_ratio
+from lit_rlhf.algorithms.objectives import (
+    Clip,
+    KLPenalty,
+    Objective,
+    PolicyLoss,
+    Surrogate,
+    VanillaPG,
+    probability_ratio,
+)
 
 NAN = float("nan")
 SETTINGS = [
@@ -56,7 +64,7 @@ def random_case(seed=0, shape=(30, 20), constant=False):
 
 def loss_and_gradient(objective, case, weights=1.0):
     case = case | {"logprobs": case["logprobs"].detach().clone().requires_grad_()}
-    loss = objective(**case)
+    loss = objective(**case).loss
     (weights * loss).sum().backward()
     return loss.detach(), case["logprobs"].grad
 
@@ -88,12 +96,16 @@ def loss_by_definition(objective, logprobs, old_logprobs, advantages):
 def row(objective, ratios, advantages, mask=None, old=-3.0):
     """The losses of one response with these ratios."""
     old_logprobs = torch.full((1, len(ratios)), old, dtype=torch.float64)
-    return objective(
-        logprobs=torch.tensor([ratios], dtype=torch.float64).log() + old_logprobs,
-        old_logprobs=old_logprobs,
-        advantages=torch.tensor([advantages], dtype=torch.float64),
-        mask=torch.ones_like(old_logprobs).bool() if mask is None else torch.tensor([mask]),
-    )[0].tolist()
+    return (
+        objective(
+            logprobs=torch.tensor([ratios], dtype=torch.float64).log() + old_logprobs,
+            old_logprobs=old_logprobs,
+            advantages=torch.tensor([advantages], dtype=torch.float64),
+            mask=torch.ones_like(old_logprobs).bool() if mask is None else torch.tensor([mask]),
+        )
+        .loss[0]
+        .tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +155,7 @@ def test_numbers_by_hand(objective, losses):
 @every_objective
 def test_equals_a_loop(objective):
     case = random_case()
-    losses = objective(**case)
+    losses = objective(**case).loss
     assert (losses[~case["mask"]] == 0).all()
     for line in case["mask"].any(1).nonzero().flatten().tolist():
         counts = case["mask"][line]
@@ -155,7 +167,7 @@ def test_equals_a_loop(objective):
 def test_gradient_is_that_of_the_value(objective):
     case = random_case(shape=(4, 5))
     others = {name: x for name, x in case.items() if name != "logprobs"}
-    assert torch.autograd.gradcheck(lambda logprobs: objective(logprobs=logprobs, **others), case["logprobs"])
+    assert torch.autograd.gradcheck(lambda logprobs: objective(logprobs=logprobs, **others).loss, case["logprobs"])
 
 
 @every_objective
@@ -168,7 +180,7 @@ def test_gradient_at_ratio_one_is_minus_the_advantage(objective):
         lengths = case["mask"].sum(1, keepdim=True).clamp(min=1)
         expected = (expected.sum(1, keepdim=True) / lengths).where(case["mask"], 0.0)
     assert_same(loss_and_gradient(objective, case)[1], -expected)
-    assert not objective.clipped(**case).any()
+    assert not objective(**case).clipped.any()
 
 
 @every_objective
@@ -176,7 +188,7 @@ def test_gradients_flow_into_logprobs_alone(objective):
     case = random_case()
     case["old_logprobs"].requires_grad_()
     case["advantages"].requires_grad_()
-    objective(**case).sum().backward()
+    objective(**case).loss.sum().backward()
     assert case["logprobs"].grad.abs().sum() > 0
     assert case["old_logprobs"].grad is None
     assert case["advantages"].grad is None
@@ -189,7 +201,7 @@ def test_garbage_outside_changes_neither_value_nor_gradient(objective, name, gar
     case, results = random_case(), []
     for outside in (0.0, garbage):
         spoilt = case | {name: torch.where(case["mask"], case[name].detach(), outside)}
-        results.append((*loss_and_gradient(objective, spoilt), objective.clipped(**spoilt)))
+        results.append((*loss_and_gradient(objective, spoilt), objective(**spoilt).clipped))
     for expected, spoilt in zip(*results, strict=True):
         assert torch.equal(spoilt, expected)
         assert (spoilt[~case["mask"]] == 0).all()
@@ -224,14 +236,14 @@ def test_micro_batches_have_no_say(objective, aggregation):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_clipped_marks_the_tokens_without_gradient(setting, level):
     case, objective = random_case(constant=True), Clip(**setting, ratio=level)
-    gradient, clipped = loss_and_gradient(objective, case)[1], objective.clipped(**case)
+    gradient, clipped = loss_and_gradient(objective, case)[1], objective(**case).clipped
     assert torch.equal(clipped, (gradient == 0) & case["mask"])
     assert 0 < clipped.sum() < case["mask"].sum()
 
 
 @pytest.mark.parametrize("objective", [o for o in TOKEN_LEVEL + SEQUENCE_LEVEL if not isinstance(o, Clip)], ids=label)
 def test_the_others_clip_nothing(objective):
-    assert not objective.clipped(**random_case()).any()
+    assert not objective(**random_case()).clipped.any()
 
 
 def test_ratio():
@@ -261,7 +273,7 @@ def test_mean_of_means_of_the_clipped_sequence_is_that_of_the_rows(setting):
             ratio = math.exp(sum(log_ratios) / len(log_ratios))
             expected.append(clip_by_definition(ratio, case["advantages"][line, 0].item(), **setting))
     totals = {"total_tokens": case["mask"].sum(), "total_sequences": len(expected), "max_tokens": 20}
-    loss = (token_weights(case["mask"], "sequence", **totals) * Clip(**setting, ratio="sequence")(**case)).sum()
+    loss = (token_weights(case["mask"], "sequence", **totals) * Clip(**setting, ratio="sequence")(**case).loss).sum()
     assert loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-6)
 
 
@@ -274,7 +286,7 @@ def test_penalty_and_its_gradient_are_exact_on_average(beta, seed):
     logits.requires_grad_()
     logprobs, old_logprobs = logits.log_softmax(-1), old_logits.log_softmax(-1)
     terms = {"old_logprobs": old_logprobs, "advantages": advantages, "mask": torch.ones(1, 11).bool()}
-    mean = (old_logprobs.exp() * KLPenalty(beta, adaptive=False)(logprobs=logprobs, **terms)).sum()
+    mean = (old_logprobs.exp() * KLPenalty(beta, adaptive=False)(logprobs=logprobs, **terms).loss).sum()
     exact = (-(logprobs.exp() * advantages).sum() + beta * full_kl(old_logits, logits)).sum()
     assert_same(mean, exact)
     assert_same(*(torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (mean, exact)))
@@ -315,7 +327,7 @@ def test_beta_can_always_come_back(kl):
     objective = KLPenalty(beta=1.0, target=0.01)
     for _ in range(2000):
         objective.update(kl)
-    loss = objective(**random_case())
+    loss = objective(**random_case()).loss
     assert torch.isfinite(loss).all()
     stuck = objective.beta
     objective.update(1.0 - kl)
@@ -326,7 +338,7 @@ def test_the_new_beta_counts():
     objective, same = KLPenalty(beta=1.0, target=0.01), KLPenalty(beta=4.0)
     objective.update(1.0)
     objective.update(1.0)
-    assert torch.equal(objective(**random_case()), same(**random_case()))
+    assert torch.equal(objective(**random_case()).loss, same(**random_case()).loss)
 
 
 @every_objective
@@ -355,13 +367,30 @@ def test_beta_is_in_the_checkpoint(dtype):
     assert parent.objective.beta == beta / 2
 
 
-def test_an_objective_clips_and_follows_nothing_unless_it_says_so():
+def test_an_objective_follows_nothing_unless_it_says_so():
     class Plain(Objective):
         def __call__(self, *, logprobs, old_logprobs, advantages, mask):
-            return torch.where(mask, -logprobs * advantages, 0.0)
+            ratio = probability_ratio(logprobs, old_logprobs, mask)
+            return PolicyLoss(torch.where(mask, -logprobs * advantages, 0.0), ratio, torch.zeros_like(mask))
 
-    assert not Plain().clipped(**random_case()).any()
     assert not Plain().follows_kl
+
+
+@every_objective
+def test_the_ratio_is_the_one_that_the_objective_uses(objective):
+    case = random_case()
+    level = getattr(objective, "ratio", "token")
+    expected = probability_ratio(case["logprobs"], case["old_logprobs"], case["mask"], level)
+    assert torch.equal(objective(**case).ratio, expected)
+
+
+@every_objective
+@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "mask"])
+def test_another_shape_is_refused(objective, name):
+    case = random_case(shape=(2, 3))
+    case[name] = case[name][:1]
+    with pytest.raises(ValueError, match=r"^shapes differ: .*\[1, 3\]"):
+        objective(**case)
 
 
 @pytest.mark.parametrize(

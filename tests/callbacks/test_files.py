@@ -59,14 +59,14 @@ def test_samples_are_the_first_responses_with_their_scores(make_module, fit, tmp
     fit(make_module(iterations=2, critic=None), [Samples(count=3), recorder], validation=True, val_check_interval=2)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(x["iteration"], x["stage"]) for x in lines] == [(1, "train")] * 3 + [(2, "train")] * 3 + [(2, "val")] * 3
-    judged = recorder.outputs[1]["judged"]
+    scored = recorder.outputs[1]["scored_rollout"]
     for i, line in enumerate(lines[3:6]):
-        assert line["response"] == judged.completions.responses[i]
-        assert line["prompt"] == judged.completions.prompts[i]
-        assert line["score"] == pytest.approx(float(judged.scores[i]))
-        assert line["rewards"] == {"low_words": pytest.approx(float(judged.scores[i]))}
-        n = int(judged.rollout.response_lengths[i])
-        kl = (judged.old_logprobs[i, :n] - judged.ref_logprobs[i, :n]).sum()
+        assert line["response"] == scored.reward_inputs.responses[i]
+        assert line["prompt"] == scored.reward_inputs.prompts[i]
+        assert line["score"] == pytest.approx(float(scored.scores[i]))
+        assert line["rewards"] == {"low_words": pytest.approx(float(scored.scores[i]))}
+        n = int(scored.rollout.response_lengths[i])
+        kl = (scored.old_logprobs[i, :n] - scored.ref_logprobs[i, :n]).sum()
         assert line["kl_to_ref"] == pytest.approx(float(kl), abs=1e-5)
 
 

@@ -14,7 +14,7 @@ def test_a_checkpoint_taken_after_a_validation_goes_on_with_the_next_batch(make_
     resumed = Recorder()
     checkpoint = str(tmp_path / "checkpoints" / f"iteration-{at:06d}.ckpt")
     fit(make_module(iterations=9), [resumed], ckpt_path=checkpoint, **options)
-    prompts = [[o["judged"].completions.prompts for o in r.outputs] for r in (whole, resumed)]
+    prompts = [[o["scored_rollout"].reward_inputs.prompts for o in r.outputs] for r in (whole, resumed)]
     assert prompts[0][at:] == prompts[1]
     assert all(torch.equal(whole.weights[name], resumed.weights[name]) for name in whole.weights)
 

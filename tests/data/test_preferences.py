@@ -42,7 +42,9 @@ def words(batch, tokenizer):
             names = tokenizer.convert_ids_to_tokens(batch.tokens[row].tolist())
             prompt, length = int(batch.prompt_lengths[row]), int(batch.lengths[row])
             assert set(names[length:]) <= {tokenizer.pad_token}
-            assert [w for w, counts in zip(names, batch.scored[row], strict=True) if counts] == names[prompt:length]
+            assert [w for w, counts in zip(names, batch.response_tokens_mask[row], strict=True) if counts] == names[
+                prompt:length
+            ]
             rows.append((" ".join(names[:prompt]), " ".join(names[prompt:length])))
         rankings.append(rows)
     return rankings
@@ -214,8 +216,8 @@ def without_opening(tokenizer):
 )
 def test_the_first_token_has_nothing_to_predict_it(make, tokenizer, record):
     (batch,) = make(without_opening(tokenizer), [record], batch_size=1).val_dataloader()
-    assert not batch.scored[:, 0].any()
-    assert batch.scored.any(1).all()
+    assert not batch.response_tokens_mask[:, 0].any()
+    assert batch.response_tokens_mask.any(1).all()
 
 
 def test_margins(make, tokenizer):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
-from lit_rlhf.generation.engine import Vocabulary, find_vocabulary
+from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
 from lit_rlhf.randomness import Stream
@@ -29,8 +29,8 @@ class Subject:
     actor: Actor
     tokenizer: object
 
-    def vocabulary(self, stop=()) -> Vocabulary:
-        return find_vocabulary(self.actor, self.tokenizer, stop)
+    def special_tokens(self, stop=()) -> SpecialTokens:
+        return find_special_tokens(self.actor, self.tokenizer, stop)
 
     def prompts(self, count=16, seed=0) -> PromptBatch:
         g = torch.Generator().manual_seed(seed)
@@ -47,8 +47,8 @@ class Subject:
     def generate(self, prompts=None, engine=NativeEngine(), stream=Stream.ROLLOUT, iteration=0, **sampling):
         sampling = Sampling(**{"max_tokens": LONGEST, "temperature": TEMPERATURE, "stop": STOP} | sampling)
         prompts = prompts or self.prompts()
-        vocabulary = self.vocabulary(sampling.stop)
-        return engine.generate(self.actor, prompts, sampling, vocabulary, stream=stream, iteration=iteration)
+        special_tokens = self.special_tokens(sampling.stop)
+        return engine.generate(self.actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_greedy_equals_transformers(subject):
 
 
 def test_a_rollout_is_contiguous_and_right_padded(subject):
-    prompts, vocabulary = subject.prompts(), subject.vocabulary(STOP)
+    prompts, special_tokens = subject.prompts(), subject.special_tokens(STOP)
     rollout = subject.generate(prompts)
     assert_some_end_early(rollout)
     assert rollout.tokens.shape[1] == rollout.lengths.max()
@@ -117,11 +117,11 @@ def test_a_rollout_is_contiguous_and_right_padded(subject):
     assert (rollout.rollout_logprobs[~rollout.response_mask] == 0).all()
     for row, response in enumerate(responses(rollout)):
         prompt = prompts.tokens[row, prompts.mask[row]].tolist()
-        padding = [vocabulary.pad] * (rollout.tokens.shape[1] - len(prompt) - len(response))
+        padding = [special_tokens.pad] * (rollout.tokens.shape[1] - len(prompt) - len(response))
         assert rollout.tokens[row].tolist() == prompt + response + padding
         assert rollout.response_mask[row].tolist() == [True] * len(response) + [False] * (LONGEST - len(response))
-        assert not set(response[:-1]) & set(vocabulary.stop)
-        assert rollout.terminated[row] == (response[-1] in vocabulary.stop)
+        assert not set(response[:-1]) & set(special_tokens.stop)
+        assert rollout.terminated[row] == (response[-1] in special_tokens.stop)
         assert rollout.terminated[row] or len(response) == LONGEST
 
 
@@ -131,7 +131,7 @@ def test_logprobs_and_entropies_are_the_actors_own(subject, cache_tokens):
     assert engine.is_exact
     rollout = subject.generate(engine=engine, top_k=10, top_p=0.9, min_tokens=2)
     assert_some_end_early(rollout)
-    mask, stats = rollout.response_mask, subject.actor(rollout.tokens, rollout.scored)
+    mask, stats = rollout.response_mask, subject.actor(rollout.tokens, rollout.response_tokens_mask)
     for found, own in ((rollout.rollout_logprobs, stats.logprobs), (rollout.rollout_entropy, stats.entropy)):
         assert found.dtype == torch.float32
         assert (found[~mask] == 0).all()
@@ -303,7 +303,7 @@ def test_min_tokens(llama):
     free, bound = llama.generate(), llama.generate(min_tokens=4)
     assert free.response_lengths.min() < 5
     assert bound.response_lengths.min() == 5  # four tokens, then a stop token at the earliest
-    stops = set(llama.vocabulary(STOP).stop)
+    stops = set(llama.special_tokens(STOP).stop)
     assert all(not stops & set(response[:4]) for response in responses(bound))
     assert not llama.generate(min_tokens=6, max_tokens=6).terminated.any()
 
@@ -339,25 +339,25 @@ def test_stop_tokens(llama):
 
 
 def test_vocabulary(llama, load):
-    assert llama.vocabulary() == Vocabulary(stop=(1,), pad=0)
-    assert llama.vocabulary(("w3", "w5", "<eos>")) == Vocabulary(stop=(1, 9, 11), pad=0)
-    assert load("llama", "pad_is_eos").vocabulary() == Vocabulary(stop=(1,), pad=1)
+    assert llama.special_tokens() == SpecialTokens(stop=(1,), pad=0)
+    assert llama.special_tokens(("w3", "w5", "<eos>")) == SpecialTokens(stop=(1, 9, 11), pad=0)
+    assert load("llama", "pad_is_eos").special_tokens() == SpecialTokens(stop=(1,), pad=1)
     for text in ("w3 w5", ""):
         with pytest.raises(UserError, match=rf"^sampling\.stop: '{text}' is \d tokens of this tokenizer, not one"):
-            llama.vocabulary((text,))
+            llama.special_tokens((text,))
 
 
 def test_stop_tokens_of_the_generation_config(tiny_model):
     folder = str(tiny_model())
     subject = Subject(Actor(load_model(folder), TEMPERATURE), load_tokenizer(folder))
     subject.actor.model.generation_config.eos_token_id = [1, 9, 11]
-    assert subject.vocabulary() == Vocabulary(stop=(1, 9, 11), pad=0)
+    assert subject.special_tokens() == SpecialTokens(stop=(1, 9, 11), pad=0)
     assert {response[-1] for response in responses(subject.generate(stop=(), max_tokens=60))} >= {9, 11}
 
 
 def test_unknown_stop_word(llama):
     with pytest.raises(UserError, match=r"sampling\.stop"):
-        llama.vocabulary(("w99",))
+        llama.special_tokens(("w99",))
 
 
 def test_samples_are_a_function_of_seed_stream_and_iteration(llama, monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_rlhf.models.attention import UNPADDED, is_unpadded, last_hidden_state, leave_out_padding
+from lit_rlhf.models.attention import UNPADDED, is_unpadded, last_hidden_state, use_unpadded_attention
 from lit_rlhf.models.loading import RandomWeights, load_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
@@ -120,7 +120,7 @@ def test_soft_caps_are_left_alone(tiny_model):
 
 def test_leaving_out_padding_twice_changes_nothing(tiny_model):
     model = load_model(str(tiny_model("llama")))
-    leave_out_padding(model)
+    use_unpadded_attention(model)
     assert model.config._attn_implementation == UNPADDED
 
 

@@ -53,17 +53,17 @@ def test_the_full_kl_is_what_the_sampled_one_estimates(make_module, fit, where):
         iterations=4, actor_optimizer=adam(3e-3), reference_kl=ReferenceKL(where, "full"), kl=FixedKL(0.1)
     )
     fit(module, [recorder], batch_size=48)
-    judged = recorder.outputs[-1]["judged"]
+    scored = recorder.outputs[-1]["scored_rollout"]
     if where == "loss":
-        assert judged.full_kl is None
+        assert scored.full_kl is None
         return
-    mask = judged.rollout.response_mask
-    assert (judged.full_kl[mask] >= -1e-6).all()
-    exact, sampled = judged.full_kl[mask].mean(), (judged.old_logprobs - judged.ref_logprobs)[mask].mean()
+    mask = scored.rollout.response_mask
+    assert (scored.full_kl[mask] >= -1e-6).all()
+    exact, sampled = scored.full_kl[mask].mean(), (scored.old_logprobs - scored.ref_logprobs)[mask].mean()
     assert float(exact) > 1e-3
     assert float(sampled) == pytest.approx(float(exact), rel=0.5)
-    rewards = module.reward(judged).rewards.sum(1)
-    expected = judged.shaped_scores - 0.1 * torch.where(mask, judged.full_kl, 0.0).sum(1)
+    rewards = module.reward(scored).rewards.sum(1)
+    expected = scored.shaped_scores - 0.1 * torch.where(mask, scored.full_kl, 0.0).sum(1)
     torch.testing.assert_close(rewards, expected)
 
 

@@ -1,11 +1,11 @@
 import torch
 
-from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.metrics import Metrics
 
 
 def test_plain_numbers_are_held_on_the_device_too():
     """What the processes talk by (NCCL) may know no other."""
-    means = Means(torch.device("meta"))
+    means = Metrics(torch.device("meta"))
     means.add("kl_coef", 0.1)
     means.add("loss", torch.tensor(0.1), weight=2)
     means.maximum("ratio", torch.tensor(1.0))

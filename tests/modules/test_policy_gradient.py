@@ -12,7 +12,7 @@ from lit_rlhf.algorithms.objectives import KLPenalty
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.modules import Update
-from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.update import ReferenceKL
 from lit_rlhf.rewards import RewardModel, ScoreShaping
 from lit_rlhf.testing import Recorder
@@ -62,7 +62,7 @@ def test_every_shape_and_tokenizer(make_module, fit, tiny_model, architecture, s
     fit(make_module(sampling=Sampling(max_tokens=12, temperature=0.7), **options), [recorder])
     for metrics, outputs in zip(recorder.metrics, recorder.outputs, strict=True):
         assert abs(metrics["policy/ratio_max"] - 1) < 1e-5
-        assert outputs["judged"].old_logprobs is outputs["judged"].rollout.rollout_logprobs
+        assert outputs["scored_rollout"].old_logprobs is outputs["scored_rollout"].rollout.rollout_logprobs
         assert metrics["value/loss"] > 0
 
 
@@ -79,11 +79,11 @@ def test_where_the_engines_numbers_do_not_do_the_actor_is_asked(make_module, fit
     """For values and the full KL, which only it knows, and in half precision, where decoding rounds differently."""
     recorder = Recorder()
     fit(make_module(iterations=1, actor_optimizer=adam(0.0), **options), [recorder], precision=precision)
-    judged = recorder.outputs[0]["judged"]
-    mask = judged.rollout.response_mask
+    scored = recorder.outputs[0]["scored_rollout"]
+    mask = scored.rollout.response_mask
     for own, engines in (
-        (judged.old_logprobs, judged.rollout.rollout_logprobs),
-        (judged.entropy, judged.rollout.rollout_entropy),
+        (scored.old_logprobs, scored.rollout.rollout_logprobs),
+        (scored.entropy, scored.rollout.rollout_entropy),
     ):
         assert own is not engines
         torch.testing.assert_close(own[mask], engines[mask], rtol=0, atol=1e-5 if precision == "32-true" else 0.2)
@@ -153,22 +153,22 @@ def test_rewards_are_score_on_the_last_token_minus_kl(make_module, fit):
     scores = ScoreShaping(truncation_penalty=0.5)
     module = make_module(kl=FixedKL(coef), scores=scores, iterations=3, actor_optimizer=adam(1e-2))
     trainer = fit(module, [recorder])
-    judged = recorder.outputs[-1]["judged"]
-    rollout, mask = judged.rollout, judged.rollout.response_mask
+    scored = recorder.outputs[-1]["scored_rollout"]
+    rollout, mask = scored.rollout, scored.rollout.response_mask
     module.trainer = trainer
-    rewards = module.reward(judged).rewards
+    rewards = module.reward(scored).rewards
     assert not rollout.terminated.all()
     assert rollout.terminated.any()
     for row in range(len(rewards)):
         n = int(rollout.response_lengths[row])
-        expected = -coef * (judged.old_logprobs[row, :n] - judged.ref_logprobs[row, :n])
-        expected[-1] += judged.scores[row] - (0.0 if rollout.terminated[row] else 0.5)
+        expected = -coef * (scored.old_logprobs[row, :n] - scored.ref_logprobs[row, :n])
+        expected[-1] += scored.scores[row] - (0.0 if rollout.terminated[row] else 0.5)
         torch.testing.assert_close(rewards[row, :n], expected)
         assert (rewards[row, n:] == 0).all()
-    kl = masked_sum(judged.old_logprobs - judged.ref_logprobs, mask, 1).mean()
+    kl = masked_sum(scored.old_logprobs - scored.ref_logprobs, mask, 1).mean()
     assert recorder.metrics[-1]["objective/kl_to_ref"] == pytest.approx(float(kl), rel=1e-4)
     assert recorder.metrics[-1]["objective/reward"] == pytest.approx(float(rewards.sum(1).mean()), rel=1e-4)
-    assert recorder.metrics[-1]["objective/score"] == pytest.approx(float(judged.scores.mean()), rel=1e-4)
+    assert recorder.metrics[-1]["objective/score"] == pytest.approx(float(scored.scores.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -179,8 +179,8 @@ def test_kl_in_the_loss_holds_the_policy_back(make_module, fit, estimator):
             kl=FixedKL(coef), reference_kl=ReferenceKL("loss", estimator), actor_optimizer=adam(3e-3), iterations=6
         )
         fit(module, [recorder], batch_size=24)
-        judged = recorder.outputs[-1]["judged"]
-        rewards = module.reward(judged).rewards
+        scored = recorder.outputs[-1]["scored_rollout"]
+        rewards = module.reward(scored).rewards
         assert ((rewards != 0).sum(1) <= 1).all()  # nothing of the KL is in the reward
         return recorder.metrics[-1]["objective/kl_to_ref"]
 
@@ -212,10 +212,10 @@ def test_bootstrap_is_the_critics_value_after_truncated_responses(make_module, f
     recorder = Recorder()
     module = make_module(bootstrap_truncated=True, advantages=GAE(lam=0.9), critic_optimizer=adam(1e-2), iterations=3)
     fit(module, [recorder])
-    judged = recorder.outputs[-1]["judged"]
-    terminated = judged.rollout.terminated
-    assert (judged.bootstrap[terminated] == 0).all()
-    assert (judged.bootstrap[~terminated] != 0).all()
+    scored = recorder.outputs[-1]["scored_rollout"]
+    terminated = scored.rollout.terminated
+    assert (scored.bootstrap[terminated] == 0).all()
+    assert (scored.bootstrap[~terminated] != 0).all()
     assert (~terminated).any()
 
 
@@ -223,9 +223,9 @@ def test_whitening(make_module, fit, prompt_file):
     recorder = Recorder()
     module = make_module(update=Update(epochs=1, minibatches=1, whiten_rewards=True), iterations=2)
     fit(module, [recorder])
-    judged = recorder.outputs[-1]["judged"]
-    mask = judged.rollout.response_mask
-    advantages = module.estimate(judged, module.reward(judged), Means(torch.device("cpu"))).advantages[mask]
+    scored = recorder.outputs[-1]["scored_rollout"]
+    mask = scored.rollout.response_mask
+    advantages = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu"))).advantages[mask]
     assert advantages.mean().abs() < 1e-5
     assert advantages.var(unbiased=False) == pytest.approx(1.0, abs=1e-3)
 
@@ -234,12 +234,12 @@ def test_whitened_rewards_keep_their_mean(make_module, fit):
     recorder, update = Recorder(), Update(epochs=1, minibatches=1, whiten_rewards=True, whiten_advantages=False)
     module = make_module(update=update, iterations=1, critic=None, advantages=MonteCarlo())
     fit(module, [recorder], batch_size=24)
-    judged = recorder.outputs[0]["judged"]
-    mask, trajectory = judged.rollout.response_mask, module.reward(judged)
+    scored = recorder.outputs[0]["scored_rollout"]
+    mask, trajectory = scored.rollout.response_mask, module.reward(scored)
     rewards = trajectory.rewards[mask]
     assert rewards.mean() > 0.01
     scaled = (trajectory.rewards - rewards.mean()) / rewards.std(unbiased=False) + rewards.mean()
-    advantages = module.estimate(judged, trajectory, Means(torch.device("cpu"))).advantages
+    advantages = module.estimate(scored, trajectory, Metrics(torch.device("cpu"))).advantages
     torch.testing.assert_close(advantages[:, 0], torch.where(mask, scaled, 0.0).sum(1), rtol=1e-3, atol=1e-4)
 
 
@@ -330,7 +330,7 @@ def test_held_out_metrics_are_the_means_over_the_prompts(make_module, fit, promp
     data = trainer.datamodule
     metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     scores, kl = (torch.cat([o[name] for o in held_out.outputs]) for name in ("scores", "kl_to_ref"))
-    rollouts = [o["completions"].rollout for o in held_out.outputs]
+    rollouts = [o["reward_inputs"].rollout for o in held_out.outputs]
     others = torch.cat([module.reference_scores[i] for i in range(len(rollouts))])
     truncated = torch.cat([~rollout.terminated for rollout in rollouts]).float()
     assert len(scores) == 48
@@ -423,13 +423,13 @@ def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggr
     module.configure_model()
     actor, critic, reference = deepcopy((module.actor.model, module.critic, module.reference.model))
     fit(module, [recorder])
-    judged = recorder.outputs[0]["judged"]
-    learnt = module.estimate(judged, module.reward(judged), Means(torch.device("cpu")))
-    rows, tokens = len(judged.scores), int(judged.rollout.response_lengths.sum())
+    scored = recorder.outputs[0]["scored_rollout"]
+    learnt = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
+    rows, tokens = len(scored.scores), int(scored.rollout.response_lengths.sum())
     for row, (prompt, n) in enumerate(
-        zip(judged.rollout.prompt_lengths.tolist(), judged.rollout.response_lengths.tolist(), strict=True)
+        zip(scored.rollout.prompt_lengths.tolist(), scored.rollout.response_lengths.tolist(), strict=True)
     ):
-        text, states = judged.rollout.tokens[row : row + 1, : prompt + n], slice(prompt - 1, prompt + n - 1)
+        text, states = scored.rollout.tokens[row : row + 1, : prompt + n], slice(prompt - 1, prompt + n - 1)
         every, ref_every = (
             torch.log_softmax(model(input_ids=text).logits[0, states] / 0.7, -1) for model in (actor, reference)
         )
@@ -437,7 +437,7 @@ def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggr
         r = ref_chosen - chosen
         kl = {"k2": r**2 / 2, "k3": r.exp() - 1 - r, "full": (every.exp() * (every - ref_every.detach())).sum(-1)}
         values = critic(text)[0, states]
-        torch.testing.assert_close(judged.values[row, :n], values.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scored.values[row, :n], values.detach(), rtol=1e-4, atol=1e-4)
         weight = {"token": 1 / tokens, "sequence": 1 / (rows * n), "constant": 1 / (rows * 12)}[aggregation]
         ratio, entropy = (chosen - chosen.detach()).exp(), -(every.exp() * every).sum(-1)
         policy = -learnt.advantages[row, :n] * ratio - 0.2 * entropy + 0.3 * kl[estimator]
@@ -456,14 +456,14 @@ def test_values_stand_before_each_token_and_the_bootstrap_after_the_last(make_mo
         bootstrap_truncated=True,
     )
     fit(module, [recorder], batch_size=24)
-    judged = recorder.outputs[0]["judged"]
-    rollout = judged.rollout
+    scored = recorder.outputs[0]["scored_rollout"]
+    rollout = scored.rollout
     assert 0 < rollout.terminated.sum() < len(rollout.terminated)
     for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)):
         values = module.critic(rollout.tokens[row : row + 1, :end])[0]
-        torch.testing.assert_close(judged.values[row, : end - start], values[start - 1 : -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scored.values[row, : end - start], values[start - 1 : -1], rtol=1e-4, atol=1e-4)
         after = 0.0 if rollout.terminated[row] else float(values[-1])
-        assert float(judged.bootstrap[row]) == pytest.approx(after, rel=1e-4, abs=1e-4)
+        assert float(scored.bootstrap[row]) == pytest.approx(after, rel=1e-4, abs=1e-4)
 
 
 @pytest.fixture
@@ -488,14 +488,14 @@ def test_the_metrics_of_a_second_step(two_steps):
     """The means over both: of the policy that drew the responses, and of the one after the first step."""
     module, recorder, _ = two_steps(1)
     once, twice = recorder.metrics[0], two_steps(2)[1].metrics[0]
-    judged = recorder.outputs[0]["judged"]
-    rollout, mask = judged.rollout, judged.rollout.response_mask
-    learnt = module.estimate(judged, module.reward(judged), Means(torch.device("cpu")))
-    logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.scored).logprobs)[mask]
-    log_ratio, advantages = logprobs - judged.old_logprobs[mask], learnt.advantages[mask]
+    scored = recorder.outputs[0]["scored_rollout"]
+    rollout, mask = scored.rollout, scored.rollout.response_mask
+    learnt = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
+    logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.response_tokens_mask).logprobs)[mask]
+    log_ratio, advantages = logprobs - scored.old_logprobs[mask], learnt.advantages[mask]
     ratio = log_ratio.exp()
     assert twice["policy/ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-3)
-    values, old = rollout.before_responses(module.critic(rollout.tokens))[mask], judged.values[mask]
+    values, old = rollout.before_responses(module.critic(rollout.tokens))[mask], scored.values[mask]
     near, returns = old + (values - old).clamp(-0.2, 0.2), learnt.returns[mask]
     second = {
         "policy/kl_to_old": ratio - 1 - log_ratio,
@@ -519,10 +519,10 @@ def test_the_kl_that_the_objective_follows_is_the_old_policys_to_the_new(make_mo
     recorder = Recorder()
     module = make_module(iterations=1, objective=KLPenalty(), actor_optimizer=adam(1e-2))
     fit(module, [recorder])
-    judged = recorder.outputs[0]["judged"]
-    rollout = judged.rollout
-    logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.scored).logprobs)
-    log_ratio = (logprobs - judged.old_logprobs)[rollout.response_mask]
+    scored = recorder.outputs[0]["scored_rollout"]
+    rollout = scored.rollout
+    logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.response_tokens_mask).logprobs)
+    log_ratio = (logprobs - scored.old_logprobs)[rollout.response_mask]
     kl, swapped = (float((x.exp() - 1 - x).mean()) for x in (log_ratio, -log_ratio))
     assert recorder.metrics[0]["policy/kl_to_old_end"] == pytest.approx(kl, rel=1e-3)
     assert swapped != pytest.approx(kl, rel=1e-2)

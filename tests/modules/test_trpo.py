@@ -6,7 +6,7 @@ from lit_rlhf.algorithms.trust_region import flatten, line_search
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
 from lit_rlhf.modules import TRPO, ReferenceKL, TrustRegion, Update
-from lit_rlhf.modules.metrics import Means
+from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import Recorder
 
@@ -67,7 +67,7 @@ def test_the_step_has_the_length_that_its_region_allows(make_trpo, fit, fisher_e
     region = TrustRegion(max_kl=max_kl, damping=damping, fisher_every=fisher_every)
     module = make_trpo(iterations=1, region=region, critic=None, sampling=Sampling(max_tokens=12, temperature=0.7))
     fit(module, [recorder], batch_size=24)
-    rollout, share = recorder.outputs[0]["judged"].rollout, recorder.metrics[0]["policy/step_share"]
+    rollout, share = recorder.outputs[0]["scored_rollout"].rollout, recorder.metrics[0]["policy/step_share"]
     kl = kl_after_the_step(module, rollout)[rollout.response_mask & (rollout.group % fisher_every == 0)[:, None]]
     start, end = (flatten([p.detach() for p in model.parameters()]) for model in (module.old, module.actor))
     bound = float(kl.mean() + 0.5 * damping * (end - start).square().sum())
@@ -91,15 +91,15 @@ def test_the_line_search_sees_the_kl_and_the_improvement_of_the_step(make_trpo, 
         iterations=1, region=TrustRegion(max_kl=0.5), critic=None, update=Update(max_tokens=64, entropy_coef=0.1)
     )
     fit(module, [recorder], batch_size=24)
-    judged = recorder.outputs[0]["judged"]
-    rollout, mask = judged.rollout, judged.rollout.response_mask
+    scored = recorder.outputs[0]["scored_rollout"]
+    rollout, mask = scored.rollout, scored.rollout.response_mask
     kl = float(kl_after_the_step(module, rollout)[mask].mean())
     assert recorder.metrics[0]["policy/kl_to_old"] == pytest.approx(kl, rel=1e-3)
-    learnt = module.estimate(judged, module.reward(judged), Means(torch.device("cpu")))
-    stats = module.actor(rollout.tokens, rollout.scored)
-    ratio = (rollout.at_responses(stats.logprobs) - judged.old_logprobs)[mask].exp()
+    learnt = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
+    stats = module.actor(rollout.tokens, rollout.response_tokens_mask)
+    ratio = (rollout.at_responses(stats.logprobs) - scored.old_logprobs)[mask].exp()
     assert recorder.metrics[0]["policy/ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-3)
-    better = (ratio - 1) * learnt.advantages[mask] + 0.1 * (rollout.at_responses(stats.entropy) - judged.entropy)[mask]
+    better = (ratio - 1) * learnt.advantages[mask] + 0.1 * (rollout.at_responses(stats.entropy) - scored.entropy)[mask]
     assert seen[-1] == pytest.approx((float(better.mean()), kl), rel=1e-3)
 
 

@@ -4,10 +4,10 @@ import torch
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards import ExactAnswer, NumericAnswer
 from lit_rlhf.rewards.answers import final_number, last_number
-from lit_rlhf.types import Completions, Rollout
+from lit_rlhf.types import RewardInputs, Rollout
 
 
-def completions(responses, **columns) -> Completions:
+def reward_inputs(responses, **columns) -> RewardInputs:
     count = len(responses)
     rollout = Rollout(
         tokens=torch.zeros(count, 2, dtype=torch.long),
@@ -19,15 +19,15 @@ def completions(responses, **columns) -> Completions:
         terminated=torch.ones(count, dtype=torch.bool),
         group=torch.arange(count),
     )
-    return Completions(prompts=["q"] * count, responses=responses, columns=columns, rollout=rollout)
+    return RewardInputs(prompts=["q"] * count, responses=responses, columns=columns, rollout=rollout)
 
 
 def numeric(response, answer, **options) -> float:
-    return float(NumericAnswer(**options)(completions([response], answer=[answer])))
+    return float(NumericAnswer(**options)(reward_inputs([response], answer=[answer])))
 
 
 def test_exact_answer():
-    given = completions([" Paris\n", "paris", "Paris, France", "7"], answer=["Paris", "Paris", "Paris", 7])
+    given = reward_inputs([" Paris\n", "paris", "Paris, France", "7"], answer=["Paris", "Paris", "Paris", 7])
     assert ExactAnswer()(given).tolist() == [1, 0, 0, 1]
     assert ExactAnswer(ignore_case=True)(given).tolist() == [1, 1, 0, 1]
 
@@ -93,7 +93,7 @@ def test_final_number_wants_the_marker():
 @pytest.mark.parametrize("reward", [ExactAnswer(column="solution"), NumericAnswer(column="solution")])
 def test_a_missing_column_names_those_that_exist(reward):
     with pytest.raises(UserError, match=r"'solution'.*prompt, answer"):
-        reward(completions(["72"], prompt=["q"], answer=["72"]))
+        reward(reward_inputs(["72"], prompt=["q"], answer=["72"]))
 
 
 @pytest.mark.parametrize("answer", ["seventy two", "", float("nan"), None])

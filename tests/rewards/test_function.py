@@ -5,7 +5,7 @@ import torch
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards import RewardFunction
-from lit_rlhf.types import Completions, Rollout
+from lit_rlhf.types import RewardInputs, Rollout
 
 FUNCTIONS = """\
 import json
@@ -58,7 +58,7 @@ def line(comment) -> int:
     return next(number for number, text in enumerate(FUNCTIONS.splitlines(), 1) if text.endswith(f"# {comment}"))
 
 
-def completions(responses, terminated=(True, False), **columns) -> Completions:
+def reward_inputs(responses, terminated=(True, False), **columns) -> RewardInputs:
     count = len(responses)
     rollout = Rollout(
         tokens=torch.zeros(count, 2, dtype=torch.long),
@@ -70,7 +70,7 @@ def completions(responses, terminated=(True, False), **columns) -> Completions:
         terminated=torch.tensor(terminated),
         group=torch.arange(count),
     )
-    return Completions(
+    return RewardInputs(
         prompts=[f"prompt {i}" for i in range(count)], responses=responses, columns=columns, rollout=rollout
     )
 
@@ -87,7 +87,7 @@ def score(file):
     def run(name, responses=("yes", "no"), **columns):
         reward = RewardFunction(f"{file}:{name}")
         reward.prepare(None)
-        return reward(completions(list(responses), **columns))
+        return reward(reward_inputs(list(responses), **columns))
 
     return run
 
@@ -99,7 +99,7 @@ def test_gets_the_columns_it_names_and_no_others(score):
 def test_keywords_take_everything(score, file):
     reward = RewardFunction(f"{file}:everything")
     reward.prepare(None)
-    scores = reward(completions(["a", "b"], answer=["x", "y"]))
+    scores = reward(reward_inputs(["a", "b"], answer=["x", "y"]))
     seen = reward._call.__globals__["SEEN"]
     assert scores.tolist() == [0.5, 0.5]
     assert seen == {
@@ -128,7 +128,7 @@ def test_from_a_module():
     reward.prepare(None)
     assert reward.name == "reward"
     assert reward.weight == 2.0
-    assert torch.equal(reward(completions(["nothing", "nothing"])), torch.zeros(2))
+    assert torch.equal(reward(reward_inputs(["nothing", "nothing"])), torch.zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_the_file_is_imported_once(file):
     reward.prepare(None)
     file.write_text("raise RuntimeError")
     reward.prepare(None)
-    assert reward(completions(["a", "b"], answer=["a", "a"])).tolist() == [1.0, 0.0]
+    assert reward(reward_inputs(["a", "b"], answer=["a", "a"])).tolist() == [1.0, 0.0]

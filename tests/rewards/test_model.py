@@ -6,14 +6,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.rewards import RewardModel
-from lit_rlhf.types import Completions, Rollout
+from lit_rlhf.types import RewardInputs, Rollout
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10"]
 RESPONSES = ["w11", "w12 w13 w14 w15", "w16 w17", "w18 w19 w20"]
 TERMINATED = [True, True, False, True]
 
 
-def completions(tokenizer, prompts=PROMPTS) -> Completions:
+def reward_inputs(tokenizer, prompts=PROMPTS) -> RewardInputs:
     """Responses to text prompts, ended by the end-of-sequence token where they are terminated."""
     starts = [tokenizer(p)["input_ids"] if isinstance(p, str) else tokenizer.encode("w0") for p in prompts]
     ends = [
@@ -35,7 +35,7 @@ def completions(tokenizer, prompts=PROMPTS) -> Completions:
         group=torch.arange(len(rows)),
     )
     responses = [f" {response}" for response in RESPONSES]
-    return Completions(prompts=prompts, responses=responses, columns={}, rollout=rollout)
+    return RewardInputs(prompts=prompts, responses=responses, columns={}, rollout=rollout)
 
 
 def conversations():
@@ -85,7 +85,7 @@ def other_model(tmp_path_factory):
 def test_score_is_the_classifiers_own_at_the_last_token(tiny_model, architecture, special, max_tokens, capsys):
     folder = tiny_model(architecture, task="score", special=special)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    given = completions(tokenizer)
+    given = reward_inputs(tokenizer)
     rows = [t[:n].tolist() for t, n in zip(given.rollout.tokens, given.rollout.lengths, strict=True)]
     scores = prepared(folder, tokenizer, max_tokens=max_tokens)(given)
     assert [row[-1] == tokenizer.eos_token_id for row in rows] == TERMINATED
@@ -103,7 +103,7 @@ def test_another_vocabulary_is_tokenized_again_and_says_so(tiny_model, other_mod
         own(f"{prompt} {response}")["input_ids"] + [own.eos_token_id] * ended
         for prompt, response, ended in zip(PROMPTS, RESPONSES, TERMINATED, strict=True)
     ]
-    scores = reward(completions(tokenizer))
+    scores = reward(reward_inputs(tokenizer))
     assert scores.std() > 0.01
     torch.testing.assert_close(scores, own_scores(other_model, rows), atol=1e-5, rtol=1e-5)
 
@@ -116,7 +116,7 @@ def test_conversations_go_through_the_other_tokenizers_chat_template(tiny_model,
         own(f"user {prompt} </s> assistant {response} </s>", add_special_tokens=False)["input_ids"]
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
     ]
-    scores = reward(completions(tokenizer, conversations()))
+    scores = reward(reward_inputs(tokenizer, conversations()))
     torch.testing.assert_close(scores[TERMINATED], own_scores(other_model, rows)[TERMINATED], atol=1e-5, rtol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_conversations_need_a_chat_template(tiny_model, other_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     reward = prepared(other_model, tokenizer)
     with pytest.raises(UserError, match=r"rewards.model.*chat template"):
-        reward(completions(tokenizer, conversations()))
+        reward(reward_inputs(tokenizer, conversations()))
 
 
 def test_the_model_is_frozen(tiny_model):
@@ -134,7 +134,7 @@ def test_the_model_is_frozen(tiny_model):
     assert list(reward.parameters())
     assert not any(parameter.requires_grad for parameter in reward.parameters())
     assert not any(module.training for module in reward.model.modules())
-    assert not reward(completions(tokenizer)).requires_grad
+    assert not reward(reward_inputs(tokenizer)).requires_grad
 
 
 def test_models_that_give_no_single_score(tiny_model, tmp_path):
@@ -157,7 +157,7 @@ def test_normalised_by_the_training_sets_scores(tiny_model, tmp_path):
     plain, normalised = RewardModel(str(tmp_path)), RewardModel(str(tmp_path), normalize=True)
     for reward in (plain, normalised):
         reward.prepare(tokenizer)
-    done = completions(tokenizer)
+    done = reward_inputs(tokenizer)
     torch.testing.assert_close(normalised(done), (plain(done) - 0.25) / 4.0)
     without = RewardModel(str(folder), normalize=True)
     with pytest.raises(

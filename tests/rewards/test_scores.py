@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lit_rlhf.rewards import Reward, Scores, ScoreShaping
-from lit_rlhf.types import Completions, Rollout
+from lit_rlhf.types import RewardInputs, Rollout
 
 
 class Column(Reward):
@@ -18,11 +18,11 @@ class Column(Reward):
     def name(self) -> str:
         return self.column
 
-    def forward(self, completions):
-        return torch.tensor(completions.columns[self.column])
+    def forward(self, reward_inputs):
+        return torch.tensor(reward_inputs.columns[self.column])
 
 
-def completions(count, **columns) -> Completions:
+def reward_inputs(count, **columns) -> RewardInputs:
     rollout = Rollout(
         tokens=torch.zeros(count, 2, dtype=torch.long),
         prompt_lengths=torch.ones(count, dtype=torch.long),
@@ -33,7 +33,7 @@ def completions(count, **columns) -> Completions:
         terminated=torch.ones(count, dtype=torch.bool),
         group=torch.arange(count),
     )
-    return Completions(prompts=["q"] * count, responses=["a"] * count, columns=columns, rollout=rollout)
+    return RewardInputs(prompts=["q"] * count, responses=["a"] * count, columns=columns, rollout=rollout)
 
 
 def shape(scores, values, terminated=None):
@@ -50,14 +50,14 @@ def batches(seed=0):
 
 def test_the_score_is_the_weighted_sum_of_the_rewards():
     scores = Scores([Column("a", 0.5), Column("b", -2.0)], ScoreShaping())
-    parts, total = scores.judge(completions(3, a=[1.0, 2.0, 3.0], b=[0.0, 1.0, -1.0]))
+    parts, total = scores.judge(reward_inputs(3, a=[1.0, 2.0, 3.0], b=[0.0, 1.0, -1.0]))
     assert {name: part.tolist() for name, part in parts.items()} == {"a": [1.0, 2.0, 3.0], "b": [0.0, 1.0, -1.0]}
     assert total.tolist() == [0.5, -1.0, 3.5]
 
 
 def test_two_rewards_of_one_name_are_both_told():
     scores = Scores([Column("a"), Column("a", 2.0)], ScoreShaping())
-    parts, total = scores.judge(completions(1, a=[1.0]))
+    parts, total = scores.judge(reward_inputs(1, a=[1.0]))
     assert len(parts) == 2
     assert "a" in parts
     assert total.tolist() == [3.0]

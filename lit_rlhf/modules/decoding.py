@@ -4,10 +4,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.types import Completions, PromptBatch, Rollout
+from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
 
-def complete(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> Completions:
+def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> RewardInputs:
     """The responses as text, with their prompts and the prompts' columns repeated for each response.
 
     Args:
@@ -18,7 +18,7 @@ def complete(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenize
     n = len(rollout.tokens) // len(batch.prompts)
     starts, ends = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()
     tokens = rollout.tokens.tolist()
-    return Completions(
+    return RewardInputs(
         prompts=[prompt for prompt in batch.prompts for _ in range(n)],
         responses=[_response(tokenizer, tokens[i], starts[i], ends[i]) for i in range(len(tokens))],
         columns={name: [value for value in values for _ in range(n)] for name, values in batch.columns.items()},
@@ -26,16 +26,16 @@ def complete(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenize
     )
 
 
-def as_records(completions: Completions) -> list[dict[str, Any]]:
+def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
     """One dictionary a response: the prompt's columns, prompt, response, and whether it ended by itself."""
     return [
         {
-            **{name: values[i] for name, values in completions.columns.items()},
-            "prompt": completions.prompts[i],
+            **{name: values[i] for name, values in reward_inputs.columns.items()},
+            "prompt": reward_inputs.prompts[i],
             "response": response,
-            "terminated": bool(completions.rollout.terminated[i]),
+            "terminated": bool(reward_inputs.rollout.terminated[i]),
         }
-        for i, response in enumerate(completions.responses)
+        for i, response in enumerate(reward_inputs.responses)
     ]
 
 

@@ -1,7 +1,7 @@
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_rlhf.models.roles import load_roles
+from lit_rlhf.modules.roles import load_roles
 from lit_rlhf.rewards import RewardModel
 
 

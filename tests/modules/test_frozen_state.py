@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_rlhf.models.checkpoints import keep_out_of_checkpoints
+from lit_rlhf.modules.module import keep_out_of_checkpoints
 
 
 class Roles(nn.Module):

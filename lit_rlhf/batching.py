@@ -1,0 +1,207 @@
+"""How batches are cut: into minibatches, into each process's rows, and into micro-batches of similar length."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.types import Experience, PreferenceBatch, Rollout
+
+Outputs = TypeVar("Outputs", bound=tuple[Tensor | None, ...])
+
+
+def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[Tensor]:
+    """Cut items into groups of similar length whose padded size, rows × longest, is at most ``max_tokens``.
+
+    Args:
+        lengths: [B] int64, tokens of each item.
+        max_tokens: The budget; an item that is larger becomes a group of one.
+        rows: [B] int64, the number of rows of each item; None for one.
+
+    Returns:
+        The indices of each group's items; together they are 0 … B − 1.
+
+    >>> pack(torch.tensor([5, 1, 4, 2]), max_tokens=8)
+    [tensor([0]), tensor([2, 3]), tensor([1])]
+    """
+    groups: list[list[int]] = []
+    longest = size = 0
+    for item in torch.argsort(lengths, descending=True, stable=True).tolist():
+        count = 1 if rows is None else int(rows[item])
+        if groups and longest * (size + count) <= max_tokens:
+            groups[-1].append(item)
+            size += count
+        else:
+            groups.append([item])
+            longest, size = int(lengths[item]), count
+    return [torch.tensor(group) for group in groups]
+
+
+def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tensor]]:
+    """Distribute items over processes: about as many tokens and exactly as many groups of `pack` for each.
+
+    The longest item left goes to the process with the fewest tokens (greedy number partitioning; Graham 1969).
+
+    Args:
+        lengths: [B] int64, tokens of each item.
+        max_tokens: The budget of a group.
+        world_size: The number of processes.
+
+    Returns:
+        Each process's groups of indices, together 0 … B − 1; some groups are empty if there are too few items.
+
+    >>> balance(torch.tensor([5, 1, 4, 2]), max_tokens=8, world_size=2)
+    [[tensor([0]), tensor([1])], [tensor([2]), tensor([3])]]
+    """
+    items: list[list[int]] = [[] for _ in range(world_size)]
+    tokens = [0] * world_size
+    for item in torch.argsort(lengths, descending=True, stable=True).tolist():
+        rank = tokens.index(min(tokens))
+        items[rank].append(item)
+        tokens[rank] += int(lengths[item])
+    groups_by_rank = []
+    for indices in items:
+        rows = torch.tensor(indices, dtype=torch.long)
+        groups_by_rank.append([rows[group] for group in pack(lengths[rows], max_tokens)])
+    count = max(len(groups) for groups in groups_by_rank)
+    for groups in groups_by_rank:
+        _split_until(groups, count)
+    return groups_by_rank
+
+
+def _split_until(groups: list[Tensor], count: int) -> None:
+    """Halve the largest groups, in place, until there are ``count``; append empty groups when all have one item."""
+    while len(groups) < count:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
+        if largest is None or len(groups[largest]) < 2:
+            groups.append(torch.empty(0, dtype=torch.long))
+        else:
+            groups[largest : largest + 1] = groups[largest].tensor_split(2)
+
+
+def minibatches(
+    experience: Experience,
+    count: int,
+    max_tokens: int,
+    generator: torch.Generator,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[Experience]]:
+    """Shuffle the rows and cut them into ``count`` minibatches, each as this process's list of micro-batches.
+
+    Args:
+        experience: The same rows on every process.
+        count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
+        max_tokens: The largest number of padded tokens of a micro-batch (a longer single row is one alone).
+        generator: A CPU generator, the only source of randomness.
+        rank: This process.
+        world_size: The number of processes.
+    """
+    order = torch.randperm(len(experience.advantages), generator=generator)
+    for rows in order.tensor_split(count):
+        minibatch = experience.select(rows.to(experience.advantages.device))
+        yield micro_batches(minibatch, max_tokens, rank=rank, world_size=world_size)
+
+
+def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
+    """Cut this process's rows into micro-batches of similar length, equally many on every process.
+
+    Args:
+        experience: The same rows on every process.
+        max_tokens: The largest number of padded tokens of a micro-batch (a longer single row is one alone).
+        rank: This process.
+        world_size: The number of processes.
+
+    Returns:
+        The micro-batches; those in which no token counts only keep this process in step with the others.
+    """
+    lengths, device = experience.rollout.lengths.cpu(), experience.advantages.device
+    shortest = lengths.argmin()[None]
+    return [
+        experience.select(rows.to(device)) if len(rows) else _uncounted(experience.select(shortest.to(device)))
+        for rows in balance(lengths, max_tokens, world_size)[rank]
+    ]
+
+
+def _uncounted(experience: Experience) -> Experience:
+    rollout = experience.rollout
+    return replace(experience, rollout=replace(rollout, response_mask=torch.zeros_like(rollout.response_mask)))
+
+
+def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[PreferenceBatch]:
+    """Cut rankings into micro-batches of similar length; the responses of a ranking stay together.
+
+    Args:
+        batch: The rankings.
+        max_tokens: The largest number of padded tokens of a micro-batch (a larger single ranking is one alone).
+    """
+    longest = batch.by_ranking(batch.lengths).amax(1).cpu()
+    groups = pack(longest, max_tokens, batch.mask.sum(1).cpu())
+    return [batch.select(group.to(batch.tokens.device)) for group in groups]
+
+
+def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout], Outputs]) -> Outputs:
+    """Compute something of a rollout in micro-batches of similar length, with the results in the rollout's order.
+
+    Args:
+        rollout: B rows.
+        max_tokens: The largest number of padded tokens of a micro-batch.
+        compute: Returns a named tuple of [b, t] or [b] tensors for some rows, t their longest response; or None fields.
+
+    Returns:
+        The same named tuple for all rows, [B, T] or [B] float32, 0 beyond the t of a row's micro-batch.
+    """
+    results: list[Tensor | None] = []
+    for indices in pack(rollout.lengths.cpu(), max_tokens):
+        rows = indices.to(rollout.tokens.device)
+        outputs = compute(rollout.select(rows))
+        if not results:
+            shape = rollout.response_mask.shape
+            results = [None if x is None else torch.zeros(shape[: x.ndim], device=x.device) for x in outputs]
+        for result, output in zip(results, outputs, strict=True):
+            if result is None or output is None:
+                continue
+            if output.ndim == 1:
+                result[rows] = output
+            else:
+                result[rows, : output.shape[1]] = output
+    return type(outputs)(*results)  # type: ignore[arg-type]  # a named tuple takes its fields
+
+
+def gather_experience(
+    experience: Experience,
+    responses: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    max_over_ranks: Callable[..., list[int]],
+) -> Experience:
+    """Gather the rows of all processes, in the order of the global batch.
+
+    Each process writes its rows into a table of zeros, and the tables are summed.
+
+    Args:
+        experience: This process's rows: those of a range of prompts, prompt-major.
+        responses: The number of rows of each prompt.
+        sum_over_ranks: Sums a tensor over all processes.
+        max_over_ranks: Returns the maximum of each number over all processes.
+    """
+    rollout = experience.rollout
+    first = int(rollout.group[0]) * responses
+    last = first + len(rollout.tokens)
+    rows, width, time = max_over_ranks(last, rollout.tokens.shape[1], rollout.response_mask.shape[1])
+
+    def gather(x: Tensor, columns: int) -> Tensor:
+        dtype = torch.int32 if x.dtype == torch.bool else x.dtype
+        shape = (rows,) if x.ndim == 1 else (rows, columns)
+        table = torch.zeros(shape, dtype=dtype, device=x.device)
+        table[first:last] = x.to(dtype) if x.ndim == 1 else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
+        return sum_over_ranks(table).to(x.dtype)
+
+    def gather_fields(batch: Any, skip: str) -> dict[str, Any]:
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != skip}
+        return {name: None if x is None else gather(x, time) for name, x in tensors.items()}
+
+    gathered = Rollout(tokens=gather(rollout.tokens, width), **gather_fields(rollout, "tokens"))
+    return Experience(rollout=gathered, **gather_fields(experience, "rollout"))

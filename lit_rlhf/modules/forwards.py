@@ -1,0 +1,81 @@
+"""Forwards of a whole rollout without gradient, in micro-batches: what actor, reference and critic say of it.
+
+All processes must call these functions together: sharded weights are gathered first, and the forwards then need no
+other process, so that their number may differ between processes.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.batching import by_micro_batch
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.scoring import ScalarModel
+from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.types import Rollout
+
+
+class StateValues(NamedTuple):
+    """The critic's values of a rollout."""
+
+    before_tokens: Tensor  # [B, T], of the state before each response token
+    after_last: Tensor  # [B], of the state after the last one
+
+
+class ActorOutputs(NamedTuple):
+    """The actor's outputs for a rollout; None where they are not computed."""
+
+    logprobs: Tensor  # [B, T]
+    entropy: Tensor  # [B, T], in nats
+    full_kl: Tensor | None = None  # [B, T], KL(π ‖ π_other) over the vocabulary, in nats
+    values: Tensor | None = None  # [B, T], of a shared critic, as `StateValues.before_tokens`
+    last_values: Tensor | None = None  # [B], as `StateValues.after_last`
+
+
+@torch.no_grad()
+def actor_outputs(actor: Actor, rollout: Rollout, max_tokens: int, other: Actor | None = None) -> ActorOutputs:
+    """Compute the actor's log-probabilities, entropies, full KL to another actor, and a shared critic's values.
+
+    Args:
+        actor: The actor.
+        rollout: B rows.
+        max_tokens: The largest number of padded tokens of a micro-batch.
+        other: The actor to which the full KL is computed; None for no full KL.
+    """
+    with unsharded(actor, other):
+        return by_micro_batch(rollout, max_tokens, partial(_actor_outputs, actor, other))
+
+
+@torch.no_grad()
+def response_logprobs(actor: Actor, rollout: Rollout, max_tokens: int) -> Tensor:
+    """Compute the log-probabilities of the response tokens, [B, T]; the other arguments are as in `actor_outputs`."""
+    return actor_outputs(actor, rollout, max_tokens).logprobs
+
+
+@torch.no_grad()
+def critic_values(critic: ScalarModel, rollout: Rollout, max_tokens: int) -> StateValues:
+    """Compute the critic's values; the other arguments are as in `actor_outputs`."""
+
+    def values(rows: Rollout) -> StateValues:
+        return _state_values(rows, critic(rows.tokens, rows.lengths))
+
+    with unsharded(critic):
+        return by_micro_batch(rollout, max_tokens, values)
+
+
+def _actor_outputs(actor: Actor, other: Actor | None, rollout: Rollout) -> ActorOutputs:
+    stats = actor(rollout.tokens, rollout.response_tokens_mask, other)
+    outputs = ActorOutputs(rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy))
+    if stats.full_kl is not None:
+        outputs = outputs._replace(full_kl=rollout.at_responses(stats.full_kl))
+    if stats.values is not None:
+        values = _state_values(rollout, stats.values)
+        outputs = outputs._replace(values=values.before_tokens, last_values=values.after_last)
+    return outputs
+
+
+def _state_values(rollout: Rollout, values: Tensor) -> StateValues:
+    """Select the values of the states before and after the response's tokens from those after each token, [b, s]."""
+    return StateValues(rollout.before_responses(values), rollout.at_end(values))
