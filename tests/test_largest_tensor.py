@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_rlhf.algorithms.kl import FixedKL
+from lit_rlhf.algorithms.kl import FixedKL, ReferenceKL
 from lit_rlhf.generation import Sampling
 from lit_rlhf.models.loading import RandomWeights
-from lit_rlhf.modules import ReferenceKL, Update
+from lit_rlhf.modules import Update
 
 VOCABULARY, MAX_TOKENS = 131_072, 1024
 

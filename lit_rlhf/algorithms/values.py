@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from lit_rlhf.types import check_shapes
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = None) -> Tensor:
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = None) -> Tensor:
     """Half the squared error of each token's value, optionally clipped around the old value.
 
     lossₜ = ½ (Vₜ − Rₜ)², or with a clip c: ½ max((Vₜ − Rₜ)², (V_old,t + clip(Vₜ − V_old,t, −c, c) − Rₜ)²).
@@ -17,18 +19,21 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
         values: [B, T], of the critic now.
         old_values: [B, T], of the critic at the start of the update.
         returns: [B, T], the targets.
-        clip: c > 0 in units of the score, or None.
+        mask: Bool [B, T]; True counts.
+        clip: c > 0 in units of the score; None for no clip.
 
     Returns:
-        [B, T].
+        [B, T], 0 outside the mask.
 
     Raises:
-        ValueError: if clip is not positive.
+        ValueError: if clip is not positive, or the shapes do not match.
 
-    >>> value_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([3.0]), clip=0.5)
-    tensor([3.1250])
+    >>> values, returns, mask = torch.tensor([[2.0, 9.0]]), torch.tensor([[3.0, 0.0]]), torch.tensor([[True, False]])
+    >>> value_loss(values, torch.zeros(1, 2), returns, mask, clip=0.5)
+    tensor([[3.1250, 0.0000]])
     """
-    returns, old_values = returns.detach(), old_values.detach()
+    check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values.detach(), returns.detach()))
     loss = (values - returns) ** 2
     if clip is not None:
         if clip <= 0:

@@ -124,7 +124,7 @@ class Losses:
         else:
             after_tokens = cast(TokenStats, stats).values
         values, old_values = rollout.before_responses(after_tokens), cast(Tensor, micro_batch.values)
-        loss = value_loss(values, old_values, micro_batch.returns, clip)
+        loss = value_loss(values, old_values, micro_batch.returns, mask, clip)
         metrics.add_masked("value/loss", loss, mask)
         if clip is not None:
             metrics.add_masked("value/clip_fraction", ((values - old_values).abs() > clip).float(), mask)

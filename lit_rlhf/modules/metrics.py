@@ -75,6 +75,10 @@ class Metrics:
         assert isinstance(metric, WeightedMean)
         return float(metric.weight)
 
+    def state(self) -> list[Tensor]:
+        """Return the tensors that the ranks reduce."""
+        return [value for metric in self._metrics.values() for value in metric.metric_state.values()]
+
     def compute(self) -> dict[str, float]:
         """All of them over all ranks."""
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
@@ -120,8 +124,19 @@ def measure_held_out(
         metrics.add(name, value)
 
 
+def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, float]:
+    """Add the standard deviation of the scores, and the win rate's 95 % confidence interval.
+
+    Args:
+        means: The means of `measure_held_out`.
+        prompts: The number of prompts, which are the independent trials of the win rate.
+    """
+    low, high = wilson_interval(means["win_rate"], prompts)
+    return means | {"score_std": pop_standard_deviation(means), "win_rate_low": low, "win_rate_high": high}
+
+
 def pop_standard_deviation(means: dict[str, float]) -> float:
-    """The scores' standard deviation, from the mean of their squares, which is taken out."""
+    """Return the standard deviation of the scores, and remove the mean of their squares."""
     return max(0.0, means.pop("score_squared") - means["score"] ** 2) ** 0.5
 
 

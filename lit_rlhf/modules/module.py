@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import lightning
 import torch
@@ -208,6 +208,10 @@ class AlignmentModule(lightning.LightningModule):
         if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
             raise UserError(f"trainer.strategy: {type(strategy).__name__} shards nothing here; take fsdp2")
         return model
+
+    def profile(self, phase: str) -> AbstractContextManager[Any]:
+        """Measure a phase under its name in ``--trainer.profiler``."""
+        return cast(Any, self.trainer).profiler.profile(phase)
 
     def on_rank(self) -> tuple[int, int]:
         """This process, and how many there are."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,14 +28,7 @@ from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs
 from lit_rlhf.modules.losses import Losses
-from lit_rlhf.modules.metrics import (
-    Metrics,
-    Stopwatch,
-    measure_experience,
-    measure_held_out,
-    pop_standard_deviation,
-    wilson_interval,
-)
+from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
 from lit_rlhf.modules.roles import load_roles
 from lit_rlhf.modules.update import Update
@@ -176,7 +168,7 @@ class OnPolicy(AlignmentModule):
             trajectory = self.reward(scored)
             experience = self.estimate(scored, trajectory, metrics)
         compared = self.reference if self.reference_kl.is_full else None
-        with watch.phase("update"), self._profile("update"), unsharded(compared):
+        with watch.phase("update"), self.profile("update"), unsharded(compared):
             self.learn(self.all_ranks(experience), metrics)
         self._finish(scored, trajectory, metrics, watch)
         return {"scored_rollout": scored}
@@ -184,7 +176,7 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def generate(self, batch: PromptBatch, actor: Actor, stream: Stream, iteration: int) -> Rollout:
         """Sample responses to a batch of prompts."""
-        with self._profile("generate"):
+        with self.profile("generate"):
             return self.engine.generate(
                 actor, batch, self.sampling, self.special_tokens, stream=stream, iteration=iteration
             )
@@ -192,7 +184,7 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def judge(self, rollout: Rollout, batch: PromptBatch) -> ScoredRollout:
         """Compute the outputs of rewards, actor, reference and critic for a rollout."""
-        with self._profile("judge"):
+        with self.profile("judge"):
             inputs = decode(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(inputs)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
@@ -201,6 +193,9 @@ class OnPolicy(AlignmentModule):
             values, last_values = actor.values, actor.last_values
             if self.critic is not None:
                 values, last_values = critic_values(self.critic, rollout, self.update.max_tokens)
+            bootstrap = None
+            if self.bootstrap_truncated and last_values is not None:
+                bootstrap = torch.where(rollout.terminated, 0.0, last_values)
         return ScoredRollout(
             rollout=rollout,
             reward_inputs=inputs,
@@ -209,17 +204,11 @@ class OnPolicy(AlignmentModule):
             ref_logprobs=ref_logprobs,
             full_kl=actor.full_kl,
             values=values,
-            bootstrap=self._bootstrap(rollout, last_values),
+            bootstrap=bootstrap,
             rewards=rewards,
             scores=scores,
             shaped_scores=self.scores.shape(scores, rollout.terminated, self.sum_over_ranks),
         )
-
-    def _bootstrap(self, rollout: Rollout, last_values: Tensor | None) -> Tensor | None:
-        """The value after the last token of a truncated response, [B]; None to use 0."""
-        if not self.bootstrap_truncated or last_values is None:
-            return None
-        return torch.where(rollout.terminated, 0.0, last_values)
 
     def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
         """The actor's outputs; the engine's own log-probabilities and entropies if these suffice and are exact."""
@@ -302,10 +291,6 @@ class OnPolicy(AlignmentModule):
             max_tokens=self.sampling.max_tokens,
         )
 
-    def _profile(self, phase: str) -> AbstractContextManager[Any]:
-        """The phase by its name in ``--trainer.profiler``."""
-        return cast(Any, self.trainer).profiler.profile(phase)
-
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
         """Advance everything that this iteration's checkpoint must hold: callbacks save before other hooks run."""
         mask = trajectory.mask
@@ -355,8 +340,7 @@ class OnPolicy(AlignmentModule):
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Add the standard deviation of the scores, and the win rate's 95 % confidence interval."""
         prompts = self.sum_over_ranks(torch.tensor(self.held_out.weight("score"), device=self.device))
-        low, high = wilson_interval(means["win_rate"], float(prompts) / self.sampling.responses)
-        return means | {"score_std": pop_standard_deviation(means), "win_rate_low": low, "win_rate_high": high}
+        return summarize_held_out(means, float(prompts) / self.sampling.responses)
 
     def _respond(self, batch: PromptBatch, actor: Actor, batch_idx: int) -> RewardInputs:
         return decode(self.generate(batch, actor, Stream.VALIDATION, batch_idx), batch, self.tokenizer)

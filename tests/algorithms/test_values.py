@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from lit_rlhf.algorithms.masked import masked_sum, token_weights
 from lit_rlhf.algorithms.values import value_loss
 
 
@@ -9,6 +8,10 @@ def random_case(seed=0, shape=(5, 7)):
     g = torch.Generator().manual_seed(seed)
     values, old_values, returns = torch.randn(3, *shape, generator=g, dtype=torch.float64)
     return values.requires_grad_(), old_values, returns
+
+
+def everywhere(x):
+    return torch.ones_like(x, dtype=torch.bool)
 
 
 def loss_by_definition(value, old, target, clip):
@@ -30,14 +33,16 @@ def loss_by_definition(value, old, target, clip):
     ],
 )
 def test_numbers_by_hand(value, old, target, clip, loss):
-    values = (torch.tensor([[x]]) for x in (value, old, target))
-    assert value_loss(*values, clip=clip).item() == pytest.approx(loss)
+    values = [torch.tensor([[x]]) for x in (value, old, target)]
+    assert value_loss(*values, everywhere(values[0]), clip=clip).item() == pytest.approx(loss)
 
 
 @pytest.mark.parametrize("clip", [None, 0.2, 1.0])
 def test_equals_a_loop(clip):
     case = random_case()
-    for numbers in zip(value_loss(*case, clip=clip).flatten(), *(x.flatten() for x in case), strict=True):
+    for numbers in zip(
+        value_loss(*case, everywhere(case[0]), clip).flatten(), *(x.flatten() for x in case), strict=True
+    ):
         loss, *given = (x.item() for x in numbers)
         assert loss == pytest.approx(loss_by_definition(*given, clip))
 
@@ -47,7 +52,7 @@ def test_gradients(clip):
     values, old_values, returns = random_case()
     old_values.requires_grad_()
     returns.requires_grad_()
-    loss = value_loss(values, old_values, returns, clip)
+    loss = value_loss(values, old_values, returns, everywhere(values), clip)
     loss.sum().backward()
     assert old_values.grad is None
     assert returns.grad is None
@@ -57,20 +62,27 @@ def test_gradients(clip):
     assert counts.all() == (clip is None)
 
 
-def test_weighed_with_the_mask_garbage_outside_has_no_say():
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_garbage_outside_the_mask_changes_neither_value_nor_gradient(clip, garbage):
     mask, results = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6, []
-    weights = token_weights(mask, "sequence", total_tokens=int(mask.sum()), total_sequences=5, max_tokens=7)
-    for outside in (0.0, 1e6):
+    for outside in (0.0, garbage):
         values, old_values, returns = (torch.where(mask, x.detach(), outside) for x in random_case())
-        values = (values * torch.where(mask, 1.0, -1.0)).requires_grad_()
-        loss = masked_sum(weights * value_loss(values, old_values, returns, 0.2), mask)
-        loss.backward()
+        loss = value_loss(values.requires_grad_(), old_values, returns, mask, clip)
+        loss.sum().backward()
         results.append((loss.detach(), values.grad))
-    torch.testing.assert_close(results[1], results[0])
-    assert (results[1][1][~mask] == 0).all()
+    for expected, spoilt in zip(*results, strict=True):
+        assert torch.equal(spoilt, expected)
+        assert (spoilt[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("clip", [0.0, -0.2])
 def test_out_of_range(clip):
     with pytest.raises(ValueError, match=f"clip must be positive, not {clip}"):
-        value_loss(*random_case(), clip=clip)
+        value_loss(*random_case(), torch.ones(5, 7, dtype=torch.bool), clip)
+
+
+def test_another_shape_is_refused():
+    values, old_values, returns = random_case()
+    with pytest.raises(ValueError, match=r"shapes differ: values \[5, 7\], old_values \[5, 7\], returns \[5, 1\]"):
+        value_loss(values, old_values, returns[:, :1], everywhere(values))

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.advantages import GAE, TD0, GroupNormalized, LeaveOneOut, MonteCarlo, NStep
-from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL
+from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL, ReferenceKL
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Surrogate, VanillaPG
 from lit_rlhf.callbacks import IterationCheckpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
-from lit_rlhf.modules import ReferenceKL, Update
+from lit_rlhf.modules import Update
 from lit_rlhf.testing import Recorder
 
 ESTIMATORS = [MonteCarlo(), TD0(), NStep(4), GAE(), GAE(0.9, length_alpha=0.2, critic_lam=1.0)]
@@ -139,7 +139,7 @@ def test_a_group_of_one_is_refused(make_module):
 
 
 def test_a_critic_that_nothing_uses_is_told(make_module):
-    with pytest.warns(UserWarning, match=r"LeaveOneOut brings a baseline.*model.critic: null"):
+    with pytest.warns(UserWarning, match=r"LeaveOneOut has its own baseline.*model.critic: null"):
         make_module(advantages=LeaveOneOut(), sampling=Sampling(max_tokens=8, responses=2))
 
 

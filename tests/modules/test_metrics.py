@@ -3,12 +3,22 @@ import torch
 from lit_rlhf.modules.metrics import Metrics
 
 
-def test_plain_numbers_are_held_on_the_device_too():
-    """What the processes talk by (NCCL) may know no other."""
-    means = Metrics(torch.device("meta"))
-    means.add("kl_coef", 0.1)
-    means.add("loss", torch.tensor(0.1), weight=2)
-    means.maximum("ratio", torch.tensor(1.0))
-    held = [getattr(metric, name) for metric in means._metrics.values() for name in metric._defaults]
-    assert len(held) == 5
-    assert {x.device.type for x in held} == {"meta"}
+def test_plain_numbers_are_kept_on_the_device_of_the_communication_backend():
+    """NCCL reduces tensors of the GPU alone; the meta device stands for it here, and adding a CPU tensor would fail."""
+    metrics = Metrics(torch.device("meta"))
+    metrics.add("kl_coef", 0.1)
+    metrics.add("loss", torch.tensor(0.1), weight=2)
+    metrics.maximum("ratio", torch.tensor(1.0))
+    assert {tensor.device.type for tensor in metrics.state()} == {"meta"}
+    assert len(metrics.state()) == 5
+
+
+def test_means_weights_and_maxima():
+    metrics = Metrics(torch.device("cpu"))
+    metrics.add("loss", torch.tensor([1.0, 2.0]))
+    metrics.add("loss", 6.0, weight=2.0)
+    metrics.add_masked("kl", torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]]))
+    metrics.maximum("ratio", torch.tensor(1.5))
+    metrics.maximum("ratio", torch.tensor(0.5))
+    assert metrics.compute() == {"loss": 3.75, "kl": 1.0, "ratio": 1.5}
+    assert metrics.weight("loss") == 4.0

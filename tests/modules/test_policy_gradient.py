@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.advantages import GAE, MonteCarlo
-from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL
+from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL, ReferenceKL
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import KLPenalty
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.modules import Update
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.update import ReferenceKL
 from lit_rlhf.rewards import RewardModel, ScoreShaping
 from lit_rlhf.testing import Recorder
 

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.advantages import LeaveOneOut
+from lit_rlhf.algorithms.kl import ReferenceKL
 from lit_rlhf.algorithms.trust_region import flatten, line_search
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
-from lit_rlhf.modules import TRPO, ReferenceKL, TrustRegion, Update
+from lit_rlhf.modules import TRPO, TrustRegion, Update
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import Recorder
