@@ -9,6 +9,7 @@ from lit_rlhf.algorithms.advantages import GAE, MonteCarlo
 from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL, ReferenceKL
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import KLPenalty
+from lit_rlhf.data import Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.modules import Update
@@ -352,6 +353,20 @@ def test_held_out_metrics_are_the_means_over_the_prompts(make_module, fit, promp
     module.actor.load_state_dict(module.reference.state_dict())  # the next test is of this actor alone
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
     assert (tested["test/win_rate"], tested["test/kl_to_ref"]) == pytest.approx((0.5, 0.0), abs=1e-4)
+
+
+def test_the_reference_answers_the_prompts_of_the_run_under_way(make_module, fit, prompt_file, tmp_path):
+    """Its scores on the validation prompts of a fit are not those on the prompts of a test that follows."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(prompt_file.read_text().splitlines(keepends=True)[30:]))
+    module = make_module(iterations=2, actor_optimizer=adam(1e-2))
+    trainer = fit(module, validation=True, val_check_interval=1)
+    after_fit = trainer.test(module, datamodule=Prompts(test=str(other)), verbose=False)[0]
+    fresh = make_module()
+    fresh.configure_model()
+    fresh.load_state_dict(module.state_dict())
+    alone = trainer.test(fresh, datamodule=Prompts(test=str(other)), verbose=False)[0]
+    assert after_fit == pytest.approx(alone)
 
 
 def test_each_validation_is_of_the_actor_as_it_is_then(make_module, fit):
