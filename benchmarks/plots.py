@@ -89,7 +89,7 @@ def measure(
 
 
 def bias_variance() -> None:
-    """Over n on the left, over λ on the right; the critic has learnt half of each value so far."""
+    """Over n on the left, over λ on the right; the critic has learned half of each value so far."""
     transition, reward, values = chain()
     walk, rewards = sample(transition, reward)
     critic = values / 2

@@ -203,5 +203,5 @@ def gather_experience(
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != skip}
         return {name: None if x is None else gather(x, time) for name, x in tensors.items()}
 
-    gathered = Rollout(tokens=gather(rollout.tokens, width), **gather_fields(rollout, "tokens"))
-    return Experience(rollout=gathered, **gather_fields(experience, "rollout"))
+    all_rows = Rollout(tokens=gather(rollout.tokens, width), **gather_fields(rollout, "tokens"))
+    return Experience(rollout=all_rows, **gather_fields(experience, "rollout"))

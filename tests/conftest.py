@@ -43,7 +43,7 @@ def prompt_file(tmp_path_factory) -> Path:
 
 
 def low_words(responses):
-    """A reward that can be learnt quickly: the share of w0 … w7 among a response's words."""
+    """A reward that can be learned quickly: the share of w0 … w7 among a response's words."""
     low = {f"w{i}" for i in range(8)}
     return [sum(word in low for word in r.split()) / max(1, len(r.split())) for r in responses]
 

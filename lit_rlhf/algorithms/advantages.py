@@ -392,4 +392,4 @@ class _Group:
 def _check_unit_interval(**fields: float) -> None:
     for name, value in fields.items():
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"advantages.{name} must lie in [0, 1], not {value}")
+            raise ValueError(f"advantages.{name} must be in [0, 1], not {value}")

@@ -245,7 +245,7 @@ class Clip(Objective):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eps < 1.0:
-            raise ValueError(f"objective.eps must lie in (0, 1), not {self.eps}")
+            raise ValueError(f"objective.eps must be in (0, 1), not {self.eps}")
         if self.eps_high is not None and not self.eps_high > 0.0:
             raise ValueError(f"objective.eps_high must be positive, not {self.eps_high}")
         if self.dual is not None and not self.dual > 1.0:

@@ -36,7 +36,7 @@ def bradley_terry(
     tensor([0.6931])
     """
     if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), not {label_smoothing}")
+        raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
     difference = chosen - rejected - (0.0 if margin is None else margin)
     loss = -(1.0 - label_smoothing) * logsigmoid(difference)
     return loss - label_smoothing * logsigmoid(-difference) if label_smoothing else loss

@@ -45,14 +45,14 @@ class Sampling:
             raise ValueError(f"sampling.max_tokens must be 1 or more, not {self.max_tokens}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
-                f"sampling.min_tokens must lie between 0 and max_tokens={self.max_tokens}, not {self.min_tokens}"
+                f"sampling.min_tokens must be between 0 and max_tokens={self.max_tokens}, not {self.min_tokens}"
             )
         if self.temperature < 0:
             raise ValueError(f"sampling.temperature must be 0 or more, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k must be 0 (all) or more, not {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p must lie in (0, 1], not {self.top_p}")
+            raise ValueError(f"sampling.top_p must be in (0, 1], not {self.top_p}")
         if self.responses < 1:
             raise ValueError(f"sampling.responses must be 1 or more, not {self.responses}")
 

@@ -1,4 +1,4 @@
-"""Rollouts as text."""
+"""Rollouts as text: the inputs of rewards, and records of responses."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
 
 def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> RewardInputs:
-    """The responses as text, with their prompts and the prompts' columns repeated for each response.
+    """Decode the responses, and repeat the prompts and their columns for each response.
 
     Args:
         rollout: n responses for each prompt of the batch, prompt-major.
         batch: The prompts.
-        tokenizer: The actor's.
+        tokenizer: The tokenizer of the actor.
     """
     n = len(rollout.tokens) // len(batch.prompts)
     starts, ends = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()
@@ -27,7 +27,7 @@ def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerB
 
 
 def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
-    """One dictionary a response: the prompt's columns, prompt, response, and whether it ended by itself."""
+    """Return a record for each response: the prompt's columns, prompt, response, whether a stop token ended it."""
     return [
         {
             **{name: values[i] for name, values in reward_inputs.columns.items()},
@@ -40,9 +40,9 @@ def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:
-    """What the response adds to the prompt's text.
+    """Decode prompt and response together and remove the prompt's text.
 
-    A tokenizer may drop the space in front of a text's first token, so the response is read off behind the prompt.
+    A tokenizer may drop the space before the first token of a text, so a response is not decoded alone.
     """
     prompt = str(tokenizer.decode(tokens[:start], skip_special_tokens=True))
     both = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))

@@ -18,8 +18,13 @@ from lit_rlhf.types import Rollout, ScoredRollout, Trajectory
 class WeightedMean(Metric):
     """Σ wᵢ xᵢ / Σ wᵢ over everything seen, on all ranks.
 
-    In float64, and NaN where a value is NaN; torchmetrics' MeanMetric is of float32, and lets NaN through only without
-    weights.
+    It is computed in float64, and is NaN if a value is NaN; torchmetrics' MeanMetric is float32, and passes NaN through
+    only without weights.
+
+    >>> mean = WeightedMean()
+    >>> mean.update(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]))
+    >>> mean.compute()
+    tensor(2., dtype=torch.float64)
     """
 
     total: Tensor
@@ -31,21 +36,27 @@ class WeightedMean(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, value: Tensor, weight: Tensor) -> None:
-        """Take values in, each with its weight, or all with one."""
+        """Add values, each with its weight, or all with the same weight."""
         value, weight = torch.broadcast_tensors(value.double(), weight.double())
         self.total += (value * weight).sum()
         self.weight += weight.sum()
 
     def compute(self) -> Tensor:
-        """The mean; NaN of nothing."""
+        """Return the mean; NaN without values."""
         return self.total / self.weight
 
 
 class Metrics:
-    """Metrics by name, each a (sum, count) pair that is reduced over all ranks when it is read.
+    """Metrics by name: means and maxima that are reduced over all ranks when they are computed.
 
     Args:
-        device: Where they are held: what the ranks talk by may know no other.
+        device: The device of their tensors; the communication backend may require it.
+
+    >>> metrics = Metrics(torch.device("cpu"))
+    >>> metrics.add("loss", torch.tensor([1.0, 2.0]))
+    >>> metrics.maximum("ratio", torch.tensor(1.5))
+    >>> metrics.compute()
+    {'loss': 1.5, 'ratio': 1.5}
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,24 +64,24 @@ class Metrics:
         self._metrics: dict[str, Metric] = {}
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
-        """Take a value into the mean, ``weight`` times."""
+        """Add values to a mean, each with its weight, or all with the same weight."""
         value = torch.as_tensor(value, device=self.device)
         if name not in self._metrics:
             self._metrics[name] = WeightedMean().to(self.device)
         self._metrics[name].update(value.detach(), torch.as_tensor(weight, device=self.device))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Take all values that the mask counts into the mean."""
+        """Add the values that the mask counts to a mean."""
         self.add(name, values.detach()[mask])
 
     def maximum(self, name: str, value: Tensor) -> None:
-        """Take a value into the maximum."""
+        """Add a value to a maximum."""
         if name not in self._metrics:
             self._metrics[name] = MaxMetric(nan_strategy="disable").to(self.device)
         self._metrics[name].update(value.detach().to(self.device))
 
     def weight(self, name: str) -> float:
-        """The summed weight of what a mean has taken in, on this rank."""
+        """Return the total weight of the values of a mean on this rank."""
         metric = self._metrics[name]
         assert isinstance(metric, WeightedMean)
         return float(metric.weight)
@@ -80,12 +91,12 @@ class Metrics:
         return [value for metric in self._metrics.values() for value in metric.metric_state.values()]
 
     def compute(self) -> dict[str, float]:
-        """All of them over all ranks."""
+        """Return all metrics over all ranks; every rank must call this with the same names in the same order."""
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 
 def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
-    """What an iteration's responses were like: scores, rewards, KL to the reference, entropy, lengths."""
+    """Record the properties of an iteration's responses: scores, rewards, KL to the reference, entropy, lengths."""
     rollout, mask = scored.rollout, trajectory.mask
     metrics.add("objective/score", scored.scores)
     metrics.add("objective/reward", trajectory.rewards.sum(1))
@@ -106,10 +117,18 @@ def measure_held_out(
     rewards: Mapping[str, Tensor],
     kl_to_ref: Tensor,
 ) -> None:
-    """What responses to held-out prompts were like; all but the rollout are [B], KL in nats a response.
+    """Record the properties of responses to held-out prompts.
 
-    The win rate is the share of prompts where the actor's score is above the reference's on the same random numbers; a
-    tie counts half.
+    The win rate is the fraction of responses whose score is above that of the reference's response with the same random
+    numbers; a tie counts half.
+
+    Args:
+        metrics: Receives the metrics.
+        rollout: B responses.
+        scores: [B].
+        reference_scores: [B], of the reference's responses.
+        rewards: [B] for each reward.
+        kl_to_ref: [B], in nats a response.
     """
     for name, value in {
         "score": scores,
@@ -140,27 +159,28 @@ def pop_standard_deviation(means: dict[str, float]) -> float:
     return max(0.0, means.pop("score_squared") - means["score"] ** 2) ** 0.5
 
 
-def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of ``count`` independent trials.
+def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a fraction of ``count`` independent trials.
 
     (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, equation 4.
 
     >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
     (0.404, 0.596)
     """
-    middle, spread = share + z**2 / (2 * count), z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    middle = fraction + z**2 / (2 * count)
+    spread = z * (fraction * (1 - fraction) / count + z**2 / (4 * count**2)) ** 0.5
     return (middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)
 
 
 class Stopwatch:
-    """Seconds that named phases took."""
+    """Measures the seconds of named phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Add the time of the block to a phase; on a GPU the host waits for it before and after."""
         _synchronize()
         start = time.perf_counter()
         yield
@@ -168,7 +188,7 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def summary(self, tokens: float, responses: float) -> dict[str, float]:
-        """Seconds of each phase, what was done a second of all of them, and the memory held."""
+        """Return the seconds of each phase, the throughput over all phases, and the peak memory."""
         seconds = sum(self.seconds.values())
         return {f"time/{phase}": value for phase, value in self.seconds.items()} | {
             "perf/tokens_per_second": tokens / seconds,
@@ -178,7 +198,7 @@ class Stopwatch:
 
 
 def peak_memory_gib() -> float:
-    """The most memory held so far: the GPU's allocated, or this process's resident memory on a CPU."""
+    """Return the peak memory so far: allocated on the GPU, or resident in this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""What all modules share: a model to train, its tokenizer, a count of iterations, and means over held-out data."""
+"""The base of all modules: the trained model, its tokenizer, optimizers, the iteration count, held-out metrics."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
 
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By name, what makes an optimizer from parameters, and a learning-rate schedule from an optimizer."""
+"""By name, the function that makes an optimizer of parameters, and the one that makes its learning-rate schedule."""
 
 
 class AlignmentModule(lightning.LightningModule):
-    """A LightningModule that trains one model, and counts its iterations, one a training step.
+    """A LightningModule that trains a model and counts its iterations; each training step is one iteration.
 
     Args:
-        source: The model to train: a folder or hub id, or a configuration for random weights.
-        iterations: Stop after so many; None: the Trainer's limits decide.
+        source: The model to train: a folder, a hub id, or a configuration for random weights.
+        iterations: The number of iterations; None to leave the limit to the Trainer.
+        optimizers: The optimizers and their schedules by name.
 
     Raises:
         UserError: if the model is not named.
     """
 
     role: ClassVar[str] = "actor"
-    """The trained model's name: of the module's attribute, from configure_model on, and of its option."""
+    """The name of the trained model: that of its option, and of the attribute that configure_model sets."""
 
     batch_type: ClassVar[type]
-    """What it learns from."""
+    """The type of its batches."""
 
     actor: Actor
-    iteration: Tensor  # [], int64, in the checkpoint
+    iteration: Tensor  # [] int64, saved in the checkpoint
 
     def __init__(self, source: ModelSource, iterations: int | None, optimizers: OptimizerFactories) -> None:
         super().__init__()
@@ -58,12 +59,12 @@ class AlignmentModule(lightning.LightningModule):
         self.source = source
         self.iterations = iterations
         self.optimizer_factories = optimizers
-        self.held_out = Metrics(self.device)  # of the validation or test under way
+        self.held_out = Metrics(self.device)  # of the current validation or test
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The trained model's."""
+        """The tokenizer of the trained model."""
         return load_tokenizer(self.source, f"model.{self.role}")
 
     @property
@@ -72,15 +73,15 @@ class AlignmentModule(lightning.LightningModule):
         return self.role in self._modules
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-        """What a run is for, as transformers saves it: a model, and the weights to save.
+        """Return the trained model as transformers saves it, and the weights to save.
 
         Args:
-            weights: The trained model's whole ``state_dict``.
+            weights: The full ``state_dict`` of the trained model.
         """
         return self.actor.model, under("model.", weights)
 
     def train(self, mode: bool = True) -> Self:
-        """Set this module's mode, but the models stay in eval mode: dropout is off in every stage."""
+        """Set the mode of this module; the models stay in eval mode, because dropout is off in every stage."""
         super().train(mode)
         for child in self.children():
             child.eval()
@@ -115,7 +116,7 @@ class AlignmentModule(lightning.LightningModule):
                 scheduler.step()
 
     def on_fit_start(self) -> None:
-        """With ``iterations`` set, epochs do not limit the run."""
+        """Remove the limit on epochs if ``iterations`` is set."""
         if self.iterations is not None:
             self.trainer.fit_loop.max_epochs = -1
 
@@ -125,43 +126,43 @@ class AlignmentModule(lightning.LightningModule):
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
 
     def count_iteration(self) -> None:
-        """One more; inside ``training_step``, so that it is in this iteration's checkpoint."""
+        """Count an iteration; ``training_step`` calls this, so that this iteration's checkpoint holds the new count."""
         self.iteration += 1
         if self.iterations is not None and int(self.iteration) >= self.iterations:
             self.trainer.should_stop = True
 
     def check_batch(self, batch: Any) -> None:
-        """Refuse the batches of a data module that is another's.
+        """Refuse batches of a data module that belongs to another kind of module.
 
         Raises:
-            UserError: naming the two.
+            UserError: naming both types of batch.
         """
         if not isinstance(batch, self.batch_type):
-            made, takes = type(batch).__name__, self.batch_type.__name__
-            raise UserError(f"data: {type(self).__name__} takes {takes}es, this data module gives {made}es")
+            given, expected = type(batch).__name__, self.batch_type.__name__
+            raise UserError(f"data: {type(self).__name__} takes {expected}es, this data module gives {given}es")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """See that the data are this module's."""
+        """Check the type of the batch."""
         self.check_batch(batch)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """See that the data are this module's."""
+        """Check the type of the batch."""
         self.check_batch(batch)
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """See that the data are this module's."""
+        """Check the type of the batch."""
         self.check_batch(batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Nothing, unless a module says otherwise.
+        """Refuse to predict; modules that generate responses override this.
 
         Raises:
             UserError: always.
         """
-        raise UserError(f"{type(self).__name__} predicts nothing: take PolicyGradient with the exported model's folder")
+        raise UserError(f"{type(self).__name__} predicts nothing: use PolicyGradient with the exported model's folder")
 
     def is_last_step(self) -> bool:
-        """Whether the training step under way is the run's last, as far as iterations, steps and epochs decide."""
+        """Whether the current training step is the last one by the limits on iterations, steps and epochs."""
         trainer, loop = self.trainer, self.trainer.fit_loop
         if trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
             return True
@@ -171,23 +172,23 @@ class AlignmentModule(lightning.LightningModule):
         return trainer.is_last_batch and last_epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Start the means."""
+        """Start new metrics."""
         self.held_out = Metrics(self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Start the means."""
+        """Start new metrics."""
         self.held_out = Metrics(self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/…``."""
+        """Log the metrics as ``val/…``."""
         self._log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/…``."""
+        """Log the metrics as ``test/…``."""
         self._log_held_out("test")
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """What is logged of the held-out means."""
+        """Return the held-out metrics to log; derived modules add to the means."""
         return means
 
     def _log_held_out(self, stage: str) -> None:
@@ -195,18 +196,18 @@ class AlignmentModule(lightning.LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
     def shard(self, model: nn.Module) -> Any:
-        """The model as the strategy wants it: spread over the processes, or as it is.
+        """Shard a model as the strategy requires; other strategies leave it as it is.
 
         Raises:
-            UserError: for a strategy that would have to know how, and does not, and in inference mode.
+            UserError: for a sharding strategy that is not supported, and in inference mode.
         """
         strategy = None if self._trainer is None else self._trainer.strategy
         if isinstance(strategy, FSDP2 | FSDP):
-            if self.trainer.validate_loop.inference_mode:  # it leaves tensors that cannot be trained on later
-                raise UserError("trainer.inference_mode must be false where models are sharded, not true")
+            if self.trainer.validate_loop.inference_mode:  # tensors made in inference mode cannot be trained later
+                raise UserError("trainer.inference_mode must be false with a strategy that shards models, not true")
             return strategy.shard(model)
         if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
-            raise UserError(f"trainer.strategy: {type(strategy).__name__} shards nothing here; take fsdp2")
+            raise UserError(f"trainer.strategy: {type(strategy).__name__} is not supported; use fsdp2")
         return model
 
     def profile(self, phase: str) -> AbstractContextManager[Any]:
@@ -214,32 +215,32 @@ class AlignmentModule(lightning.LightningModule):
         return cast(Any, self.trainer).profiler.profile(phase)
 
     def on_rank(self) -> tuple[int, int]:
-        """This process, and how many there are."""
+        """Return the rank of this process and the number of processes."""
         return self.trainer.global_rank, self.trainer.world_size
 
     def synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Under DDP gradients go over the ranks with the last micro-batch, under sharding with each."""
-        blocked = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        return nullcontext() if last else blocked()
+        """Synchronize gradients over the ranks: under DDP with the last micro-batch only, under sharding with each."""
+        skip_synchronization = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        return nullcontext() if last else skip_synchronization()
 
     def clip(self, optimizer: Any, max_norm: float | None) -> Tensor:
-        """Clip the gradient norm of an optimizer's parameters, over all ranks, and return what it was, []."""
+        """Clip the gradient norm of an optimizer's parameters over all ranks, and return the norm before, []."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        spread = isinstance(self.trainer.strategy, FSDP)
-        return clip_gradients(parameters, max_norm, self.sum_over_ranks if spread else None)
+        plain_shards = isinstance(self.trainer.strategy, FSDP)
+        return clip_gradients(parameters, max_norm, self.sum_over_ranks if plain_shards else None)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
-        """The largest over all processes, of each."""
+        """Return the maximum of each number over all processes."""
         x = torch.tensor(numbers, device=self.device)
         return (self.trainer.strategy.reduce(x, reduce_op="max") if self.trainer.world_size > 1 else x).tolist()
 
 
 def iteration_of(module: lightning.LightningModule) -> int:
-    """How many iterations a module has done; for callbacks, which know it as a LightningModule."""
+    """Return the number of iterations a module has done; for callbacks, which receive a LightningModule."""
     assert isinstance(module, AlignmentModule)
     return int(module.iteration)
 

@@ -1,4 +1,4 @@
-"""Policy-gradient methods: PPO, A2C, REINFORCE, GRPO, RLOO are configurations of this one module."""
+"""Policy-gradient methods: PPO, A2C, REINFORCE, GRPO and RLOO are configurations of this one module."""
 
 from __future__ import annotations
 
@@ -26,34 +26,47 @@ from lit_rlhf.types import Experience
 
 
 class PolicyGradient(OnPolicy):
-    """Trains an actor towards rewards: generate, judge, estimate advantages, update; one iteration a training step.
+    """Trains an actor towards rewards; each training step is one iteration: generate, judge, reward, estimate, learn.
 
     The stages of an iteration are methods: `generate`, `judge`, `reward`, `estimate` (of `OnPolicy`), and `learn`.
 
     Args:
-        actor: The model to train: a folder or hub id, or a configuration for random weights.
-        rewards: What a response is worth: at least one.
-        critic: ``actor`` or ``reward``: start from that model's weights; ``shared``: a head on the actor's trunk; a
-            folder or hub id (``./actor`` for a folder of that name); None: no critic.
-        reference: The frozen model that the KL is measured to; None: the actor as it is at the start.
-        sampling: How responses are drawn.
-        engine: What draws them.
-        scores: What happens to the score before it enters the reward.
-        kl: The KL's coefficient; ``FixedKL(coef=0)`` only measures it.
-        reference_kl: Where the KL enters, and by which estimator.
-        advantages: The estimator.
-        objective: The policy's loss.
-        bootstrap_truncated: Whether the critic's value stands for what a truncated response would still have earned.
-        update: Epochs, minibatches, clipping, and the loss's other terms.
-        value_grad_scale: With a shared critic: factor on the value loss's gradient into the trunk.
-        iterations: Stop after so many; None: the Trainer's max_epochs decides.
-        actor_optimizer: The actor's.
-        critic_optimizer: The critic's.
-        actor_scheduler: The actor's learning rate, stepped once an iteration; None: constant.
-        critic_scheduler: The critic's.
+        actor: The model to train: a folder, a hub id, or a configuration for random weights.
+        rewards: The rewards of a response; at least one.
+        critic: ``actor`` or ``reward`` to start from that model's weights; ``shared`` for a head on the actor's trunk;
+            a folder or hub id (``./actor`` for a folder of that name); None for no critic.
+        reference: The frozen model to which the KL is measured; None for the initial actor.
+        sampling: How responses are sampled.
+        engine: The engine that samples them.
+        scores: How scores are normalised and clipped before they enter the reward.
+        kl: The coefficient of the KL to the reference; ``FixedKL(coef=0)`` only measures it.
+        reference_kl: Where that KL enters, and its estimator.
+        advantages: The advantage estimator.
+        objective: The loss of the policy.
+        bootstrap_truncated: Whether the critic's value after the last token is the expected rest of a truncated
+            response; otherwise that rest is 0.
+        update: Epochs, minibatches, clipping, and the other terms of the loss.
+        value_grad_scale: With a shared critic, the factor on the gradient of the value loss into the trunk.
+        iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs.
+        actor_optimizer: The optimizer of the actor.
+        critic_optimizer: The optimizer of the critic.
+        actor_scheduler: The learning-rate schedule of the actor, stepped once an iteration; None for a constant rate.
+        critic_scheduler: The same for the critic.
 
     Raises:
-        UserError: for settings that do not fit together, and in ``configure_model`` for models that do not load.
+        UserError: for settings that contradict each other, and in ``configure_model`` for models that cannot be loaded.
+
+    >>> from lit_rlhf import GroupNormalized, RewardFunction
+    >>> reward = RewardFunction("lit_rlhf.data.reviews:reward")
+    >>> grpo = PolicyGradient(
+    ...     actor="Qwen/Qwen2.5-0.5B",
+    ...     rewards=[reward],
+    ...     critic=None,
+    ...     sampling=Sampling(responses=8),
+    ...     advantages=GroupNormalized(),
+    ... )
+    >>> grpo.objective
+    Clip(eps=0.2, eps_high=None, dual=None, ratio='token')
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What reward modelling and DPO share: each response has a score, and the better ones should have the higher."""
+"""The base of reward modelling and DPO: responses have scores, and better responses should have higher ones."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lit_rlhf.types import PreferenceBatch
 
 
 class PreferenceModule(AlignmentModule):
-    """Minimises Bradley–Terry's loss on pairs, Plackett–Luce's on rankings; one optimizer step a batch.
+    """Minimises the Bradley–Terry loss on pairs and the Plackett–Luce loss on rankings; one optimizer step a batch.
 
-    Derived modules say what a response's score is. The arguments are theirs.
+    Derived modules define the score of a response; the arguments are documented there.
 
     Raises:
         ValueError: if a number is out of range.
@@ -45,7 +45,7 @@ class PreferenceModule(AlignmentModule):
     ) -> None:
         super().__init__(source, iterations, {"model": (optimizer, scheduler)})
         if not 0.0 <= label_smoothing < 0.5:
-            raise ValueError(f"model.label_smoothing must lie in [0, 0.5), not {label_smoothing}")
+            raise ValueError(f"model.label_smoothing must be in [0, 0.5), not {label_smoothing}")
         if max_tokens < 1:
             raise ValueError(f"model.max_tokens must be 1 or more, not {max_tokens}")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -58,12 +58,12 @@ class PreferenceModule(AlignmentModule):
 
     @abstractmethod
     def scores(self, batch: PreferenceBatch) -> Tensor:
-        """The score of each response, [N]."""
+        """Return the score of each response, [N]."""
 
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Gradients of all micro-batches, and a step."""
+        """Do one optimizer step on a batch."""
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("update"):
             self._step(batch, metrics)
@@ -101,13 +101,13 @@ class PreferenceModule(AlignmentModule):
         self.step_schedulers()
 
     def after_step(self) -> None:
-        """What else belongs to this iteration's checkpoint."""
+        """Do what else must be in the checkpoint of this iteration; nothing by default."""
 
     def loss(self, scores: Tensor, batch: PreferenceBatch) -> Tensor:
-        """The loss of each ranking, [B].
+        """Return the loss of each ranking, [B].
 
         Args:
-            scores: [B, K], best first, 0 where there is no response.
+            scores: [B, K], best first, 0 where a ranking has fewer responses.
             batch: The rankings.
 
         Raises:
@@ -122,29 +122,30 @@ class PreferenceModule(AlignmentModule):
     # -------------------------------------------------------------- measuring
 
     def measure(self, scores: Tensor, loss: Tensor, batch: PreferenceBatch, metrics: Metrics) -> None:
-        """Loss, and over all pairs of a ranking: how often, and by how much, the better one is ahead."""
+        """Record the loss and, over all pairs, how often and by how much the better response is ahead."""
         ahead, _ = pairs(scores, batch)
         metrics.add("loss", loss)
         metrics.add("accuracy", _won(ahead))
         metrics.add("margin", ahead)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the means."""
+        """Start new metrics."""
         super().on_validation_epoch_start()
         self.calibration.reset()
 
     def on_test_epoch_start(self) -> None:
-        """Start the means."""
+        """Start new metrics."""
         super().on_test_epoch_start()
         self.calibration.reset()
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Add to the held-out means.
+        """Add a batch to the held-out metrics.
 
-        ``accuracy_of_length`` is what the rule «the longer one wins» reaches on the same pairs; ``accuracy_if_longer``
-        and ``accuracy_if_shorter`` are the model's where the better response is the longer, or the shorter; ``ece`` is
-        the expected calibration error of the probability that the one ahead wins.
+        ``accuracy_of_length`` is the accuracy of the rule "the longer response wins" on the same pairs;
+        ``accuracy_if_longer`` and ``accuracy_if_shorter`` are the model's accuracies on the pairs whose better response
+        is the longer or the shorter one; ``ece`` is the expected calibration error of the probability that the response
+        with the higher score wins.
         """
         with unsharded(*self.children()):
             for micro_batch in preference_micro_batches(batch, self.max_tokens):
@@ -161,21 +162,21 @@ class PreferenceModule(AlignmentModule):
         self.held_out.add("accuracy_if_shorter", won[longer < 0])
         self.held_out.add("score", responses)
         self.held_out.add("score_squared", responses.double() ** 2)
-        self.calibration.update(*_claims(ahead))
+        self.calibration.update(*_predictions(ahead))
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """As ``validation_step``."""
+        """Add a batch to the test metrics in the same way as ``validation_step``."""
         self.validation_step(batch, batch_idx)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """With the scores' deviation and the calibration error."""
+        """Add the standard deviation of the scores and the calibration error."""
         means["score_std"] = pop_standard_deviation(means)
         means["ece"] = float(self.calibration.compute())
         return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN without such pairs
 
 
 def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-    """Over all pairs in all rankings: the better response's score less the worse's, and likewise their lengths.
+    """Return the differences of score and of length, better minus worse, over all pairs in all rankings.
 
     Args:
         scores: [B, K], best first.
@@ -186,17 +187,19 @@ def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """
     length = batch.by_ranking((batch.lengths - batch.prompt_lengths).to(scores.dtype))
     better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1, device=scores.device)
-    there = batch.mask[:, better] & batch.mask[:, worse]
-    return (scores[:, better] - scores[:, worse])[there], (length[:, better] - length[:, worse])[there]
+    both = batch.mask[:, better] & batch.mask[:, worse]
+    return (scores[:, better] - scores[:, worse])[both], (length[:, better] - length[:, worse])[both]
 
 
 def _won(ahead: Tensor) -> Tensor:
-    """1 where it is ahead, ½ where the two are level."""
+    """Return 1 where the better response is ahead, ½ for a tie."""
     return (ahead > 0).float() + 0.5 * (ahead == 0)
 
 
-def _claims(ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """The probability claimed for the response that is ahead, and whether it is the better; a tie is half each."""
-    claimed, right = torch.sigmoid(ahead.abs()), ahead >= 0
-    tied = ahead == 0
-    return torch.cat([claimed, claimed[tied]]), torch.cat([right, ~right[tied]]).int()
+def _predictions(ahead: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the predicted probability of the response with the higher score, and whether it is the better one.
+
+    A tie counts as two predictions, one correct and one not.
+    """
+    probability, correct, tied = torch.sigmoid(ahead.abs()), ahead >= 0, ahead == 0
+    return torch.cat([probability, probability[tied]]), torch.cat([correct, ~correct[tied]]).int()

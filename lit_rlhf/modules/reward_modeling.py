@@ -1,4 +1,4 @@
-"""Reward models: a score for a prompt with a response, learnt from preferences."""
+"""Reward models: a score of a prompt with its response, learned from preferences."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from lit_rlhf.types import PreferenceBatch
 
 
 class RewardModeling(PreferenceModule):
-    """Trains a scalar head on a decoder's last token so that better responses have higher scores.
+    """Trains a scalar head on the last token of a decoder so that better responses get higher scores.
 
-    On pairs the loss is Bradley–Terry's, −log σ(r_chosen − r_rejected − margin); on rankings Plackett–Luce's. The mean
-    and deviation of the training set's scores are measured after the last step and stored with the model, in
-    ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise.
+    On pairs the loss is Bradley–Terry's, −log σ(r_chosen − r_rejected − margin); on rankings it is Plackett–Luce's.
+    The mean and the standard deviation of the scores of the training set are measured after the last step and stored
+    with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise.
 
     Args:
-        reward: What to start from: a language model (an SFT run's export; its head is new) or a sequence classifier
-            with one label; a folder or hub id, or a configuration for random weights.
-        label_smoothing: ε in [0, 0.5): the share of pairs taken to be the wrong way round.
-        max_tokens: Padded tokens of a micro-batch at most; changes memory and speed, never the result.
-        clip_grad_norm: Largest gradient norm; None: unbounded.
-        optimizer: Its optimizer.
-        scheduler: Its learning rate, stepped after each batch; None: constant.
-        iterations: Stop after so many batches; None: the Trainer's max_epochs decides.
+        reward: The initial model: a language model (such as the export of an SFT run; its head is new) or a sequence
+            classifier with one label; a folder, a hub id, or a configuration for random weights.
+        label_smoothing: ε in [0, 0.5), the assumed fraction of pairs in the wrong order.
+        max_tokens: The largest number of padded tokens of a micro-batch; it changes memory and speed, never the result.
+        clip_grad_norm: The largest gradient norm; None for no clipping.
+        optimizer: The optimizer of the model.
+        scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
+        iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if the model is not named, and in ``configure_model`` if it does not load.
+        UserError: if the model is not named, and in ``configure_model`` if it cannot be loaded.
+
+    >>> RewardModeling(reward="runs/sft/export", label_smoothing=0.1).max_tokens
+    8192
     """
 
     role = "reward"
-    reward: ScalarModel  # there from configure_model on
-    score_mean: Tensor  # [], float64, of the training set; NaN until the last step
+    reward: ScalarModel  # set by configure_model
+    score_mean: Tensor  # [] float64, of the training set; NaN until the last step
     score_std: Tensor  # []
 
     def __init__(
@@ -65,24 +68,24 @@ class RewardModeling(PreferenceModule):
             self.register_buffer(name, torch.tensor(torch.nan, dtype=torch.float64))
 
     def configure_model(self) -> None:
-        """Load the model; Lightning calls it, more than once."""
+        """Load the model; Lightning calls this more than once."""
         if not self.is_configured:
             self.reward = self.shard(load_critic(self.source, "model.reward", bias=False))
             self.train(self.training)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-        """A sequence classifier that knows its scores' mean and deviation."""
+        """Return a sequence classifier whose config holds the mean and the standard deviation of its scores."""
         model = to_classifier(self.reward, self.tokenizer, weights)
         if torch.isfinite(self.score_mean):
             model.config.score_mean, model.config.score_std = float(self.score_mean), float(self.score_std)
         return model, model.state_dict()
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
-        """The number after each response's last token, [N]."""
+        """Return the score at the last token of each response, [N]."""
         return self.reward(batch.tokens, batch.lengths).gather(1, batch.lengths[:, None] - 1).squeeze(1)
 
     def after_step(self) -> None:
-        """After the last step: the training set's scores."""
+        """Measure the scores of the training set after the last step."""
         if self.is_last_step():
             self._measure_training_set()
 

@@ -1,4 +1,4 @@
-"""Actor, critic and reference, each from its source."""
+"""The models of an iteration: actor, critic and reference, each from its source."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -17,10 +17,10 @@ from lit_rlhf.rewards import RewardModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
-    """The models of an iteration, but for those inside rewards."""
+    """The models of an iteration, except those inside rewards."""
 
     actor: Actor
-    critic: ScalarModel | None  # None: there is none, or it is a head on the actor's trunk
+    critic: ScalarModel | None  # None without a critic, and for a head on the actor's trunk
     reference: Actor  # frozen
 
 
@@ -33,32 +33,35 @@ def load_roles(
     temperature: float,
     value_grad_scale: float,
 ) -> Roles:
-    """Load every role.
+    """Load actor, critic and reference.
 
     Args:
-        actor: Its source.
+        actor: The source of the actor.
         critic: ``actor``, ``reward``, ``shared``, a source, or None for no critic.
-        reference: Its source; None: the actor's.
-        rewards: The reward models, prepared; the first is what ``critic: reward`` starts from.
-        temperature: Divides the logits of actor and reference alike.
-        value_grad_scale: With ``shared``: factor on the value loss's gradient into the trunk.
+        reference: The source of the reference; None for the actor's.
+        rewards: The prepared reward models; ``critic: reward`` starts from the first.
+        temperature: The divisor of the logits of actor and reference.
+        value_grad_scale: With ``shared``, the factor on the gradient of the value loss into the trunk.
 
     Raises:
-        UserError: if a model does not load, ``reward`` is asked for without a reward model, or a critic's vocabulary
-            is not the actor's.
+        UserError: if a model cannot be loaded, if ``reward`` is asked for without a reward model, or if the vocabulary
+            of critic or reference differs in size from the actor's.
     """
     trained = Actor(load_model(actor, "causal", "model.actor"), temperature, critic == "shared", value_grad_scale)
     frozen = Actor(load_model(reference or actor, "causal", "model.reference"), temperature)
     freeze(frozen)
-    made = _load_critic(critic, actor, rewards)
+    loaded_critic = _load_critic(critic, actor, rewards)
     size = vocabulary_size(trained.model)
-    for role, other in (("critic", None if made is None else made.trunk), ("reference", frozen.model)):
+    for role, other in (
+        ("critic", None if loaded_critic is None else loaded_critic.trunk),
+        ("reference", frozen.model),
+    ):
         if other is not None and vocabulary_size(other) != size:
             raise UserError(
                 f"model.{role}: its vocabulary has {vocabulary_size(other)} tokens, the actor's {size}; "
                 "the two read the same tokens"
             )
-    return Roles(actor=trained, critic=made, reference=frozen)
+    return Roles(actor=trained, critic=loaded_critic, reference=frozen)
 
 
 def _load_critic(critic: ModelSource | None, actor: ModelSource, rewards: Sequence[RewardModel]) -> ScalarModel | None:
@@ -69,12 +72,12 @@ def _load_critic(critic: ModelSource | None, actor: ModelSource, rewards: Sequen
     if critic == "reward":
         if not rewards or rewards[0].model is None:
             raise UserError("model.critic is 'reward', but no reward is a RewardModel")
-        return _in_units_of(rewards[0])
+        return _rescaled_copy(rewards[0])
     return load_critic(critic, "model.critic")
 
 
-def _in_units_of(reward: RewardModel) -> ScalarModel:
-    """A copy of the reward model that says what enters the score: weight × (r − mean) / deviation."""
+def _rescaled_copy(reward: RewardModel) -> ScalarModel:
+    """Copy the reward model, rescaled to its term of the score: weight × (r − mean) / deviation."""
     critic = deepcopy(reward.model)
     assert critic is not None
     mean, deviation = reward.scale
@@ -88,5 +91,5 @@ def _in_units_of(reward: RewardModel) -> ScalarModel:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Rows of the model's input embedding."""
+    """Return the number of rows of the model's input embedding."""
     return model.get_input_embeddings().num_embeddings  # type: ignore[operator]

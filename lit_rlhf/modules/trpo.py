@@ -41,20 +41,24 @@ from lit_rlhf.types import Experience
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """How far and how exactly the actor steps.
+    """The size of the actor's step, and how exactly it is computed.
 
     Args:
-        max_kl: δ, the bound on the mean KL(π_old ‖ π) over the iteration's tokens, in nats a token.
-        cg_iterations: Conjugate-gradient iterations, each one Fisher-vector product.
-        cg_tolerance: Stop them earlier once the squared residual is this share of the gradient's square.
-        damping: Added to the Fisher matrix's diagonal; larger: nearer to the plain gradient, and more robust.
-        fisher_every: The Fisher matrix is the mean over the responses to every such prompt: 1 takes all, 4 a quarter
-            in a quarter of the time. Gradient, line search and bound always take all.
-        backtracks: Steps that the line search tries at most.
-        backtrack_ratio: Of one step to the one before, in (0, 1).
+        max_kl: δ, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats a token.
+        cg_iterations: Conjugate-gradient iterations; each takes one Fisher-vector product.
+        cg_tolerance: Stop the iterations once the squared residual is this fraction of the squared gradient.
+        damping: A constant added to the diagonal of the Fisher matrix; a larger one moves the step towards the plain
+            gradient and makes it more robust.
+        fisher_every: Average the Fisher matrix over the responses to every n-th prompt: 1 uses all prompts, 4 a quarter
+            of them in a quarter of the time. The gradient, the line search and the bound always use all.
+        backtracks: The largest number of steps that the line search tries.
+        backtrack_ratio: The ratio of each step to the one before, in (0, 1).
 
     Raises:
         ValueError: if a number is out of range.
+
+    >>> TrustRegion(max_kl=0.02).cg_iterations
+    10
     """
 
     max_kl: float = 0.01
@@ -75,53 +79,60 @@ class TrustRegion:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"region.{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 < self.backtrack_ratio < 1:
-            raise ValueError(f"region.backtrack_ratio must lie in (0, 1), not {self.backtrack_ratio}")
+            raise ValueError(f"region.backtrack_ratio must be in (0, 1), not {self.backtrack_ratio}")
 
 
 class TRPO(OnPolicy):
     """Moves the actor along the surrogate's natural gradient, as far as a bound on the KL to the old policy allows.
 
-    With g the surrogate's gradient over all responses of the iteration and F the Fisher matrix of the actor's
-    next-token distributions: x = F⁻¹ g by conjugate gradients, s = √(2 δ / xᵀ F x) x, and a line search back from s
-    until the full KL, measured, is at most δ and the surrogate better than before; if none of its steps is, the actor
-    stays. The critic learns as in `PolicyGradient`.
+    With g the gradient of the surrogate over all responses of the iteration, and F the Fisher matrix of the actor's
+    next-token distributions: x = F⁻¹ g by conjugate gradients, s = √(2 δ / xᵀ F x) x, and a backtracking line search
+    from s until the measured full KL is at most δ and the surrogate has improved; if no step achieves both, the actor
+    does not move. The critic learns as in `PolicyGradient`.
 
-    Cost: g takes a forward and a backward over the iteration's responses. A product F v takes a forward, its backward,
-    and the backward of both: as long as 14 forwards (measured: a Llama of 5 layers, 180 tokens, CPU); there are
-    ``cg_iterations`` + 1 of them, over 1 / ``fisher_every`` of the responses. Each step of the line search takes 3
-    forwards. With the defaults that is some 50 forwards an iteration, where PPO's 4 epochs of the actor take 14.
-    Memory: no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size; under fsdp2
-    every process holds all of these whole, and its share of the other models. In the
-    products attention is PyTorch's plain form (others cannot be differentiated twice), so that a micro-batch holds
-    [heads, S, S] for each row and layer: lower ``update.max_tokens`` if that is too much.
+    Cost: g takes one forward and one backward over the responses of the iteration. A product F v takes a forward, its
+    backward, and the backward of both, which is as long as 14 forwards (measured on a Llama of 5 layers, 180 tokens, on
+    a CPU). There are ``cg_iterations`` + 1 products, over 1 / ``fisher_every`` of the responses. Each step of the line
+    search takes 3 forwards. With the defaults this is about 50 forwards an iteration; PPO's 4 epochs of the actor take
+    14. Memory: there is no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size;
+    under fsdp2 every process holds all of these in full, and its shard of the other models. The products use
+    PyTorch's plain attention (the fused kernels cannot be differentiated twice), so that a micro-batch holds
+    [heads, S, S] for each row and layer: reduce ``update.max_tokens`` if that is too much.
 
     Source: Schulman et al. 2015 (arXiv 1502.05477), section 6 and appendix C.
 
     Args:
-        actor: The model to train: a folder or hub id, or a configuration for random weights.
-        rewards: What a response is worth: at least one.
-        critic: ``actor`` or ``reward``: start from that model's weights; a folder or hub id; None: no critic.
-        reference: The frozen model that the KL is measured to; None: the actor as it is at the start.
-        sampling: How responses are drawn.
-        engine: What draws them.
-        scores: What happens to the score before it enters the reward.
+        actor: The model to train: a folder, a hub id, or a configuration for random weights.
+        rewards: The rewards of a response; at least one.
+        critic: ``actor`` or ``reward`` to start from that model's weights; a folder or hub id; None for no critic.
+        reference: The frozen model to which the KL is measured; None for the initial actor.
+        sampling: How responses are sampled.
+        engine: The engine that samples them.
+        scores: How scores are normalised and clipped before they enter the reward.
         kl: The coefficient of the KL to the reference; ``FixedKL(coef=0)`` only measures it.
-        reference_kl: Where that KL enters, and by which estimator.
-        advantages: The estimator.
-        region: The step.
-        bootstrap_truncated: Whether the critic's value stands for what a truncated response would still have earned.
-        update: Of the critic: epochs, minibatches, clipping. Of both: micro-batches, aggregation, whitening, and the
-            entropy bonus that is added to the surrogate.
-        iterations: Stop after so many; None: the Trainer's max_epochs decides (max_steps counts the critic's steps).
-        critic_optimizer: The critic's; the actor has none.
-        critic_scheduler: The critic's learning rate, stepped once an iteration; None: constant.
+        reference_kl: Where that KL enters, and its estimator.
+        advantages: The advantage estimator.
+        region: The step of the actor.
+        bootstrap_truncated: Whether the critic's value after the last token is the expected rest of a truncated
+            response; otherwise that rest is 0.
+        update: For the critic: epochs, minibatches, clipping. For both: micro-batches, aggregation, whitening, and the
+            entropy bonus, which is added to the surrogate.
+        iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs (max_steps counts the
+            critic's steps).
+        critic_optimizer: The optimizer of the critic; the actor has none.
+        critic_scheduler: The learning-rate schedule of the critic, stepped once an iteration; None for a constant rate.
 
     Raises:
-        UserError: for settings that do not fit together, and in ``configure_model`` for models that do not load.
+        UserError: for settings that contradict each other, and in ``configure_model`` for models that cannot be loaded.
+
+    >>> from lit_rlhf import RewardFunction
+    >>> trpo = TRPO(actor="Qwen/Qwen2.5-0.5B", rewards=[RewardFunction("lit_rlhf.data.reviews:reward")])
+    >>> trpo.region.max_kl
+    0.01
     """
 
-    shards_actor = False  # what is sharded cannot be differentiated twice
-    old: Actor  # there from configure_model on: frozen, the policy that drew the responses
+    shards_actor = False  # sharded weights cannot be differentiated twice
+    old: Actor  # set by configure_model, frozen: the policy that sampled the responses
 
     def __init__(
         self,
@@ -168,7 +179,7 @@ class TRPO(OnPolicy):
         keep_out_of_checkpoints(self, ("old.",))
 
     def configure_model(self) -> None:
-        """Load the roles, and the actor once more."""
+        """Load the roles, and a second copy of the actor."""
         if self.is_configured:
             return
         super().configure_model()

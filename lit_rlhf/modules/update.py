@@ -13,23 +13,27 @@ from lit_rlhf.errors import UserError
 
 @dataclass(frozen=True)
 class Update:
-    """How an iteration's experience is learnt from. The defaults are PPO's.
+    """How the models learn from an iteration's experience. The defaults are those of PPO.
 
     Args:
         epochs: Passes over the experience.
-        minibatches: Optimizer steps a pass.
-        max_tokens: Padded tokens of a micro-batch at most; changes memory and speed, never the result.
-        aggregation: How token losses become one: ``token``, ``sequence`` or ``constant`` means.
-        whiten_advantages: Scale the iteration's advantages to mean 0 and variance 1, over all ranks.
-        whiten_rewards: Scale its rewards to variance 1 before the advantages; their mean stays.
-        value_clip: Clip range of the value loss around the old value; None: plain.
-        value_coef: Factor of the value loss.
-        entropy_coef: Factor of the entropy bonus.
-        clip_grad_norm: Largest gradient norm of each optimizer's parameters; None: unbounded.
-        target_kl: Stop the iteration's epochs once a minibatch's KL to the old policy exceeds it (nats a token).
+        minibatches: Optimizer steps in each pass.
+        max_tokens: The largest number of padded tokens of a micro-batch; it changes memory and speed, never the result.
+        aggregation: How the losses of the tokens are averaged: ``token``, ``sequence`` or ``constant``.
+        whiten_advantages: Whether to scale the iteration's advantages to mean 0 and variance 1, over all ranks.
+        whiten_rewards: Whether to scale its rewards to variance 1 before the advantages; their mean is kept.
+        value_clip: The clip range of the value loss around the old value; None for no clip.
+        value_coef: The factor of the value loss.
+        entropy_coef: The factor of the entropy bonus.
+        clip_grad_norm: The largest gradient norm of each optimizer's parameters; None for no clipping.
+        target_kl: Stop the epochs once the KL of a minibatch to the old policy exceeds this, in nats a token; None to do
+            all epochs.
 
     Raises:
         ValueError: if a number is out of range.
+
+    >>> Update(epochs=1, minibatches=1).clip_grad_norm
+    1.0
     """
 
     epochs: int = 4

@@ -198,7 +198,7 @@ def test_records_without_a_prompt_train_but_have_no_kl(make, fit_preferences):
 
 
 def test_texts_that_differ_from_the_first_token_on(fit_preferences):
-    """Without a beginning-of-sequence token nothing predicts the first; what is learnt is the rest."""
+    """Without a beginning-of-sequence token nothing predicts the first; what is learned is the rest."""
     source = RandomWeights(CONFIG, f"{__file__}:letters")
     module, recorder = DPO(source, beta=1.0, optimizer=sgd(0.0)), Recorder()
     module.configure_model()
@@ -345,7 +345,7 @@ def test_the_policy_is_the_closed_form(fit_preferences, places, longest, steps, 
         ({"beta": -1.0}, r"^model\.beta must be positive, not -1\.0$"),
         ({"beta": math.inf}, r"^model\.beta must be positive, not inf$"),
         ({"beta": math.nan}, r"^model\.beta must be positive, not nan$"),
-        ({"label_smoothing": 0.5}, r"^model\.label_smoothing must lie in \[0, 0\.5\), not 0\.5$"),
+        ({"label_smoothing": 0.5}, r"^model\.label_smoothing must be in \[0, 0\.5\), not 0\.5$"),
         ({"max_tokens": 0}, r"^model\.max_tokens must be 1 or more, not 0$"),
         ({"clip_grad_norm": 0.0}, r"^model\.clip_grad_norm must be positive or null, not 0\.0$"),
         ({"sampling": Sampling(temperature=0.0)}, r"^model\.sampling\.temperature must be positive"),

@@ -438,7 +438,7 @@ def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggr
     actor, critic, reference = deepcopy((module.actor.model, module.critic, module.reference.model))
     fit(module, [recorder])
     scored = recorder.outputs[0]["scored_rollout"]
-    learnt = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
+    learned = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
     rows, tokens = len(scored.scores), int(scored.rollout.response_lengths.sum())
     for row, (prompt, n) in enumerate(
         zip(scored.rollout.prompt_lengths.tolist(), scored.rollout.response_lengths.tolist(), strict=True)
@@ -454,8 +454,8 @@ def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggr
         torch.testing.assert_close(scored.values[row, :n], values.detach(), rtol=1e-4, atol=1e-4)
         weight = {"token": 1 / tokens, "sequence": 1 / (rows * n), "constant": 1 / (rows * 12)}[aggregation]
         ratio, entropy = (chosen - chosen.detach()).exp(), -(every.exp() * every).sum(-1)
-        policy = -learnt.advantages[row, :n] * ratio - 0.2 * entropy + 0.3 * kl[estimator]
-        (weight * (policy + 0.5 * 0.5 * (values - learnt.returns[row, :n]) ** 2).sum()).backward()
+        policy = -learned.advantages[row, :n] * ratio - 0.2 * entropy + 0.3 * kl[estimator]
+        (weight * (policy + 0.5 * 0.5 * (values - learned.returns[row, :n]) ** 2).sum()).backward()
     for before, after in ((actor, module.actor.model), (critic, module.critic)):
         for start, end in zip(before.parameters(), after.parameters(), strict=True):
             torch.testing.assert_close(start - end, start.grad, rtol=1e-3, atol=1e-5)
@@ -504,13 +504,13 @@ def test_the_metrics_of_a_second_step(two_steps):
     once, twice = recorder.metrics[0], two_steps(2)[1].metrics[0]
     scored = recorder.outputs[0]["scored_rollout"]
     rollout, mask = scored.rollout, scored.rollout.response_mask
-    learnt = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
+    learned = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
     logprobs = rollout.at_responses(module.actor(rollout.tokens, rollout.response_tokens_mask).logprobs)[mask]
-    log_ratio, advantages = logprobs - scored.old_logprobs[mask], learnt.advantages[mask]
+    log_ratio, advantages = logprobs - scored.old_logprobs[mask], learned.advantages[mask]
     ratio = log_ratio.exp()
     assert twice["policy/ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-3)
     values, old = rollout.before_responses(module.critic(rollout.tokens))[mask], scored.values[mask]
-    near, returns = old + (values - old).clamp(-0.2, 0.2), learnt.returns[mask]
+    near, returns = old + (values - old).clamp(-0.2, 0.2), learned.returns[mask]
     second = {
         "policy/kl_to_old": ratio - 1 - log_ratio,
         "policy/clip_fraction": (((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))).float(),

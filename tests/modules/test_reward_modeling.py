@@ -386,8 +386,8 @@ def test_all_of_it_trains(make, fit_preferences, where):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing": 0.5}, r"^model\.label_smoothing must lie in \[0, 0\.5\), not 0\.5$"),
-        ({"label_smoothing": -0.1}, r"^model\.label_smoothing must lie in \[0, 0\.5\), not -0\.1$"),
+        ({"label_smoothing": 0.5}, r"^model\.label_smoothing must be in \[0, 0\.5\), not 0\.5$"),
+        ({"label_smoothing": -0.1}, r"^model\.label_smoothing must be in \[0, 0\.5\), not -0\.1$"),
         ({"max_tokens": 0}, r"^model\.max_tokens must be 1 or more, not 0$"),
         ({"clip_grad_norm": 0.0}, r"^model\.clip_grad_norm must be positive or null, not 0\.0$"),
         ({"clip_grad_norm": math.nan}, r"^model\.clip_grad_norm must be positive or null, not nan$"),

@@ -96,11 +96,11 @@ def test_the_line_search_sees_the_kl_and_the_improvement_of_the_step(make_trpo, 
     rollout, mask = scored.rollout, scored.rollout.response_mask
     kl = float(kl_after_the_step(module, rollout)[mask].mean())
     assert recorder.metrics[0]["policy/kl_to_old"] == pytest.approx(kl, rel=1e-3)
-    learnt = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
+    learned = module.estimate(scored, module.reward(scored), Metrics(torch.device("cpu")))
     stats = module.actor(rollout.tokens, rollout.response_tokens_mask)
     ratio = (rollout.at_responses(stats.logprobs) - scored.old_logprobs)[mask].exp()
     assert recorder.metrics[0]["policy/ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-3)
-    better = (ratio - 1) * learnt.advantages[mask] + 0.1 * (rollout.at_responses(stats.entropy) - scored.entropy)[mask]
+    better = (ratio - 1) * learned.advantages[mask] + 0.1 * (rollout.at_responses(stats.entropy) - scored.entropy)[mask]
     assert seen[-1] == pytest.approx((float(better.mean()), kl), rel=1e-3)
 
 
