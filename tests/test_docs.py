@@ -1,11 +1,18 @@
-"""What the pages of docs/ say of the code is there."""
+"""The code that the pages of docs/ quote exists, and their examples run."""
 
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from lit_rlhf import __all__ as names
+from lit_rlhf.generation import Sampling
+from lit_rlhf.testing import Recorder
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
@@ -41,3 +48,45 @@ def test_the_recipes_are_the_ones_in_configs():
         estimator = re.search(r"`(\w+)`", row.split("|")[2]).group(1)
         assert re.search(rf"advantages: .*{estimator}", text)
     assert len(named) == 7
+
+
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", DESIGN, flags=re.DOTALL)
+
+
+def test_the_examples_of_the_design_page_train(fit, make_module, tmp_path, monkeypatch, capsys):
+    """All of them at once, from a file of the user's, in a real fit."""
+    assert len(EXAMPLES) == 5
+    assert max(sum(bool(line.strip()) for line in example.splitlines()) for example in EXAMPLES) < 20
+    (tmp_path / "my_parts.py").write_text("\n".join(EXAMPLES))
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = importlib.import_module("my_parts")
+    engine, best, recorder = parts.TransformersEngine(), parts.PrintBest(), Recorder()
+    module = make_module(
+        advantages=parts.LengthNormalizedReturn(gamma=0.99),
+        objective=parts.ChiSquarePenalty(beta=0.5),
+        rewards=[parts.WordReward("w3")],
+        engine=engine,
+        critic=None,
+        sampling=Sampling(max_tokens=8, responses=2),
+        iterations=2,
+    )
+    fit(module, [best, recorder])
+    assert len([line for line in capsys.readouterr().out.splitlines() if re.match(r"\d\.00 ", line)]) == 2
+    assert recorder.metrics[0]["policy/kl_to_old"] == pytest.approx(0.0, abs=0.1)
+    pairs = zip(module.actor.parameters(), module.reference.parameters(), strict=True)
+    assert not all(torch.equal(trained, frozen) for trained, frozen in pairs)
+
+
+def test_the_yaml_of_the_design_page_is_read(tmp_path, monkeypatch):
+    """The classes are found by their import paths, with their options."""
+    (tmp_path / "my_parts.py").write_text("\n".join(EXAMPLES))
+    text = re.search(r"```yaml\n(.*?)```", DESIGN, flags=re.DOTALL).group(1)
+    (tmp_path / "config.yaml").write_text(text)
+    command = [sys.executable, "-m", "lit_rlhf.cli", "fit", "--config", "config.yaml", "--model.actor", "some/model"]
+    command += ["--data", "Prompts", "--print_config"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    config = yaml.safe_load(run.stdout)
+    assert config["model"]["init_args"]["advantages"]["init_args"] == {"gamma": 0.99}
+    assert config["model"]["init_args"]["engine"]["class_path"] == "my_parts.TransformersEngine"
+    assert config["trainer"]["callbacks"][0]["class_path"] == "my_parts.PrintBest"

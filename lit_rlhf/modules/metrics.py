@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Metrics:
 
     def state(self) -> list[Tensor]:
         """Return the tensors that the ranks reduce."""
-        return [value for metric in self._metrics.values() for value in metric.metric_state.values()]
+        return [cast(Tensor, value) for metric in self._metrics.values() for value in metric.metric_state.values()]
 
     def compute(self) -> dict[str, float]:
         """Return all metrics over all ranks; every rank must call this with the same names in the same order."""

@@ -26,8 +26,8 @@ class Update:
         value_coef: The factor of the value loss.
         entropy_coef: The factor of the entropy bonus.
         clip_grad_norm: The largest gradient norm of each optimizer's parameters; None for no clipping.
-        target_kl: Stop the epochs once the KL of a minibatch to the old policy exceeds this, in nats a token; None to do
-            all epochs.
+        target_kl: Stop the epochs once the KL of a minibatch to the old policy exceeds this, in nats a token;
+            None for no such stop.
 
     Raises:
         ValueError: if a number is out of range.
