@@ -1,7 +1,7 @@
-"""Reward functions of the recipes, and a pattern for your own.
+"""The reward functions of the recipes, as an example for your own.
 
-A function gets, by keyword, whichever it names of: prompts, responses (text), terminated (the response ended by
-itself), and any column of the prompts' file; it returns one number a response.
+A function receives by keyword those of the following that its parameters name: prompts, responses (text), terminated
+(whether a stop token ended the response), and any column of the prompts' file. It returns one number per response.
 """
 
 import re
@@ -18,9 +18,9 @@ HAPPY = re.compile(
 
 
 def happy_story(responses: list[str], terminated: list[bool]) -> list[float]:
-    """Different happy words in a story (10 at most count), in tenths; half of it if the story does not end by itself.
+    """Count the different happy words in a story, up to 10, in tenths; half of that for a truncated story.
 
-    Only *different* words count, so that repeating one does not pay.
+    Repetitions do not count, so that repeating a word does not pay.
     """
     scores = []
     for response, ended in zip(responses, terminated, strict=True):
