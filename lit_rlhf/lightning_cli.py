@@ -88,7 +88,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
 
     def before_instantiate_classes(self) -> None:
-        """Put W&B's files into the run's folder, and an older run's folder out of the way."""
+        """Put W&B's files into the run's folder, and check that the checkpoint to resume from exists."""
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
         for logger in _as_list(config.trainer.logger):
@@ -96,9 +96,16 @@ class CLI(LightningCLI):
                 logger.init_args["save_dir"] = str(folder)
                 Path(folder).mkdir(parents=True, exist_ok=True)
         _check_checkpoint(config.ckpt_path)
-        first_process = "LOCAL_RANK" not in os.environ or os.environ.get("RANK", os.environ["LOCAL_RANK"]) == "0"
-        if self.subcommand == "fit" and config.ckpt_path is None and first_process:
-            move_aside(Path(folder))
+
+    def before_fit(self) -> None:
+        """Move an older run's folder out of the way, unless that run is resumed; LightningCLI calls it.
+
+        By one process only: the Trainer knows its rank however the processes were started.
+        """
+        folder = Path(self.trainer.default_root_dir)
+        if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
+            move_aside(folder)
+            folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if there is no such folder
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Checkpoints are read as files and as folders; ``--trainer.enable_progress_bar false`` takes the bar out."""

@@ -5,6 +5,7 @@ Importing this module makes the names known to Lightning.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,18 @@ class FSDP(FSDPStrategy):
         super().__init__(state_dict_type="full")
 
     def setup_environment(self) -> None:
-        """Batches and buffers keep their types: Lightning would cast them, and refuses frozen dataclasses."""
+        """Batches and buffers keep their types: Lightning would cast them, and refuses frozen dataclasses.
+
+        Autocast is as Lightning has it in its other strategies: on the models' device, and without a cache of cast
+        weights, which would be those of before an optimizer step within the same training step.
+        """
         super().setup_environment()
         for name in ("convert_input", "convert_module"):
             setattr(self.precision_plugin, name, lambda it: it)
+        if self.precision_plugin.precision in ("bf16-mixed", "16-mixed"):
+            half = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else torch.float16
+            context = partial(torch.autocast, self.root_device.type, dtype=half, cache_enabled=False)
+            vars(self.precision_plugin)["forward_context"] = context  # the instance's goes before the class's
 
     def shard(self, model: nn.Module) -> nn.Module:
         """The model wrapped, and spread over the processes."""

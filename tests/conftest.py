@@ -89,6 +89,16 @@ def make_trainer(tmp_path):
 
 
 @pytest.fixture
+def one_process(monkeypatch):
+    """For strategies of several processes on this one: Lightning leaves its process group and its variables behind."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def fit(prompt_file, make_trainer):
     """Run a real `Trainer.fit`; gives the trainer."""
 

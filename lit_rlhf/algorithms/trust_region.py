@@ -8,6 +8,8 @@ the surrogate L most to first order goes along the natural gradient x = F⁻¹ �
 F, the Fisher matrix, has as many rows as the model has parameters and is never formed: conjugate gradients need only
 its products with vectors. The line search then makes the bound hold exactly, and the surrogate improve.
 
+Inner products are by `torch.dot`: under autocast, ``@`` would round both vectors and the result to half precision.
+
 Source: Schulman et al. 2015 (arXiv 1502.05477), section 6 and appendix C.
 """
 
@@ -66,7 +68,7 @@ def hessian_product(loss: Tensor, parameters: Sequence[Tensor], vector: Tensor) 
     tensor([ 6., 12.])
     """
     gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-    return flatten(torch.autograd.grad(flatten(gradient) @ vector, parameters, materialize_grads=True))
+    return flatten(torch.autograd.grad(torch.dot(flatten(gradient), vector), parameters, materialize_grads=True))
 
 
 def conjugate_gradients(product: Product, b: Tensor, iterations: int = 10, tolerance: float = 1e-10) -> Tensor:
@@ -90,16 +92,16 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int = 10, toler
     tensor([0.0909, 0.6364])
     """
     x, residual = torch.zeros_like(b), b.clone()
-    direction, squared = b.clone(), b @ b
+    direction, squared = b.clone(), torch.dot(b, b)
     enough = tolerance * squared
     for _ in range(iterations):
         if squared <= enough:
             break
         image = product(direction)
-        length = squared / (direction @ image)
+        length = squared / torch.dot(direction, image)
         x += length * direction
         residual -= length * image
-        last, squared = squared, residual @ residual
+        last, squared = squared, torch.dot(residual, residual)
         direction = residual + squared / last * direction
     return x
 
@@ -118,7 +120,7 @@ def longest_step(direction: Tensor, product: Product, max_kl: float) -> Tensor:
     >>> longest_step(torch.tensor([1.0, 0.0]), lambda v: 8.0 * v, max_kl=0.01)
     tensor([0.0500, 0.0000])
     """
-    curvature = direction @ product(direction)
+    curvature = torch.dot(direction, product(direction))
     return direction * (2.0 * max_kl / curvature).sqrt() if curvature > 0 else torch.zeros_like(direction)
 
 

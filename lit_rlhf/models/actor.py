@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 
 from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.attention import keeps_texts_apart, last_hidden_state
+from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
 
@@ -97,17 +97,6 @@ class Actor(nn.Module):
         """The trunk's `last_hidden_state`; a text does not see the one before it in its row."""
         return last_hidden_state(self.model.base_model, tokens, real, positions)
 
-    def check_packing(self) -> None:
-        """See that two texts in one row do not see each other.
-
-        Raises:
-            UserError: if they do: the architecture's attention does not go by positions.
-        """
-        if not keeps_texts_apart(self.model):
-            raise UserError(
-                f"data.packing: {type(self.model).__name__} does not keep packed texts apart; set it to false"
-            )
-
     def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of the token after the last one, [B, V] float32, before the temperature.
 
@@ -162,7 +151,7 @@ class Actor(nn.Module):
 
 def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
     """A linear map from hidden state to value that is 0 at first, so that the first advantages are the rewards."""
-    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=bias)
+    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=bias, device=model.device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return head
@@ -185,9 +174,10 @@ def _check_head(actor: Actor) -> None:
         return
     was_training = model.training
     model.eval()
-    tokens = torch.arange(3, device=model.device)[None] % model.config.vocab_size
-    whole = model(input_ids=tokens).logits.float()
-    parts = actor.logits(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    with model.device:  # not the default one, which may be where the model goes later
+        tokens = torch.arange(3)[None] % model.config.vocab_size
+        whole = model(input_ids=tokens).logits.float()
+        parts = actor.logits(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     model.train(was_training)
     if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
         raise UserError(

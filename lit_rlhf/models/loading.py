@@ -78,7 +78,11 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
 
 
 def load_model(source: ModelSource, task: Task = "causal", field: str = "model") -> PreTrainedModel:
-    """The model in float32, in eval mode: dropout stays off in every stage.
+    """The model in float32 on the CPU, in eval mode: dropout stays off in every stage.
+
+    On the CPU whatever the default device is, so that random weights are the same on every device, and because
+    transformers takes a default device for a ``device_map``, which needs the package accelerate. Lightning makes its
+    device the default in ``configure_model``, and moves the models there afterwards.
 
     Args:
         source: Folder, hub id, or random weights.
@@ -88,14 +92,15 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
     Raises:
         UserError: if there is no such model, or a reward model has not exactly one label.
     """
-    if isinstance(source, RandomWeights):
-        model = _random_model(source, task, field)
-    else:
-        model = _pretrained_model(source, task, field)
-    if task == "score" and model.config.num_labels != 1:
-        raise UserError(f"{field}: a reward model has one label, {source} has {model.config.num_labels}")
-    model.eval()
-    use_unpadded_attention(model)
+    with torch.device("cpu"):
+        if isinstance(source, RandomWeights):
+            model = _random_model(source, task, field)
+        else:
+            model = _pretrained_model(source, task, field)
+        if task == "score" and model.config.num_labels != 1:
+            raise UserError(f"{field}: a reward model has one label, {source} has {model.config.num_labels}")
+        model.eval()
+        use_unpadded_attention(model)
     return model
 
 

@@ -55,7 +55,7 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
         raise UserError(f"{field}: {type(model).__name__} has no linear head named score; is it a decoder?")
     bias = getattr(model.config, "value_bias", None)
     if bias is not None:
-        head.bias = nn.Parameter(torch.tensor([bias]))
+        head.bias = nn.Parameter(torch.tensor([bias], device=head.weight.device))
     return ScalarModel(model.base_model, head)
 
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-FORWARDS = ("next_logits", "hidden", "check_packing")
+FORWARDS = ("next_logits", "hidden")
 """Methods of a model that compute with its weights, besides ``forward``."""
 
 
@@ -79,7 +79,7 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
             if isinstance(model, FSDPModule):
                 stack.enter_context(_unsharded(model))
             elif isinstance(model, FullyShardedDataParallel):
-                stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False))
+                stack.enter_context(_summoned(model))
         yield
 
 
@@ -95,6 +95,19 @@ def _unsharded(model: FSDPModule) -> Iterator[None]:
         for part in parts:  # the root's weights stay from a forward to its backward, as FSDP2 has it by itself
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
+
+
+@contextmanager
+def _summoned(model: FullyShardedDataParallel) -> Iterator[None]:
+    """Round the weights as FSDP1 does in its own forwards, so that what is judged is what is trained.
+
+    It also keeps autocast from rounding them: its cache knows a parameter, and not that its weights change.
+    """
+    dtype = model.mixed_precision.param_dtype
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        for weight in model.parameters() if dtype is not None else ():
+            weight.data = weight.data.to(dtype)
+        yield
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.modules.roles import load_roles
@@ -28,36 +29,39 @@ from lit_rlhf.types import PreferenceBatch, PromptBatch
 
 
 class DPO(PreferenceModule):
-    """Raises the likelihood of better responses against worse ones, held to a reference.
+    """Raises the likelihood of better responses relative to worse ones, regularised towards a reference.
 
-    A response's score is its implicit reward, β (log π(y|x) − log π_ref(y|x)); the loss on pairs is
-    −log σ(score_chosen − score_rejected), on rankings Plackett–Luce's. Held-out metrics are those of reward modelling
-    on implicit rewards, and the KL to the reference, in nats a response, on responses to the held-out prompts that
-    the actor samples.
+    The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)); the loss on pairs is
+    −log σ(score_chosen − score_rejected), on rankings Plackett–Luce's. The held-out metrics are those of reward
+    modelling on implicit rewards, and the KL to the reference, in nats a response, on responses to the held-out prompts
+    that the actor samples.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 
     Args:
-        actor: The model to train: a folder or hub id, or a configuration for random weights.
-        reference: The frozen model; None: the actor as it is at the start.
-        beta: β > 0, in units of reward a nat: larger stays nearer to the reference.
-        label_smoothing: ε in [0, 0.5): the share of pairs taken to be the wrong way round.
-        cache_reference: Compute the reference's log-probabilities of all training responses once, before the first
-            step; False: on the fly, every epoch again.
-        sampling: How responses to held-out prompts are drawn; the temperature divides all logits.
-        engine: What draws them.
-        max_tokens: Padded tokens of a micro-batch at most; changes memory and speed, never the result.
-        clip_grad_norm: Largest gradient norm; None: unbounded.
-        optimizer: Its optimizer.
-        scheduler: Its learning rate, stepped after each batch; None: constant.
-        iterations: Stop after so many batches; None: the Trainer's max_epochs decides.
+        actor: The model to train: a folder, a hub id, or a configuration for random weights.
+        reference: The frozen model; None for the initial actor.
+        beta: β > 0, in units of reward a nat; a larger one keeps the policy closer to the reference.
+        label_smoothing: ε in [0, 0.5), the assumed fraction of pairs in the wrong order.
+        cache_reference: Whether to compute the reference's log-probabilities of all training responses once, before the
+            first step, instead of in every epoch.
+        sampling: How responses to held-out prompts are sampled; the temperature divides all logits.
+        engine: The engine that samples them.
+        max_tokens: The largest number of padded tokens of a micro-batch; it changes memory and speed, never the result.
+        clip_grad_norm: The largest gradient norm; None for no clipping.
+        optimizer: The optimizer of the actor.
+        scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
+        iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if the actor is not named, and in ``configure_model`` for models that do not load.
+        UserError: if the actor is not named, and in ``configure_model`` for models that cannot be loaded.
+
+    >>> DPO(actor="runs/sft/export", beta=0.05).beta
+    0.05
     """
 
-    reference: Actor  # there from configure_model on, frozen
+    reference: Actor  # set by configure_model, frozen
 
     def __init__(
         self,
@@ -92,11 +96,11 @@ class DPO(PreferenceModule):
         self.cache_reference = cache_reference
         self.sampling = sampling
         self.engine = engine
-        self._cached: Tensor | None = None  # [rankings of the training set, K], the responses' log-probabilities
+        self._cached: Tensor | None = None  # [rankings of the training set, K], the log-probabilities of responses
         keep_out_of_checkpoints(self, ("reference.",))
 
     def configure_model(self) -> None:
-        """Load actor and reference; Lightning calls it, more than once."""
+        """Load actor and reference; Lightning calls this more than once."""
         if self.is_configured:
             return
         roles = load_roles(
@@ -116,13 +120,13 @@ class DPO(PreferenceModule):
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
-        """The implicit reward of each response, [N]."""
+        """Return the implicit reward of each response, [N]."""
         logprobs = self.actor(batch.tokens, batch.response_tokens_mask).logprobs.sum(1)
         return implicit_reward(logprobs, self._reference_logprobs(batch), self.beta)
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PreferenceBatch) -> Tensor:
-        """Of each response, [N]."""
+        """Return the reference's log-probability of each response, [N], from the cache in training."""
         if self._cached is not None and self.trainer.training:
             return self._cached[batch.number, : batch.mask.shape[1]][batch.mask]
         return self._reference_forward(batch)
@@ -132,12 +136,15 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def on_train_start(self) -> None:
-        """Fill the cache, in batches of the file's order: the same bits on any number of ranks and after a resume."""
+        """Fill the cache in batches of the file's order: the same bits on any number of ranks and after a resume.
+
+        It is computed in the precision of the training step, which Lightning does not set for this hook.
+        """
         if not self.cache_reference:
             return
         loader: Any = self.trainer.train_dataloader
         table = torch.zeros(len(loader.records), 2, device=self.device)
-        with unsharded(self.reference):
+        with self.trainer.precision_plugin.forward_context(), unsharded(self.reference):
             for number, batch in enumerate(loader.once(whole=True)):
                 self.check_batch(batch)
                 table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
@@ -150,10 +157,10 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """The held-out preferences, and the KL on responses that the actor draws to their prompts."""
+        """Add a batch to the held-out metrics, with the KL on responses to its prompts that the actor samples."""
         super().validation_step(batch, batch_idx)
-        (without,) = self.max_over_ranks(sum(not prompt for prompt in batch.prompts))
-        if without:
+        (without_prompt,) = self.max_over_ranks(sum(not prompt for prompt in batch.prompts))
+        if without_prompt:
             return
         tokens, mask = left_pad(batch.prompts, self.special_tokens.pad)
         prompts = PromptBatch(
@@ -166,10 +173,8 @@ class DPO(PreferenceModule):
         rollout = self.engine.generate(
             self.actor, prompts, self.sampling, self.special_tokens, stream=Stream.VALIDATION, iteration=0
         )
-        with unsharded(self.actor, self.reference):
-            ours, theirs = (
-                rollout.at_responses(model(rollout.tokens, rollout.response_tokens_mask).logprobs)
-                for model in (self.actor, self.reference)
-            )
-        self.held_out.add("kl_to_ref", masked_sum(k1(ours, theirs), rollout.response_mask, 1))
+        logprobs, ref_logprobs = (
+            response_logprobs(model, rollout, self.max_tokens) for model in (self.actor, self.reference)
+        )
+        self.held_out.add("kl_to_ref", masked_sum(k1(logprobs, ref_logprobs), rollout.response_mask, 1))
         self.held_out.add("length", rollout.response_lengths)

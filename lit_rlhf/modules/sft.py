@@ -1,35 +1,40 @@
-"""Supervised fine-tuning: the model that everything else starts from."""
+"""Supervised fine-tuning, the start of everything else."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_rlhf.algorithms.masked import masked_mean
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.attention import keeps_texts_apart
 from lit_rlhf.models.loading import ModelSource, load_model
-from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import DemonstrationBatch
 
 
 class SFT(AlignmentModule):
-    """Maximum likelihood on demonstrations: loss = −mean over the tokens that count of log π(token | those before).
+    """Maximum likelihood on demonstrations: loss = −mean of log π(token | tokens before) over the tokens that count.
 
     The loss is in nats a token; ``perplexity`` is its exponential.
 
     Args:
-        actor: The model to train: a folder or hub id, or a configuration for random weights.
-        optimizer: Its optimizer.
-        scheduler: Its learning rate, stepped after each batch; None: constant.
-        iterations: Stop after so many batches; None: the Trainer's max_epochs or max_steps decides.
+        actor: The model to train: a folder, a hub id, or a configuration for random weights.
+        optimizer: The optimizer of the model.
+        scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
+        iterations: The number of batches; None to leave the limit to the Trainer's max_epochs or max_steps.
 
     Raises:
-        UserError: if the actor is not named, and in ``configure_model`` if it does not load.
+        UserError: if the actor is not named, and in ``configure_model`` if it cannot be loaded.
+
+    >>> SFT(actor="Qwen/Qwen2.5-0.5B", iterations=100).iterations
+    100
     """
 
     batch_type = DemonstrationBatch
@@ -42,31 +47,33 @@ class SFT(AlignmentModule):
         iterations: int | None = None,
     ) -> None:
         super().__init__(actor, iterations, {"actor": (optimizer, scheduler)})
-        self._keeps_apart = False  # packed texts; checked once
+        self._separates_packed_texts = False  # set by configure_model
 
     def configure_model(self) -> None:
-        """Load the model; Lightning calls it, more than once."""
+        """Load the model; Lightning calls this more than once."""
         if not self.is_configured:
-            self.actor = self.shard(Actor(load_model(self.source, "causal", "model.actor")))
+            actor = Actor(load_model(self.source, "causal", "model.actor"))
+            self._separates_packed_texts = keeps_texts_apart(actor.model)  # before a strategy rounds the weights
+            self.actor = self.shard(actor)
             self.train(self.training)
 
-    def on_train_batch_start(self, batch: DemonstrationBatch, batch_idx: int) -> None:
-        """Before the first step on packed texts: see that the model keeps them apart.
+    def check_batch(self, batch: Any) -> None:
+        """Check the type of the batch, and that the model can be trained on packed texts if it holds some.
 
         Raises:
-            UserError: if it does not.
+            UserError: if it is another kind of batch, or if a packed text attends to another one in this architecture.
         """
-        super().on_train_batch_start(batch, batch_idx)
-        if batch.positions is not None and not self._keeps_apart:
-            with unsharded(self.actor):
-                self.actor.check_packing()
-            self._keeps_apart = True
+        super().check_batch(batch)
+        if batch.positions is not None and not self._separates_packed_texts:
+            raise UserError(
+                f"data.packing: {type(self.actor.model).__name__} does not keep packed texts apart; set it to false"
+            )
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
-        """The batch's mean loss, in nats a token."""
+        """Return the mean loss of the batch, in nats a token."""
         logprobs = self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
         tokens = batch.mask.sum().float()
-        if self.trainer.world_size > 1:  # each rank's share of the mean over all ranks' tokens
+        if self.trainer.world_size > 1:  # the mean is over the tokens of all ranks
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="mean")
         loss = -logprobs.sum() / tokens.clamp(min=1)
         check_finite(loss=loss)
@@ -80,10 +87,10 @@ class SFT(AlignmentModule):
         return loss
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
-        """Add to the held-out loss."""
+        """Add a batch to the held-out loss."""
         loss = -self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
         self.held_out.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Loss and perplexity."""
+        """Add the perplexity to the loss."""
         return means | {"perplexity": math.exp(min(means["loss"], 50.0))}

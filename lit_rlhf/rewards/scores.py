@@ -58,9 +58,14 @@ class Scores(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load what the rewards need; the actor's tokenizer is given."""
-        for reward in self._each():
-            reward.prepare(tokenizer)
+        """Load what the rewards need on the CPU; Lightning moves the models to its device afterwards.
+
+        Args:
+            tokenizer: The actor's.
+        """
+        with torch.device("cpu"):  # from_pretrained takes another default device for a device_map
+            for reward in self._each():
+                reward.prepare(tokenizer)
         self.rewards.requires_grad_(False).eval()
 
     @torch.no_grad()

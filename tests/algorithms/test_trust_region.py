@@ -57,6 +57,20 @@ def test_conjugate_gradients_stop_at_a_share_of_the_right_hand_side(scale):
     assert 1 < len(calls) < 12
 
 
+def test_autocast_rounds_nothing():
+    eigenvalues, b = torch.logspace(0, 2, 30), torch.linspace(-1, 2, 30)
+    weights = torch.linspace(0.1, 1, 30).requires_grad_()
+
+    def compute():
+        step = conjugate_gradients(lambda v: eigenvalues * v, b, iterations=10)
+        step = longest_step(step, lambda v: eigenvalues * v, max_kl=0.01)
+        return torch.cat([step, hessian_product((eigenvalues * weights**3).sum(), [weights], b)])
+
+    expected = compute()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compute(), expected, rtol=0, atol=0)
+
+
 def test_conjugate_gradients_by_hand():
     """The textbook's system: x₁ = (1/4, 1/2), x₂ = (1/11, 7/11)."""
     matrix, b = torch.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, 2.0]).double()

@@ -226,11 +226,3 @@ def test_texts_of_one_row_do_not_see_each_other(tiny_model, architecture):
     for row, length, found in zip(tokens, (5, 4, 6), together, strict=True):
         alone = actor(row[None, :length], torch.arange(length)[None] > 0).logprobs[0]
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
-
-
-def test_an_architecture_whose_attention_does_not_go_by_positions_cannot_pack(tiny_model):
-    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
-    actor = Actor(load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama")))))
-    with pytest.raises(UserError, match=r"data.packing: BloomForCausalLM does not keep packed texts apart"):
-        actor.check_packing()
-    Actor(load_model(str(tiny_model("llama")))).check_packing()

@@ -79,6 +79,16 @@ def test_at_the_reference_all_orders_are_as_likely(make, fit_preferences, places
     assert recorder.metrics[0]["train/margin"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_reference_is_cached_in_the_precision_of_the_steps(make, fit_preferences, precision):
+    """Rounded alike, actor and reference give a response the same log-probability."""
+    recorder = Recorder()
+    module = make(beta=1.0, optimizer=sgd(0.0))
+    fit_preferences(module, rankings(48), None, [recorder], precision=precision)
+    assert [m["train/margin"] for m in recorder.metrics] == pytest.approx([0.0] * 6, abs=1e-6)
+    assert [m["train/loss"] for m in recorder.metrics] == pytest.approx([math.log(2)] * 6, abs=1e-6)
+
+
 @pytest.mark.parametrize(("places", "loss"), [((2,), 0.5), ((2, 3, 4), 1.3)])
 def test_it_learns(make, fit_preferences, tiny_model, places, loss):
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

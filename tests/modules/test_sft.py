@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lit_rlhf.data import Demonstrations
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import RandomWeights
 from lit_rlhf.modules import SFT
 from lit_rlhf.testing import Recorder
 
@@ -90,3 +92,28 @@ def test_packing_changes_neither_loss_nor_step(tiny_model, make_trainer, tmp_pat
     assert packed_loss == pytest.approx(loss, rel=1e-5)
     for name, weight in weights.items():
         torch.testing.assert_close(packed_weights[name], weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Short texts, several to a row."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(f'{{"text": "w{i} w5 w9"}}\n' for i in range(8)))
+    return Demonstrations(train=str(file), validation=str(file), batch_size=8, max_tokens=16, packing=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_packing_with_weights_that_are_sharded_and_rounded(one_process, packed, tiny_model, make_trainer, architecture):
+    module = SFT(str(tiny_model(architecture)), iterations=1)
+    trainer = make_trainer(strategy="fsdp2", devices=1, precision="bf16-mixed", inference_mode=False)
+    trainer.fit(module, datamodule=packed)
+    assert int(module.iteration) == 1
+
+
+@pytest.mark.parametrize("method", ["fit", "validate"])
+def test_packing_is_refused_where_attention_does_not_go_by_positions(packed, tiny_model, make_trainer, method):
+    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    module = SFT(RandomWeights(config, str(tiny_model("llama"))))
+    with pytest.raises(UserError, match=r"^data.packing: BloomForCausalLM does not keep packed texts apart"):
+        getattr(make_trainer(), method)(module, datamodule=packed)
+    assert int(module.iteration) == 0

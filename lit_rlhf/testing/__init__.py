@@ -1,6 +1,7 @@
 """For pytest: tiny models in a folder, and a callback that records what a run did.
 
-Installed as a pytest plugin: the fixtures are there wherever lit-rlhf is. ::
+Installed as a pytest plugin: the fixtures are there wherever lit-rlhf is. pytest imports this module in each of its
+sessions, whatever they test, so torch and Lightning are imported at the first use of what needs them. ::
 
     def test_my_reward(tiny_model, tmp_path):
         recorder = Recorder()
@@ -11,13 +12,12 @@ Installed as a pytest plugin: the fixtures are there wherever lit-rlhf is. ::
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning
 import pytest
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from lit_rlhf.testing.recorder import Recorder as Recorder
 
 Architecture = Literal["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
 Special = Literal["distinct", "bos_is_eos", "pad_is_eos"]
@@ -109,24 +109,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     return make
 
 
-class Recorder(lightning.Callback):
-    """Keeps the metrics of each iteration, what its ``training_step`` returned, and the trained weights."""
+def __getattr__(name: str) -> Any:
+    if name != "Recorder":
+        raise AttributeError(f"module 'lit_rlhf.testing' has no attribute {name!r}")
+    from lit_rlhf.testing.recorder import Recorder
 
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, float]] = []
-        self.outputs: list[Any] = []
-        self.weights: dict[str, Tensor] = {}
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Keep them."""
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.outputs.append(outputs)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep a copy of the weights, those of frozen models not."""
-        self.weights = {
-            name: value.full_tensor() if isinstance(value, DTensor) else torch.clone(value)
-            for name, value in pl_module.state_dict().items()
-        }
+    return Recorder

@@ -1,0 +1,60 @@
+import pytest
+import torch
+import torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.loading import load_model
+from lit_rlhf.models.sharding import shard, unsharded, wrap
+
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+
+TOKENS = torch.randint(6, 38, (2, 7), generator=torch.Generator().manual_seed(0))
+CHOSEN = torch.arange(7).expand(2, -1) > 0
+HALF = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+
+
+@pytest.fixture
+def process_group():
+    """This process as the only one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(params=["fsdp", "fsdp2"])
+def sharded(request, process_group, tiny_model):
+    """An actor of one process, in half precision."""
+    actor = Actor(load_model(str(tiny_model("llama"))))
+    if request.param == "fsdp":
+        return wrap(actor, device_id=torch.device("cpu"), mixed_precision=MixedPrecision(**HALF))
+    return shard(actor, mesh=init_device_mesh("cpu", (1,)), mp_policy=MixedPrecisionPolicy(**HALF))
+
+
+def measure(actor):
+    with torch.no_grad(), unsharded(actor):
+        return actor(TOKENS, CHOSEN).logprobs
+
+
+def test_gathered_weights_are_those_of_the_last_step(sharded):
+    """Autocast keeps the casts of weights by parameter, and a sharded parameter gets new weights each time."""
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = measure(sharded)
+        sharded(TOKENS, CHOSEN).logprobs.sum().backward()
+        optimizer.step()
+        after = measure(sharded)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = measure(sharded)
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(after, expected, rtol=0, atol=0)
+
+
+def test_gathered_weights_are_rounded_as_in_a_training_step(sharded):
+    """The probability ratio to the policy that was judged is 1 before the first step."""
+    weights = {name: weight.clone() for name, weight in sharded.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        torch.testing.assert_close(sharded(TOKENS, CHOSEN).logprobs, measure(sharded), rtol=0, atol=0)
+    for name, weight in sharded.named_parameters():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from lit_rlhf.algorithms.objectives import Clip, KLPenalty
+from lit_rlhf.modules import TRPO, PolicyGradient, Update
+from lit_rlhf.rewards import RewardFunction
+from lit_rlhf.strategies import FSDP
+from lit_rlhf.testing import Recorder
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def distinct_words(responses):
+    return [len(set(response.split())) / 10 for response in responses]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("objective", [Clip, KLPenalty, None], ids=["clip", "penalty", "trpo"])
+def test_fsdp_and_fsdp2_compute_the_same_in_half_precision(one_process, fit, tiny_model, objective):
+    """They round the same weights, and see those of the last step; TRPO's actor has many within a training step."""
+    options = {"actor": str(tiny_model("llama")), "rewards": [RewardFunction(f"{__file__}:distinct_words")]}
+    options |= {"critic": None, "iterations": 2}
+    found = []
+    for strategy in ("fsdp2", FSDP()):
+        recorder = Recorder()
+        if objective is None:
+            module = TRPO(**options)
+        else:
+            update = Update(epochs=1, minibatches=1)
+            module = PolicyGradient(**options, objective=objective(), update=update, actor_optimizer=sgd)
+        fit(
+            module,
+            [recorder],
+            batch_size=24,
+            strategy=strategy,
+            devices=1,
+            precision="bf16-mixed",
+            inference_mode=False,
+        )
+        found.append([{k: v for k, v in m.items() if not k.startswith(("time/", "perf/"))} for m in recorder.metrics])
+    for wanted, got in zip(*found, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+        if objective is not None:  # one step an iteration
+            assert got["policy/ratio_max"] == 1
