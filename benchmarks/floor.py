@@ -1,9 +1,9 @@
-"""The least time that an iteration can take here: its matrix products' operations over this machine's rate at them.
+"""The minimum time of an iteration: the operations of its matrix multiplications divided by this machine's rate.
 
     python benchmarks/floor.py
 
-Counted are the products of real tokens only (no padding), at 2 operations a multiplication and addition, the causal
-half of the attention's, and 3 times a forward for forward and backward. Nothing is computed twice.
+Only the multiplications for non-padding tokens are counted: 2 operations per multiply-add, the causal half of
+attention, and 3 times the forward pass for the forward and backward passes together. No recomputation is counted.
 """
 
 import time
@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 
 def matrix_rate(dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Operations a second of the best of a few matrix products as a small decoder has them."""
+    """Return the operations per second of the fastest of a few matrix multiplications of a small decoder's shapes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     best = 0.0
     for m, k, n in ((2048, 256, 768), (2048, 768, 256), (2048, 1024, 4096)):
@@ -35,13 +35,13 @@ def matrix_rate(dtype: torch.dtype, seconds: float = 0.5) -> float:
 def operations(
     policy: Path, prompt: int, responses: Sequence[int], epochs: int = 4, shared: bool = False
 ) -> dict[str, float]:
-    """Operations of generation, judgement and update of one iteration.
+    """Return the number of operations of generation, judging and update in one iteration.
 
     Args:
-        policy: A model folder; critic, reference and reward model are of its shape.
-        prompt: Tokens of each prompt.
-        responses: Tokens of each response.
-        epochs: Passes over them.
+        policy: A model folder; critic, reference and reward model have the same shape.
+        prompt: The number of tokens of each prompt.
+        responses: The number of tokens of each response.
+        epochs: The number of passes over the responses.
         shared: Whether the critic is a head on the actor's trunk.
     """
     config = AutoConfig.from_pretrained(policy)

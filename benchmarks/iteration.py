@@ -1,11 +1,11 @@
-"""A PPO iteration of ours beside TRL's, on the same models, one after the other in the same run.
+"""A PPO iteration of lit-rlhf and of TRL, on the same models, one after the other in the same run.
 
     python benchmarks/iteration.py [--trl-python ENV/bin/python] [--iterations 4] [--compile]
 
-64 prompts of 32 tokens, 4 epochs of 4 minibatches, four models of 7 million parameters. Once with responses of
-geometric length (mean 64, at most 256 tokens), once with all of 128 tokens. Prints medians without the first iteration,
-ratios to TRL, the time of each phase, and the floor (floor.py) at this machine's matrix rate in the same run. Without
---trl-python only ours runs.
+64 prompts of 32 tokens, 4 epochs of 4 minibatches, four models of 7 million parameters; once with responses of
+geometric length (mean 64, at most 256 tokens), once with responses of 128 tokens. Prints medians over all iterations
+but the first, ratios to TRL, the time of each phase, and the floor (floor.py) at the matrix-multiplication rate
+measured in the same run. Without --trl-python only lit-rlhf runs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from models import write_models
 HERE = Path(__file__).resolve().parent
 SETTINGS = {  # mean length, longest response
     "geometric lengths, mean 64, at most 256": (64.0, 256),
-    "all of 128 tokens": (1e9, 128),
+    "all 128 tokens long": (1e9, 128),
 }
 VARIANTS: dict[str, list[str]] = {
     "fp32": [],
@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 COLUMNS = [
     "",
-    "s an iteration",
+    "s per iteration",
     "response tokens",
     "TRL's time / this",
     "generate",
@@ -47,7 +47,7 @@ COLUMNS = [
 
 
 def run(python: str, script: str, *words: str) -> dict[str, Any]:
-    """What a script's last line says."""
+    """Run a script and return the JSON of its last line."""
     done = subprocess.run(
         [python, str(HERE / script), *words],
         capture_output=True,
@@ -60,12 +60,14 @@ def run(python: str, script: str, *words: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print a table for each setting."""
+    """Measure each setting and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-python", help="python of an environment with trl 1.12.0")
-    parser.add_argument("--iterations", type=int, default=4, help="of each, the first of them not counted")
-    parser.add_argument("--compile", action="store_true", help="ours with CompileLayers")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="of our micro-batches")
+    parser.add_argument("--trl-python", help="the Python of an environment with trl 1.12.0")
+    parser.add_argument(
+        "--iterations", type=int, default=4, help="iterations of each variant; the first is not counted"
+    )
+    parser.add_argument("--compile", action="store_true", help="use CompileLayers in lit-rlhf")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="the limit of lit-rlhf's micro-batches")
     options = parser.parse_args()
     rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,32 +81,36 @@ def main() -> None:
                 for dtype, measured in rates.items():
                     measured.append(matrix_rate(dtype))
                 more = ["--max-tokens", str(options.max_tokens), *(["--compile"] if options.compile else [])]
-                rows.append((f"ours, {variant}", run(sys.executable, "ours_ppo.py", *fixed, *words, *more), words))
+                rows.append((f"lit-rlhf, {variant}", run(sys.executable, "ours_ppo.py", *fixed, *words, *more), words))
             print_table(name, rows, models / "policy", {k: max(v) for k, v in rates.items()})
 
 
 def print_table(
     name: str, rows: list[tuple[str, dict[str, Any], list[str] | None]], policy: Path, rates: dict[torch.dtype, float]
 ) -> None:
-    """One line a variant."""
-    print(f"\n{name} (matrix rate: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in rates.items()) + ")\n")
+    """Print one row per variant."""
+    print(
+        f"\n{name} (matrix-multiplication rate: "
+        + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in rates.items())
+        + ")\n"
+    )
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|")
     base = rows[0][1]["median"] if rows[0][2] is None else None
-    for label, found, words in rows:
-        tokens = statistics.median(found["response_tokens"])
-        ratio = "" if base is None else f"{base / found['median']:.2f}"
-        cells = [label, f"{found['median']:.1f}", f"{tokens:.0f}", ratio]
-        cells += [f"{found[phase]:.1f}" if phase in found else "" for phase in ("generate", "judge", "update")]
+    for label, measured, words in rows:
+        tokens = statistics.median(measured["response_tokens"])
+        ratio = "" if base is None else f"{base / measured['median']:.2f}"
+        cells = [label, f"{measured['median']:.1f}", f"{tokens:.0f}", ratio]
+        cells += [f"{measured[phase]:.1f}" if phase in measured else "" for phase in ("generate", "judge", "update")]
         if words is None:
             cells += ["", ""]
         else:
             rate = rates[torch.bfloat16 if "bf16-mixed" in words else torch.float32]
-            counted = [operations(policy, 32, lengths, shared="shared" in words) for lengths in found["lengths"]]
+            counted = [operations(policy, 32, lengths, shared="shared" in words) for lengths in measured["lengths"]]
             floors = [sum(phases.values()) / rate for phases in counted]
-            times = [took / floor for took, floor in zip(found["seconds"][-len(floors) :], floors, strict=True)]
+            times = [took / floor for took, floor in zip(measured["seconds"][-len(floors) :], floors, strict=True)]
             cells += [f"{statistics.median(floors):.1f}", f"{statistics.median(times):.2f}"]
-        print("| " + " | ".join([*cells, f"{found['peak_memory_gib']:.2f}"]) + " |", flush=True)
+        print("| " + " | ".join([*cells, f"{measured['peak_memory_gib']:.2f}"]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The peak memory of an iteration by size of micro-batches: resident (on a GPU: allocated), of iteration.py's models.
+"""The peak memory of an iteration by micro-batch size: resident (on a GPU: allocated), with iteration.py's models.
 
     python benchmarks/memory.py
 
-That no tensor is larger than an eighth of a micro-batch's tokens times the vocabulary is tests/test_largest_tensor.py.
+tests/test_largest_tensor.py checks that no tensor exceeds an eighth of a micro-batch's tokens times the vocabulary.
 """
 
 import argparse
@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def peaks() -> None:
-    """Peak memory by max_tokens."""
-    print("| max_tokens | precision | s an iteration | peak GiB |\n|---|---|---|---|")
+    """Print the peak memory for several values of max_tokens."""
+    print("| max_tokens | precision | s per iteration | peak GiB |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
         for max_tokens in (1024, 2048, 8192):
@@ -28,8 +28,8 @@ def peaks() -> None:
                 done = subprocess.run(
                     [sys.executable, str(HERE / "ours_ppo.py"), str(models), *words], capture_output=True, text=True
                 )
-                found = json.loads(done.stdout.strip().splitlines()[-1])
-                cells = [max_tokens, precision, f"{found['median']:.1f}", f"{found['peak_memory_gib']:.2f}"]
+                measured = json.loads(done.stdout.strip().splitlines()[-1])
+                cells = [max_tokens, precision, f"{measured['median']:.1f}", f"{measured['peak_memory_gib']:.2f}"]
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

@@ -1,12 +1,12 @@
-"""The speed benchmarks' models: Llama policies that end their responses by themselves, after geometric lengths.
+"""The models of the speed benchmarks: Llama policies whose responses have geometrically distributed lengths.
 
     python benchmarks/models.py FOLDER [--hidden 256] [--layers 6] [--vocabulary 4096] [--mean-length 64] [--prompt 32]
 
-Writes FOLDER/policy (a language model), FOLDER/reward (a classifier with one label, of the same shape), each with a
+Writes FOLDER/policy (a language model) and FOLDER/reward (a classifier with one label and the same shape), each with a
 word-level tokenizer, and FOLDER/prompts.jsonl. All weights are random.
 
-The end of sequence has the same probability, about 1 / mean-length, at every step: one entry of the hidden state is
-kept at a constant by the embedding (no layer writes to it), and only the end's row of the output matrix reads it.
+The end of sequence has the same probability, about 1 / mean-length, at every step: the embedding sets one entry of the
+hidden state to a constant, no layer writes to it, and only the rows of EOS and padding in the output matrix read it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 PAD, EOS = 0, 1
 WORDS = 4  # ids below are special
-CONSTANT = 0  # the entry of the hidden state that says nothing
+CONSTANT = 0  # the entry of the hidden state that is the same for every token
 
 
 def write_models(
@@ -34,7 +34,7 @@ def write_models(
     prompts: int = 512,
     prompt: int = 32,
 ) -> Path:
-    """Write them, and return the folder."""
+    """Write the models and the prompts, and return the folder."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"t{i}" for i in range(WORDS, vocabulary))]
     words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -69,19 +69,19 @@ def write_models(
 
 @torch.no_grad()
 def _end_after(policy: LlamaForCausalLM, mean_length: float) -> None:
-    """Set the end's logit to a constant, so that it is drawn once in ``mean_length`` tokens; padding never is."""
+    """Set EOS's logit to a constant, so that it is sampled once in ``mean_length`` tokens; padding never is."""
     trunk, output = policy.model, policy.lm_head.weight
     trunk.embed_tokens.weight[:, CONSTANT] = 0.1
     for layer in trunk.layers:
         layer.self_attn.o_proj.weight[CONSTANT] = 0.0
         layer.mlp.down_proj.weight[CONSTANT] = 0.0
     tokens = torch.randint(WORDS, len(output), (32, 32))
-    held = trunk(input_ids=tokens).last_hidden_state[..., CONSTANT].mean()
+    constant = trunk(input_ids=tokens).last_hidden_state[..., CONSTANT].mean()
     output[:, CONSTANT] = 0.0
     others = math.log(len(output) - 2)  # the other logits are near 0
     for token, logit in ((EOS, others - math.log(max(mean_length - 1, 1e-3))), (PAD, -20.0)):
         output[token] = 0.0
-        output[token, CONSTANT] = logit / held
+        output[token, CONSTANT] = logit / constant
 
 
 if __name__ == "__main__":

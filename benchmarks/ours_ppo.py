@@ -1,10 +1,10 @@
-"""Times lit-rlhf's PPO on a benchmark checkpoint folder, in this process; prints one JSON line.
+"""Measures the time of lit-rlhf's PPO on the models in a folder, in this process; prints one JSON line.
 
     python benchmarks/ours_ppo.py MODELS [--iterations 4] [--response 256] [--precision bf16-mixed] [--critic shared]
 
 One iteration: 64 prompts of 32 tokens, one response each of at most --response tokens, 4 epochs of 4 minibatches;
-actor, critic, reference and reward model are of one shape. The first iteration warms up and is not counted. Started by
-torchrun, it runs on as many processes, and process 0 prints.
+actor, critic, reference and reward model have the same shape. The first iteration is a warm-up and is not counted. When
+started by torchrun, it runs on all of torchrun's processes, and process 0 prints.
 """
 
 import argparse
@@ -34,7 +34,7 @@ parser.add_argument("--minibatches", type=int, default=4)
 
 
 def main() -> None:
-    """Run it."""
+    """Train, and print the measurements."""
     options = parser.parse_args()
     import lightning
     import torch
@@ -42,7 +42,7 @@ def main() -> None:
     from lit_rlhf import CompileLayers, PolicyGradient, Prompts, RewardModel, Sampling, Update
 
     class Watch(lightning.Callback):
-        """Keeps what each iteration measured."""
+        """Records the metrics and the response lengths of each iteration."""
 
         def __init__(self) -> None:
             self.iterations: list[dict[str, float]] = []
@@ -91,15 +91,15 @@ def main() -> None:
     if not trainer.is_global_zero:
         return
     counted = watch.iterations[1:] or watch.iterations
-    middle = {k: statistics.median(i[k] for i in counted) for k in counted[0]}
+    medians = {k: statistics.median(i[k] for i in counted) for k in counted[0]}
     json.dump(
         {
             "seconds": [round(i["seconds"], 3) for i in watch.iterations],
-            "median": middle["seconds"],
-            **{k: middle[f"time/{k}"] for k in ("generate", "judge", "update")},
+            "median": medians["seconds"],
+            **{k: medians[f"time/{k}"] for k in ("generate", "judge", "update")},
             "response_tokens": [sum(lengths) for lengths in watch.lengths[1:] or watch.lengths],
             "lengths": watch.lengths[1:] or watch.lengths,
-            "peak_memory_gib": middle["perf/peak_memory_gib"],
+            "peak_memory_gib": medians["perf/peak_memory_gib"],
         },
         sys.stdout,
     )

@@ -1,9 +1,9 @@
-"""The same iteration on one process, and on two under ``ddp`` and ``fsdp2``, each with one thread and the same batch.
+"""The same iteration on one process and, under ``ddp`` and ``fsdp2``, on two, each with one thread and the same batch.
 
     python benchmarks/processes.py [--iterations 4] [--processes 2] [--precision bf16-mixed]
 
-The models and prompts of iteration.py, responses of geometric length. Prints medians without the first iteration, how
-many times as fast as one process, and the peak memory of process 0 (on a GPU: allocated).
+Uses the models and prompts of iteration.py, with responses of geometric length. Prints medians over all iterations but
+the first, the speed-up over one process, and the peak memory of process 0 (on a GPU: allocated).
 """
 
 import argparse
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def run(strategy: str, processes: int, *words: str) -> dict[str, Any]:
-    """What ours_ppo.py says."""
+    """Run ours_ppo.py and return its JSON line."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [sys.executable, *launch, str(HERE / "ours_ppo.py"), *words, "--strategy", strategy],
@@ -35,24 +35,26 @@ def run(strategy: str, processes: int, *words: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure each strategy and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=4, help="of each, the first of them not counted")
+    parser.add_argument(
+        "--iterations", type=int, default=4, help="iterations of each strategy; the first is not counted"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--precision", default="32-true")
     options = parser.parse_args()
-    print("| | s an iteration | times as fast | generate | judge | update | peak GiB |\n|---" + "|---" * 6 + "|")
+    print("| | s per iteration | speed-up | generate | judge | update | peak GiB |\n|---" + "|---" * 6 + "|")
     with tempfile.TemporaryDirectory() as folder:
         models = str(write_models(Path(folder), mean_length=64.0))
         words = (models, "--iterations", str(options.iterations), "--precision", options.precision)
         alone = None
         for strategy, processes in (("auto", 1), ("ddp", options.processes), ("fsdp2", options.processes)):
-            found = run(strategy, processes, *words)
-            alone = alone or found["median"]
+            measured = run(strategy, processes, *words)
+            alone = alone or measured["median"]
             cells = [f"{strategy} on {processes}" if processes > 1 else "one process"]
-            cells += [f"{found['median']:.1f}", f"{alone / found['median']:.2f}"]
-            cells += [f"{found[phase]:.1f}" for phase in ("generate", "judge", "update")]
-            print("| " + " | ".join([*cells, f"{found['peak_memory_gib']:.2f}"]) + " |", flush=True)
+            cells += [f"{measured['median']:.1f}", f"{alone / measured['median']:.2f}"]
+            cells += [f"{measured[phase]:.1f}" for phase in ("generate", "judge", "update")]
+            print("| " + " | ".join([*cells, f"{measured['peak_memory_gib']:.2f}"]) + " |", flush=True)
 
 
 if __name__ == "__main__":

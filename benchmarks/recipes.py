@@ -1,10 +1,10 @@
-"""Every recipe on two languages with a known optimum: iterations and responses until 95 % of it.
+"""Every recipe on two toy languages with a known optimum: the iterations and responses until 95 % of the optimum.
 
     python benchmarks/recipes.py            # prints the table
-    python benchmarks/recipes.py --write    # and puts it into docs/algorithms.md
+    python benchmarks/recipes.py --write    # also puts it into docs/algorithms.md
 
-The recipes are those of configs/; only the model, the task, the learning rates and the KL's coefficient (0, so that the
-optimum is the task's) are set here.
+The recipes are those of configs/; this script sets only the model, the task, the learning rates and the KL coefficient
+(to 0, so that the optimum is the optimum of the task).
 """
 
 import argparse
@@ -30,8 +30,8 @@ GOAL, HELD = 0.95, 5
 
 
 def options(recipe: str, world: str, seed: int, iterations: int, folder: str) -> list[str]:
-    """The command line's words."""
-    words = {
+    """Return the arguments of the command line."""
+    values = {
         "config": HERE.parent / "configs" / f"{recipe}.yaml",
         "seed_everything": seed,
         "model.actor": json.dumps(
@@ -64,22 +64,22 @@ def options(recipe: str, world: str, seed: int, iterations: int, folder: str) ->
         ),
     }
     if recipe != "trpo":
-        words["model.actor_optimizer.lr"] = RATE
+        values["model.actor_optimizer.lr"] = RATE
     if recipe in ("a2c", "ppo", "ppo_penalty", "trpo"):
-        words["model.critic_optimizer.lr"] = RATE
-    return ["fit", *(f"--{name}={value}" for name, value in words.items())]
+        values["model.critic_optimizer.lr"] = RATE
+    return ["fit", *(f"--{name}={value}" for name, value in values.items())]
 
 
 def run(recipe: str, world: str, seed: int, iterations: int) -> list[float]:
-    """The expected score after each iteration, as a share of the optimum."""
+    """Train, and return the expected score after each iteration as a fraction of the optimum."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             main(options(recipe, world, seed, iterations, folder))
         return json.loads(Path(folder, "shares.json").read_text())
 
 
-def responses_an_iteration(recipe: str) -> int:
-    """Prompts × responses of the recipe as it stands."""
+def responses_per_iteration(recipe: str) -> int:
+    """Return the number of responses per iteration in the recipe: prompts × responses per prompt."""
     import yaml
 
     config = yaml.safe_load((HERE.parent / "configs" / f"{recipe}.yaml").read_text())
@@ -87,12 +87,12 @@ def responses_an_iteration(recipe: str) -> int:
 
 
 def reached(shares: list[float]) -> int | None:
-    """The iteration from which on the score was near the optimum for five on end."""
+    """Return the first of the last ``HELD`` iterations if the score is near the optimum in all of them, else None."""
     return len(shares) - HELD + 1 if len(shares) >= HELD and min(shares[-HELD:]) >= GOAL else None
 
 
 def table(seeds: int, iterations: int) -> str:
-    """In Markdown."""
+    """Run every recipe on both languages, and return the table in Markdown."""
     lines = [
         "| recipe | task | seeds that reach 95 % | iterations, median (most) | responses, median |",
         "|---|---|---|---|---|",
@@ -100,12 +100,12 @@ def table(seeds: int, iterations: int) -> str:
     print("\n".join(lines))
     for recipe in RECIPES:
         for world in STEPS:
-            found = [reached(run(recipe, world, seed, iterations)) for seed in range(1, seeds + 1)]
-            good = [first for first in found if first is not None] or [float("nan")]
-            middle = statistics.median(good)
+            firsts = [reached(run(recipe, world, seed, iterations)) for seed in range(1, seeds + 1)]
+            counts = [first for first in firsts if first is not None] or [float("nan")]
+            median = statistics.median(counts)
             lines.append(
-                f"| `{recipe}.yaml` | {world} | {seeds - found.count(None)} of {seeds} | {middle:g} ({max(good):g}) "
-                f"| {middle * responses_an_iteration(recipe):g} |"
+                f"| `{recipe}.yaml` | {world} | {seeds - firsts.count(None)} of {seeds} | {median:g} ({max(counts):g}) "
+                f"| {median * responses_per_iteration(recipe):g} |"
             )
             print(lines[-1], flush=True)
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Show that a refactoring changes no number: train the recipes on two checkouts and compare what they wrote.
+"""Check that a refactoring changes no number: train the recipes on two checkouts and compare the files they wrote.
 
 Usage::
 
@@ -7,8 +7,8 @@ Usage::
     python benchmarks/same_numbers.py run . after.out
     python benchmarks/same_numbers.py compare before.out after.out
 
-Each recipe does eight iterations on the quickstart's corpus, with models that the SFT run made. Compared are
-``metrics.csv`` without times and rates, ``samples.jsonl`` and the weights of the last checkpoint.
+Each recipe does eight iterations on the quickstart's corpus, with the models of the SFT run. The comparison covers
+``metrics.csv`` without times and rates, ``samples.jsonl``, and the weights of the last checkpoint.
 """
 
 import argparse
@@ -27,11 +27,11 @@ ITERATIONS = "8"
 
 
 def options(name: str, out: Path) -> list[str]:
-    """The command-line options of a run of eight iterations."""
+    """Return the command-line options of a run of eight iterations."""
     sft, reward = str(out / "sft" / "export"), str(out / "reward" / "export")
     common = ["--trainer.default_root_dir", str(out / name), "--model.iterations", ITERATIONS]
     common += ["--checkpoint.every_n", "4", "--data.batch_size", "8", "--trainer.accelerator", "cpu"]
-    watched = '{"class_path": "RewardFunction", "init_args": {"function": "lit_rlhf.data.reviews:reward"}}'
+    true_reward = '{"class_path": "RewardFunction", "init_args": {"function": "lit_rlhf.data.reviews:reward"}}'
     if name == "sft":
         return [*common, "--trainer.val_check_interval", "4"]
     if name == "reward":
@@ -42,8 +42,8 @@ def options(name: str, out: Path) -> list[str]:
     common += ["--model.sampling.max_tokens", "32", "--model.update.max_tokens", "256"]
     if name == "ppo":
         learned = f'{{"class_path": "RewardModel", "init_args": {{"model": "{reward}", "normalize": true}}}}'
-        return [*common, "--model.rewards", f"[{learned}, {watched}]", "--trainer.val_check_interval", "4"]
-    return [*common, "--model.rewards", f"[{watched}]", "--data.train", "lit_rlhf.data.reviews:prompts"]
+        return [*common, "--model.rewards", f"[{learned}, {true_reward}]", "--trainer.val_check_interval", "4"]
+    return [*common, "--model.rewards", f"[{true_reward}]", "--data.train", "lit_rlhf.data.reviews:prompts"]
 
 
 def run(checkout: Path, out: Path) -> None:
@@ -58,7 +58,7 @@ def run(checkout: Path, out: Path) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of ``metrics.csv`` without times and rates."""
+    """Return the rows of ``metrics.csv`` without times and rates."""
     with (folder / "metrics.csv").open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     return [
@@ -68,20 +68,20 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the last checkpoint's state."""
+    """Return the tensors of the last checkpoint's state."""
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def largest_difference(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    """Of two sets of tensors of the same names."""
+    """Return the largest absolute difference between two sets of tensors with the same names."""
     assert before.keys() == after.keys(), before.keys() ^ after.keys()
     pairs = [(before[name].double(), after[name].double()) for name in before if before[name].numel()]
     return max(float((a.nan_to_num() - b.nan_to_num()).abs().max()) for a, b in pairs)
 
 
 def compare(before: Path, after: Path) -> bool:
-    """Print a line for each run; returns whether all of them are bit-identical."""
+    """Print one line per run, and return whether all of them are bit-identical."""
     same = True
     for name in (*STAGES, *RECIPES):
         rows, other_rows = metrics(before / name), metrics(after / name)
@@ -104,14 +104,16 @@ def compare(before: Path, after: Path) -> bool:
 
 
 def main() -> None:
-    """Run or compare."""
+    """Train the recipes of a checkout, or compare the results of two checkouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "compare"))
-    parser.add_argument("first", type=Path, help="run: a checkout; compare: what the one wrote")
-    parser.add_argument("second", type=Path, help="run: where to write; compare: what the other wrote")
+    parser.add_argument("command", choices=("run", "compare"))
+    parser.add_argument("first", type=Path, help="run: a checkout; compare: the output folder of one checkout")
+    parser.add_argument(
+        "second", type=Path, help="run: the output folder; compare: the output folder of the other checkout"
+    )
     parsed = parser.parse_args()
     first, second = parsed.first.resolve(), parsed.second.resolve()
-    if parsed.what == "run":
+    if parsed.command == "run":
         run(first, second)
     elif not compare(first, second):
         sys.exit(1)

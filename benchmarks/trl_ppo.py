@@ -1,9 +1,9 @@
-"""Times TRL's PPOTrainer (trl 1.12.0, the last release that has it) on the benchmark's models; prints one JSON line.
+"""Measures the time of TRL's PPOTrainer (trl 1.12.0, the last release that has it); prints one JSON line.
 
     python benchmarks/trl_ppo.py MODELS [--iterations 4] [--response 256]
 
-The same work as ours_ppo.py: 64 prompts, 4 epochs of 4 minibatches, four separate models. It runs in an environment of
-its own: ``pip install "torch>=2.9,<2.14" transformers accelerate datasets pandas`` and
+It does the same work as ours_ppo.py on the same models: 64 prompts, 4 epochs of 4 minibatches, four separate models. It
+needs a separate environment: ``pip install "torch>=2.9,<2.14" transformers accelerate datasets pandas`` and
 ``pip install --no-deps trl==1.12.0``.
 """
 
@@ -27,7 +27,7 @@ parser.add_argument("--response", type=int, default=256)
 
 
 def main() -> None:
-    """Run it."""
+    """Train, and print the measurements."""
     options = parser.parse_args()
     import torch
     from datasets import Dataset

@@ -1,7 +1,7 @@
-"""Two languages so small that every response can be listed: what a policy earns is known exactly, and so is the most.
+"""Two toy languages whose responses can all be enumerated, so that a policy's expected score and the optimum are exact.
 
-*Bandit*: three tokens, one is drawn, and each has its score. *Chain*: a Markov chain of four tokens, up to four steps
-long, whose steps add up to the score; the best first step earns nothing by itself.
+*Bandit*: the policy samples one of three tokens, each with its own score. *Chain*: a Markov chain of four tokens and up
+to four steps, whose scores add up; the best first step scores 0.
 """
 
 import json
@@ -21,7 +21,7 @@ from lit_rlhf.models.actor import Actor
 
 END = "<end>"
 BANDIT = {END: 0.0, "a": 0.3, "b": 1.0}
-CHAIN = {  # what a step from one token to the next earns; ending, or a step not named, earns nothing
+CHAIN = {  # the score of a step from one token to the next; the end and all other steps score 0
     ("a", "b"): 0.1,
     ("b", "b"): 0.1,
     ("b", "c"): 0.2,
@@ -33,14 +33,14 @@ CHAIN_STEPS = 4
 
 @dataclass(frozen=True)
 class World:
-    """A language: its words besides the end, where its texts start, how many steps they have at most."""
+    """A language: its words besides the end token, the words that start a text, and the largest number of steps."""
 
     words: tuple[str, ...]
     starts: tuple[str, ...]
     steps: int
 
     def responses(self, start: str) -> Iterator[tuple[str, ...]]:
-        """Every response to a prompt: ended by itself, or as long as can be."""
+        """Yield every response to a prompt: those that end with the end token, and those of the largest length."""
 
         def grow(so_far: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
             if len(so_far) == self.steps or (so_far and so_far[-1] == END):
@@ -53,37 +53,37 @@ class World:
 
 
 def bandit_tokenizer() -> PreTrainedTokenizerFast:
-    """Three tokens."""
+    """Return the tokenizer of the bandit's three tokens."""
     return _tokenizer(WORLDS["bandit"].words)
 
 
 def chain_tokenizer() -> PreTrainedTokenizerFast:
-    """Four tokens."""
+    """Return the tokenizer of the chain's four tokens."""
     return _tokenizer(WORLDS["chain"].words)
 
 
 def bandit_prompts() -> list[dict[str, str]]:
-    """Always the same one."""
+    """Return the bandit's prompts, which are all the same."""
     return [{"prompt": "a"}] * 256
 
 
 def chain_prompts() -> list[dict[str, str]]:
-    """Each start as often."""
+    """Return the chain's prompts; each start is equally frequent."""
     return [{"prompt": "abc"[i % 3]} for i in range(256 * 3)]
 
 
 def bandit_score(responses: list[str]) -> list[float]:
-    """The score of the token."""
+    """Return the score of each response's token."""
     return [BANDIT[response.strip() or END] for response in responses]
 
 
 def chain_score(prompts: list[str], responses: list[str]) -> list[float]:
-    """The sum over the steps."""
+    """Return the sum of the scores of each response's steps."""
     return [_chain_score((prompt, *response.split())) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def optimum(world: str) -> float:
-    """The most that a policy can earn, on average over the starts."""
+    """Return the highest expected score of any policy, averaged over the starts."""
     if world == "bandit":
         return max(BANDIT.values())
 
@@ -99,31 +99,31 @@ def optimum(world: str) -> float:
 
 @torch.no_grad()
 def expected_score(actor: Actor, world: str) -> float:
-    """What the actor earns on average: the sum over all responses of probability × score, over all starts."""
+    """Return the actor's expected score: Σ probability × score over all responses, averaged over the starts."""
     language, total = WORLDS[world], 0.0
     ids = {word: i for i, word in enumerate((END, *language.words))}
     for start in language.starts:
         responses = list(language.responses(start))
         tokens = torch.zeros(len(responses), 1 + language.steps, dtype=torch.long)
-        chosen = torch.zeros_like(tokens, dtype=torch.bool)
+        response_tokens_mask = torch.zeros_like(tokens, dtype=torch.bool)
         for row, response in enumerate(responses):
             tokens[row, : 1 + len(response)] = torch.tensor([ids[word] for word in (start, *response)])
-            chosen[row, 1 : 1 + len(response)] = True
-        probability = actor(tokens, chosen).logprobs.double().sum(1).exp()
+            response_tokens_mask[row, 1 : 1 + len(response)] = True
+        probability = actor(tokens, response_tokens_mask).logprobs.double().sum(1).exp()
         assert abs(float(probability.sum()) - 1) < 1e-4
         total += float((probability * _scores(world, start, responses)).sum())
     return total / len(language.starts)
 
 
 class Watch(lightning.Callback):
-    """Stops the run when the actor's expected score has been near the optimum for some iterations on end.
+    """Stops the run when the actor's expected score has been near the optimum for some consecutive iterations.
 
-    Writes the score after each iteration, as a share of the optimum, to ``shares.json``.
+    Writes the score after each iteration, as a fraction of the optimum, to ``shares.json``.
 
     Args:
-        world: Which language.
-        goal: The share to reach.
-        held: For so many iterations on end.
+        world: The name of the language.
+        goal: The fraction of the optimum to reach.
+        held: The number of consecutive iterations at or above the goal.
     """
 
     def __init__(self, world: str = "bandit", goal: float = 0.95, held: int = 5) -> None:
@@ -132,13 +132,13 @@ class Watch(lightning.Callback):
         self.shares: list[float] = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        """Measure."""
+        """Record the expected score, and stop the run if the goal has been held."""
         self.shares.append(expected_score(module.actor, self.world) / self.best)
         last = self.shares[-self.held :]
         trainer.should_stop |= len(last) == self.held and min(last) >= self.goal
 
     def on_train_end(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-        """Write."""
+        """Write the scores to ``shares.json``."""
         Path(trainer.default_root_dir, "shares.json").write_text(json.dumps(self.shares))
 
 

@@ -1,4 +1,4 @@
-"""Two iterations of PPO with four models; each process writes how many bytes its tensors hold at the end.
+"""Run two iterations of PPO with four models; each process writes the number of bytes that its tensors hold at the end.
 
 python -m torch.distributed.run --nproc-per-node 2 tests/bytes_on_ranks.py STRATEGY TOKENIZER PROMPTS FOLDER
 """
@@ -26,8 +26,8 @@ class CountBytes(lightning.Callback):
         tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and type(x).__name__ != "DTensor"]
         tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
         tensors += [x._local_tensor for x in gc.get_objects() if type(x).__name__ == "DTensor"]
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        self.held = sum(held.values())
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        self.bytes = sum(storages.values())
 
 
 def main(strategy, tokenizer, prompts, folder):
@@ -44,7 +44,7 @@ def main(strategy, tokenizer, prompts, folder):
         ),
         datamodule=Prompts(train=prompts, batch_size=8),
     )  # fmt: skip
-    (Path(folder) / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}").write_text(str(count.held))
+    (Path(folder) / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}").write_text(str(count.bytes))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Every recipe is accepted as it stands, is short, and says how it is run."""
+"""Every recipe is accepted without changes, is short, and says how to run it."""
 
 from pathlib import Path
 
@@ -52,4 +52,4 @@ def test_gsm8k_recipe_runs_with_a_tiny_model_and_a_local_file(tiny_model, tmp_pa
         ]
     )
     rows = Path("runs/ppo_gsm8k/metrics.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 2  # an iteration and a validation each epoch
+    assert len(rows) == 1 + 2 * 2  # the rows of an iteration and a validation in each epoch

@@ -1,4 +1,4 @@
-"""Any role of a run becomes a folder that transformers loads alone."""
+"""Every role of a run can be exported to a folder that transformers loads without lit-rlhf."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from lit_rlhf.models.scoring import load_critic
 
 @pytest.fixture(scope="module", params=["actor", "shared", "reward"])
 def run(request, tiny_model, prompt_file, tmp_path_factory):
-    """A PPO run of two iterations, with a critic from there."""
+    """Train PPO for two iterations, with the critic from each possible source, and return the folder of the run."""
     folder = tmp_path_factory.mktemp("run")
     reward = str(tiny_model("llama", task="score"))
     main(
@@ -67,13 +67,13 @@ def test_the_critic_is_a_classifier(run):
         critic.load_state_dict({k[len("critic.") :]: v for k, v in state.items() if k.startswith("critic.")})
         expected = critic(tokens)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder)
-    found = classifier(tokens).logits[0, 0] + getattr(classifier.config, "value_bias", 0.0)
-    torch.testing.assert_close(found, expected[0, -1], atol=1e-5, rtol=1e-5)
+    value = classifier(tokens).logits[0, 0] + getattr(classifier.config, "value_bias", 0.0)
+    torch.testing.assert_close(value, expected[0, -1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(load_critic(str(folder))(tokens), expected, atol=1e-5, rtol=1e-5)
     assert expected.abs().max() > 0
 
 
-def test_the_card_says_how_it_was_trained(run):
+def test_the_model_card_describes_the_training(run):
     card = (run / "export" / "README.md").read_text(encoding="utf-8")
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header)["tags"] == ["lit-rlhf", "PolicyGradient"]
@@ -83,12 +83,12 @@ def test_the_card_says_how_it_was_trained(run):
     assert quoted["model"] == yaml.safe_load((run / "config.yaml").read_text())["model"]
 
 
-def test_what_a_run_has_not_is_told(run):
+def test_a_role_that_the_run_does_not_have_is_refused(run):
     with pytest.raises(UserError, match="holds no reward"):
         export(run, role="reward")
 
 
-def test_the_command_takes_a_role(run, tmp_path):
+def test_the_command_exports_a_role(run, tmp_path):
     words = ["export", str(run), "--role", "critic", "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-m", "lit_rlhf.cli", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

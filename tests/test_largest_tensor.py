@@ -1,4 +1,4 @@
-"""With a large vocabulary, no step of an iteration holds logits of more than an eighth of a micro-batch's tokens."""
+"""With a large vocabulary, no operation computes logits for more than an eighth of a micro-batch's tokens."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ VOCABULARY, MAX_TOKENS = 131_072, 1024
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any operation's result that is no weight or gradient of one."""
+    """Records the largest number of elements in any operation's result, except results of a weight's shape."""
 
     def __init__(self, shapes):
         super().__init__()
@@ -45,6 +45,6 @@ def test_largest_tensor(tiny_model, make_module, fit, kl):
     )
     module.configure_model()
     shapes = {s for p in module.parameters() for s in (tuple(p.shape), tuple(p.shape[::-1]))}
-    with Largest(shapes) as seen:
+    with Largest(shapes) as largest:
         fit(module, batch_size=16)
-    assert 16 * VOCABULARY <= seen.elements <= MAX_TOKENS // 8 * VOCABULARY
+    assert 16 * VOCABULARY <= largest.elements <= MAX_TOKENS // 8 * VOCABULARY

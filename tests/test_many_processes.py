@@ -1,4 +1,4 @@
-"""Runs on several processes: resumed on another number of them, exactly resumed, killed; their memory."""
+"""Runs on several processes: resuming on another number of processes, resuming exactly after a kill, and memory."""
 
 import csv
 import os
@@ -31,7 +31,7 @@ ITERATIONS = 5
 
 @pytest.fixture(scope="module")
 def fit(tiny_model, prompt_file, tmp_path_factory):
-    """Run the command; the folder of runs is its attribute."""
+    """Return a function that runs the command; its attribute ``folder`` is the folder of the runs."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "reward.py").write_text(REWARD)
 
@@ -68,7 +68,7 @@ def fit(tiny_model, prompt_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(fit):
-    """Uninterrupted runs, which keep the checkpoint of iteration 3, by strategy and number of processes."""
+    """Train uninterrupted runs that keep the checkpoint of iteration 3, and return their folder."""
     for strategy, processes in (("auto", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)):
         fit(f"{strategy}-{processes}", strategy, processes, "--checkpoint.keep_every_n", "3")
     return fit.folder
@@ -115,8 +115,8 @@ def test_resumed_on_another_number_of_processes(whole, fit, before, strategy, pr
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_killed_process_ends_the_run_which_resumes_exactly(whole, fit, strategy):
-    """The killed run ends soon, in one line; resumed on as many processes it ends with the same bits."""
+def test_a_killed_process_ends_the_run_and_the_run_resumes_exactly(whole, fit, strategy):
+    """The killed run ends soon with a one-line error; resumed on as many processes, it ends with the same bits."""
     name, rank = f"{strategy}-killed", "1" if strategy == "ddp" else "0"
     start = time.monotonic()
     killed = fit(name, strategy, 2, check=False, KILL_RANK=rank)
@@ -132,8 +132,8 @@ def test_killed_process_ends_the_run_which_resumes_exactly(whole, fit, strategy)
 
 
 def test_predictions_of_all_processes(whole, prompt_file):
-    """In the order of the file, as one process writes them."""
-    found = {}
+    """They are in the order of the file, as with one process."""
+    predictions = {}
     for processes in (1, 2):
         words = ["predict", "--config", "ddp-2/config.yaml", "--ckpt_path", "auto-1/checkpoints/last.ckpt"]
         words += ["--data.predict", str(prompt_file), "--trainer.devices", str(processes)]
@@ -142,9 +142,9 @@ def test_predictions_of_all_processes(whole, prompt_file):
             [sys.executable, "-m", "lit_rlhf.cli", *words], cwd=whole, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        found[processes] = (whole / f"predicted-{processes}" / "predictions.jsonl").read_text()
-    assert len(found[1].splitlines()) == 48
-    assert found[2] == found[1]
+        predictions[processes] = (whole / f"predicted-{processes}" / "predictions.jsonl").read_text()
+    assert len(predictions[1].splitlines()) == 48
+    assert predictions[2] == predictions[1]
 
 
 def test_export_reads_the_folder(whole):
@@ -170,14 +170,14 @@ def test_an_incomplete_folder_is_refused(whole, tmp_path):
 
 
 def test_each_process_holds_its_share(tiny_model, prompt_file, tmp_path):
-    """All tensors alive at an iteration's end: four models, the gradients and optimizer state of two."""
-    held = {}
+    """Count all tensors at the end of an iteration: four models, and gradients and optimizer states of two."""
+    held_bytes = {}
     for strategy, processes in (("ddp", 1), ("fsdp2", 2)):
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         words += [str(Path(__file__).with_name("bytes_on_ranks.py")), strategy, str(tiny_model()), str(prompt_file)]
         done = subprocess.run([sys.executable, *words, str(tmp_path)], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]
-        held[processes] = [int(path.read_text()) for path in sorted(tmp_path.glob(f"{processes}-*"))]
-    (alone,) = held[1]
-    assert len(held[2]) == 2
-    assert max(held[2]) < alone / 2 * 1.05 + 2**19
+        held_bytes[processes] = [int(path.read_text()) for path in sorted(tmp_path.glob(f"{processes}-*"))]
+    (alone,) = held_bytes[1]
+    assert len(held_bytes[2]) == 2
+    assert max(held_bytes[2]) < alone / 2 * 1.05 + 2**19

@@ -13,10 +13,10 @@ def quickstart(folder, *options):
 
 
 def test_quickstart_trains_measures_and_reports(tmp_path):
-    """Few iterations: that it learns well is for the full run to show, here that every stage and table is there."""
-    said = quickstart(tmp_path, "--ppo-iterations", "2")
-    for words in ("after SFT", "after PPO", "true score", "learned score", "KL to SFT", "grammatical", "3. PPO"):
-        assert words in said
+    """With few iterations, this checks that every stage and table exists, not that the models learn well."""
+    output = quickstart(tmp_path, "--ppo-iterations", "2")
+    for text in ("after SFT", "after PPO", "true score", "learned score", "KL to SFT", "grammatical", "3. PPO"):
+        assert text in output
     run = tmp_path / "runs" / "quickstart"
     for stage in ("sft", "reward", "ppo"):
         assert (run / stage / "metrics.csv").exists()
@@ -25,11 +25,11 @@ def test_quickstart_trains_measures_and_reports(tmp_path):
     assert {s["iteration"] for s in samples} == {1, 2}
     with (run / "ppo" / "metrics.csv").open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["objective/score"]]
-    for row in rows:  # the true rule is watched, and has no weight
+    for row in rows:  # the true reward is only monitored: its weight is 0
         assert float(row["objective/score"]) == float(row["rewards/RewardModel"])
         assert row["rewards/reward"]
 
-    said = quickstart(tmp_path, "--stage", "dpo")
-    assert "1. DPO" in said  # the SFT model of the first is taken
-    assert all(words in said for words in ("after SFT", "after PPO", "after DPO"))
+    output = quickstart(tmp_path, "--stage", "dpo")
+    assert "1. DPO" in output  # it uses the SFT model of the first run
+    assert all(text in output for text in ("after SFT", "after PPO", "after DPO"))
     assert (run / "dpo" / "export" / "model.safetensors").exists()

@@ -22,7 +22,7 @@ def test_a_row_does_not_depend_on_its_batch():
     assert torch.equal(draw(range(10), width=3), whole[:, :3])
 
 
-def test_every_key_has_numbers_of_its_own(monkeypatch):
+def test_every_key_has_its_own_numbers(monkeypatch):
     seen = []
     for seed, stream, iteration in itertools.product(["0", "1"], Stream, range(3)):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
@@ -41,7 +41,7 @@ def test_uniform():
     counts = (u.flatten() * 10).long().bincount(minlength=10) / u.numel()
     torch.testing.assert_close(counts, torch.full((10,), 0.1), rtol=0, atol=0.01)
     assert u.T.corrcoef().fill_diagonal_(0).abs().max() < 0.55  # 5 standard deviations of 100 rows
-    assert u.corrcoef().fill_diagonal_(0).abs().max() < 0.4  # of neighbouring rows' 200 numbers
+    assert u.corrcoef().fill_diagonal_(0).abs().max() < 0.4  # between rows of 200 numbers
 
 
 def test_generators():
@@ -64,7 +64,7 @@ def test_seed(monkeypatch):
     assert global_seed() == 0
 
 
-def test_global_generators_are_left_alone():
+def test_global_generators_are_not_used():
     state = torch.random.get_rng_state()
     draw(range(4))
     generator(Stream.MINIBATCHES, 1, 2)

@@ -1,4 +1,4 @@
-"""Every recipe of configs/ learns a language whose optimum is known (benchmarks/recipes.py has the whole table)."""
+"""Every recipe of configs/ learns a language whose optimum is known (benchmarks/recipes.py makes the whole table)."""
 
 import sys
 from pathlib import Path

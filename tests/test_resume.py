@@ -1,4 +1,4 @@
-"""Killed by SIGKILL and resumed, a run ends with the bits of one that was never interrupted."""
+"""A run that is killed by SIGKILL and resumed ends with the same bits as an uninterrupted run."""
 
 import csv
 import os
@@ -35,7 +35,7 @@ def lit_rlhf(*words: str, cwd: Path, **environment: str) -> subprocess.Completed
 
 
 def words(tiny_model, prompt_file, run: str) -> list[str]:
-    """Normalised scores, a schedule, validation every third iteration, two epochs and a bit of the prompts."""
+    """Return options with normalised scores, a schedule, validation every third iteration, and more than two epochs."""
     return [
         "fit",
         *("--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))),
@@ -72,7 +72,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model, prompt_file) -> Path:
-    """A folder with the reward function and the uninterrupted run."""
+    """Return a folder with the reward function and the uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "reward.py").write_text(REWARD)
     done = lit_rlhf(*words(tiny_model, prompt_file, "whole"), cwd=folder)
@@ -81,10 +81,10 @@ def runs(tmp_path_factory, tiny_model, prompt_file) -> Path:
 
 
 def test_killed_and_resumed_five_times(runs, tiny_model, prompt_file):
-    """In iterations 2, 3, 5, in the validation after 6, and in 7.
+    """The run is killed in iterations 2, 3 and 5, in the validation after iteration 6, and in iteration 7.
 
-    The reward is called once an iteration and twice in a process's first validation (for the reference too);
-    checkpoints are taken every second iteration, once its validation is over.
+    The reward is called once per iteration and twice in a process's first validation (for the reference too);
+    checkpoints are saved every second iteration, after its validation.
     """
     command = [*words(tiny_model, prompt_file, "killed"), "--ckpt_path", "last"]
     for call in (2, 3, 5, 3, 5):

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces joined by a virtual cable, one torchrun on each (gloo)."""
+"""Training on two hosts: network namespaces joined by a virtual cable, with one torchrun each (gloo)."""
 
 import os
 import shutil
@@ -19,16 +19,16 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts():
-    """The names of two namespaces, 10.77.0.1 and 10.77.0.2."""
+    """Yield the names and cables of two namespaces with the addresses 10.77.0.1 and 10.77.0.2."""
     if shutil.which("ip") is None:
-        pytest.skip("there is no command ip (package iproute2)")
+        pytest.skip("the command ip (package iproute2) is not installed")
     tag = uuid.uuid4().hex[:6]
     names, cables = [f"lit-{tag}-{i}" for i in "ab"], [f"v{tag}{i}" for i in "ab"]
-    made = []
+    created = []
     try:
         for name in names:
             ip("netns", "add", name)
-            made.append(name)
+            created.append(name)
         ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
         for number, (name, cable) in enumerate(zip(names, cables, strict=True), start=1):
             ip("link", "set", cable, "netns", name)
@@ -36,7 +36,7 @@ def hosts():
             ip("-n", name, "link", "set", cable, "up")
             ip("-n", name, "link", "set", "lo", "up")
     except (subprocess.CalledProcessError, PermissionError) as error:
-        for name in made:
+        for name in created:
             ip("netns", "del", name)
         pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', error)}".strip())
     yield list(zip(names, cables, strict=True))
@@ -44,7 +44,7 @@ def hosts():
         ip("netns", "del", name)
 
 
-def test_two_hosts_give_the_weights_of_one(hosts, tiny_model, prompt_file, tmp_path):
+def test_two_hosts_give_the_same_weights_as_one(hosts, tiny_model, prompt_file, tmp_path):
     kinds = {}, {"seed": 1}, {"task": "score", "seed": 2}
     models = [str(tiny_model("llama", **kind)) for kind in kinds]
 
@@ -59,9 +59,9 @@ def test_two_hosts_give_the_weights_of_one(hosts, tiny_model, prompt_file, tmp_p
 
     started = [torchrun("--standalone", strategy="ddp", out="one.pt")]
     for rank, (name, cable) in enumerate(hosts):
-        meeting = ("--nnodes", "2", "--node-rank", str(rank), "--master-addr", "10.77.0.1", "--master-port", "29511")
+        rendezvous = ("--nnodes", "2", "--node-rank", str(rank), "--master-addr", "10.77.0.1", "--master-port", "29511")
         inside = ("ip", "netns", "exec", name)
-        started.append(torchrun(*meeting, strategy="fsdp2", out="two.pt", before=inside, GLOO_SOCKET_IFNAME=cable))
+        started.append(torchrun(*rendezvous, strategy="fsdp2", out="two.pt", before=inside, GLOO_SOCKET_IFNAME=cable))
     for process in started:
         errors = process.communicate(timeout=120)[1]
         assert process.returncode == 0, errors[-3000:]

@@ -12,14 +12,14 @@ RESPONSES = [3, 1, 5, 0]
 
 
 def make_rollout(prompts=PROMPTS, responses=RESPONSES):
-    """Token ``place`` of row ``row`` is 100 row + place + 1, padding is 0."""
+    """Return a rollout in which token t of row r is 100 r + t + 1; padding is 0."""
     prompt_lengths, response_lengths = torch.tensor(prompts), torch.tensor(responses)
     lengths = prompt_lengths + response_lengths
-    place = torch.arange(int(lengths.max()))
-    tokens = 100 * torch.arange(len(prompts))[:, None] + place + 1
+    position = torch.arange(int(lengths.max()))
+    tokens = 100 * torch.arange(len(prompts))[:, None] + position + 1
     mask = torch.arange(int(response_lengths.max())) < response_lengths[:, None]
     return Rollout(
-        tokens=torch.where(place < lengths[:, None], tokens, 0),
+        tokens=torch.where(position < lengths[:, None], tokens, 0),
         prompt_lengths=prompt_lengths,
         response_lengths=response_lengths,
         rollout_logprobs=torch.where(mask, -torch.rand(mask.shape), 0.0),
@@ -31,7 +31,7 @@ def make_rollout(prompts=PROMPTS, responses=RESPONSES):
 
 
 def make_experience(seed, rows=13, with_values=True):
-    """Every [B, T] field holds its row's number."""
+    """Return experience in which every [B, T] field holds the number of its row."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (2, rows), generator=g).tolist()
     rollout = make_rollout(*lengths)
@@ -48,7 +48,7 @@ def minibatches(experience, count, max_tokens, seed=0):
     return list(batching.minibatches(experience, count, max_tokens, torch.Generator().manual_seed(seed)))
 
 
-def test_places_of_a_rollout():
+def test_positions_of_a_rollout():
     rollout = make_rollout()
     at, before = rollout.at_responses(rollout.tokens), rollout.before_responses(rollout.tokens)
     assert at.shape == before.shape == rollout.response_mask.shape
@@ -60,7 +60,7 @@ def test_places_of_a_rollout():
     assert rollout.response_tokens_mask.sum(1).tolist() == RESPONSES
 
 
-def test_places_pass_gradients():
+def test_positions_pass_gradients():
     rollout = make_rollout()
     x = torch.zeros(rollout.tokens.shape, requires_grad=True)
     rollout.at_responses(x)[rollout.response_mask].sum().backward()
@@ -85,22 +85,22 @@ def test_minibatches_hold_every_row_once(count, max_tokens, with_values):
     experience = make_experience(count, with_values=with_values)
     cut = minibatches(experience, count, max_tokens)
     assert len(cut) == count
-    sizes = [sum(len(piece.advantages) for piece in minibatch) for minibatch in cut]
+    sizes = [sum(len(micro_batch.advantages) for micro_batch in minibatch) for minibatch in cut]
     assert max(sizes) - min(sizes) <= 1
-    pieces = [piece for minibatch in cut for piece in minibatch]
-    assert sorted(row for piece in pieces for row in rows_of(piece)) == list(range(13))
-    for piece in pieces:
-        rollout = piece.rollout
+    micro_batches = [micro_batch for minibatch in cut for micro_batch in minibatch]
+    assert sorted(row for micro_batch in micro_batches for row in rows_of(micro_batch)) == list(range(13))
+    for micro_batch in micro_batches:
+        rollout = micro_batch.rollout
         assert rollout.tokens.numel() <= max_tokens or len(rollout.tokens) == 1
         assert rollout.tokens.shape[1] == rollout.lengths.max()
         assert rollout.response_mask.shape[1] == rollout.response_lengths.max()
-        whole = experience.rollout.select(torch.tensor(rows_of(piece)))
+        whole = experience.rollout.select(torch.tensor(rows_of(micro_batch)))
         for name in ("tokens", "response_mask", "rollout_logprobs", "rollout_entropy", "group"):
             assert torch.equal(getattr(rollout, name), getattr(whole, name))
         for name in ("old_logprobs", "ref_logprobs", "advantages", "returns", *(["values"] if with_values else [])):
-            expected = torch.tensor(rows_of(piece))[:, None].expand(rollout.response_mask.shape).float()
-            assert torch.equal(getattr(piece, name), expected)
-        assert with_values or piece.values is None
+            expected = torch.tensor(rows_of(micro_batch))[:, None].expand(rollout.response_mask.shape).float()
+            assert torch.equal(getattr(micro_batch, name), expected)
+        assert with_values or micro_batch.values is None
 
 
 def test_minibatches_are_a_function_of_the_generator():
@@ -115,12 +115,13 @@ def test_minibatches_are_a_function_of_the_generator():
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_shuffled():
-    """Each row comes into the first of two minibatches about half the time."""
+def test_minibatches_are_shuffled():
+    """Each row is in the first of two minibatches about half the time."""
     experience = make_experience(0, rows=8)
-    first = [row for seed in range(400) for piece in minibatches(experience, 2, 99, seed)[0] for row in rows_of(piece)]
-    shares = torch.tensor(first).bincount(minlength=8) / 400
-    assert ((shares > 0.4) & (shares < 0.6)).all()
+    firsts = [minibatches(experience, 2, 99, seed)[0] for seed in range(400)]
+    first = [row for minibatch in firsts for micro_batch in minibatch for row in rows_of(micro_batch)]
+    frequencies = torch.tensor(first).bincount(minlength=8) / 400
+    assert ((frequencies > 0.4) & (frequencies < 0.6)).all()
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10, 37, 1000])
@@ -131,7 +132,7 @@ def test_pack(seed, max_tokens):
     assert sorted(torch.cat(groups).tolist()) == list(range(25))
     for group in groups:
         assert len(group) * lengths[group].max() <= max_tokens or len(group) == 1
-    for longer, shorter in pairwise(groups):  # similar lengths, and no group closed too early
+    for longer, shorter in pairwise(groups):  # groups have similar lengths, and none was closed too early
         assert lengths[longer].min() >= lengths[shorter].max()
         assert (len(longer) + 1) * lengths[longer].max() > max_tokens
 
@@ -171,17 +172,17 @@ def test_prompt_batch_moves():
 
 
 def make_preferences(counts, seed=0, with_margin=False):
-    """Token ``place`` of row ``row`` is 100 row + place + 1, padding is 0; rankings are numbered from 10."""
+    """Return rankings, numbered from 10, in which token t of row r is 100 r + t + 1; padding is 0."""
     g = torch.Generator().manual_seed(seed)
     rows = sum(counts)
     prompt_lengths, response_lengths = torch.randint(1, 9, (2, rows), generator=g)
     lengths = prompt_lengths + response_lengths
-    place = torch.arange(int(lengths.max()))
+    position = torch.arange(int(lengths.max()))
     mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
     ranking = torch.zeros(mask.shape, dtype=torch.long)
     ranking[mask] = torch.arange(rows)
     return PreferenceBatch(
-        tokens=torch.where(place < lengths[:, None], 100 * torch.arange(rows)[:, None] + place + 1, 0),
+        tokens=torch.where(position < lengths[:, None], 100 * torch.arange(rows)[:, None] + position + 1, 0),
         prompt_lengths=prompt_lengths,
         lengths=lengths,
         ranking=ranking,
@@ -193,18 +194,18 @@ def make_preferences(counts, seed=0, with_margin=False):
 
 
 def rankings_of(batch):
-    """Of each ranking, by its number: the responses' tokens, best first, each cut where its response begins."""
+    """Return the responses of each ranking by its number, best first, each as the tokens of prompt and of response."""
     return {
         int(number): [
             (batch.tokens[row, :prompt].tolist(), batch.tokens[row, prompt:length].tolist())
-            for row in places[there].tolist()
+            for row in rows[present].tolist()
             for prompt, length in [(int(batch.prompt_lengths[row]), int(batch.lengths[row]))]
         ]
-        for number, places, there in zip(batch.number, batch.ranking, batch.mask, strict=True)
+        for number, rows, present in zip(batch.number, batch.ranking, batch.mask, strict=True)
     }
 
 
-def test_scored_tokens_of_preferences():
+def test_response_tokens_of_preferences():
     batch = make_preferences([2, 3])
     assert batch.tokens[batch.response_tokens_mask].tolist() == [
         token for responses in rankings_of(batch).values() for _, response in responses for token in response
@@ -218,7 +219,7 @@ def test_by_ranking():
     placed = batch.by_ranking(x)
     assert placed.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
     placed.sum().backward()
-    assert x.grad.tolist() == [1] * 6  # the first is not also what stands where there is none
+    assert x.grad.tolist() == [1] * 6  # empty places pass no gradient to the first response
 
 
 @pytest.mark.parametrize("with_margin", [False, True])
@@ -241,17 +242,17 @@ def test_select_preferences(with_margin):
 @pytest.mark.parametrize("seed", range(2))
 def test_micro_batches_of_preferences_hold_every_ranking_once(counts, max_tokens, seed):
     batch = make_preferences(counts, seed)
-    pieces = preference_micro_batches(batch, max_tokens)
-    assert sum(len(piece.mask) for piece in pieces) == len(counts)
-    together = {number: rows for piece in pieces for number, rows in rankings_of(piece).items()}
-    assert together == rankings_of(batch)
-    for piece in pieces:
-        assert piece.tokens.numel() <= max_tokens or len(piece.mask) == 1
-        assert piece.tokens.shape[1] == piece.lengths.max()
-        assert piece.mask.shape[1] == piece.mask.sum(1).max()
-        assert len(piece.tokens) == piece.mask.sum()
-    assert (len(pieces) == 1) is (max_tokens == 10**6)
-    assert (len(pieces) == len(counts)) is (max_tokens == 1)
+    micro_batches = preference_micro_batches(batch, max_tokens)
+    assert sum(len(micro_batch.mask) for micro_batch in micro_batches) == len(counts)
+    merged = {number: rows for micro_batch in micro_batches for number, rows in rankings_of(micro_batch).items()}
+    assert merged == rankings_of(batch)
+    for micro_batch in micro_batches:
+        assert micro_batch.tokens.numel() <= max_tokens or len(micro_batch.mask) == 1
+        assert micro_batch.tokens.shape[1] == micro_batch.lengths.max()
+        assert micro_batch.mask.shape[1] == micro_batch.mask.sum(1).max()
+        assert len(micro_batch.tokens) == micro_batch.mask.sum()
+    assert (len(micro_batches) == 1) is (max_tokens == 10**6)
+    assert (len(micro_batches) == len(counts)) is (max_tokens == 1)
 
 
 def test_preference_batch_moves():

@@ -1,7 +1,8 @@
 """An offline W&B run holds the metrics, the configuration and a table of samples.
 
-wandb has no reader of its run files in Python: records are cut out of the file here (a LevelDB log: blocks of 32 KiB,
-in them pieces with a header of checksum, length and type), and parsed by wandb's own protocol classes.
+wandb has no Python reader for its run files, so this test extracts the records from the file (a LevelDB log: blocks of
+32 KiB that contain fragments, each with a header of checksum, length and type) and parses them with wandb's protocol
+classes.
 """
 
 import json
@@ -14,22 +15,22 @@ from pathlib import Path
 
 from wandb.proto import wandb_internal_pb2
 
-BLOCK, FILE_HEADER, PIECE_HEADER = 32768, 7, 7
+BLOCK, FILE_HEADER, FRAGMENT_HEADER = 32768, 7, 7
 
 
 def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
-    data, at, whole = path.read_bytes(), FILE_HEADER, b""
-    while at + PIECE_HEADER <= len(data):
+    data, at, record = path.read_bytes(), FILE_HEADER, b""
+    while at + FRAGMENT_HEADER <= len(data):
         room = BLOCK - at % BLOCK
-        if room < PIECE_HEADER:
+        if room < FRAGMENT_HEADER:
             at += room
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + PIECE_HEADER])
-        whole += data[at + PIECE_HEADER : at + PIECE_HEADER + length]
-        at += PIECE_HEADER + length
-        if kind in (1, 4):  # full, or last of several
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
+        _, length, kind = struct.unpack("<IHB", data[at : at + FRAGMENT_HEADER])
+        record += data[at + FRAGMENT_HEADER : at + FRAGMENT_HEADER + length]
+        at += FRAGMENT_HEADER + length
+        if kind in (1, 4):  # a whole record, or its last fragment
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
 
 
 def test_offline_run(tiny_model, prompt_file, tmp_path):

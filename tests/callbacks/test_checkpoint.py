@@ -15,7 +15,7 @@ def test_every_n_kept_and_last(make_module, fit, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"last.ckpt", "iteration-000002.ckpt", "iteration-000004.ckpt"}
     assert iteration(folder / "iteration-000002.ckpt") == 2
     assert iteration(folder / "iteration-000004.ckpt") == 4
-    assert iteration(folder / "last.ckpt") == 5  # the end, though 5 is no multiple of 2
+    assert iteration(folder / "last.ckpt") == 5  # the last iteration is saved although 5 is not a multiple of 2
 
 
 def test_best_by_score_is_the_best_row_of_the_metrics(make_module, fit, tmp_path):
@@ -38,7 +38,7 @@ def test_resumed_from_last_it_goes_on_counting(make_module, fit, tmp_path):
 
 
 def test_an_epoch_that_ends_is_resumed_in_the_next(make_module, fit, tmp_path):
-    """48 prompts in batches of 8: the sixth iteration ends an epoch."""
+    """With 48 prompts in batches of 8, the sixth iteration ends an epoch."""
     whole = make_module(iterations=8)
     fit(whole, [IterationCheckpoint(every_n=1, dirpath=str(tmp_path / "whole"))])
     fit(make_module(iterations=6), [IterationCheckpoint(every_n=1)])

@@ -74,7 +74,7 @@ def test_predictions_are_lines(make_module, fit, prompt_file, tmp_path):
     module = make_module(iterations=1)
     trainer = fit(module, [Predictions()])
     trainer.datamodule.sources["predict"] = str(prompt_file)
-    for _ in range(2):  # a second time starts a new file
+    for _ in range(2):  # the second run starts a new file
         trainer.predict(module, datamodule=trainer.datamodule, return_predictions=False)
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == list(range(48))

@@ -10,7 +10,7 @@ from lit_rlhf.testing import Recorder
 
 
 def run(make_module, fit, *callbacks, **options):
-    """Metrics and final weights of two iterations."""
+    """Return the metrics and final weights of two iterations."""
     recorder = Recorder()
     module = make_module(iterations=2, **options)
     fit(module, [*callbacks, recorder])
@@ -28,7 +28,7 @@ def test_activation_checkpointing_changes_nothing(tiny_model, make_module, fit, 
 
 
 def test_activation_checkpointing_keeps_less(make_module, fit):
-    """Tensors that wait for the backward pass, counted in the first optimizer step."""
+    """Count the elements of the tensors saved for the backward pass in the optimizer steps of one iteration."""
     kept = []
     for callbacks in ([], [ActivationCheckpointing()]):
         elements, module = [0], make_module(iterations=1)
@@ -72,7 +72,7 @@ def test_decoder_layers(tiny_model, architecture, name):
 
 
 def test_decoder_layers_of_a_sharded_model(tiny_model):
-    """FSDP2 gives each layer a class of its own, derived from the layer's."""
+    """FSDP2 replaces the class of each layer by a subclass of it."""
     model = load_model(str(tiny_model()))
     layers = list(decoder_layers(model))
     for layer in layers:

@@ -7,7 +7,7 @@ from lit_rlhf.testing import Recorder
 
 @pytest.mark.parametrize("at", [3, 4, 6, 8])
 def test_a_checkpoint_taken_after_a_validation_goes_on_with_the_next_batch(make_module, fit, tmp_path, at):
-    """48 prompts in batches of 12: 3 and 6 are saved after a validation, 4 and 8 end epochs."""
+    """With 48 prompts in batches of 12, iterations 3 and 6 are saved after a validation, and 4 and 8 end epochs."""
     options = {"batch_size": 12, "validation": True, "val_check_interval": 3, "check_val_every_n_epoch": None}
     whole = Recorder()
     fit(make_module(iterations=9), [IterationCheckpoint(keep_every_n=at), whole], **options)
@@ -20,7 +20,7 @@ def test_a_checkpoint_taken_after_a_validation_goes_on_with_the_next_batch(make_
 
 
 def test_a_run_resumed_from_an_epochs_end_is_resumed_again(make_module, fit, tmp_path):
-    """Lightning counts one epoch less in such a run; the order of the prompts must not depend on its count."""
+    """Lightning counts one epoch fewer in such a run; the order of the prompts must not depend on its count."""
     options = {"batch_size": 12, "validation": True, "val_check_interval": 3, "check_val_every_n_epoch": None}
     whole, resumed = Recorder(), Recorder()
     fit(make_module(iterations=9), [IterationCheckpoint(keep_every_n=2), whole], **options)

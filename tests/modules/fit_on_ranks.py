@@ -1,4 +1,4 @@
-"""Every case on as many processes as torchrun starts; rank 0 saves weights and metrics.
+"""Run every case on the processes that torchrun starts; rank 0 saves weights and metrics.
 
 python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py STRATEGY ACTOR REFERENCE REWARD \
     PROMPTS OUT [CASE]
@@ -47,7 +47,7 @@ def low_words(responses):
 
 
 def rankings():
-    """Rankings of two to four responses of uneven length."""
+    """Return rankings of two to four responses of different lengths."""
     rng = random.Random(0)
     texts = [[" ".join(f"w{rng.randrange(32)}" for _ in range(rng.randint(1, 9))) for _ in range(4)] for _ in range(12)]
     return [{"prompt": "w1 w2", "responses": [f" {t}" for t in row[: 2 + i % 3]]} for i, row in enumerate(texts)]
@@ -58,7 +58,7 @@ def texts():
 
 
 def sgd(parameters):
-    """At learning rate 1 the step is the gradient."""
+    """Return SGD with learning rate 1, whose step is the gradient."""
     return torch.optim.SGD(parameters, lr=1.0)
 
 
@@ -88,7 +88,7 @@ def cases(actor, reference, scorer):
         ),
     )
     yield (
-        "stopped",  # after its first step: the second one's KL is over the target, a rank's share of it is not
+        "stopped",  # after the first step: the KL at the second exceeds the target, one rank's part of it would not
         lambda: PolicyGradient(
             **common,
             **steps,
@@ -142,7 +142,7 @@ def cases(actor, reference, scorer):
 def main(strategy, actor, reference, scorer, prompts, out, only=None):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
-    found = {}
+    results = {}
     for name, make in cases(actor, reference, scorer):
         if only not in (None, name):
             continue
@@ -151,7 +151,7 @@ def main(strategy, actor, reference, scorer, prompts, out, only=None):
             accelerator="cpu",
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
             num_nodes=int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]),
-            strategy=FSDP() if strategy == "fsdp" else strategy,  # Lightning takes that name on GPUs alone
+            strategy=FSDP() if strategy == "fsdp" else strategy,  # Lightning accepts this name only on GPUs
             max_epochs=-1,
             logger=False,
             enable_checkpointing=False,
@@ -170,9 +170,9 @@ def main(strategy, actor, reference, scorer, prompts, out, only=None):
         trainer.fit(make(), datamodule=data)
         timed = ("time/", "perf/")
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
-        found[name] = {"weights": recorder.weights, "metrics": metrics, "steps": trainer.global_step}
+        results[name] = {"weights": recorder.weights, "metrics": metrics, "steps": trainer.global_step}
     if os.environ["RANK"] == "0":
-        torch.save(found, out)
+        torch.save(results, out)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Where every response can be listed, PPO approaches the optimum in closed form, π_ref exp(r / β) / Z."""
+"""PPO approaches the closed-form optimum π_ref exp(r / β) / Z in a language whose responses can all be enumerated."""
 
 import sys
 from pathlib import Path
@@ -20,25 +20,25 @@ SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num
 
 @torch.no_grad()
 def log_probabilities(actor, start):
-    """Of every response to a prompt, and the responses' scores."""
+    """Return the log-probability of every response to a prompt, and the responses' scores."""
     responses = list(LANGUAGE.responses(start))
     ids = {word: i for i, word in enumerate((worlds.END, *LANGUAGE.words))}
     tokens = torch.zeros(len(responses), 1 + STEPS, dtype=torch.long)
-    chosen = torch.zeros_like(tokens, dtype=torch.bool)
+    response_tokens_mask = torch.zeros_like(tokens, dtype=torch.bool)
     for row, response in enumerate(responses):
         tokens[row, : 1 + len(response)] = torch.tensor([ids[word] for word in (start, *response)])
-        chosen[row, 1 : 1 + len(response)] = True
-    return actor(tokens, chosen).logprobs.double().sum(1), worlds._scores("chain", start, responses)
+        response_tokens_mask[row, 1 : 1 + len(response)] = True
+    return actor(tokens, response_tokens_mask).logprobs.double().sum(1), worlds._scores("chain", start, responses)
 
 
 def total_variation(module):
-    """Half the summed difference of the actor's distribution and the optimum, the mean over all prompts."""
+    """Return the total variation distance of the actor's distribution from the optimum, averaged over the prompts."""
     distances = []
     for start in LANGUAGE.starts:
-        found, scores = log_probabilities(module.actor, start)
+        logprobs, scores = log_probabilities(module.actor, start)
         reference, _ = log_probabilities(module.reference, start)
         optimum = torch.softmax(reference + scores / BETA, 0)
-        distances.append(0.5 * float((found.exp() - optimum).abs().sum()))
+        distances.append(0.5 * float((logprobs.exp() - optimum).abs().sum()))
     return sum(distances) / len(distances)
 
 

@@ -10,7 +10,7 @@ class Roles(nn.Module):
         super().__init__()
         self.actor = nn.Linear(2, 2)
         self.reference = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-        self.reference_scale = nn.Parameter(torch.rand(1))  # begins with the name of a frozen one
+        self.reference_scale = nn.Parameter(torch.rand(1))  # starts with the name of a frozen model
         self.scores = nn.ModuleDict({"rewards": nn.ModuleList([nn.Linear(2, 1)]), "norm": nn.BatchNorm1d(1)})
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
 
@@ -27,11 +27,11 @@ def test_frozen_models_are_left_out():
     assert set(Roles().state_dict()) == KEPT
 
 
-def test_frozen_models_are_left_out_below_another_module():
+def test_frozen_models_of_a_submodule_are_left_out():
     assert set(nn.ModuleDict({"module": Roles()}).state_dict()) == {f"module.{name}" for name in KEPT}
 
 
-def test_loading_does_not_miss_them():
+def test_loading_does_not_require_them():
     saved, fresh = Roles(), Roles()
     frozen = {name: p.clone() for name, p in fresh.named_parameters() if name not in KEPT}
     fresh.load_state_dict(saved.state_dict(), strict=True)

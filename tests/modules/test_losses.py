@@ -23,7 +23,7 @@ PROMPTS, RESPONSES = [2, 3, 1, 4, 2], [4, 1, 6, 3, 2]
 
 @pytest.fixture(scope="module")
 def models(tiny_model) -> dict:
-    """An actor, a critic and a reference with weights of their own."""
+    """Return an actor, a critic and a reference with different weights."""
     folders = [str(tiny_model("llama", seed=seed)) for seed in (0, 1, 2)]
     critic = load_critic(folders[1])
     torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ def models(tiny_model) -> dict:
 
 @pytest.fixture
 def make(models):
-    """Make losses, with some of their parts replaced."""
+    """Return a function that makes losses, with some of their parts replaced."""
 
     def make(update=Update(), **parts) -> Losses:
         parts = {"objective": Clip(), "reference_kl": ReferenceKL(), "kl_coef": 0.3, "max_tokens": 8} | parts
@@ -67,7 +67,7 @@ def make_experience(seed=0) -> Experience:
 
 
 def run(losses, experience, max_tokens=10**6):
-    """The loss of a step, its KL to the old policy, and its metrics."""
+    """Return the loss of a step, its KL to the old policy, and its metrics."""
     batches = micro_batches(experience, max_tokens)
     metrics, totals = Metrics(torch.device("cpu")), count(batches)
     parts = [losses(micro_batch, totals, metrics) for micro_batch in batches]
@@ -75,14 +75,14 @@ def run(losses, experience, max_tokens=10**6):
 
 
 def distributions(model, rollout, row):
-    """log π(·|sₜ) before each response token of a row, computed on the row alone."""
+    """Return log π(·|sₜ) for each response token of a row, computed on that row alone."""
     tokens = rollout.tokens[row, : int(rollout.lengths[row])]
     logits = model.model(input_ids=tokens[None]).logits[0].float()
     return torch.log_softmax(logits[int(rollout.prompt_lengths[row]) - 1 : -1], -1)
 
 
 def loss_by_loop(losses, experience, models, entropy_coef=0.0, value_coef=1.0, clip=0.2):
-    """Every token by itself: the clipped objective, the entropy bonus, and the clipped value loss."""
+    """Compute the loss token by token: the clipped objective, the entropy bonus, and the clipped value loss."""
     rollout, terms = experience.rollout, []
     for row in range(len(PROMPTS)):
         tokens = rollout.tokens[row : row + 1, : int(rollout.lengths[row])]
@@ -111,7 +111,7 @@ def test_equals_a_loop_over_the_tokens(make, models, entropy_coef, value_coef):
 @pytest.mark.parametrize("where", ["reward", "loss"])
 @torch.no_grad()
 def test_the_full_kl_to_the_reference_is_added(make, models, where):
-    """In the advantages' scale if it is in the reward, where it completes the gradient."""
+    """With the KL in the reward, the term completes the gradient and has the scale of the advantages."""
     experience = make_experience()
     plain = run(make(reference_kl=ReferenceKL("reward", "k1")), experience)[0]
     total = run(make(reference_kl=ReferenceKL(where, "full")), experience)[0] - plain
@@ -172,8 +172,8 @@ def test_the_metrics(make, models):
     assert 0 < metrics["value/clip_fraction"] <= 1
 
 
-def test_the_largest_ratio_is_the_one_of_the_objective(make):
-    """With the ratio of the sequence, the metric is the sequence's too."""
+def test_the_largest_ratio_is_that_of_the_objective(make):
+    """With sequence-level ratios, the metric is the largest sequence-level ratio."""
     token, sequence = (
         run(make(objective=Surrogate(level)), make_experience())[2]["policy/ratio_max"]
         for level in ("token", "sequence")
@@ -182,7 +182,7 @@ def test_the_largest_ratio_is_the_one_of_the_objective(make):
 
 
 @pytest.mark.parametrize(("field", "name"), [("advantages", "policy loss"), ("returns", "value loss")])
-def test_what_is_not_finite_is_named(make, field, name):
+def test_a_loss_that_is_not_finite_is_named(make, field, name):
     experience = make_experience()
     getattr(experience, field)[2, 1] = NAN
     with pytest.raises(UserError, match=f"^the {name} is nan: stopped before the step"):

@@ -4,7 +4,7 @@ from lit_rlhf.modules.metrics import Metrics
 
 
 def test_plain_numbers_are_kept_on_the_device_of_the_communication_backend():
-    """NCCL reduces tensors of the GPU alone; the meta device stands for it here, and adding a CPU tensor would fail."""
+    """NCCL reduces only GPU tensors; here the meta device stands in for the GPU, and adding a CPU tensor fails."""
     metrics = Metrics(torch.device("meta"))
     metrics.add("kl_coef", 0.1)
     metrics.add("loss", torch.tensor(0.1), weight=2)

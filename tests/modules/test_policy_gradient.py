@@ -8,7 +8,7 @@ import torch
 from lit_rlhf.algorithms.advantages import GAE, MonteCarlo
 from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL, ReferenceKL
 from lit_rlhf.algorithms.masked import masked_sum
-from lit_rlhf.algorithms.objectives import KLPenalty
+from lit_rlhf.algorithms.objectives import Clip, KLPenalty
 from lit_rlhf.data import Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
@@ -23,7 +23,7 @@ def adam(lr):
 
 
 def sgd(parameters):
-    """At learning rate 1 the step is the gradient."""
+    """Return SGD with learning rate 1, whose step is the gradient."""
     return torch.optim.SGD(parameters, lr=1.0)
 
 
@@ -41,22 +41,22 @@ def test_ppo_learns(make_module, fit):
 
 @pytest.mark.parametrize("critic", ["actor", "shared", "reward"])
 def test_ratio_is_one_in_the_first_minibatch(make_module, fit, tiny_model, critic):
-    """With one step an iteration, every ratio is that of a first minibatch."""
+    """With one step per iteration, every minibatch is the first of its iteration."""
     options = {"rewards": [RewardModel(str(tiny_model("llama", task="score")))]} if critic == "reward" else {}
     recorder = Recorder()
     fit(make_module(critic=critic, update=ONE_STEP, actor_optimizer=adam(1e-2), **options), [recorder])
     assert len(recorder.metrics) == 6
     for metrics in recorder.metrics:
         assert abs(metrics["policy/ratio_max"] - 1) < 1e-5
-        assert metrics["policy/kl_to_old"] < 5e-11  # half the mean squared log-ratio: ratios below 1 count as well
+        assert metrics["policy/kl_to_old"] < 5e-11  # about half the mean squared log-ratio, so ratios below 1 count too
         assert metrics["policy/clip_fraction"] == 0
-    assert recorder.metrics[-1]["objective/kl_to_ref"] != 0  # it did learn
+    assert recorder.metrics[-1]["objective/kl_to_ref"] != 0  # the actor has changed
 
 
 @pytest.mark.parametrize("special", ["bos_is_eos", "pad_is_eos"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
-def test_every_shape_and_tokenizer(make_module, fit, tiny_model, architecture, special):
-    """Two iterations without learning: the engine's log-probabilities are the actor's own, all ratios are 1."""
+def test_every_architecture_and_tokenizer(make_module, fit, tiny_model, architecture, special):
+    """Without learning, the engine's log-probabilities are used as the old ones, and all ratios are 1."""
     recorder = Recorder()
     options = {"actor": str(tiny_model(architecture, special=special)), "iterations": 2, "actor_optimizer": adam(0.0)}
     fit(make_module(sampling=Sampling(max_tokens=12, temperature=0.7), **options), [recorder])
@@ -75,18 +75,20 @@ def test_every_shape_and_tokenizer(make_module, fit, tiny_model, architecture, s
     ],
     ids=["shared", "full KL", "bf16"],
 )
-def test_where_the_engines_numbers_do_not_do_the_actor_is_asked(make_module, fit, options, precision):
-    """For values and the full KL, which only it knows, and in half precision, where decoding rounds differently."""
+def test_the_actor_recomputes_what_the_engine_cannot_provide(make_module, fit, options, precision):
+    """The engine computes neither values nor the full KL, and in half precision it rounds differently."""
     recorder = Recorder()
     fit(make_module(iterations=1, actor_optimizer=adam(0.0), **options), [recorder], precision=precision)
     scored = recorder.outputs[0]["scored_rollout"]
     mask = scored.rollout.response_mask
-    for own, engines in (
+    for recomputed, from_engine in (
         (scored.old_logprobs, scored.rollout.rollout_logprobs),
         (scored.entropy, scored.rollout.rollout_entropy),
     ):
-        assert own is not engines
-        torch.testing.assert_close(own[mask], engines[mask], rtol=0, atol=1e-5 if precision == "32-true" else 0.2)
+        assert recomputed is not from_engine
+        torch.testing.assert_close(
+            recomputed[mask], from_engine[mask], rtol=0, atol=1e-5 if precision == "32-true" else 0.2
+        )
     assert abs(recorder.metrics[0]["policy/ratio_max"] - 1) < 1e-5
 
 
@@ -118,7 +120,7 @@ def test_same_seed_same_run(make_module, fit):
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_micro_batches_do_not_change_the_result(make_module, fit, aggregation):
-    """Nor does the engine's batch size."""
+    """The engine's batch size does not change it either."""
 
     def run(max_tokens, rows):
         recorder = Recorder()
@@ -172,7 +174,7 @@ def test_rewards_are_score_on_the_last_token_minus_kl(make_module, fit):
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_kl_in_the_loss_holds_the_policy_back(make_module, fit, estimator):
+def test_kl_in_the_loss_keeps_the_policy_near_the_reference(make_module, fit, estimator):
     def final_kl(coef):
         recorder = Recorder()
         module = make_module(
@@ -181,7 +183,7 @@ def test_kl_in_the_loss_holds_the_policy_back(make_module, fit, estimator):
         fit(module, [recorder], batch_size=24)
         scored = recorder.outputs[-1]["scored_rollout"]
         rewards = module.reward(scored).rewards
-        assert ((rewards != 0).sum(1) <= 1).all()  # nothing of the KL is in the reward
+        assert ((rewards != 0).sum(1) <= 1).all()  # the reward contains no KL
         return recorder.metrics[-1]["objective/kl_to_ref"]
 
     assert final_kl(5.0) < 0.75 * final_kl(0.0)
@@ -198,7 +200,7 @@ def test_entropy_bonus_raises_entropy(make_module, fit):
 
 
 def test_early_stop_at_target_kl(make_module, fit):
-    """Every minibatch after the first is over this target, so one step an iteration is taken."""
+    """Every minibatch after the first exceeds this target, so each iteration takes one step."""
 
     def steps(target_kl):
         update = Update(epochs=3, minibatches=2, target_kl=target_kl)
@@ -261,7 +263,7 @@ def test_gradient_norm_is_clipped(make_module, fit):
     assert float((after - before).norm()) == pytest.approx(norm, rel=0.02)
 
 
-def test_schedules_step_once_an_iteration(make_module, fit):
+def test_schedules_step_once_per_iteration(make_module, fit):
     recorder = Recorder()
     module = make_module(
         iterations=4,
@@ -282,7 +284,7 @@ def test_no_critic(make_module, fit):
     assert recorder.metrics[-1]["objective/kl_to_ref"] != 0
 
 
-def test_a_score_that_is_not_finite_stops_before_the_step(make_module, fit, tiny_model):
+def test_a_loss_that_is_not_finite_stops_before_the_step(make_module, fit, tiny_model):
     module = make_module(iterations=2, critic_optimizer=adam(float("inf")))
     with pytest.raises(UserError, match=r"value loss is nan.*stopped before the step"):
         fit(module)
@@ -313,7 +315,7 @@ def test_validation_scores_held_out_prompts(make_module, fit):
 
 
 class HeldOut(lightning.Callback):
-    """Keeps what the validation's steps returned."""
+    """Records the outputs of the validation steps."""
 
     def __init__(self):
         self.outputs = []
@@ -350,13 +352,13 @@ def test_held_out_metrics_are_the_means_over_the_prompts(make_module, fit, promp
     data.sources["test"] = str(prompt_file)
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
     assert tested == pytest.approx({k.replace("val/", "test/"): v for k, v in metrics.items()})
-    module.actor.load_state_dict(module.reference.state_dict())  # the next test is of this actor alone
+    module.actor.load_state_dict(module.reference.state_dict())  # the next test measures only the actor as it is now
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
     assert (tested["test/win_rate"], tested["test/kl_to_ref"]) == pytest.approx((0.5, 0.0), abs=1e-4)
 
 
-def test_the_reference_answers_the_prompts_of_the_run_under_way(make_module, fit, prompt_file, tmp_path):
-    """Its scores on the validation prompts of a fit are not those on the prompts of a test that follows."""
+def test_the_references_scores_are_those_on_the_current_prompts(make_module, fit, prompt_file, tmp_path):
+    """A test on other prompts does not reuse the reference's scores on the validation prompts of the fit before it."""
     other = tmp_path / "other.jsonl"
     other.write_text("".join(prompt_file.read_text().splitlines(keepends=True)[30:]))
     module = make_module(iterations=2, actor_optimizer=adam(1e-2))
@@ -369,14 +371,14 @@ def test_the_reference_answers_the_prompts_of_the_run_under_way(make_module, fit
     assert after_fit == pytest.approx(alone)
 
 
-def test_each_validation_is_of_the_actor_as_it_is_then(make_module, fit):
+def test_each_validation_measures_the_current_actor(make_module, fit):
     module = make_module(iterations=3, actor_optimizer=adam(1e-2))
     trainer = fit(module, validation=True, val_check_interval=1)
     last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
     assert trainer.validate(module, datamodule=trainer.datamodule, verbose=False)[0] == pytest.approx(last, abs=1e-6)
 
 
-def test_against_itself_the_win_rate_is_a_half(make_module, fit):
+def test_the_win_rate_against_itself_is_one_half(make_module, fit):
     module = make_module(iterations=1, actor_optimizer=adam(0.0))
     trainer = fit(module, validation=True, val_check_interval=1)
     assert float(trainer.callback_metrics["val/win_rate"]) == 0.5
@@ -393,7 +395,7 @@ def test_against_itself_the_win_rate_is_a_half(make_module, fit):
         ({"iterations": 0}, "iterations must be 1 or more"),
     ],
 )
-def test_settings_that_do_not_fit_together(make_module, options, message):
+def test_settings_that_contradict_each_other(make_module, options, message):
     with pytest.raises(UserError, match=message):
         make_module(**options)
 
@@ -418,7 +420,7 @@ def test_predictions_hold_the_columns(make_module, fit, prompt_file):
     ("aggregation", "estimator"), [("token", "k2"), ("sequence", "k3"), ("constant", "full"), ("token", "full")]
 )
 def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggregation, estimator):
-    """Row by row, each response without padding, from the models' own logits."""
+    """The expected gradient is computed row by row, without padding, from the logits of the models."""
     recorder = Recorder()
     module = make_module(
         iterations=1,
@@ -444,16 +446,22 @@ def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggr
         zip(scored.rollout.prompt_lengths.tolist(), scored.rollout.response_lengths.tolist(), strict=True)
     ):
         text, states = scored.rollout.tokens[row : row + 1, : prompt + n], slice(prompt - 1, prompt + n - 1)
-        every, ref_every = (
+        vocab_logprobs, ref_vocab_logprobs = (
             torch.log_softmax(model(input_ids=text).logits[0, states] / 0.7, -1) for model in (actor, reference)
         )
-        chosen, ref_chosen = (x.gather(1, text[0, prompt:, None]).squeeze(1) for x in (every, ref_every.detach()))
-        r = ref_chosen - chosen
-        kl = {"k2": r**2 / 2, "k3": r.exp() - 1 - r, "full": (every.exp() * (every - ref_every.detach())).sum(-1)}
+        logprobs, ref_logprobs = (
+            x.gather(1, text[0, prompt:, None]).squeeze(1) for x in (vocab_logprobs, ref_vocab_logprobs.detach())
+        )
+        r = ref_logprobs - logprobs
+        kl = {
+            "k2": r**2 / 2,
+            "k3": r.exp() - 1 - r,
+            "full": (vocab_logprobs.exp() * (vocab_logprobs - ref_vocab_logprobs.detach())).sum(-1),
+        }
         values = critic(text)[0, states]
         torch.testing.assert_close(scored.values[row, :n], values.detach(), rtol=1e-4, atol=1e-4)
         weight = {"token": 1 / tokens, "sequence": 1 / (rows * n), "constant": 1 / (rows * 12)}[aggregation]
-        ratio, entropy = (chosen - chosen.detach()).exp(), -(every.exp() * every).sum(-1)
+        ratio, entropy = (logprobs - logprobs.detach()).exp(), -(vocab_logprobs.exp() * vocab_logprobs).sum(-1)
         policy = -learned.advantages[row, :n] * ratio - 0.2 * entropy + 0.3 * kl[estimator]
         (weight * (policy + 0.5 * 0.5 * (values - learned.returns[row, :n]) ** 2).sum()).backward()
     for before, after in ((actor, module.actor.model), (critic, module.critic)):
@@ -461,7 +469,7 @@ def test_the_step_is_the_gradient_of_the_loss(make_module, fit, tiny_model, aggr
             torch.testing.assert_close(start - end, start.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_values_stand_before_each_token_and_the_bootstrap_after_the_last(make_module, fit, tiny_model):
+def test_values_are_taken_before_each_token_and_the_bootstrap_after_the_last(make_module, fit, tiny_model):
     recorder = Recorder()
     module = make_module(
         iterations=1,
@@ -482,7 +490,7 @@ def test_values_stand_before_each_token_and_the_bootstrap_after_the_last(make_mo
 
 @pytest.fixture
 def two_steps(make_module, fit, tiny_model):
-    """An iteration of one step, and the same with a second one, which may be refused."""
+    """Return a function that runs one iteration with one or two steps; the second may be refused."""
 
     def run(epochs, **options):
         recorder = Recorder()
@@ -499,7 +507,7 @@ def two_steps(make_module, fit, tiny_model):
 
 
 def test_the_metrics_of_a_second_step(two_steps):
-    """The means over both: of the policy that drew the responses, and of the one after the first step."""
+    """They are the means of both steps: the first measures the old policy, the second the policy after the first."""
     module, recorder, _ = two_steps(1)
     once, twice = recorder.metrics[0], two_steps(2)[1].metrics[0]
     scored = recorder.outputs[0]["scored_rollout"]
@@ -524,12 +532,12 @@ def test_the_metrics_of_a_second_step(two_steps):
     assert 0.1 < float(second["value/clip_fraction"].mean()) < 0.9
 
 
-def test_the_target_kl_is_the_mean_of_a_token(two_steps):
-    kl = 2 * two_steps(2)[1].metrics[0]["policy/kl_to_old"]  # that of the second step; the first's is 0
+def test_the_target_kl_is_a_mean_per_token(two_steps):
+    kl = 2 * two_steps(2)[1].metrics[0]["policy/kl_to_old"]  # the KL at the second step; at the first it is 0
     assert [two_steps(2, target_kl=factor * kl)[2] for factor in (0.9, 1.1)] == [2, 4]  # two optimizers
 
 
-def test_the_kl_that_the_objective_follows_is_the_old_policys_to_the_new(make_module, fit):
+def test_the_objective_follows_the_kl_from_the_old_policy_to_the_new(make_module, fit):
     recorder = Recorder()
     module = make_module(iterations=1, objective=KLPenalty(), actor_optimizer=adam(1e-2))
     fit(module, [recorder])
@@ -542,7 +550,7 @@ def test_the_kl_that_the_objective_follows_is_the_old_policys_to_the_new(make_mo
     assert swapped != pytest.approx(kl, rel=1e-2)
 
 
-def test_the_coefficient_follows_the_kl_by_responses(make_module, fit):
+def test_the_kl_coefficient_is_adapted_by_the_number_of_responses(make_module, fit):
     recorder = Recorder()
     module = make_module(iterations=4, kl=AdaptiveKL(coef=0.3, target=0.5, horizon=50), actor_optimizer=adam(1e-2))
     fit(module, [recorder])
@@ -554,28 +562,37 @@ def test_the_coefficient_follows_the_kl_by_responses(make_module, fit):
     assert module.kl.coef == pytest.approx(coef)
 
 
-def test_each_epoch_has_minibatches_and_each_iteration_random_numbers_of_its_own(make_module, fit):
-    splits, drawn = [], []
+def rows_of(logprobs, mask):
+    """Return each row's log-probabilities without padding, by which the row is recognised."""
+    return [tuple(row[counts].tolist()) for row, counts in zip(logprobs, mask, strict=True)]
 
-    class Watched(NativeEngine):
+
+def test_each_epoch_has_its_own_minibatches_and_each_iteration_its_own_random_numbers(make_module, fit):
+    steps, drawn, splits, recorder = [], [], [], Recorder()
+
+    class RecordingClip(Clip):
+        def __call__(self, *, old_logprobs, mask, **others):
+            steps.append(rows_of(old_logprobs, mask))
+            return super().__call__(old_logprobs=old_logprobs, mask=mask, **others)
+
+    class RecordingEngine(NativeEngine):
         def generate(self, *args, stream, iteration):
             drawn.append(iteration)
             return super().generate(*args, stream=stream, iteration=iteration)
 
-    module = make_module(iterations=3, engine=Watched())
-    minibatches = module.minibatches
-
-    def watched(experience):
-        for minibatch in minibatches(experience):
-            splits.append(frozenset(int(i) for piece in minibatch for i in piece.rollout.group))
-            yield minibatch
-
-    module.minibatches = watched
-    fit(module, batch_size=24)
+    update = Update(epochs=2, minibatches=2, max_tokens=10_000)  # one micro-batch per minibatch
+    module = make_module(iterations=3, engine=RecordingEngine(), objective=RecordingClip(), update=update)
+    fit(module, [recorder], batch_size=24)
     assert drawn == [0, 1, 2]
-    assert len(splits) == 3 * 2 * 2
-    assert all(one | two == set(range(24)) for one, two in zip(splits[::2], splits[1::2], strict=True))
-    assert len({frozenset(pair) for pair in zip(splits[::2], splits[1::2], strict=True)}) == 3 * 2
+    assert len(steps) == 3 * 2 * 2
+    for iteration, outputs in enumerate(recorder.outputs):
+        scored = outputs["scored_rollout"]
+        number = {row: i for i, row in enumerate(rows_of(scored.old_logprobs, scored.rollout.response_mask))}
+        assert len(number) == 24
+        splits += [frozenset(number[row] for row in step) for step in steps[4 * iteration : 4 * iteration + 4]]
+    epochs = list(zip(splits[::2], splits[1::2], strict=True))
+    assert all(len(one) == len(two) == 12 and one | two == set(range(24)) for one, two in epochs)
+    assert len({frozenset(epoch) for epoch in epochs}) == 3 * 2
 
 
 def test_the_profiler_names_the_phases(make_module, fit):

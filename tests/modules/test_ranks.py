@@ -1,4 +1,4 @@
-"""Weights and metrics do not depend on the number of processes, nor on how the models lie on them (gloo, real ones)."""
+"""Weights and metrics do not depend on the number of processes or on the models' sharding (real processes, gloo)."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ RUNS = (("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4), ("fsdp", 2))
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model, prompt_file, tmp_path_factory):
-    """Weights and metrics of every case, on one process and in each of the runs."""
+def results(tiny_model, prompt_file, tmp_path_factory):
+    """Return the weights and metrics of every case, on one process and in each of the runs."""
     folder = tmp_path_factory.mktemp("ranks")
     models = [
         str(tiny_model("llama")),
@@ -33,8 +33,8 @@ def found(tiny_model, prompt_file, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
-def test_same_weights_on_several_processes(found, case, run):
-    alone, spread = found["ddp", 1][case], found[run][case]
+def test_same_weights_on_several_processes(results, case, run):
+    alone, spread = results["ddp", 1][case], results[run][case]
     assert spread["steps"] == alone["steps"]
     assert spread["weights"].keys() == alone["weights"].keys()
     for name, weight in alone["weights"].items():
@@ -42,18 +42,18 @@ def test_same_weights_on_several_processes(found, case, run):
     assert spread["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-5)
 
 
-def test_early_stop(found):
-    """Some of the 3 iterations, each of 3 epochs of 3 steps of two optimizers, are stopped by the KL, not at once."""
-    assert 3 * 2 < found["ddp", 1]["three"]["steps"] < 3 * 9 * 2
+def test_early_stop(results):
+    """The KL stops some of the 3 iterations (of 3 epochs of 3 steps of 2 optimizers), but not all after one step."""
+    assert 3 * 2 < results["ddp", 1]["three"]["steps"] < 3 * 9 * 2
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_iteration_changed_the_weights(found, tiny_model, case):
+def test_the_iteration_changed_the_weights(results, tiny_model, case):
     from safetensors.torch import load_file
 
     start = load_file(Path(tiny_model("llama")) / "model.safetensors")["model.norm.weight"]
-    weights = found["ddp", 1][case]["weights"]
-    if case == "reward":  # the head is 0 at first, so the first gradient is the head's alone
+    weights = results["ddp", 1][case]["weights"]
+    if case == "reward":  # the head starts at 0, so only the head has a gradient in the first step
         assert weights["reward.head.weight"].abs().max() > 1e-4
     else:
         assert (weights["actor.model.model.norm.weight"] - start).abs().max() > 1e-4

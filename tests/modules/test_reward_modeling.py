@@ -31,7 +31,7 @@ def low(response):
 
 
 def low_pairs(count, seed=0):
-    """The chosen has more of the words w0 … w7."""
+    """Return pairs whose chosen response has more of the words w0 … w7."""
     rng, records = random.Random(seed), []
     while len(records) < count:
         one, other = words(rng), words(rng)
@@ -43,7 +43,7 @@ def low_pairs(count, seed=0):
 
 
 def low_rankings(count, places=(2, 3, 4), seed=0):
-    """By how many of the words w0 … w7 they have."""
+    """Return responses ranked by how many of the words w0 … w7 they have."""
     rng, records = random.Random(seed), []
     while len(records) < count:
         ranked = sorted((words(rng) for _ in range(places[len(records) % len(places)])), key=low, reverse=True)
@@ -69,7 +69,7 @@ def make(tiny_model):
 
 
 def all_scores(module, loader):
-    """Of every response of every ranking, one by one, in float64."""
+    """Return the score of every response of every ranking, computed one response at a time."""
     scores = []
     with torch.no_grad():
         for batch in loader:
@@ -85,12 +85,12 @@ def score_of(module, prompt, response):
 
 
 def small_model(tiny_model):
-    """One layer, and weights as small as is usual."""
+    """Return the source of a model with one layer and weights of the usual small size."""
     config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     return RandomWeights(config=config | {"num_attention_heads": 4}, tokenizer=str(tiny_model("llama")))
 
 
-def test_it_learns(make, fit_preferences, tiny_model):
+def test_accuracy_rises_with_training(make, fit_preferences, tiny_model):
     recorder, module = Recorder(), make(reward=small_model(tiny_model))
     trainer = fit_preferences(
         module, low_pairs(480), low_pairs(120, seed=1), [recorder], max_epochs=4, data={"batch_size": 32}
@@ -103,22 +103,22 @@ def test_it_learns(make, fit_preferences, tiny_model):
     assert [m["progress/iteration"] for m in recorder.metrics] == list(range(1, 61))
 
 
-def test_a_linear_reward_is_found_from_drawn_preferences(fit_preferences, tiny_model):
-    """Bradley–Terry draws the pairs by a reward that is linear in the counts of words."""
+def test_a_linear_reward_is_recovered_from_sampled_preferences(fit_preferences, tiny_model):
+    """The preferences are sampled from a Bradley–Terry model whose reward is linear in the word counts."""
     rng = random.Random(0)
-    worth = {f"w{i}": rng.gauss(0, 1) for i in range(WORDS)}
+    weights = {f"w{i}": rng.gauss(0, 1) for i in range(WORDS)}
 
     def true(response):
-        return sum(worth[word] for word in response)
+        return sum(weights[word] for word in response)
 
-    def drawn():
+    def sample():
         one, other = words(rng, 8), words(rng, 8)
         if one == other:
-            return drawn()
+            return sample()
         wins = rng.random() < 1 / (1 + math.exp(true(other) - true(one)))
         return record(words(rng, 2, 2), chosen=one if wins else other, rejected=other if wins else one)
 
-    pairs = [drawn() for _ in range(3000)]
+    pairs = [sample() for _ in range(3000)]
     module = RewardModeling(
         small_model(tiny_model),
         optimizer=adam(1e-2),
@@ -178,12 +178,12 @@ def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit_p
     state = torch.load(path, weights_only=True)["state_dict"]
     mean, std = scores.mean().item(), scores.std(unbiased=False).item()
     assert std > 0.1
-    for found in (config, module.state_dict(), recorder.weights, state):
-        assert float(found["score_mean"]) == pytest.approx(mean, abs=1e-6)
-        assert float(found["score_std"]) == pytest.approx(std, abs=1e-6)
+    for state_dict in (config, module.state_dict(), recorder.weights, state):
+        assert float(state_dict["score_mean"]) == pytest.approx(mean, abs=1e-6)
+        assert float(state_dict["score_std"]) == pytest.approx(std, abs=1e-6)
 
 
-def test_they_are_measured_once_at_the_end(make, fit_preferences):
+def test_mean_and_deviation_are_measured_once_at_the_end(make, fit_preferences):
     class Watch(lightning.Callback):
         def __init__(self):
             self.means = []
@@ -220,7 +220,7 @@ def test_the_export_is_a_classifier_of_transformers(fit_preferences, tiny_model,
     assert score_of(again, "w1", "w2") == pytest.approx(score_of(module, "w1", "w2"), abs=1e-6)
 
 
-def test_it_starts_from_a_classifier_with_its_head(make, fit_preferences, tiny_model):
+def test_training_starts_from_a_classifier_with_its_head(make, fit_preferences, tiny_model):
     folder = str(tiny_model("llama", task="score"))
     recorder, records = Recorder(), low_pairs(8)
     module = make(reward=folder, optimizer=sgd(0.0))
@@ -238,7 +238,7 @@ def test_it_starts_from_a_classifier_with_its_head(make, fit_preferences, tiny_m
 
 
 class ByFirstWord(RewardModeling):
-    """A response's score is a number that its first word has."""
+    """Scores each response by its first word."""
 
     def scores(self, batch):
         table = {"w0": 0.0, "w1": math.log(3), "w2": math.log(19)}
@@ -253,14 +253,14 @@ def test_held_out_metrics_by_hand(fit_preferences, tiny_model, validation_batch_
         (" w1 w9 w9", " w0"),  # ahead by log 3, longer
         (" w1", " w0 w9"),  # ahead by log 3, shorter
         (" w0 w9", " w1"),  # behind by log 3, longer
-        (" w2", " w0"),  # ahead by log 19, level
+        (" w2", " w0"),  # ahead by log 19, equally long
         (" w0", " w2 w9"),  # behind by log 19, shorter
     ]
     records = [{"prompt": "w5", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
     module = ByFirstWord(str(tiny_model("llama")), max_tokens=max_tokens)
     sizes = {"validation_batch_size": validation_batch_size}
     trainer = fit_preferences(module, None, records, method="validate", data=sizes)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     losses = [math.log(4 / 3)] * 2 + [math.log(4), math.log(20 / 19), math.log(20)]
     scores = [math.log(3)] * 3 + [math.log(19)] * 2 + [0.0] * 5
     mean = sum(scores) / 10
@@ -275,21 +275,21 @@ def test_held_out_metrics_by_hand(fit_preferences, tiny_model, validation_batch_
         "val/score_std": (sum((s - mean) ** 2 for s in scores) / 10) ** 0.5,
         "val/ece": 3 / 5 * abs(0.75 - 2 / 3) + 2 / 5 * abs(0.95 - 1 / 2),
     }
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert metrics == pytest.approx(expected, abs=1e-5)
 
 
 def test_held_out_metrics_of_a_ranking_are_those_of_its_pairs(fit_preferences, tiny_model):
-    """Scores log 3, 0, log 19; lengths 2, 1, 1 and the end."""
+    """The scores are log 3, 0 and log 19; the lengths are 2, 1 and 1, plus the end token."""
     records = [{"prompt": "w5", "responses": [" w1 w9", " w0", " w2"]}]
     trainer = fit_preferences(ByFirstWord(str(tiny_model("llama"))), None, records, method="validate")
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert found["val/loss"] == pytest.approx(math.log(23 / 3) + math.log(20), abs=1e-5)  # 3/23 · 1/20
-    assert found["val/accuracy"] == pytest.approx(1 / 3)
-    assert found["val/margin"] == pytest.approx((math.log(3) - math.log(19 / 3) - math.log(19)) / 3, abs=1e-5)
-    assert found["val/accuracy_of_length"] == pytest.approx((1 + 1 + 0.5) / 3)
-    assert found["val/accuracy_if_longer"] == pytest.approx(1 / 2)
-    p = 19 / 22  # of the one that is log 19 against log 3; its bin is [0.8, 0.9)
-    assert found["val/ece"] == pytest.approx((0.25 + p + 0.95) / 3, abs=1e-5)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert metrics["val/loss"] == pytest.approx(math.log(23 / 3) + math.log(20), abs=1e-5)  # 3/23 · 1/20
+    assert metrics["val/accuracy"] == pytest.approx(1 / 3)
+    assert metrics["val/margin"] == pytest.approx((math.log(3) - math.log(19 / 3) - math.log(19)) / 3, abs=1e-5)
+    assert metrics["val/accuracy_of_length"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert metrics["val/accuracy_if_longer"] == pytest.approx(1 / 2)
+    p = 19 / 22  # the probability of log 19 over log 3, in the bin [0.8, 0.9)
+    assert metrics["val/ece"] == pytest.approx((0.25 + p + 0.95) / 3, abs=1e-5)
 
 
 def test_equal_scores_are_right_half_the_time_and_calibrated(make, fit_preferences):
@@ -299,7 +299,7 @@ def test_equal_scores_are_right_half_the_time_and_calibrated(make, fit_preferenc
     assert float(metrics["val/ece"]) == pytest.approx(0, abs=1e-6)
 
 
-def test_each_validation_starts_anew(make, fit_preferences):
+def test_each_validation_is_independent_of_earlier_ones(make, fit_preferences):
     module, records = make(), low_pairs(20, seed=1)
     last = fit_preferences(module, low_pairs(24), records, max_epochs=3).callback_metrics
     alone = fit_preferences(module, None, records, method="validate").callback_metrics
@@ -327,7 +327,7 @@ def test_the_first_loss_with_margin_and_smoothing(make, fit_preferences, margin,
 
 @pytest.mark.parametrize(("margin", "smoothing"), [(0.0, 0.2), (1.0, 0.2), (-1.0, 0.1)])
 def test_the_best_distance_with_margin_and_smoothing(make, fit_preferences, tiny_model, margin, smoothing):
-    """Of one pair it is the margin and the log-odds of a label that is right."""
+    """For one pair it is the margin plus the log-odds that the label is right."""
     recorder = Recorder()
     module = make(
         reward=small_model(tiny_model),
@@ -348,8 +348,8 @@ def test_smoothing_of_rankings_is_refused(make, fit_preferences):
     fit_preferences(make(label_smoothing=0.1), low_rankings(8, (3,)), data={"as_pairs": True})
 
 
-def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit_preferences, tmp_path):
-    records = low_rankings(28)  # three batches an epoch: the second ends after six
+def test_a_resumed_run_ends_with_the_same_bits(make, fit_preferences, tmp_path):
+    records = low_rankings(28)  # three batches per epoch: the second epoch ends after six
     whole, rest = Recorder(), Recorder()
 
     def run(iterations, callbacks, **options):
@@ -372,7 +372,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit_preferences, tm
 
 
 @pytest.mark.parametrize("where", ["trunk", "head"])
-def test_all_of_it_trains(make, fit_preferences, where):
+def test_trunk_and_head_are_trained(make, fit_preferences, where):
     recorder, module = Recorder(), make()
     fit_preferences(module, low_pairs(24), None, [recorder])
     fresh = make()

@@ -5,7 +5,7 @@ from lit_rlhf.modules.roles import load_roles
 from lit_rlhf.rewards import RewardModel
 
 
-def test_a_critic_from_a_normalised_reward_model_speaks_its_units(tiny_model, tmp_path):
+def test_a_critic_from_a_normalised_reward_model_has_its_units(tiny_model, tmp_path):
     folder = tiny_model("llama", task="score")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.config.score_mean, model.config.score_std = 3.0, 0.5

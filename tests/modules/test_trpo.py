@@ -33,12 +33,13 @@ def test_the_kl_after_the_step_stays_within_its_bound(make_trpo, fit, max_kl):
     fit(make_trpo(iterations=8, region=TrustRegion(max_kl=max_kl, damping=0.01)), [recorder], batch_size=24)
     assert len(recorder.metrics) == 8
     for metrics in recorder.metrics:
-        assert 0.1 * max_kl < metrics["policy/kl_to_old"] <= max_kl * (1 + 1e-5)  # within, and the region is used
+        # within the bound, and not far below it
+        assert 0.1 * max_kl < metrics["policy/kl_to_old"] <= max_kl * (1 + 1e-5)
         assert 0 < metrics["policy/step_share"] <= 1
 
 
 def test_steps_that_break_the_bound_are_not_taken(make_trpo, fit):
-    """With next to no damping and one product the first step is far too long: the line search must come back."""
+    """Without damping and with one CG iteration, the proposed step is far too long: the line search must shorten it."""
     recorder = Recorder()
     region = TrustRegion(max_kl=0.5, cg_iterations=1, damping=0.0, backtracks=1)
     module = make_trpo(iterations=3, region=region, critic=None)
@@ -53,7 +54,7 @@ def test_steps_that_break_the_bound_are_not_taken(make_trpo, fit):
 
 
 def kl_after_the_step(module, rollout):
-    """KL(π_old ‖ π) of each response token, over the vocabulary, from the models' own logits."""
+    """Return KL(π_old ‖ π) at each response token, summed over the vocabulary, from the logits of the models."""
     before, after = (
         torch.log_softmax(model.model(input_ids=rollout.tokens).logits / model.temperature, -1)
         for model in (module.old, module.actor)
@@ -62,29 +63,29 @@ def kl_after_the_step(module, rollout):
 
 
 @pytest.mark.parametrize(("fisher_every", "damping"), [(1, 0.0), (1, 1.0), (4, 1.0)])
-def test_the_step_has_the_length_that_its_region_allows(make_trpo, fit, fisher_every, damping):
-    """½ sᵀ (F + damping) s = δ, and ½ sᵀ F s is the KL over the prompts that F is taken of."""
+def test_the_step_is_as_long_as_the_region_allows(make_trpo, fit, fisher_every, damping):
+    """½ sᵀ (F + damping) s = δ, and ½ sᵀ F s is the KL over the prompts from which F is computed."""
     recorder, max_kl = Recorder(), 1e-4
     region = TrustRegion(max_kl=max_kl, damping=damping, fisher_every=fisher_every)
     module = make_trpo(iterations=1, region=region, critic=None, sampling=Sampling(max_tokens=12, temperature=0.7))
     fit(module, [recorder], batch_size=24)
-    rollout, share = recorder.outputs[0]["scored_rollout"].rollout, recorder.metrics[0]["policy/step_share"]
+    rollout, step_share = recorder.outputs[0]["scored_rollout"].rollout, recorder.metrics[0]["policy/step_share"]
     kl = kl_after_the_step(module, rollout)[rollout.response_mask & (rollout.group % fisher_every == 0)[:, None]]
     start, end = (flatten([p.detach() for p in model.parameters()]) for model in (module.old, module.actor))
     bound = float(kl.mean() + 0.5 * damping * (end - start).square().sum())
-    assert share > 0
-    assert bound == pytest.approx(share**2 * max_kl, rel=0.03)
+    assert step_share > 0
+    assert bound == pytest.approx(step_share**2 * max_kl, rel=0.03)
 
 
 def test_the_line_search_sees_the_kl_and_the_improvement_of_the_step(make_trpo, fit, monkeypatch):
     seen = []
 
     def watched(measure, *args):
-        def keep(share):
-            seen.append(measure(share))
+        def record(step_share):
+            seen.append(measure(step_share))
             return seen[-1]
 
-        return line_search(keep, *args)
+        return line_search(record, *args)
 
     monkeypatch.setattr("lit_rlhf.modules.trpo.line_search", watched)
     recorder = Recorder()
@@ -104,7 +105,7 @@ def test_the_line_search_sees_the_kl_and_the_improvement_of_the_step(make_trpo, 
     assert seen[-1] == pytest.approx((float(better.mean()), kl), rel=1e-3)
 
 
-def test_a_refused_step_leaves_the_actor_as_it_was(make_trpo, fit, monkeypatch):
+def test_a_refused_step_does_not_change_the_actor(make_trpo, fit, monkeypatch):
     monkeypatch.setattr("lit_rlhf.modules.trpo.line_search", lambda measure, *args: 0.0 * measure(1.0)[1])
     recorder = Recorder()
     module = make_trpo(iterations=2, critic=None)
@@ -115,7 +116,7 @@ def test_a_refused_step_leaves_the_actor_as_it_was(make_trpo, fit, monkeypatch):
     assert [m["policy/kl_to_old"] for m in recorder.metrics] == pytest.approx([0, 0], abs=1e-7)
 
 
-def test_the_critics_step_is_as_long_as_its_coefficient(make_trpo, fit, tiny_model):
+def test_the_critics_step_is_proportional_to_its_coefficient(make_trpo, fit, tiny_model):
     steps = []
     for coef in (1.0, 0.25):
         module = make_trpo(
@@ -143,7 +144,7 @@ def test_the_step_does_not_depend_on_micro_batches(make_trpo, fit):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gpt2", "gpt_neox"])
-def test_every_shape(make_trpo, fit, tiny_model, architecture):
+def test_every_architecture(make_trpo, fit, tiny_model, architecture):
     recorder = Recorder()
     module = make_trpo(
         actor=str(tiny_model(architecture)),
@@ -173,7 +174,7 @@ def test_the_old_policy_is_not_in_checkpoints(make_trpo):
         ({"update": Update(target_kl=0.1)}, "model.region.max_kl"),
     ],
 )
-def test_settings_that_do_not_fit_together(make_trpo, options, message):
+def test_settings_that_contradict_each_other(make_trpo, options, message):
     with pytest.raises(UserError, match=message):
         make_trpo(**options)
 
