@@ -1,4 +1,4 @@
-"""From prompts to responses: the engine protocol and the engines."""
+"""Generation of responses: the engine interface and the engines."""
 
 from lit_rlhf.generation.engine import Engine, Sampling
 from lit_rlhf.generation.native import NativeEngine

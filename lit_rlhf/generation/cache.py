@@ -1,4 +1,4 @@
-"""Keys and values of the texts being decoded, in memory that is allocated before it is filled."""
+"""A key-value cache for decoding, in memory that is allocated in advance."""
 
 from typing import Any
 
@@ -11,14 +11,15 @@ from lit_rlhf.errors import UserError
 
 
 class RowCache(Cache):
-    """Rows of keys and values whose newest tokens stand in the same column.
+    """A key-value cache with one row a sequence, in which the newest tokens of all rows share a column.
 
-    A text that comes in later is put in with its last token at that column; one that has ended gives its row to
-    another. So a step writes one column and reads one block, and nothing is copied but what moves.
+    A sequence that joins later is written so that its last token is in that column; the row of a sequence that has
+    ended is reused. A decoding step therefore writes one column and reads one block, and only rows that move are
+    copied.
 
     Args:
-        rows: Texts at most.
-        columns: Tokens that a row has room for.
+        rows: The maximum number of sequences.
+        columns: The number of tokens that a row has memory for.
         end: The first column to be written.
     """
 
@@ -26,88 +27,92 @@ class RowCache(Cache):
         super().__init__(layers=[])
         self.rows, self.columns = rows, columns
         self.used = 0
-        """Rows that hold a text, the first ones."""
+        """The number of rows that contain a sequence; they are the first ones."""
         self.start, self.end = 0, end
-        """Columns from the oldest text's first token to the newest tokens."""
+        """The columns from the first token of the longest sequence to the newest tokens."""
 
     def insert(self, prefilled: DynamicCache, responses: int) -> None:
-        """Put texts behind the rows in use, each as often as it has responses; their newest token goes before ``end``.
+        """Append prefilled prompts after the rows in use, so that their last tokens are in the newest column.
+
+        Args:
+            prefilled: The keys and values of left-padded prompts.
+            responses: The number of rows for each prompt.
 
         Raises:
-            UserError: if the model keeps other things than keys and values.
+            UserError: if the model caches anything besides keys and values.
         """
         if not prefilled.layers or not all(isinstance(layer, DynamicLayer) for layer in prefilled.layers):
-            raise UserError("model.engine: the model keeps more than keys and values, which NativeEngine does not know")
+            raise UserError("model.engine: NativeEngine supports only models that cache keys and values alone")
         if not self.layers:
             self.layers = [_Layer(self, layer) for layer in prefilled.layers]
         width = prefilled.get_seq_length()
-        used, self.used = self.used, self.used + responses * len(_held(prefilled)[0])
-        for mine, theirs in zip(_held(self), _held(prefilled), strict=True):
-            mine[used : self.used, :, self.end - width : self.end] = theirs.repeat_interleave(responses, 0)
+        used, self.used = self.used, self.used + responses * len(_all_keys_values(prefilled)[0])
+        for target, source in zip(_all_keys_values(self), _all_keys_values(prefilled), strict=True):
+            target[used : self.used, :, self.end - width : self.end] = source.repeat_interleave(responses, 0)
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows over others."""
-        for held in _held(self):
-            held[target, :, self.start : self.end] = held[source, :, self.start : self.end]
+        """Copy the rows ``source`` to the rows ``target``."""
+        for states in _all_keys_values(self):
+            states[target, :, self.start : self.end] = states[source, :, self.start : self.end]
 
-    def make_room(self, rows: int, columns: int, end: int) -> None:
-        """Change the size, and move all columns so that what is there now stands before ``end``."""
+    def resize(self, rows: int, columns: int, end: int) -> None:
+        """Change the number of rows and columns, and move the contents so that they end before column ``end``."""
         width = self.end - self.start
         for layer in self.layers:
-            for name, held in zip(("keys", "values"), _held_by(layer), strict=True):
-                room = held.new_zeros(rows, held.shape[1], columns, held.shape[3])
-                room[: self.used, :, end - width : end] = held[: self.used, :, self.start : self.end]
-                setattr(layer, name, room)
+            for name, old in zip(("keys", "values"), _keys_values(layer), strict=True):
+                new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+                new[: self.used, :, end - width : end] = old[: self.used, :, self.start : self.end]
+                setattr(layer, name, new)
         self.rows, self.columns, self.start, self.end = rows, columns, end - width, end
 
 
 class _Layer(CacheLayerMixin):
-    """A layer's [rows, heads, columns, D] keys and values."""
+    """The [rows, heads, columns, D] keys and values of one layer."""
 
     is_sliding = False
 
-    def __init__(self, cache: RowCache, like: Any) -> None:
+    def __init__(self, cache: RowCache, prefilled: Any) -> None:
         super().__init__()
         self.cache = cache
-        for name, held in zip(("keys", "values"), _held_by(like), strict=True):
-            kind = held.device.type
-            dtype = held.dtype
-            if torch.is_autocast_enabled(kind):  # what attention computes in, so that no step casts it again
-                dtype = torch.float32 if kind == "cpu" else torch.get_autocast_dtype(kind)
-            room = torch.zeros(cache.rows, held.shape[1], cache.columns, held.shape[3], dtype=dtype, device=held.device)
-            setattr(self, name, room)  # zeros: what a mask hides must still be finite
+        for name, states in zip(("keys", "values"), _keys_values(prefilled), strict=True):
+            device_type = states.device.type
+            dtype = states.dtype
+            if torch.is_autocast_enabled(device_type):  # store attention's precision, so that no step casts it again
+                dtype = torch.float32 if device_type == "cpu" else torch.get_autocast_dtype(device_type)
+            shape = (cache.rows, states.shape[1], cache.columns, states.shape[3])
+            setattr(self, name, torch.zeros(shape, dtype=dtype, device=states.device))  # masked entries must be finite
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing, because the constructor has already allocated the memory."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write a column of the rows in use, and give all that they hold."""
+        """Write the newest column of the rows in use, and return all of their keys and values."""
         end = self.cache.end
-        found = []
-        for held, new in zip(_held_by(self), (key_states, value_states), strict=True):
-            rows = held[: self.cache.used]
+        cached = []
+        for states, new in zip(_keys_values(self), (key_states, value_states), strict=True):
+            rows = states[: self.cache.used]
             rows[:, :, end : end + 1] = new
-            found.append(rows[:, :, self.cache.start : end + 1])
-        return found[0], found[1]
+            cached.append(rows[:, :, self.cache.start : end + 1])
+        return cached[0], cached[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that a query sees, and the first of them."""
+        """Return the number of columns that a query attends to, and the index of the first one."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns held."""
+        """Return the number of columns between the first token of the longest sequence and the newest tokens."""
         return self.cache.end - self.cache.start
 
     def get_max_length(self) -> int:
-        """None."""
+        """Return -1, which means that there is no maximum length."""
         return -1
 
 
-def _held_by(layer: Any) -> tuple[Tensor, Tensor]:
+def _keys_values(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def _held(cache: Cache) -> list[Tensor]:
-    """Keys and values of every layer."""
-    return [held for layer in cache.layers for held in _held_by(layer)]
+def _all_keys_values(cache: Cache) -> list[Tensor]:
+    """Return the keys and values of every layer in one list."""
+    return [states for layer in cache.layers for states in _keys_values(layer)]

@@ -1,4 +1,4 @@
-"""What every generation engine is given and gives back."""
+"""The interface of generation engines, and how responses are sampled."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,24 +12,33 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.randomness import Stream
-from lit_rlhf.types import PromptBatch, Rollout
+from lit_rlhf.types import PromptBatch, Rollout, check_shapes
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """How responses are sampled.
 
     Args:
-        max_tokens: Tokens of a response at most; one that reaches it without a stop token is *truncated*.
-        min_tokens: No stop token before so many tokens.
-        temperature: Divides the logits; 0 takes the most likely token each time (not for training).
-        top_k: Only the k most likely tokens; 0: all.
-        top_p: Only the most likely tokens that together have this probability; 1: all.
-        stop: Tokens that end a response besides the model's end-of-sequence token(s).
-        responses: Responses a prompt.
+        max_tokens: The maximum number of tokens in a response; a response that reaches it without a stop token is
+            *truncated*.
+        min_tokens: The minimum number of tokens before a stop token may be sampled.
+        temperature: Divides the logits; 0 selects the most likely token at each step (not for training).
+        top_k: Sample from the k most likely tokens only; 0 for all tokens.
+        top_p: Sample from the smallest set of most likely tokens whose probabilities add up to at least this; 1 for all
+            tokens.
+        stop: Tokens that end a response, in addition to the model's end-of-sequence token(s).
+        responses: The number of responses for each prompt.
 
     Raises:
         ValueError: if a number is out of range.
+
+    >>> Sampling(max_tokens=64, temperature=0.7, responses=8).top_p
+    1.0
+    >>> Sampling(top_p=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: sampling.top_p must be in (0, 1], not 0
     """
 
     max_tokens: int = 128
@@ -59,18 +68,39 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """The token ids that generation must know."""
+    """The token ids that an engine needs: the stop tokens and the padding token.
+
+    >>> SpecialTokens(stop=(1, 9), pad=0).stop
+    (1, 9)
+    """
 
     stop: tuple[int, ...]
     pad: int
 
 
 class Engine(ABC):
-    """Generates responses with the actor as it is now."""
+    """Generates responses with the actor's current weights.
+
+    A subclass implements `generate`, and usually ends it with `join_responses`.
+
+    >>> class StopAtOnce(Engine):
+    ...     def generate(self, actor, prompts, sampling, special_tokens, *, stream, iteration):
+    ...         rows = len(prompts.tokens) * sampling.responses
+    ...         return join_responses(
+    ...             prompts, sampling, special_tokens.pad,
+    ...             tokens=torch.full((rows, 1), special_tokens.stop[0]),
+    ...             logprobs=torch.zeros(rows, 1),
+    ...             entropy=torch.zeros(rows, 1),
+    ...             lengths=torch.ones(rows, dtype=torch.long),
+    ...             terminated=torch.ones(rows, dtype=torch.bool),
+    ...         )
+    >>> StopAtOnce().is_exact
+    False
+    """
 
     is_exact: ClassVar[bool] = False
-    """Whether its log-probabilities and entropies differ from those of the actor's own forward by rounding alone. In
-    float32 the update then starts from them; else from another forward."""
+    """Whether the engine's log-probabilities and entropies equal those of the actor's forward pass up to rounding. In
+    float32 the update then uses them as they are; otherwise the actor computes them again."""
 
     @abstractmethod
     def generate(
@@ -83,31 +113,60 @@ class Engine(ABC):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """Draw ``sampling.responses`` responses for each prompt, prompt-major.
+        """Generate ``sampling.responses`` responses for each prompt, in prompt-major order.
 
-        The random numbers of a row are a function of (seed, stream, iteration, its place in the global batch).
-        ``rollout_logprobs`` and ``rollout_entropy`` are those of the whole distribution at the sampling temperature (at
-        1 if it is 0), before top-k, top-p and the minimum length cut it: the same that the actor's own forward gives.
+        The random numbers of a row are a function of the seed, ``stream``, ``iteration`` and the row's index in the
+        global batch. ``rollout_logprobs`` and ``rollout_entropy`` refer to the full distribution at the sampling
+        temperature (at 1 if that is 0), before top-k, top-p and the minimum length are applied; the actor's forward
+        pass computes the same quantities.
+
+        Args:
+            actor: The policy.
+            prompts: B prompts.
+            sampling: How the responses are sampled.
+            special_tokens: The stop tokens and the padding token.
+            stream: The purpose of the random numbers.
+            iteration: The iteration, or the index of the batch in validation.
+
+        Returns:
+            The rollout of B n responses.
         """
 
 
 def find_special_tokens(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> SpecialTokens:
-    """Stop tokens of the tokenizer, the model's generation config and the user, and the padding token.
+    """Collect the stop tokens of the tokenizer, the model's generation config and the user, and the padding token.
+
+    Args:
+        actor: The policy, whose generation config may name end-of-sequence tokens.
+        tokenizer: The actor's tokenizer.
+        stop: The user's stop tokens.
+
+    Returns:
+        The token ids.
 
     Raises:
         UserError: if a stop string is not exactly one token.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.models.loading import load_model, load_tokenizer
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = make_tiny_model(folder)
+    ...     actor, tokenizer = Actor(load_model(folder)), load_tokenizer(folder)
+    >>> find_special_tokens(actor, tokenizer, stop=["w3"])  # besides <eos>, whose id is 1
+    SpecialTokens(stop=(1, 9), pad=0)
     """
     ids = [tokenizer.eos_token_id]
     config = getattr(actor.model, "generation_config", None)
-    from_config = getattr(config, "eos_token_id", None)
-    ids += from_config if isinstance(from_config, list) else [from_config] if from_config is not None else []
+    config_ids = getattr(config, "eos_token_id", None)
+    ids += config_ids if isinstance(config_ids, list) else [config_ids] if config_ids is not None else []
     for text in stop:
-        pieces = tokenizer.encode(text, add_special_tokens=False)
-        if len(pieces) != 1:
-            raise UserError(f"sampling.stop: {text!r} is {len(pieces)} tokens of this tokenizer, not one")
-        if pieces[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
-            raise UserError(f"sampling.stop: {text!r} is no token of this tokenizer")
-        ids.append(pieces[0])
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise UserError(f"sampling.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
+        if encoded[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
+            raise UserError(f"sampling.stop: {text!r} is not a token of this tokenizer")
+        ids.append(encoded[0])
     return SpecialTokens(stop=tuple(dict.fromkeys(ids)), pad=tokenizer.pad_token_id)
 
 
@@ -122,27 +181,50 @@ def join_responses(
     lengths: Tensor,
     terminated: Tensor,
 ) -> Rollout:
-    """A rollout from left-padded prompts and right-padded responses: contiguous, padding on the right.
+    """Join left-padded prompts and right-padded responses into sequences without gaps, padded on the right.
 
     Args:
         prompts: B prompts.
-        sampling: n responses a prompt.
-        pad: The padding token's id.
-        tokens: [B n, T], the responses.
-        logprobs: [B n, T], of their tokens.
-        entropy: [B n, T], of the distributions they were drawn from.
-        lengths: [B n], tokens of each response.
-        terminated: Bool [B n].
+        sampling: Has the number n of responses for each prompt.
+        pad: The id of the padding token.
+        tokens: [B n, T] int64, the responses in prompt-major order; entries after a response's length are ignored.
+        logprobs: [B n, T] float32, log-probabilities of the tokens, in nats.
+        entropy: [B n, T] float32, entropies of the distributions that the tokens were sampled from, in nats.
+        lengths: [B n] int64, the number of tokens in each response, including the stop token.
+        terminated: Bool [B n], True if a stop token ended the response.
+
+    Returns:
+        The rollout of B n responses.
+
+    Raises:
+        ValueError: if the shapes do not match.
+
+    >>> prompts = PromptBatch(
+    ...     tokens=torch.tensor([[0, 5], [6, 7]]),
+    ...     mask=torch.tensor([[False, True], [True, True]]),
+    ...     group=torch.tensor([0, 1]),
+    ...     prompts=["w5", "w6 w7"],
+    ...     columns={},
+    ... )
+    >>> lengths, terminated = torch.tensor([2, 1]), torch.tensor([False, True])
+    >>> responses = {"tokens": torch.tensor([[8, 9], [1, 0]]), "lengths": lengths, "terminated": terminated}
+    >>> zeros = torch.zeros(2, 2)
+    >>> join_responses(prompts, Sampling(), pad=0, logprobs=zeros, entropy=zeros, **responses).tokens
+    tensor([[5, 8, 9],
+            [6, 7, 1]])
     """
+    group = prompts.group.repeat_interleave(sampling.responses, 0)
+    check_shapes(tokens=tokens, logprobs=logprobs, entropy=entropy)
+    check_shapes(prompts=group, responses=tokens[:, 0], lengths=lengths, terminated=terminated)
     prompt_tokens = prompts.tokens.repeat_interleave(sampling.responses, 0)
     prompt_mask = prompts.mask.repeat_interleave(sampling.responses, 0)
     time = torch.arange(tokens.shape[1], device=tokens.device)
     response_mask = time < lengths[:, None]
-    both = torch.cat([prompt_tokens, tokens], 1)
-    real = torch.cat([prompt_mask, response_mask], 1)
-    order = torch.argsort((~real).byte(), dim=1, stable=True)  # real tokens first, in their order
-    width = int(real.sum(1).max())
-    joined = torch.where(real, both, pad).gather(1, order)[:, :width]
+    padded = torch.cat([prompt_tokens, tokens], 1)
+    mask = torch.cat([prompt_mask, response_mask], 1)
+    order = torch.argsort((~mask).byte(), dim=1, stable=True)  # moves the padding behind the tokens
+    width = int(mask.sum(1).max())
+    joined = torch.where(mask, padded, pad).gather(1, order)[:, :width]
     return Rollout(
         tokens=joined,
         prompt_lengths=prompt_mask.sum(1),
@@ -151,5 +233,5 @@ def join_responses(
         rollout_entropy=torch.where(response_mask, entropy, 0.0),
         response_mask=response_mask,
         terminated=terminated,
-        group=prompts.group.repeat_interleave(sampling.responses, 0),
+        group=group,
     )

@@ -1,4 +1,4 @@
-"""Generation with the actor's own weights: texts that have ended leave the batch, and waiting ones take their place."""
+"""Generation with the actor's own weights: sequences that have ended leave the batch, and waiting prompts join it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,27 +20,45 @@ from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
-LOOK_EVERY_ON_CPU, LOOK_EVERY_ON_GPU = 1, 8
-"""Steps between two looks at which rows have ended: on a GPU, each look waits for it."""
-FIRST_COLUMNS = 64
-"""Tokens of a response that the cache has room for at first; it grows as texts do, when many have left already."""
-ADMIT_SHARE = 0.125
-"""Waiting prompts come in once this share of the rows is free, so that several come in at once."""
+CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
+"""The number of steps between two checks for rows that have ended; each check waits for the GPU."""
+INITIAL_COLUMNS = 64
+"""The number of response tokens that the cache has memory for at first; it grows later, when it has fewer rows."""
+MIN_FREE_FRACTION = 0.125
+"""Waiting prompts join once this fraction of the rows is free, so that several are prefilled in one forward."""
 
 
 @dataclass(frozen=True)
 class NativeEngine(Engine):
-    """Decodes in this process, in a cache of bounded size; a prompt is computed once for all its responses.
+    """Generates in the training process, with a key-value cache of bounded size.
+
+    Each prompt is prefilled once for all its responses.
 
     Args:
-        cache_tokens: Tokens whose keys and values are held at a time, padding included, to bound the cache's memory;
-            None: enough for all responses at once. The responses to one prompt are begun together, however many. The
-            samples do not depend on it.
-        compile: Compile the step, for rows and columns of any number, with ``torch.compile``: meant for GPUs, where a
-            small model's step is bound by the launches of its operations. The first generation takes a minute longer.
+        cache_tokens: The maximum number of tokens in the key-value cache, including padding; None for enough to
+            generate all responses at once. The responses to one prompt always start together, even if they need more.
+            The samples do not depend on it.
+        compile: Whether to compile the decoding step with ``torch.compile``, for any number of rows and columns. Use it
+            on GPUs, where kernel launches dominate a small model's step. The first generation takes a minute longer.
 
     Raises:
         ValueError: if cache_tokens is not positive.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.generation.engine import find_special_tokens
+    >>> from lit_rlhf.models.loading import load_model, load_tokenizer
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = make_tiny_model(folder)
+    ...     actor, tokenizer = Actor(load_model(folder)), load_tokenizer(folder)
+    >>> tokens = torch.tensor([[2, 6, 7], [2, 8, 9]])
+    >>> prompts = PromptBatch(
+    ...     tokens=tokens, mask=tokens > 0, group=torch.arange(2), prompts=["w0 w1", "w2 w3"], columns={}
+    ... )
+    >>> sampling, special_tokens = Sampling(max_tokens=4, responses=3), find_special_tokens(actor, tokenizer, stop=())
+    >>> rollout = NativeEngine().generate(actor, prompts, sampling, special_tokens, stream=Stream.ROLLOUT, iteration=0)
+    >>> rollout.group
+    tensor([0, 0, 0, 1, 1, 1])
     """
 
     is_exact: ClassVar[bool] = True
@@ -62,14 +80,14 @@ class NativeEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """See `Engine.generate`."""
+        """Generate ``sampling.responses`` responses for each prompt, as `Engine.generate` specifies."""
         n = sampling.responses
         rows = prompts.group.repeat_interleave(n) * n + torch.arange(n, device=prompts.group.device).repeat(
             len(prompts.group)
         )
-        draws = uniforms(stream, iteration, rows, sampling.max_tokens)
-        with unsharded(actor), _casts_kept(), self._fast_step(actor, len(rows)) as step:
-            decoding = _Decoding(actor, prompts, sampling, special_tokens, draws, self.cache_tokens, step)
+        numbers = uniforms(stream, iteration, rows, sampling.max_tokens)
+        with unsharded(actor), _autocast_cache(), self._next_logits(actor, len(rows)) as next_logits:
+            decoding = _Decoding(actor, prompts, sampling, special_tokens, numbers, self.cache_tokens, next_logits)
             decoding.run()
         longest = int(decoding.lengths.max())
         last = decoding.tokens.gather(1, decoding.lengths[:, None] - 1)
@@ -85,23 +103,23 @@ class NativeEngine(Engine):
         )
 
     @contextmanager
-    def _fast_step(self, actor: Actor, rows: int) -> Iterator[Callable[..., Tensor]]:
-        """`Actor.next_logits` of one token a row, compiled or with weights that are packed for it."""
+    def _next_logits(self, actor: Actor, rows: int) -> Iterator[Callable[..., Tensor]]:
+        """Provide `Actor.next_logits` for one token a row, either compiled or with packed weights."""
         if self.compile:
-            yield partial(_compiled_step(), actor)
-        else:  # layers that are compiled for training would adapt to every length
+            yield partial(_compiled_next_logits(), actor)
+        else:  # layers that are compiled for training would be compiled again for each length
             with torch.compiler.set_stance("force_eager"), packed_weights(actor.model, rows):
                 yield actor.next_logits
 
 
 @lru_cache
-def _compiled_step() -> Callable[..., Tensor]:
-    """One for all engines: what is compiled stays."""
+def _compiled_next_logits() -> Callable[..., Tensor]:
+    """Return the compiled step that all engines share, so that it is compiled once a process."""
     return torch.compile(Actor.next_logits, dynamic=True)
 
 
 class _Decoding:
-    """One call of `NativeEngine.generate`: the responses so far, and the rows of the cache that are at work on them."""
+    """The state of one call of `NativeEngine.generate`: the responses so far, and the rows of the cache in use."""
 
     def __init__(
         self,
@@ -109,144 +127,146 @@ class _Decoding:
         prompts: PromptBatch,
         sampling: Sampling,
         special_tokens: SpecialTokens,
-        draws: Tensor,
+        uniforms: Tensor,
         cache_tokens: int | None,
-        step: Callable[..., Tensor],
+        next_logits: Callable[..., Tensor],
     ) -> None:
-        device = draws.device
-        self.actor, self.prompts, self.sampling, self.step = actor, prompts, sampling, step
+        device = uniforms.device
+        self.actor, self.prompts, self.sampling, self.next_logits = actor, prompts, sampling, next_logits
         self.stop = torch.tensor(special_tokens.stop, device=device)
-        self.draws = F.pad(draws, (0, 1))  # [B n, T + 1], and so the next three
-        self.tokens = torch.full_like(self.draws, special_tokens.pad, dtype=torch.long)
-        self.logprobs = torch.zeros_like(self.draws, dtype=torch.float32)
+        self.uniforms = F.pad(uniforms, (0, 1))  # [B n, T + 1], like the next three; ended rows write to column T
+        self.tokens = torch.full_like(self.uniforms, special_tokens.pad, dtype=torch.long)
+        self.logprobs = torch.zeros_like(self.uniforms, dtype=torch.float32)
         self.entropy = torch.zeros_like(self.logprobs)
         self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
-        self.waiting = 0  # the first prompt that has not begun
-        self.look_every = LOOK_EVERY_ON_CPU if device.type == "cpu" else LOOK_EVERY_ON_GPU
-        self.longest = max(self.prompt_lengths)
-        self.columns = self.longest + sampling.max_tokens + self.look_every  # at most; rows go on until somebody looks
-        rows = len(draws)
-        if cache_tokens is not None and rows * self.columns > cache_tokens:
-            self.columns += self.columns // 4  # texts come and go: the column that is written moves on
-            rows = min(rows, max(1, cache_tokens // (self.columns * sampling.responses)) * sampling.responses)
-        columns = min(self.columns, self.longest + FIRST_COLUMNS)
-        self.cache = RowCache(rows, columns, end=self.longest)
+        self.next_prompt = 0  # the first prompt that has not started
+        self.check_every = CHECK_ENDED_EVERY_CPU if device.type == "cpu" else CHECK_ENDED_EVERY_GPU
+        self.longest_prompt = max(self.prompt_lengths)
+        # the most columns; a row that has ended still writes some until the next check
+        self.max_columns = self.longest_prompt + sampling.max_tokens + self.check_every
+        rows = len(uniforms)
+        if cache_tokens is not None and rows * self.max_columns > cache_tokens:
+            self.max_columns += self.max_columns // 4  # so that the contents move to the left less often
+            rows = min(rows, max(1, cache_tokens // (self.max_columns * sampling.responses)) * sampling.responses)
+        columns = min(self.max_columns, self.longest_prompt + INITIAL_COLUMNS)
+        self.cache = RowCache(rows, columns, end=self.longest_prompt)
         self.mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        # of the rows in use:
-        self.first: list[int] = []  # column of the prompt's first token
-        self.response = torch.empty(0, dtype=torch.long, device=device)  # which of the B n
-        self.time = self.response.clone()  # tokens drawn
-        self.position = self.response.clone()  # of the token drawn last
+        # one entry for each row in use:
+        self.first_column: list[int] = []  # the column of the prompt's first token
+        self.response = torch.empty(0, dtype=torch.long, device=device)  # the index of the response, 0 … B n - 1
+        self.time = self.response.clone()  # the number of tokens sampled
+        self.position = self.response.clone()  # the position of the newest token in its sequence
         self.ended = torch.empty(0, dtype=torch.bool, device=device)
 
     def run(self) -> None:
         """Decode until every response has ended."""
         logits, steps = self._admit(None), 0
         while True:
-            new = self._draw(logits)
+            new = self._sample(logits)
             steps += 1
-            if steps % self.look_every == 0:
-                new = self._retire(new)
-                if not self.first and self.waiting == len(self.prompt_lengths):
+            if steps % self.check_every == 0:
+                new = self._remove_ended(new)
+                if not self.first_column and self.next_prompt == len(self.prompt_lengths):
                     return
-            logits = self._admit(self._forward(new) if self.first else None)
+            logits = self._admit(self._forward(new) if self.first_column else None)
 
     def _admit(self, logits: Tensor | None) -> Tensor:
-        """Let waiting prompts in if there is room; their logits stand behind the others'."""
-        n, used = self.sampling.responses, len(self.first)
+        """Prefill waiting prompts if enough rows are free, and append their logits to those of the rows in use."""
+        n, used = self.sampling.responses, len(self.first_column)
         free = self.cache.rows - used
-        count = min(len(self.prompt_lengths) - self.waiting, free // n)
-        if count == 0 or (logits is not None and free < ADMIT_SHARE * self.cache.rows):
+        count = min(len(self.prompt_lengths) - self.next_prompt, free // n)
+        if count == 0 or (logits is not None and free < MIN_FREE_FRACTION * self.cache.rows):
             assert logits is not None
             return logits
-        which = slice(self.waiting, self.waiting + count)
-        self.waiting += count
-        lengths = self.prompt_lengths[which]
+        admitted = slice(self.next_prompt, self.next_prompt + count)
+        self.next_prompt += count
+        lengths = self.prompt_lengths[admitted]
         width = max(lengths)
-        mask = self.prompts.mask[which, -width:]
+        mask = self.prompts.mask[admitted, -width:]
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         prefilled = DynamicCache()
-        new = self.actor.next_logits(self.prompts.tokens[which, -width:], mask, positions, prefilled)
+        new = self.actor.next_logits(self.prompts.tokens[admitted, -width:], mask, positions, prefilled)
         self.cache.insert(prefilled, n)
         self.mask[used : self.cache.used] = False
         self.mask[used : self.cache.used, self.cache.end - width : self.cache.end] = mask.repeat_interleave(n, 0)
-        self.first += [self.cache.end - length for length in lengths for _ in range(n)]
-        self.cache.start = min(self.first)
-        began = torch.arange(which.start * n, which.stop * n, device=self.time.device)
-        self.response = torch.cat([self.response, began])
-        self.time = torch.cat([self.time, torch.zeros_like(began)])
+        self.first_column += [self.cache.end - length for length in lengths for _ in range(n)]
+        self.cache.start = min(self.first_column)
+        responses = torch.arange(admitted.start * n, admitted.stop * n, device=self.time.device)
+        self.response = torch.cat([self.response, responses])
+        self.time = torch.cat([self.time, torch.zeros_like(responses)])
         self.position = torch.cat([self.position, positions[:, -1].repeat_interleave(n)])
-        self.ended = torch.cat([self.ended, torch.zeros_like(began, dtype=torch.bool)])
+        self.ended = torch.cat([self.ended, torch.zeros_like(responses, dtype=torch.bool)])
         new = new.repeat_interleave(n, 0)
         return new if logits is None else torch.cat([logits, new])
 
-    def _draw(self, logits: Tensor) -> Tensor:
-        """The next token of every row in use."""
-        longest = self.sampling.max_tokens
-        place = self.response, torch.where(self.ended, longest, self.time)  # what an ended row draws goes behind
+    def _sample(self, logits: Tensor) -> Tensor:
+        """Sample and record the next token of every row in use, [rows]."""
+        max_tokens = self.sampling.max_tokens
+        index = self.response, torch.where(self.ended, max_tokens, self.time)  # the last column is never read
         forbidden = None
         if self.sampling.min_tokens:
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
             forbidden[:, self.stop] = (self.time < self.sampling.min_tokens)[:, None]
-        new, logprobs, entropy = draw(logits, self.draws[place], self.sampling, forbidden)
-        self.tokens[place], self.logprobs[place], self.entropy[place] = new, logprobs, entropy
-        going = ~self.ended
-        self.time += going
-        self.position += going
+        new, logprobs, entropy = draw(logits, self.uniforms[index], self.sampling, forbidden)
+        self.tokens[index], self.logprobs[index], self.entropy[index] = new, logprobs, entropy
+        active = ~self.ended
+        self.time += active
+        self.position += active
         self.lengths[self.response] = self.time
-        self.ended = self.ended | (new[:, None] == self.stop).any(1) | (self.time == longest)
+        self.ended = self.ended | (new[:, None] == self.stop).any(1) | (self.time == max_tokens)
         return new
 
-    def _retire(self, new: Tensor) -> Tensor:
-        """Rows that have ended give way to the last ones; returns the tokens of those that are left."""
+    def _remove_ended(self, new: Tensor) -> Tensor:
+        """Replace rows that have ended by the last active rows; return the newest tokens of the remaining rows."""
         ended = self.ended.tolist()
-        left = len(ended) - sum(ended)
-        if left == len(ended):
+        remaining = len(ended) - sum(ended)
+        if remaining == len(ended):
             return new
-        holes = [row for row in range(left) if ended[row]]
-        movers = [row for row in range(left, len(ended)) if not ended[row]]
-        order = list(range(left))
-        for hole, mover in zip(holes, movers, strict=True):
-            order[hole] = mover
-        if movers:
-            source, target = (torch.tensor(rows, device=new.device) for rows in (movers, holes))
-            self.cache.move(source, target)
-            self.mask[target] = self.mask[source]
-        self.cache.used = left
-        self.first = [self.first[row] for row in order]
-        self.cache.start = min(self.first, default=self.cache.end)
+        targets = [row for row in range(remaining) if ended[row]]
+        sources = [row for row in range(remaining, len(ended)) if not ended[row]]
+        order = list(range(remaining))
+        for target, source in zip(targets, sources, strict=True):
+            order[target] = source
+        if sources:
+            source_rows, target_rows = (torch.tensor(rows, device=new.device) for rows in (sources, targets))
+            self.cache.move(source_rows, target_rows)
+            self.mask[target_rows] = self.mask[source_rows]
+        self.cache.used = remaining
+        self.first_column = [self.first_column[row] for row in order]
+        self.cache.start = min(self.first_column, default=self.cache.end)
         kept = torch.tensor(order, dtype=torch.long, device=new.device)
         self.response, self.time, self.position = self.response[kept], self.time[kept], self.position[kept]
         self.ended = self.ended[kept]
         return new[kept]
 
     def _forward(self, new: Tensor) -> Tensor:
-        """One step of the rows in use."""
+        """Compute the next logits of the rows in use, [rows, V], from their newest tokens."""
         cache = self.cache
         if cache.end == cache.columns:
-            self._make_room()
+            self._resize_cache()
         self.mask[: cache.used, cache.end] = True
-        seen = self.mask[: cache.used, cache.start : cache.end + 1]
-        logits = self.step(new[:, None], seen, self.position[:, None], cache)
+        mask = self.mask[: cache.used, cache.start : cache.end + 1]
+        logits = self.next_logits(new[:, None], mask, self.position[:, None], cache)
         cache.end += 1
         return logits
 
-    def _make_room(self) -> None:
-        """More columns, and fewer rows if nobody waits for them; at full size, everything moves to the left."""
+    def _resize_cache(self) -> None:
+        """Add columns, and drop free rows if no prompt is waiting; at the maximum width, move the contents left."""
         cache = self.cache
-        before, width = cache.end, cache.end - cache.start
-        seen = self.mask[: cache.used, cache.start : cache.end]
-        rows = cache.used if self.waiting == len(self.prompt_lengths) else cache.rows
-        cache.make_room(rows, min(self.columns, max(2 * width, self.longest + FIRST_COLUMNS)), max(width, self.longest))
-        self.mask = torch.zeros(rows, cache.columns, dtype=torch.bool, device=seen.device)
-        self.mask[: cache.used, cache.start : cache.end] = seen
-        self.first = [column + cache.end - before for column in self.first]
+        old_end, width = cache.end, cache.end - cache.start
+        mask = self.mask[: cache.used, cache.start : cache.end]
+        rows = cache.used if self.next_prompt == len(self.prompt_lengths) else cache.rows
+        columns = min(self.max_columns, max(2 * width, self.longest_prompt + INITIAL_COLUMNS))
+        cache.resize(rows, columns, end=max(width, self.longest_prompt))
+        self.mask = torch.zeros(rows, cache.columns, dtype=torch.bool, device=mask.device)
+        self.mask[: cache.used, cache.start : cache.end] = mask
+        self.first_column = [column + cache.end - old_end for column in self.first_column]
 
 
 @contextmanager
-def _casts_kept() -> Iterator[None]:
-    """Under autocast, cast the weights once and not at every token: nothing trains here."""
+def _autocast_cache() -> Iterator[None]:
+    """Cast the weights once rather than at every token under autocast; they do not change inside this context."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(True)
     try:

@@ -1,4 +1,4 @@
-"""One token for each row, from logits and one uniform number a row."""
+"""Sampling of one token for each row, from logits and one uniform number a row."""
 
 import torch
 from torch import Tensor
@@ -9,19 +9,26 @@ from lit_rlhf.generation.engine import Sampling
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw tokens by the inverse of the cumulative distribution: the first token whose F(token) > u.
+    """Sample tokens by inverting the cumulative distribution F: the first token with F(token) > u.
 
-    The vocabulary is sorted only where top-p asks for it.
+    The vocabulary is sorted only for top-p.
 
     Args:
-        logits: [R, V] float32, before the temperature.
+        logits: [R, V] float32, before division by the temperature.
         uniforms: [R] float64 in [0, 1).
         sampling: Temperature, top-k and top-p.
-        forbidden: Bool [R, V], tokens that may not be drawn, or None.
+        forbidden: Bool [R, V], True for tokens that must not be sampled; None to allow all tokens.
 
     Returns:
-        The tokens, [R] int64; their log-probabilities in the whole distribution at the temperature, before anything was
-        cut from it, [R]; and that distribution's entropy in nats, [R].
+        The tokens, [R] int64; their log-probabilities under the full distribution at the temperature, before top-k,
+        top-p and ``forbidden`` are applied, [R]; and the entropy of that distribution in nats, [R].
+
+    >>> logits = torch.tensor([0.5, 0.2, 0.3]).log().expand(3, 3)
+    >>> tokens, logprobs, entropy = draw(logits, torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64), Sampling())
+    >>> tokens
+    tensor([0, 1, 2])
+    >>> logprobs.exp()
+    tensor([0.5000, 0.2000, 0.3000])
     """
     logprobs = torch.log_softmax(logits if sampling.temperature in (0, 1) else logits / sampling.temperature, -1)
     probabilities = logprobs.exp()
@@ -29,22 +36,22 @@ def draw(
         allowed = logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
         tokens = allowed.argmax(-1, keepdim=True)
     else:
-        left = probabilities if forbidden is None else probabilities.masked_fill(forbidden, 0.0)
-        if 0 < sampling.top_k < left.shape[-1]:
-            smallest = left.topk(sampling.top_k).values[:, -1:]
-            left = left.masked_fill(left < smallest, 0.0)
+        kept = probabilities if forbidden is None else probabilities.masked_fill(forbidden, 0.0)
+        if 0 < sampling.top_k < kept.shape[-1]:
+            smallest = kept.topk(sampling.top_k).values[:, -1:]
+            kept = kept.masked_fill(kept < smallest, 0.0)
         if sampling.top_p < 1:
-            left = _keep_nucleus(left, sampling.top_p)
-        cumulative = left.cumsum(-1, dtype=torch.float64)
+            kept = _keep_nucleus(kept, sampling.top_p)
+        cumulative = kept.cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     entropy = -(probabilities * logprobs).sum(-1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1), entropy
 
 
 def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The most likely tokens up to and with the one at which their share of the whole reaches ``top_p``."""
+    """Keep the most likely tokens, up to and including the one at which their normalised sum reaches ``top_p``."""
     ordered, order = probabilities.sort(-1, descending=True)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     before = ordered.cumsum(-1) - ordered
-    outside = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, order, before >= top_p)
-    return probabilities.masked_fill(outside, 0.0)
+    removed = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, order, before >= top_p)
+    return probabilities.masked_fill(removed, 0.0)

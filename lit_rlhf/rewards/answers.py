@@ -1,4 +1,4 @@
-"""Answers that can be checked: exact text, and numbers in the manner of GSM8K."""
+"""Rewards for checkable answers: exact text, and numbers in the format of GSM8K."""
 
 import re
 from collections.abc import Sequence
@@ -16,12 +16,16 @@ NUMBER = re.compile(r"(?:(?<!\w)-)?\$?\d[\d,]*(?:\.\d+)?")
 
 
 class ExactAnswer(Reward):
-    """1 if the response, without surrounding white space, equals the column's text, else 0.
+    """1 if the response equals the answer, ignoring surrounding white space, and 0 otherwise.
 
     Args:
-        column: The prompts' column with the right answer.
-        ignore_case: Whether «Paris» and «paris» are the same.
-        weight: Factor of this reward in the score.
+        column: The column of the prompts that contains the correct answer.
+        ignore_case: Whether to ignore case, so that «Paris» equals «paris».
+        weight: The factor of this reward in the score.
+
+    >>> from lit_rlhf.rewards import make_reward_inputs
+    >>> ExactAnswer(ignore_case=True)(make_reward_inputs([" paris", "Rome"], answer=["Paris", "Paris"]))
+    tensor([1., 0.])
     """
 
     def __init__(self, column: str = "answer", ignore_case: bool = False, weight: float = 1.0) -> None:
@@ -30,7 +34,7 @@ class ExactAnswer(Reward):
         self.ignore_case = ignore_case
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """0 or 1 a response, [B].
+        """Compare each response with its answer; return 0 or 1, [B].
 
         Raises:
             UserError: if the column does not exist.
@@ -39,22 +43,27 @@ class ExactAnswer(Reward):
         responses = [response.strip() for response in reward_inputs.responses]
         if self.ignore_case:
             answers, responses = [a.casefold() for a in answers], [r.casefold() for r in responses]
-        right = [float(a == r) for a, r in zip(answers, responses, strict=True)]
-        return torch.tensor(right, device=reward_inputs.rollout.tokens.device)
+        scores = [float(a == r) for a, r in zip(answers, responses, strict=True)]
+        return torch.tensor(scores, device=reward_inputs.rollout.tokens.device)
 
 
 class NumericAnswer(Reward):
-    """1 if the response's final number equals the answer's, ``format_score`` if it only has the form, else 0.
+    """1 if the response's final number is correct, ``format_score`` if only its format is, and 0 otherwise.
 
-    The final number is the one after the last marker (``#### 72``). Thousands separators and a dollar sign do not
-    count, and 72 equals 72.0.
+    The final number is the one after the last marker (``#### 72``). Thousands separators and a dollar sign are ignored,
+    and 72 equals 72.0.
 
     Args:
-        column: The prompts' column with the right answer: a number, or a text with the marker.
-        marker: What stands before the final number.
-        anywhere: Also take the last number of a response without marker.
-        format_score: For a response with a marker and a wrong number.
-        weight: Factor of this reward in the score.
+        column: The column of the prompts that contains the correct answer: a number, or a text with the marker.
+        marker: The text before the final number.
+        anywhere: Whether to use the last number of a response that has no marker.
+        format_score: The score of a response with a marker and a wrong number.
+        weight: The factor of this reward in the score.
+
+    >>> from lit_rlhf.rewards import make_reward_inputs
+    >>> responses = ["70 + 2 = 72\\n#### 72.0", "#### 71", "It is 72."]
+    >>> NumericAnswer(format_score=0.1)(make_reward_inputs(responses, answer=[72, 72, 72]))
+    tensor([1.0000, 0.1000, 0.0000])
     """
 
     def __init__(
@@ -72,7 +81,7 @@ class NumericAnswer(Reward):
         self.format_score = format_score
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """One number a response, [B].
+        """Compare the final number of each response with its answer; return one number a response, [B].
 
         Raises:
             UserError: if the column does not exist, or an answer in it has no number.
@@ -81,30 +90,30 @@ class NumericAnswer(Reward):
         for response, answer in zip(reward_inputs.responses, _column(reward_inputs, self.column), strict=True):
             text = str(answer)
             candidates = (_decimal(text), final_number(text, self.marker), last_number(text))
-            right = next((number for number in candidates if number is not None), None)
-            if right is None:
-                raise UserError(f"the column {self.column} has no number in {str(answer)[:80]!r}")
-            given = final_number(response, self.marker)
-            marked = given is not None
-            if given is None and self.anywhere:
-                given = last_number(response)
-            scores.append(1.0 if given == right else self.format_score if marked else 0.0)
+            correct = next((number for number in candidates if number is not None), None)
+            if correct is None:
+                raise UserError(f"the column {self.column} contains no number in {text[:80]!r}")
+            predicted = final_number(response, self.marker)
+            has_format = predicted is not None
+            if predicted is None and self.anywhere:
+                predicted = last_number(response)
+            scores.append(1.0 if predicted == correct else self.format_score if has_format else 0.0)
         return torch.tensor(scores, device=reward_inputs.rollout.tokens.device)
 
 
 def final_number(text: str, marker: str = "####") -> Decimal | None:
-    """The first number after the last marker, or None.
+    """Return the number that follows the last marker, or None if there is no marker or no number after it.
 
     >>> final_number("so 70 + 2 = 72\\n#### $1,072.0")
     Decimal('1072.0')
     """
-    _, found, after = text.rpartition(marker)
-    match = re.match(rf"\s*({NUMBER.pattern})", after) if found else None
+    _, separator, after = text.rpartition(marker)
+    match = re.match(rf"\s*({NUMBER.pattern})", after) if separator else None
     return _decimal(match.group(1)) if match else None
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, or None.
+    """Return the last number of a text, or None if it has none.
 
     >>> last_number("between 3 and 4,000 apples")
     Decimal('4000')

@@ -1,4 +1,4 @@
-"""A Python function as reward."""
+"""A Python function as a reward."""
 
 import inspect
 import traceback
@@ -18,16 +18,23 @@ from lit_rlhf.types import RewardInputs
 class RewardFunction(Reward):
     """A Python function that scores a batch of responses.
 
-    It is called with keyword arguments, those that its signature names of: ``prompts`` (text or conversations),
-    ``responses`` (text), ``terminated`` (bools: the response ended by itself), and any column of the prompts' file;
-    each a list with one entry a response. It returns one finite number a response::
+    The function receives, as keyword arguments, those of the following that its signature names: ``prompts`` (text or
+    conversations), ``responses`` (text), ``terminated`` (bools, True if a stop token ended the response), and any
+    column of the prompts. Each is a list with one entry a response. The function returns one finite number a
+    response::
 
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]
 
     Args:
         function: ``path/to/file.py:name`` or ``package.module:name``.
-        weight: Factor of this reward in the score.
+        weight: The factor of this reward in the score.
+
+    >>> from lit_rlhf.rewards import make_reward_inputs
+    >>> reward = RewardFunction("lit_rlhf.data.reviews:reward")
+    >>> reward.prepare(tokenizer=None)  # imports the function
+    >>> reward(make_reward_inputs(["the soup was delicious .", "the soup was awful ."]))
+    tensor([ 1., -1.])
     """
 
     def __init__(self, function: str, weight: float = 1.0) -> None:
@@ -37,7 +44,7 @@ class RewardFunction(Reward):
 
     @property
     def name(self) -> str:
-        """The function's name."""
+        """The function's name, without its module."""
         return self.function.rpartition(":")[2]
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -46,13 +53,13 @@ class RewardFunction(Reward):
             self._call = load_reference(self.function, "rewards.function")
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """What the function returns, [B].
+        """Call the function; return its scores, [B].
 
         Raises:
-            UserError: if the function raises, wants a column that does not exist, or returns anything but one finite
-                number a response.
+            UserError: if the function raises an exception, has a parameter that is not a column, or does not return one
+                finite number a response.
         """
-        assert self._call is not None, "prepare() comes first"
+        assert self._call is not None, "call prepare() first"
         available: dict[str, Sequence[Any]] = {
             **reward_inputs.columns,
             "prompts": reward_inputs.prompts,
@@ -65,22 +72,23 @@ class RewardFunction(Reward):
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"the reward function {self.function} raised {reason} ({_place(self._call, error)})"
+                f"the reward function {self.function} raised {reason} ({_error_location(self._call, error)})"
             ) from error
-        return self._checked(scores, reward_inputs).to(reward_inputs.rollout.tokens.device)
+        return self._to_tensor(scores, reward_inputs).to(reward_inputs.rollout.tokens.device)
 
-    def _arguments(self, call: Callable[..., Any], available: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-        parameters = inspect.signature(call).parameters.values()
+    def _arguments(self, function: Callable[..., Any], available: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        parameters = inspect.signature(function).parameters.values()
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             return available
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in available]
         if missing:
             raise UserError(
-                f"the reward function {self.function} wants {', '.join(missing)}; there is: {', '.join(available)}"
+                f"the reward function {self.function} has the parameter(s) {', '.join(missing)}, which are not "
+                f"available; available are: {', '.join(available)}"
             )
         return {p.name: available[p.name] for p in parameters if p.name in available}
 
-    def _checked(self, scores: Any, reward_inputs: RewardInputs) -> Tensor:
+    def _to_tensor(self, scores: Any, reward_inputs: RewardInputs) -> Tensor:
         count = len(reward_inputs.responses)
         try:
             tensor = torch.as_tensor(scores, dtype=torch.float32).detach()
@@ -90,8 +98,8 @@ class RewardFunction(Reward):
                 f"not {type(scores).__name__}: {error}"
             ) from error
         if tensor.shape != (count,):
-            found = f"shape {tuple(tensor.shape)}" if tensor.ndim != 1 else f"{len(tensor)}"
-            raise UserError(f"the reward function {self.function} should return {count} numbers, it returned {found}")
+            returned = f"shape {tuple(tensor.shape)}" if tensor.ndim != 1 else f"{len(tensor)}"
+            raise UserError(f"the reward function {self.function} should return {count} numbers, not {returned}")
         if not tensor.isfinite().all():
             row = int((~tensor.isfinite()).nonzero()[0])
             raise UserError(
@@ -101,9 +109,9 @@ class RewardFunction(Reward):
         return tensor
 
 
-def _place(function: Callable[..., Any], error: Exception) -> str:
-    """The last line of the function's own file that the error came through."""
+def _error_location(function: Callable[..., Any], error: Exception) -> str:
+    """Return the innermost line of the traceback that is in the function's file, or else its last line."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == inspect.getsourcefile(function)]
-    frame = (own or frames)[-1]
+    user_frames = [frame for frame in frames if frame.filename == inspect.getsourcefile(function)]
+    frame = (user_frames or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}"

@@ -18,19 +18,27 @@ from lit_rlhf.types import Prompt, RewardInputs
 
 
 class RewardModel(Reward):
-    """A Hugging Face sequence classifier with one label, asked at the response's last token (its stop token included).
+    """A Hugging Face sequence classifier with one label, read at the last token of the response (or its stop token).
 
-    With the actor's vocabulary it reads the actor's tokens; with another one the text is tokenized again.
+    If the reward model has the actor's vocabulary it reads the actor's tokens; otherwise the text is tokenized again.
 
     Args:
         model: A folder or hub id, or a configuration for random weights.
-        weight: Factor of this reward in the score.
-        max_tokens: Padded tokens in one forward at most.
-        normalize: Subtract the mean and divide by the deviation of the scores of the model's own training set, which
-            `RewardModeling` stores with it.
+        weight: The factor of this reward in the score.
+        max_tokens: The maximum number of tokens in a forward pass, including padding.
+        normalize: Whether to subtract the mean and divide by the standard deviation of the scores on the reward model's
+            training set, which `RewardModeling` stores in its configuration.
 
     Raises:
-        UserError: in ``prepare``, if the model does not load, or has no mean and deviation stored.
+        UserError: in ``prepare``, if the model cannot be loaded, or stores no mean and standard deviation.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> with TemporaryDirectory() as folder:
+    ...     reward = RewardModel(str(make_tiny_model(folder, task="score")))
+    ...     reward.prepare(tokenizer=load_tokenizer(folder))
+    >>> reward.model(torch.tensor([[2, 6, 7, 1]])).shape  # one number after each token
+    torch.Size([1, 4])
     """
 
     def __init__(
@@ -40,12 +48,16 @@ class RewardModel(Reward):
         self.source = model
         self.max_tokens = max_tokens
         self.normalize = normalize
-        self.scale = (0.0, 1.0)  # what is subtracted, and divided by
+        self.scale = (0.0, 1.0)  # mean and standard deviation
         self.model: ScalarModel | None = None
         self.retokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load the model, frozen, and its tokenizer if it is another than the actor's."""
+        """Load and freeze the model, and keep its tokenizer if that differs from the actor's.
+
+        Args:
+            tokenizer: The actor's tokenizer.
+        """
         if self.model is not None:
             return
         self.model = load_reward_model(self.source, "rewards.model")
@@ -55,15 +67,15 @@ class RewardModel(Reward):
             if getattr(config, "score_std", None) is None:
                 raise UserError(f"rewards.normalize: {self.source} has no score_mean and score_std in its config.json")
             self.scale = (config.score_mean, config.score_std)
-        own = load_tokenizer(self.source, "rewards.model")
-        if own.get_vocab() != tokenizer.get_vocab():
-            self.retokenizer = own
-            print(f"rewards: {self.source} has another vocabulary than the actor; texts are tokenized again for it")
+        own_tokenizer = load_tokenizer(self.source, "rewards.model")
+        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
+            self.retokenizer = own_tokenizer
+            print(f"rewards: the vocabulary of {self.source} differs from the actor's; its texts are tokenized again")
 
     @torch.no_grad()
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """The score of prompt and response, [B]."""
-        assert self.model is not None, "prepare() comes first"
+        """Compute the score of each response, given its prompt, [B]."""
+        assert self.model is not None, "call prepare() first"
         rollout = reward_inputs.rollout
         tokens, lengths = rollout.tokens, rollout.lengths
         if self.retokenizer is not None:
@@ -73,14 +85,18 @@ class RewardModel(Reward):
         with unsharded(self.model):
             for rows in pack(lengths.cpu(), self.max_tokens):
                 rows = rows.to(tokens.device)
-                some = tokens[rows, : int(lengths[rows].max())]
-                scores[rows] = self.model(some, lengths[rows]).gather(1, lengths[rows, None] - 1).squeeze(1)
-        mean, deviation = self.scale
-        return (scores - mean) / deviation
+                batch = tokens[rows, : int(lengths[rows].max())]
+                scores[rows] = self.model(batch, lengths[rows]).gather(1, lengths[rows, None] - 1).squeeze(1)
+        mean, std = self.scale
+        return (scores - mean) / std
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, reward_inputs: RewardInputs) -> tuple[Tensor, Tensor]:
-    """Prompt and response as this tokenizer writes them, ended where the actor ended; right-padded."""
+    """Tokenize prompts and responses, with an end token where the actor's response has one.
+
+    Returns:
+        The tokens, [B, S] int64, right-padded, and the length of each row, [B] int64.
+    """
     rows: list[list[int]] = []
     pairs: Sequence[tuple[Prompt, str]] = list(zip(reward_inputs.prompts, reward_inputs.responses, strict=True))
     for (prompt, response), terminated in zip(pairs, reward_inputs.rollout.terminated.tolist(), strict=True):

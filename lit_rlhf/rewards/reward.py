@@ -1,18 +1,27 @@
-"""The protocol of rewards."""
+"""The interface of rewards."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.types import RewardInputs
+from lit_rlhf.types import Prompt, RewardInputs, Rollout
 
 
 class Reward(nn.Module, ABC):
-    """Gives each response a number; it takes no gradient and is not in checkpoints.
+    """Assigns a number to each response; its weights are neither trained nor stored in checkpoints.
 
     Args:
-        weight: Factor of this reward in the score.
+        weight: The factor of this reward in the score.
+
+    >>> class Brevity(Reward):
+    ...     def forward(self, reward_inputs):
+    ...         return torch.tensor([-float(len(response.split())) for response in reward_inputs.responses])
+    >>> Brevity()(make_reward_inputs(["yes", "yes of course"]))
+    tensor([-1., -3.])
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -21,12 +30,47 @@ class Reward(nn.Module, ABC):
 
     @property
     def name(self) -> str:
-        """What this reward is called in metrics and samples."""
+        """The name of this reward in metrics and samples."""
         return type(self).__name__
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load what must be loaded, once, before the first use; the actor's tokenizer is given."""
+        """Load models and files, before the reward is first used.
+
+        Args:
+            tokenizer: The actor's tokenizer.
+        """
 
     @abstractmethod
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """[B] float32, one number a response."""
+        """Compute one number for each response, [B] float32."""
+
+
+def make_reward_inputs(
+    responses: Sequence[str], prompts: Sequence[Prompt] | None = None, **columns: Sequence[Any]
+) -> RewardInputs:
+    """Return the inputs of a reward for these texts, to try a reward without a run.
+
+    Args:
+        responses: B responses; all of them count as terminated, and their tokens are 0.
+        prompts: B prompts; None for empty ones.
+        columns: Further columns of the prompts, B values each.
+
+    Returns:
+        The inputs, for rewards that read the text.
+
+    >>> make_reward_inputs(["72", "7"], answer=[72, 72]).columns
+    {'answer': [72, 72]}
+    """
+    rows = len(responses)
+    ones = torch.ones(rows, dtype=torch.long)
+    rollout = Rollout(
+        tokens=torch.zeros(rows, 2, dtype=torch.long),
+        prompt_lengths=ones,
+        response_lengths=ones,
+        rollout_logprobs=torch.zeros(rows, 1),
+        rollout_entropy=torch.zeros(rows, 1),
+        response_mask=torch.ones(rows, 1, dtype=torch.bool),
+        terminated=torch.ones(rows, dtype=torch.bool),
+        group=torch.arange(rows),
+    )
+    return RewardInputs(prompts=prompts or [""] * rows, responses=responses, columns=columns, rollout=rollout)

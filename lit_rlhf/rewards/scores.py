@@ -1,28 +1,36 @@
-"""From several rewards to one score, and from the score to what enters the reward."""
+"""How several rewards are combined into one score, and how the score is shaped."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.masked import Reduce
+from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.reward import Reward
 from lit_rlhf.types import RewardInputs
 
 
 @dataclass(frozen=True)
 class ScoreShaping:
-    """What happens to the score, in this order.
+    """The operations that are applied to the score, in this order.
 
     Args:
-        normalize: Subtract the running mean and divide by the running deviation, over all scores of the run so far.
-        clip: Then clip to [−clip, clip]; None: not at all.
-        truncation_penalty: Then subtract this, 0 or more, from responses that did not end by themselves.
+        normalize: Whether to subtract the running mean and divide by the running standard deviation of all scores of
+            the run so far.
+        clip: Clip the score to [−clip, clip]; None for no limit.
+        truncation_penalty: Subtracted from the score of truncated responses; 0 or more.
 
     Raises:
-        ValueError: if clip is not positive, or the penalty negative.
+        ValueError: if clip is not positive, or the penalty is negative.
+
+    >>> shaping = ScoreShaping(clip=5.0, truncation_penalty=1.0)
+    >>> scores, terminated = torch.tensor([7.0, 7.0]), torch.tensor([True, False])
+    >>> Scores([], shaping).shape(scores, terminated, reduce=lambda x: x)
+    tensor([5., 4.])
     """
 
     normalize: bool = False
@@ -39,11 +47,19 @@ class ScoreShaping:
 
 
 class Scores(nn.Module):
-    """The rewards, their weighted sum, and the running statistics of it (in the checkpoint).
+    """The rewards, their weighted sum, and its running statistics, which are stored in checkpoints.
 
     Args:
-        rewards: At least one.
-        shaping: What happens to their sum.
+        rewards: The rewards, at least one in a run.
+        shaping: The operations that are applied to their weighted sum.
+
+    >>> from lit_rlhf.rewards import ExactAnswer, NumericAnswer, make_reward_inputs
+    >>> scores = Scores([ExactAnswer(weight=0.5), NumericAnswer()], ScoreShaping())
+    >>> rewards, total = scores.judge(make_reward_inputs(["#### 72", "72"], answer=["72", "72"]))
+    >>> rewards
+    {'ExactAnswer': tensor([0., 1.]), 'NumericAnswer': tensor([1., 0.])}
+    >>> total
+    tensor([1.0000, 0.5000])
     """
 
     count: Tensor
@@ -54,54 +70,69 @@ class Scores(nn.Module):
         super().__init__()
         self.rewards = nn.ModuleList(rewards)
         self.shaping = shaping
-        for name in ("count", "mean", "squares"):  # of Welford's algorithm: squares is the sum of squared deviations
+        for name in ("count", "mean", "squares"):  # squares: the sum of squared deviations from the mean
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load what the rewards need on the CPU; Lightning moves the models to its device afterwards.
+        """Prepare and freeze the rewards on the CPU; Lightning moves them to its device afterwards.
 
         Args:
-            tokenizer: The actor's.
+            tokenizer: The actor's tokenizer.
         """
-        with torch.device("cpu"):  # from_pretrained takes another default device for a device_map
-            for reward in self._each():
+        with torch.device("cpu"):  # from_pretrained would use another default device as a device_map
+            for reward in self._iterate():
                 reward.prepare(tokenizer)
         self.rewards.requires_grad_(False).eval()
 
     @torch.no_grad()
     def judge(self, reward_inputs: RewardInputs) -> tuple[dict[str, Tensor], Tensor]:
-        """Each reward by name, unweighted, and the score, their weighted sum; each [B]."""
-        parts: dict[str, Tensor] = {}
-        total = torch.zeros(len(reward_inputs.responses), device=reward_inputs.rollout.tokens.device)
-        for reward in self._each():
-            value = reward(reward_inputs).float()
-            name = reward.name if reward.name not in parts else f"{reward.name}_{len(parts)}"
-            parts[name] = value
-            total = total + reward.weight * value
-        return parts, total
+        """Compute the rewards and the score of each response.
+
+        Returns:
+            The unweighted rewards by name, and the score, which is their weighted sum; each [B].
+
+        Raises:
+            UserError: if a reward does not return a tensor of shape [B].
+        """
+        rewards: dict[str, Tensor] = {}
+        score = torch.zeros(len(reward_inputs.responses), device=reward_inputs.rollout.tokens.device)
+        for reward in self._iterate():
+            values = reward(reward_inputs)
+            _check_rewards(reward, values, len(reward_inputs.responses))
+            values = values.float()
+            name = reward.name if reward.name not in rewards else f"{reward.name}_{len(rewards)}"
+            rewards[name] = values
+            score = score + reward.weight * values
+        return rewards, score
 
     @torch.no_grad()
     def shape(self, scores: Tensor, terminated: Tensor, reduce: Reduce) -> Tensor:
-        """Normalise, clip, penalise truncation; [B]. The running statistics take these scores in first.
+        """Normalise and clip the scores, and penalise truncated responses; return the shaped scores, [B].
+
+        The running statistics are updated with these scores first.
 
         Args:
             scores: [B].
-            terminated: Bool [B].
+            terminated: Bool [B], True if a stop token ended the response.
             reduce: Sums a tensor over all ranks.
         """
         if self.shaping.normalize:
-            self._observe(scores.double(), reduce)
-            deviation = (self.squares / self.count).sqrt()
-            scores = ((scores.double() - self.mean) / (deviation + 1e-8)).to(scores.dtype)
+            self._update_statistics(scores.double(), reduce)
+            std = (self.squares / self.count).sqrt()
+            scores = ((scores.double() - self.mean) / (std + 1e-8)).to(scores.dtype)
         if self.shaping.clip is not None:
             scores = scores.clamp(-self.shaping.clip, self.shaping.clip)
         return torch.where(terminated, scores, scores - self.shaping.truncation_penalty)
 
-    def _each(self) -> Iterator[Reward]:
+    def _iterate(self) -> Iterator[Reward]:
         return iter(self.rewards)  # type: ignore[arg-type]
 
-    def _observe(self, scores: Tensor, reduce: Reduce) -> None:
-        """Chan et al.'s merge of two samples' means and sums of squared deviations."""
+    def _update_statistics(self, scores: Tensor, reduce: Reduce) -> None:
+        """Merge the scores of all ranks into the running statistics.
+
+        Source: Chan, Golub and LeVeque 1983, «Algorithms for computing the sample variance: analysis and
+        recommendations», for merging the means and sums of squared deviations of two samples.
+        """
         count = reduce(torch.tensor(float(len(scores)), dtype=torch.float64, device=scores.device))
         mean = reduce(scores.sum()) / count
         squares = reduce(((scores - mean) ** 2).sum())
@@ -110,3 +141,9 @@ class Scores(nn.Module):
         self.squares += squares + delta**2 * self.count * count / total
         self.mean += delta * count / total
         self.count += count
+
+
+def _check_rewards(reward: Reward, values: Any, count: int) -> None:
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        returned = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"the reward {reward.name} should return a tensor of {count} numbers, not {returned}")

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
-from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
+from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens, join_responses
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
 from lit_rlhf.randomness import Stream
@@ -168,16 +168,16 @@ def test_the_cache_grows_and_moves(llama, monkeypatch, cache_tokens, first_colum
     prompts = llama.prompts(count=24)
     expected = responses(llama.generate(prompts, max_tokens=60))
     assert max(map(len, expected)) > 30
-    monkeypatch.setattr("lit_rlhf.generation.native.FIRST_COLUMNS", first_columns)
+    monkeypatch.setattr("lit_rlhf.generation.native.INITIAL_COLUMNS", first_columns)
     assert responses(llama.generate(prompts, NativeEngine(cache_tokens), max_tokens=60)) == expected
 
 
-@pytest.mark.parametrize("look_every", [3, 8])
-def test_looking_seldom_changes_nothing(subject, monkeypatch, look_every):
-    """As on a GPU, where rows go on after their end until somebody looks."""
+@pytest.mark.parametrize("check_every", [3, 8])
+def test_checking_less_often_changes_nothing(subject, monkeypatch, check_every):
+    """As on a GPU, where rows that have ended are computed until the next check."""
     prompts = subject.prompts()
     expected = subject.generate(prompts)
-    monkeypatch.setattr("lit_rlhf.generation.native.LOOK_EVERY_ON_CPU", look_every)
+    monkeypatch.setattr("lit_rlhf.generation.native.CHECK_ENDED_EVERY_CPU", check_every)
     for engine in (NativeEngine(), NativeEngine(cache_tokens=150)):
         found = subject.generate(prompts, engine)
         assert torch.equal(found.tokens, expected.tokens)
@@ -385,3 +385,25 @@ def test_no_gradients(llama):
 def test_out_of_range(cache_tokens):
     with pytest.raises(ValueError, match=f"^cache_tokens must .*{cache_tokens}$"):
         NativeEngine(cache_tokens=cache_tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("logprobs", r"^shapes differ: tokens \[4, 3\], logprobs \[4, 1\], entropy \[4, 3\]$"),
+        ("lengths", r"^shapes differ: prompts \[4\], responses \[4\], lengths \[4, 1\], terminated \[4\]$"),
+    ],
+)
+def test_join_responses_rejects_wrong_shapes(llama, name, message):
+    """An engine's column vector would broadcast."""
+    responses = {
+        "tokens": torch.zeros(4, 3, dtype=torch.long),
+        "logprobs": torch.zeros(4, 3),
+        "entropy": torch.zeros(4, 3),
+        "lengths": torch.ones(4, dtype=torch.long),
+        "terminated": torch.ones(4, dtype=torch.bool),
+    }
+    join_responses(llama.prompts(count=4), Sampling(), 0, **responses)
+    responses[name] = responses[name][..., None] if name == "lengths" else responses[name][:, :1]
+    with pytest.raises(ValueError, match=message):
+        join_responses(llama.prompts(count=4), Sampling(), 0, **responses)

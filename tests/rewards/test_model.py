@@ -98,7 +98,7 @@ def test_another_vocabulary_is_tokenized_again_and_says_so(tiny_model, other_mod
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     own = AutoTokenizer.from_pretrained(other_model)
     reward = prepared(other_model, tokenizer)
-    assert f"{other_model} has another vocabulary than the actor" in capsys.readouterr().out
+    assert f"the vocabulary of {other_model} differs from the actor's" in capsys.readouterr().out
     rows = [
         own(f"{prompt} {response}")["input_ids"] + [own.eos_token_id] * ended
         for prompt, response, ended in zip(PROMPTS, RESPONSES, TERMINATED, strict=True)

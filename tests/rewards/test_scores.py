@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.rewards import Reward, Scores, ScoreShaping
 from lit_rlhf.types import RewardInputs, Rollout
 
@@ -20,6 +21,13 @@ class Column(Reward):
 
     def forward(self, reward_inputs):
         return torch.tensor(reward_inputs.columns[self.column])
+
+
+class Plain(Column):
+    """The column as it is."""
+
+    def forward(self, reward_inputs):
+        return reward_inputs.columns[self.column]
 
 
 def reward_inputs(count, **columns) -> RewardInputs:
@@ -61,6 +69,23 @@ def test_two_rewards_of_one_name_are_both_told():
     assert len(parts) == 2
     assert "a" in parts
     assert total.tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "returned"),
+    [
+        (torch.zeros(2, 1), r"shape \(2, 1\)"),
+        (torch.zeros(()), r"shape \(\)"),
+        (torch.zeros(1), r"shape \(1,\)"),
+        ([0.0, 1.0], "list"),
+    ],
+)
+def test_a_reward_returns_one_number_a_response(values, returned):
+    scores = Scores([Plain("length")], ScoreShaping())
+    assert scores.judge(reward_inputs(2, length=torch.tensor([1.0, 2.0])))[1].tolist() == [1.0, 2.0]
+    message = rf"^the reward length should return a tensor of 2 numbers, not {returned}$"
+    with pytest.raises(UserError, match=message):
+        scores.judge(reward_inputs(2, length=values))
 
 
 def test_nothing_happens_to_the_score_by_default():
