@@ -1,6 +1,6 @@
 """The command ``lit-rlhf``.
 
-Nothing heavy is imported before it is needed: ``lit-rlhf --help`` answers at once.
+Heavy libraries are imported only when a command needs them, so that ``lit-rlhf --help`` answers at once.
 """
 
 import sys
@@ -13,22 +13,26 @@ HELP = """usage: lit-rlhf COMMAND [options]
 Align language models with human preferences by reinforcement learning.
 
 commands:
-  quickstart   SFT, a reward model and PPO on a small corpus of the package's own, from scratch
+  quickstart   SFT, a reward model and PPO from scratch, on a small corpus that is included
   fit          train: lit-rlhf fit --config configs/ppo.yaml
   validate     score held-out prompts
   test         score test prompts
   predict      write responses as JSONL
   export       write a checkpoint's model as a Hugging Face folder
 
-lit-rlhf COMMAND --help tells a command's options; lit-rlhf fit --model.help PolicyGradient a model's.
+lit-rlhf COMMAND --help shows a command's options, lit-rlhf fit --model.help PolicyGradient those of a model.
 """
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; a mistake of the user's is told in one line, with a non-zero exit.
+    """Run a command, and report a mistake of the user in one line with a non-zero exit status.
 
     Args:
-        args: The command's words; None: those of the command line.
+        args: Command and options; None: those of the command line.
+
+    >>> main(["--help"])  # doctest: +ELLIPSIS
+    usage: lit-rlhf COMMAND [options]
+    ...
     """
     words = list(sys.argv[1:] if args is None else args)
     try:

@@ -1,8 +1,8 @@
-"""jsonargparse's messages in one line, with the nearest right word.
+"""Shortens jsonargparse's messages to one line and adds the closest valid name.
 
-It nests them: ``Parser key "model"`` around ``Problem with given class_path '…PolicyGradient'`` around ``Parser key
-"advantages"`` around what is wrong, with remarks on every type of a union. The keys tell the field, the last class
-whose option it is, the innermost line what is wrong.
+The messages are nested: ``Parser key "model"`` contains ``Problem with given class_path '…PolicyGradient'``, which
+contains ``Parser key "advantages"`` and finally the mistake, with remarks on every type of a union. The keys give the
+field, the last class is the one whose option is wrong, and the innermost line is the mistake.
 """
 
 import difflib
@@ -12,71 +12,62 @@ import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 
-REMARKS = re.compile(
-    r"^(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
-    r"|Subclass types expect|a class path|a dict with|Parser key|Problem with given class_path|\(class path)"
-)
+from lit_rlhf import compat
 
 
 def explain(message: str, known: Sequence[str] = ()) -> str:
-    """One line that names the option, what was found, and what would be right.
+    """Return one line that names the option, what was found, and what would be right.
 
     Args:
-        message: What jsonargparse says, often many lines.
-        known: The command's own options, ``trainer.max_epochs`` and the like.
+        message: jsonargparse's message, often many lines.
+        known: The options of the command itself, such as ``trainer.max_epochs``.
 
     >>> explain("unrecognized arguments: --trainer.max_epoch=1", ["trainer.max_epochs", "config"])
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
-    text = message.replace(" in a subcommand", "")
-    field, owner = ".".join(re.findall(r'Parser key "([^"]+)"', text)), _owner(text)
-    option = (
-        re.search(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'", text)
-        or re.search(r"(?:Option|option) '(?P<group>)(?P<name>[^']+)'", text)
-        or re.search(r"[Uu]nrecognized arguments: (?:--)?(?P<group>)(?P<name>[^\s=]+)", text)
-        or re.search(r"Key '(?P<group>)(?P<name>[^']+)' is not expected", text)
-    )
+    field, owner = ".".join(compat.PARSER_KEY.findall(message)), _owner(message)
+    option = next(filter(None, (pattern.search(message) for pattern in compat.UNKNOWN_OPTION)), None)
     if owner is not None and owner.__module__.startswith("lightning."):
         return _class_expected(field, " is not set")
     if option:
         name = ".".join(filter(None, option.group("group", "name")))
         return _unknown_option(name, field, _options(owner) if owner else known, owner)
-    found = re.search(r"Expected a dot import path string: (\S+)", text)
-    if found and not re.search(r"Expected an? <class '(int|float)'>", text):
+    found = compat.UNKNOWN_CLASS.search(message)
+    if found and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
         return _class_expected(field, f": there is no class {found[1]!r}", found[1])
-    if found := re.search(r"Expected an instantiatable class, but (\S+) is abstract", text):
-        return _class_expected(field, f": {found[1].rpartition('.')[2]} is abstract, or no class_path is named")
-    if found := re.search(r"arguments are required: (?:\w+\.)?(\w+)", text):
+    if found := compat.ABSTRACT_CLASS.search(message):
+        return _class_expected(field, f": {found[1].rpartition('.')[2]} is abstract, or class_path is missing")
+    if found := compat.MISSING_OPTION.search(message):
         return _class_expected(found[1], " is not set")
-    if found := re.search(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)", text):
+    if found := compat.UNKNOWN_COMMAND.search(message):
         choices = [choice.strip(" '\"") for choice in found[2].split(",")]
         return f"there is no command {found[1]!r}{_nearest(found[1], choices)}; there are: {', '.join(choices)}"
-    return _told(field, text)
+    return _wrong_value(field, message)
 
 
-def _told(field: str, text: str) -> str:
-    """The innermost lines that say something, without what stands around them."""
-    lines = [re.sub(r'^Parser key "[^"]+":\s*', "", line.strip(" -\n")) for line in text.splitlines()]
-    telling = [line for line in lines if line and not REMARKS.match(line)]
-    if found := re.search(r"Expected a typing\.Literal\[(.+?)\]\. Got value: (.*)", text):
+def _wrong_value(field: str, text: str) -> str:
+    """Return the expected type and the value found; failing that, the innermost lines that are not remarks."""
+    lines = [re.sub(rf"^{compat.PARSER_KEY.pattern}:\s*", "", line.strip(" -\n")) for line in text.splitlines()]
+    informative = [line for line in lines if line and not compat.REMARK.match(line)]
+    if found := compat.CHOICE_EXPECTED.search(text):
         choices = found[1].replace("'", "")
-        said = f"should be one of {choices}, not {found[2]!r}"
-    elif found := re.search(r"Expected an? <class '([^']+)'>\. Got value: (.*)", text):
-        said = f"should be {_type(found[1])}, not {found[2]!r}"
+        mistake = f"should be one of {choices}, not {found[2]!r}"
+    elif found := compat.TYPE_EXPECTED.search(text):
+        mistake = f"should be {_type(found[1])}, not {found[2]!r}"
     else:
-        said = "; ".join(dict.fromkeys(telling)) or " ".join(text.split())
-        value = re.findall(r"Given value: (.+?)(?:\. Got value.*)?$", text, re.MULTILINE)
-        wanted = [w for w in re.findall(r"Expected an? <class '([^']+)'>", text) if w != "NoneType"]
-        if said.startswith(("Expected", "Type typing.Callable")) and value and wanted:
-            said = f"should be {' or '.join(dict.fromkeys(map(_type, wanted)))}, not {value[0]!r}"
-    shown = said if len(said) < 400 else f"{said[:400]} …"
+        mistake = "; ".join(dict.fromkeys(informative)) or " ".join(text.split())
+        value = compat.GIVEN_VALUE.findall(text)
+        expected = [name for name in compat.UNION_MEMBER.findall(text) if name != "NoneType"]
+        if mistake.startswith(compat.WRONG_TYPE) and value and expected:
+            mistake = f"should be {' or '.join(dict.fromkeys(map(_type, expected)))}, not {value[0]!r}"
+    shown = mistake if len(mistake) < 400 else f"{mistake[:400]} …"
     return f"{field}: {shown}" if field and not shown.startswith(field) else shown
 
 
 def _type(name: str) -> str:
-    """A type as one says it."""
-    said = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
-    return said.get(name, name.rpartition(".")[2])
+    """Return a type's name in plain words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+    return words.get(name, name.rpartition(".")[2])
 
 
 def _unknown_option(option: str, field: str, known: Sequence[str], owner: type | None) -> str:
@@ -95,7 +86,13 @@ def _class_expected(field: str, found: str, name: str = "") -> str:
 
 
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
-    """Compare whole names, and the last parts of dotted ones; the field is put in front of what is found."""
+    """Return a suggestion, the known name closest to a word, or an empty string if none is close.
+
+    Dotted names are compared as a whole and by their last part. The field is put before the name.
+
+    >>> _nearest("max_epoch", ["trainer.max_epochs"])
+    ", did you mean 'trainer.max_epochs'?"
+    """
     head, dot, rest = word.partition(".")
     heads = list(dict.fromkeys(name.partition(".")[0] for name in known))
     if dot and head not in heads and (close := difflib.get_close_matches(head, heads, n=1)):
@@ -110,9 +107,8 @@ def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
 
 
 def _owner(text: str) -> type | None:
-    """The innermost class that is named."""
-    paths = re.findall(r"Problem with given class_path '([^']+)'", text)
-    paths += re.findall(r"Got value: Namespace\(class_path='([^']+)'", text)
+    """Return the innermost class named in a message, None if there is none."""
+    paths = compat.REFUSED_CLASS.findall(text) + compat.REFUSED_CALLABLE.findall(text)
     if not paths:
         return None
     module, _, name = paths[-1].rpartition(".")
@@ -120,10 +116,10 @@ def _owner(text: str) -> type | None:
 
 
 def _options(owner: type) -> list[str]:
-    """Names of the class's options, and with a dot those inside dataclass options."""
+    """Return the names of a class's options, and of those inside its dataclass options with a dot."""
     names = []
     for parameter in inspect.signature(owner).parameters.values():
-        if parameter.name in ("params", "optimizer"):  # of an optimizer, a schedule: not the user's to set
+        if parameter.name in ("params", "optimizer"):  # the first of an optimizer or a schedule, not for users
             continue
         names.append(parameter.name)
         default = type(parameter.default)
@@ -133,7 +129,7 @@ def _options(owner: type) -> list[str]:
 
 
 def _class_names(field: str) -> list[str]:
-    """The classes that an option takes, ours and torch's."""
+    """Return the names of the classes that an option accepts, lit_rlhf's and torch's."""
     import lightning
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -162,7 +158,7 @@ def _class_names(field: str) -> list[str]:
 
 
 def _usable(candidate: type) -> bool:
-    """Neither abstract, nor private, nor our modules' common grounds."""
+    """Return whether a class can be used in a configuration: not abstract, private, or a base class only."""
     hidden = candidate.__name__.startswith("_") or candidate.__name__ in (
         "AlignmentModule",
         "OnPolicy",

@@ -2,4 +2,9 @@
 
 
 class UserError(ValueError):
-    """Something the user can mend: it names the field or the file and line, what was found, and what would be right."""
+    """A mistake that the user can correct: names the field or the file and line, what was found, and what is right.
+
+    >>> raise UserError("data.batch_size must be 1 or more, not 0")
+    Traceback (most recent call last):
+    lit_rlhf.errors.UserError: data.batch_size must be 1 or more, not 0
+    """

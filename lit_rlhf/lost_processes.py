@@ -1,4 +1,4 @@
-"""When one process of a run dies, the others end too, at once and in one line."""
+"""Ends a run in all its processes, with a message of one line, as soon as one of them dies."""
 
 import os
 import sys
@@ -6,34 +6,41 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lit_rlhf.compat import LOST_PEER
 from lit_rlhf.errors import UserError
 
-GONE = (
-    "another process of this run is gone: killed, out of memory, or stopped by an error that it tells itself; "
-    "--ckpt_path last goes on from the last checkpoint"
+MESSAGE = (
+    "another process of this run has ended: killed, out of memory, or stopped by an error that it reported itself; "
+    "--ckpt_path last resumes from the last checkpoint"
 )
 LAUNCHER = "LIT_RLHF_LAUNCHER"
-"""Environment variable: the first process of a run, which starts the others."""
-CLOSED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""What gloo and NCCL say when they lose another process."""
+"""Environment variable: the id of the run's first process, which starts the others."""
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What is done together with other processes: without them it ends.
+def exit_with_peers() -> Iterator[None]:
+    """Within this context, end this process when another process of the run dies.
+
+    A process that waits in a collective gets an error from the communication library. One that computes instead watches
+    its parent process, and exits at the latest a second after the parent.
 
     Raises:
-        UserError: if another process is gone.
+        UserError: if a collective fails because another process has ended.
+
+    >>> with exit_with_peers():
+    ...     raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1207")
+    Traceback (most recent call last):
+    lit_rlhf.errors.UserError: another process of this run has ended: ...
     """
     done = threading.Event()
     if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(LAUNCHER) == str(os.getppid()):
-        threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(os.getppid(), done), daemon=True).start()
     first = os.environ.setdefault(LAUNCHER, str(os.getpid())) == str(os.getpid())
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error) for words in CLOSED):
-            raise UserError(f"{GONE} ({' '.join(str(error).split())})") from error
+        if any(phrase in str(error) for phrase in LOST_PEER):
+            raise UserError(f"{MESSAGE} ({' '.join(str(error).split())})") from error
         raise
     finally:
         done.set()
@@ -41,9 +48,10 @@ def together() -> Iterator[None]:
             os.environ.pop(LAUNCHER, None)
 
 
-def _end_with(parent: int, done: threading.Event) -> None:
+def _exit_after(parent: int, done: threading.Event) -> None:
+    """Exit when the parent process has ended, unless ``done`` is set first."""
     while os.getppid() == parent:
         if done.wait(1.0):
             return
-    print(f"lit-rlhf: error: {GONE}", file=sys.stderr, flush=True)
+    print(f"lit-rlhf: error: {MESSAGE}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Python functions named in a configuration: ``module:name`` or ``path/to/file.py:name``."""
+"""Python functions that a configuration names: ``module:name`` or ``path/to/file.py:name``."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,7 @@ from lit_rlhf.errors import UserError
 
 
 def is_reference(text: str) -> bool:
-    """Whether the text names a Python object.
+    """Return whether a text names a Python object.
 
     >>> is_reference("rewards.py:happy"), is_reference("package.module:happy"), is_reference("data/prompts.jsonl")
     (True, True, False)
@@ -20,14 +20,14 @@ def is_reference(text: str) -> bool:
 
 
 def load_reference(text: str, field: str) -> Any:
-    """The function that ``module:name`` or ``file.py:name`` names.
+    """Import the function that ``module:name`` or ``file.py:name`` names.
 
     Args:
         text: The name.
-        field: The configuration field it stands in, for the message.
+        field: The configuration field that contains it, for the message.
 
     Raises:
-        UserError: if the text is no such name, the module cannot be imported, or has no such object.
+        UserError: if the text is not such a name, the module cannot be imported, or it has no such function.
 
     >>> load_reference("math:sqrt", "function")(9.0)
     3.0
@@ -57,7 +57,7 @@ def _load_file(path: Path) -> Any:
     name = f"lit_rlhf_user_{path.resolve().stem}_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file")
+        raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

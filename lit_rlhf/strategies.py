@@ -1,6 +1,6 @@
-"""How the models lie on many processes: ``ddp`` (Lightning's own), ``fsdp2`` and ``fsdp``, by ``--trainer.strategy``.
+"""How models are distributed over processes: ``ddp`` (Lightning's), ``fsdp2`` and ``fsdp``, by ``--trainer.strategy``.
 
-Importing this module makes the names known to Lightning.
+Importing this module registers the two latter names with Lightning.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
@@ -18,35 +19,45 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.checkpoints import by_name, read_checkpoint, remove
+from lit_rlhf.compat import set_device, shard_over_all_processes
 from lit_rlhf.models.sharding import shard, wrap
 
 
 class FSDP2(ModelParallelStrategy):
-    """Every process holds its share of each model's weights, gradients and optimizer state (FSDP2).
+    """Shards each model's weights, gradients and optimizer state over all processes (FSDP2).
 
-    A decoder layer's weights are gathered while it computes; all of a model's while it decodes or judges. With
-    ``--trainer.precision bf16-mixed`` weights are gathered and multiplied in bfloat16, and gradients added up and
-    weights updated in float32.
+    In training, a decoder layer's weights are gathered only while the layer computes; in decoding and scoring, those of
+    the whole model are. With ``--trainer.precision bf16-mixed`` weights are gathered and multiplied in bfloat16;
+    gradients are reduced and weights updated in float32.
 
     Args:
-        cpu_offload: Keep the shares in the CPU's memory, and update them there.
-        save_distributed_checkpoint: Each process writes its share into a folder; False: process 0 writes one file.
+        cpu_offload: Store and update the shards in CPU memory.
+        save_distributed_checkpoint: Each process writes its shard into a folder; False: process 0 writes one file.
+
+    >>> FSDP2(cpu_offload=True).cpu_offload
+    True
+
+    In a configuration, ``fsdp2`` selects the defaults; options need the class::
+
+        trainer:
+          strategy: {class_path: lit_rlhf.FSDP2, init_args: {cpu_offload: true}}
     """
 
     def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = True) -> None:
-        both = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None  # norms of what is offloaded
+        both = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None  # gradient norms on the CPU
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=both
         )
         self.cpu_offload = cpu_offload
+        self.saves_folders = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
-        """Every process is a share."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        """Start the processes' communication, with one shard per process."""
+        shard_over_all_processes(self)
         super().setup_environment()
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Spread a model over the processes, in place."""
+        """Shard a model over the processes, in place."""
         precision = self.precision_plugin.precision
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
         if precision == "bf16-mixed":
@@ -56,7 +67,7 @@ class FSDP2(ModelParallelStrategy):
         return shard(model, **options)
 
     def model_to_device(self) -> None:
-        """All that is not offloaded."""
+        """Move everything that is not offloaded to this process's device."""
         if not self.cpu_offload:
             super().model_to_device()
             return
@@ -65,15 +76,14 @@ class FSDP2(ModelParallelStrategy):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)
         if self.lightning_module is not None:
-            self.lightning_module._device = self.root_device  # as .to() would have it
+            set_device(self.lightning_module, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """A folder takes an older one's place when it is whole."""
-        if not self._save_distributed_checkpoint:
+        """Write a folder, which replaces an older one of the same name only when it is complete."""
+        if not self.saves_folders:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        # while neither has its name, Lightning takes the old one for the last: its name begins like it
         part, old = path.with_name("being-written"), path.with_name(f"{path.name}.old")
         if self.is_global_zero:
             remove(part)
@@ -88,7 +98,7 @@ class FSDP2(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """A folder, or one file of any strategy, whatever the number of processes it was saved on."""
+        """Load a folder, or a file of any strategy, saved on any number of processes."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
@@ -106,31 +116,34 @@ class FSDP2(ModelParallelStrategy):
 
 
 def _like(whole: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
-    """A whole tensor, spread as another one is."""
+    """Return a full tensor, sharded like another one."""
     if not isinstance(there, DTensor):
         return whole
     return distribute_tensor(whole.to(there.device), there.device_mesh, there.placements)
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """The names of an optimizer's parameters, by group."""
+    """Return the names of an optimizer's parameters, by group."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 class FSDP(FSDPStrategy):
-    """The same by FSDP1, each model wrapped by itself, with checkpoints of one file. Take `FSDP2` unless something else
-    asks for FSDP1.
+    """Shards like `FSDP2`, but by FSDP1, and saves checkpoints as one file. Use `FSDP2` unless FSDP1 is required.
+
+    >>> FSDP().sharding_strategy.name
+    'FULL_SHARD'
     """
 
     def __init__(self) -> None:
         super().__init__(state_dict_type="full")
 
     def setup_environment(self) -> None:
-        """Batches and buffers keep their types: Lightning would cast them, and refuses frozen dataclasses.
+        """Start the communication of the processes; batches and buffers keep their types.
 
-        Autocast is as Lightning has it in its other strategies: on the models' device, and without a cache of cast
-        weights, which would be those of before an optimizer step within the same training step.
+        Lightning would cast them, which it cannot do for frozen dataclasses. Autocast works as in Lightning's other
+        strategies: on the device of the models, and without a cache of cast weights, which would be outdated after an
+        optimizer step within the same training step.
         """
         super().setup_environment()
         for name in ("convert_input", "convert_module"):
@@ -138,19 +151,21 @@ class FSDP(FSDPStrategy):
         if self.precision_plugin.precision in ("bf16-mixed", "16-mixed"):
             half = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else torch.float16
             context = partial(torch.autocast, self.root_device.type, dtype=half, cache_enabled=False)
-            vars(self.precision_plugin)["forward_context"] = context  # the instance's goes before the class's
+            vars(self.precision_plugin)["forward_context"] = context  # takes precedence over the class's
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """The model wrapped, and spread over the processes."""
+        """Return the model, wrapped and sharded over the processes."""
         options: dict[str, Any] = {"sharding_strategy": self.sharding_strategy}
         if self.precision_plugin.precision == "bf16-mixed":
             options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         return wrap(model, device_id=self.root_device, **options)
 
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        """The models are wrapped already; what is beside them goes to the device."""
-        return model.to(self.root_device)
+    def setup(self, trainer: lightning.Trainer) -> None:
+        """Move what is not sharded to this process's device; `shard` has wrapped the models already."""
+        assert self.model is not None
+        self.model.to(self.root_device)
+        super().setup(trainer)
 
 
-StrategyRegistry.register("fsdp", FSDP, description="the same by FSDP1", override=True)
-StrategyRegistry.register("fsdp2", FSDP2, description="every process holds its share of all models (FSDP2)")
+StrategyRegistry.register("fsdp", FSDP, description="sharded over all processes by FSDP1", override=True)
+StrategyRegistry.register("fsdp2", FSDP2, description="sharded over all processes by FSDP2")

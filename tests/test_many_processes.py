@@ -122,7 +122,7 @@ def test_a_killed_process_ends_the_run_and_the_run_resumes_exactly(whole, fit, s
     killed = fit(name, strategy, 2, check=False, KILL_RANK=rank)
     assert time.monotonic() - start < 60
     assert killed.returncode == (-signal.SIGKILL if rank == "0" else 1)
-    assert "lit-rlhf: error: another process of this run is gone" in killed.stderr
+    assert "lit-rlhf: error: another process of this run has ended" in killed.stderr
     assert "Traceback" not in killed.stderr
     assert len(metrics(whole / name)) == 3
     fit(name, strategy, 2, "--ckpt_path", "last")
@@ -165,7 +165,7 @@ def test_an_incomplete_folder_is_refused(whole, tmp_path):
 
     shutil.copytree(whole / "fsdp2-2" / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
     (tmp_path / "last.ckpt" / "meta.pt").unlink()
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         read_checkpoint(tmp_path / "last.ckpt")
 
 

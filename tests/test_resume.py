@@ -107,7 +107,7 @@ def test_a_new_run_moves_the_old_one_aside(runs, tiny_model, prompt_file):
     for _ in range(2):
         done = lit_rlhf(*short, cwd=runs)
         assert done.returncode == 0, done.stderr
-    assert "again held an older run; it is now again.1" in done.stdout
+    assert "again contained an older run, which is now in again.1" in done.stdout
     assert (runs / "again" / "metrics.csv").exists()
     assert (runs / "again.1" / "metrics.csv").exists()
 

@@ -1,4 +1,4 @@
-"""What is added to a run: checkpoints, metrics, samples, the exported model, and what is done to the layers."""
+"""Callbacks: checkpoints, metrics, samples, predictions, export, and the compilation or recomputation of layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd

@@ -1,4 +1,4 @@
-"""Checkpoints by iteration."""
+"""Checkpoints that are saved by iteration."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,22 +7,30 @@ import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_rlhf.compat import validation_is_due
 from lit_rlhf.errors import UserError
 from lit_rlhf.modules.module import iteration_of
 
 
 class IterationCheckpoint(ModelCheckpoint):
-    """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` by a metric, and copies to keep.
+    """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` by a metric, and permanent copies.
 
-    A checkpoint is taken after an iteration is complete: after its validation, where one is due. So what is resumed
-    goes on exactly where the run stood, and ``--ckpt_path last`` finds it.
+    A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run resumed from
+    it by ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted.
 
     Args:
         every_n: Iterations between two ``last.ckpt``.
-        keep_every_n: Iterations between two ``iteration-000010.ckpt`` that stay; None: none stay.
-        monitor: The metric of ``best.ckpt``, ``val/score`` for example; None: no best.
-        mode: Whether more is better.
-        dirpath: Where; None: ``checkpoints`` in the run's folder.
+        keep_every_n: Iterations between two permanent copies such as ``iteration-000010.ckpt``; None: no copies.
+        monitor: The metric of ``best.ckpt``, for example ``val/score``; None: no ``best.ckpt``.
+        mode: Whether the best value is the largest or the smallest.
+        dirpath: The folder; None: ``checkpoints`` in the run's folder.
+
+    Raises:
+        ValueError: if a number of iterations is less than 1.
+
+    >>> callback = IterationCheckpoint(every_n=20, monitor="val/loss", mode="min")
+    >>> callback.every_n, callback.best is None
+    (20, True)
     """
 
     def __init__(
@@ -45,7 +53,7 @@ class IterationCheckpoint(ModelCheckpoint):
         self.saved_iteration = 0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Find the folder."""
+        """Determine the folder."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
@@ -53,8 +61,8 @@ class IterationCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, unless the iteration's validation is still to come."""
-        if not _validation_is_due(trainer):
+        """Save after the iteration, unless its validation is still due."""
+        if not validation_is_due(trainer):
             self._save(trainer, iteration_of(pl_module))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -63,19 +71,19 @@ class IterationCheckpoint(ModelCheckpoint):
             self._save(trainer, iteration_of(pl_module))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Nothing: iterations count, not epochs."""
+        """Do nothing: checkpoints are saved by iteration, not by epoch."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save what is not saved yet."""
+        """Save ``last.ckpt`` if the last iteration has not been saved."""
         if iteration_of(pl_module) > self.saved_iteration:
             self._write(trainer, "last.ckpt", iteration_of(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far."""
+        """Return the best value of the metric so far, and the iteration of ``last.ckpt``."""
         return {"best": self.best, "saved_iteration": self.saved_iteration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best so far."""
+        """Restore the best value of the metric, and the iteration of ``last.ckpt``."""
         self.best = state_dict["best"]
         self.saved_iteration = state_dict["saved_iteration"]
 
@@ -92,7 +100,7 @@ class IterationCheckpoint(ModelCheckpoint):
         if metric not in metrics:
             validated = any(name.startswith("val/") for name in metrics)
             if metric.startswith("val/") and not validated:
-                return False  # the first validation is still to come
+                return False  # before the first validation
             raise UserError(f"checkpoint.monitor: there is no metric {metric!r}; there are: {', '.join(metrics)}")
         value = float(metrics[metric])
         if self.best is not None and (value <= self.best if self.better == "max" else value >= self.best):
@@ -105,9 +113,3 @@ class IterationCheckpoint(ModelCheckpoint):
         if name == "last.ckpt":
             self.saved_iteration = iteration
         trainer.save_checkpoint(str(Path(self.dirpath) / name))
-
-
-def _validation_is_due(trainer: lightning.Trainer) -> bool:
-    """Whether Lightning will validate after this batch; it has no public question for it."""
-    loop = trainer.fit_loop
-    return any(trainer.num_val_batches) and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))  # type: ignore[arg-type]

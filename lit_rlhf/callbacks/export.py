@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder, at the end of the run."""
+"""Writes the trained model as a Hugging Face folder at the end of the run."""
 
 from pathlib import Path
 
@@ -14,13 +14,16 @@ class ExportAtEnd(lightning.Callback):
 
     Args:
         name: The folder's name in the run's folder.
+
+    >>> ExportAtEnd(name="model").name
+    'model'
     """
 
     def __init__(self, name: str = "export") -> None:
         self.name = name
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write it, from one process; the others give their shares."""
+        """Write the folder from process 0; the other processes contribute their shards."""
         assert isinstance(pl_module, AlignmentModule)
         weights = full_state_dict(pl_module.get_submodule(pl_module.role))
         if trainer.is_global_zero:

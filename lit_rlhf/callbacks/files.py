@@ -1,4 +1,4 @@
-"""Files that grow with a run and are cut back to a checkpoint's state when the run is resumed."""
+"""Files that grow with a run, and are truncated to a checkpoint's state when the run is resumed."""
 
 import csv
 import json
@@ -9,10 +9,17 @@ from typing import Any
 
 
 class TableFile:
-    """A CSV file whose columns may grow.
+    """A CSV file to which rows and columns can be added.
 
     Args:
         path: The file.
+
+    >>> import tempfile
+    >>> table = TableFile(Path(tempfile.mkdtemp()) / "metrics.csv")
+    >>> table.append({"loss": 0.5})
+    >>> table.append({"loss": 0.25, "score": 1.0})
+    >>> table.path.read_text().splitlines()
+    ['loss,score', '0.5,', '0.25,1.0']
     """
 
     def __init__(self, path: Path) -> None:
@@ -21,7 +28,7 @@ class TableFile:
         self.rows = 0
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row; a new column is empty in the rows before."""
+        """Add a row; a new column is empty in the earlier rows."""
         new = [name for name in row if name not in self.columns]
         if new:
             self._rewrite(self._read(), [*self.columns, *new])
@@ -30,7 +37,7 @@ class TableFile:
         self.rows += 1
 
     def restore(self, columns: list[str], rows: int) -> None:
-        """Keep these columns and the first so many rows."""
+        """Keep only these columns and the first ``rows`` rows."""
         self.columns = columns
         self._rewrite(self._read()[:rows], columns)
         self.rows = rows
@@ -54,27 +61,33 @@ class TableFile:
 
 
 class LinesFile:
-    """A JSONL file.
+    """A JSONL file to which records can be added.
 
     Args:
         path: The file.
+
+    >>> import tempfile
+    >>> lines = LinesFile(Path(tempfile.mkdtemp()) / "samples.jsonl")
+    >>> lines.append([{"prompt": "2 + 2"}])
+    >>> lines.path.read_text(), lines.size
+    ('{"prompt": "2 + 2"}\\n', 20)
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records, one a line."""
+        """Add records, one per line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The file's size in bytes, 0 if it does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def restore(self, size: int) -> None:
-        """Keep the first so many bytes."""
+        """Keep only the first ``size`` bytes."""
         if self.size > size:
             os.truncate(self.path, size)

@@ -1,4 +1,4 @@
-"""What is done to each decoder layer before training: compile it, or keep no activations of it."""
+"""Callbacks that change each decoder layer before training: compile it, or recompute its activations."""
 
 from __future__ import annotations
 
@@ -19,29 +19,37 @@ from lit_rlhf.modules.trpo import TRPO
 class CompileLayers(Callback):
     """Compiles every decoder layer with ``torch.compile``, for forwards and backwards of any length.
 
-    The first iteration takes a minute longer. Decoding is not compiled. Layers are compiled in place: checkpoints stay
-    as they are.
+    The first iteration takes a minute longer. Decoding is not compiled. Layers are compiled in place, so the names in
+    checkpoints do not change. ::
+
+        trainer:
+          callbacks: [CompileLayers]
 
     Raises:
-        UserError: for TRPO, which differentiates twice; compiled layers cannot be.
+        UserError: for TRPO, which differentiates twice: compiled layers can be differentiated only once.
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Once the models are loaded."""
+        """Change the layers, once the models are loaded."""
         if isinstance(pl_module, TRPO):
-            raise UserError("CompileLayers: TRPO differentiates twice, compiled layers only once")
+            raise UserError(
+                "CompileLayers: TRPO differentiates twice, but compiled layers can be differentiated only once"
+            )
         for layer in _layers(pl_module, self):
             layer.compile(dynamic=True)
 
 
 class ActivationCheckpointing(Callback):
-    """Keeps only the inputs of every trained decoder layer for the backward pass, which runs the layer again.
+    """Stores only the inputs of each trained decoder layer for the backward pass, which computes the layer again.
 
-    Less memory for a quarter to a third more time. The results are the same.
+    Needs less memory, and a quarter to a third more time. The results are the same. ::
+
+        trainer:
+          callbacks: [ActivationCheckpointing]
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Once the models are loaded."""
+        """Change the layers, once the models are loaded."""
         for layer in _layers(pl_module, self):
             if any(parameter.requires_grad for parameter in layer.parameters()):
                 layer.forward = partial(_recomputed, layer.forward)

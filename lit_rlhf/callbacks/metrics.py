@@ -1,4 +1,4 @@
-"""``metrics.csv`` in the run's folder."""
+"""Writes the metrics to ``metrics.csv`` in the run's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,16 @@ from lit_rlhf.modules.module import iteration_of
 
 
 class MetricsFile(lightning.Callback):
-    """Writes a row an iteration, and one a validation, whatever logger is in use.
+    """Writes one row per iteration and one per validation, with any logger or none.
 
-    A resumed run's file is cut back to the checkpoint's rows first, so it ends like that of a run never interrupted.
+    When a run is resumed, the file is first truncated to the checkpoint's rows, so that in the end it is the same as
+    without the interruption.
 
     Args:
         name: The file's name in the run's folder.
+
+    >>> MetricsFile(name="rows.csv").name
+    'rows.csv'
     """
 
     def __init__(self, name: str = "metrics.csv") -> None:
@@ -25,7 +29,7 @@ class MetricsFile(lightning.Callback):
         self._restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the file, and cut it back if the run is resumed."""
+        """Open the file, and truncate it if the run is resumed."""
         self.file = TableFile(Path(trainer.default_root_dir) / self.name)
         state = self._restored or {"columns": [], "rows": 0}
         if trainer.is_global_zero:
@@ -34,22 +38,22 @@ class MetricsFile(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A row of the iteration."""
+        """Write the iteration's row."""
         metrics = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("val/")}
         self._append(trainer, metrics)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """A row of the validation."""
+        """Write the validation's row."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             metrics = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             self._append(trainer, {"progress/iteration": iteration_of(pl_module), **metrics})
 
     def state_dict(self) -> dict[str, Any]:
-        """How much of the file belongs to the checkpoint."""
+        """Return the columns and the number of rows written so far."""
         return {"columns": self.file.columns, "rows": self.file.rows} if self.file else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember what to cut back to."""
+        """Store the columns and the number of rows to which the file will be truncated."""
         self._restored = state_dict or None
 
     def _append(self, trainer: lightning.Trainer, metrics: dict[str, Any]) -> None:

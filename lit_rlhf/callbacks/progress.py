@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""A progress bar with the metrics' short names."""
 
 import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -14,12 +14,16 @@ SHORT = {
 
 
 class ProgressBar(TQDMProgressBar):
-    """Shows score, KL to the reference (nats a response) and response tokens a second, by their short names."""
+    """Shows the score, the KL to the reference (nats per response) and response tokens per second.
+
+    >>> SHORT["objective/kl_to_ref"]
+    'KL'
+    """
 
     def get_metrics(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What stands behind the bar."""
+        """Return the metrics shown after the bar, by their short names."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {SHORT.get(name, name): value for name, value in metrics.items()}

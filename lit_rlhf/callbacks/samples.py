@@ -1,4 +1,4 @@
-"""Responses to read: ``samples.jsonl`` while training, ``predictions.jsonl`` from ``predict``."""
+"""Writes responses to read: ``samples.jsonl`` in training, ``predictions.jsonl`` in ``predict``."""
 
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,20 @@ COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score", "r
 class Samples(lightning.Callback):
     """Writes the first responses of each iteration, and of each validation, with their scores.
 
-    Each line has the iteration, prompt, response, score, rewards, and KL to the reference in nats. A logger that knows
-    tables (W&B) gets them too. A resumed run's file is cut back to the checkpoint's lines first.
+    Each line has the iteration, prompt, response, score, rewards, and KL to the reference in nats. A logger that
+    supports tables (W&B) also gets them as a table. When a run is resumed, the file is first truncated to the
+    checkpoint's lines.
 
     Args:
-        count: Responses an iteration.
+        count: Responses per iteration.
         table_every_n: Iterations between two tables for the logger.
         name: The file's name in the run's folder.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    >>> Samples(count=2).count
+    2
     """
 
     def __init__(self, count: int = 4, table_every_n: int = 10, name: str = "samples.jsonl") -> None:
@@ -40,7 +47,7 @@ class Samples(lightning.Callback):
         self._restored = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the file, and cut it back if the run is resumed."""
+        """Open the file, and truncate it if the run is resumed."""
         self.file = LinesFile(Path(trainer.default_root_dir) / self.name)
         if trainer.is_global_zero:
             self.file.restore(self._restored)
@@ -74,11 +81,11 @@ class Samples(lightning.Callback):
             self._write(trainer, self._records(iteration_of(pl_module), "val", **outputs))
 
     def state_dict(self) -> dict[str, Any]:
-        """How much of the file belongs to the checkpoint."""
+        """Return the file's size in bytes."""
         return {"size": self.file.size if self.file else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember what to cut back to."""
+        """Store the size to which the file will be truncated."""
         self._restored = state_dict["size"]
 
     def _records(
@@ -110,10 +117,13 @@ class Samples(lightning.Callback):
 
 
 class Predictions(lightning.Callback):
-    """Writes what ``predict`` gives, one JSON line a response.
+    """Writes the responses of ``predict``, one JSON line each.
 
     Args:
         name: The file's name in the run's folder.
+
+    >>> Predictions(name="answers.jsonl").name
+    'answers.jsonl'
     """
 
     def __init__(self, name: str = "predictions.jsonl") -> None:
@@ -135,7 +145,7 @@ class Predictions(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch's responses, those of all processes in the order of the file."""
+        """Write the batch's responses, those of all processes, in the order of the prompt file."""
         shares = [outputs]
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size
@@ -144,6 +154,6 @@ class Predictions(lightning.Callback):
             self.file.append([record for share in shares for record in share])
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say where they are."""
+        """Print the file's path."""
         if trainer.is_global_zero and self.file is not None:
             print(f"predictions: {self.file.path}")

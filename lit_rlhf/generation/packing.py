@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.compat import block_weight, multiply_by_blocks
+
 
 @contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
@@ -24,19 +26,15 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     for layer in model.modules():
         if type(layer) is nn.Linear and _can_be_packed(layer.weight):
             dtype = _compute_dtype(layer.weight)
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), rows)
+            weight = block_weight(layer.weight.detach().to(dtype), rows)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-            vars(layer)["forward"] = partial(_linear, weight, bias)  # hides the method of the class
+            vars(layer)["forward"] = partial(multiply_by_blocks, weight, bias)  # hides the method of the class
             packed.append(layer)
     try:
         yield
     finally:
         for layer in packed:
             del vars(layer)["forward"]
-
-
-def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x.to(weight.dtype), weight, bias, "none", [], "")
 
 
 def _can_be_packed(weight: Tensor) -> bool:

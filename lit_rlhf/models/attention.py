@@ -1,7 +1,7 @@
-"""Texts without padding: they stand one after the other in a single row, and each sees only itself.
+"""Attention without padding: the texts follow one another in a single row, and each attends only to itself.
 
-The trunk then works on real tokens alone. transformers' attention interface lets the attention be ours, and hands on
-the texts' bounds under the names that its flash attention uses (``cu_seq_lens_q``, …).
+The trunk then computes real tokens only. The attention is registered in transformers' attention interface, which passes
+the texts' bounds under the names of its flash attention (``cu_seq_lens_q``, …).
 """
 
 from collections.abc import Callable
@@ -14,23 +14,25 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_rlhf.compat import attention_can_be_set, attention_of
+
 try:  # flash attention over texts of different lengths, part of torch since 2.11
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover
     varlen_attn = None  # type: ignore[assignment]
 
 UNPADDED = "lit_rlhf_unpadded"
-"""The name under which transformers knows this attention."""
+"""The name of this attention in transformers' registry."""
 
 
 def last_hidden_state(trunk: nn.Module, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
-    """The trunk's last hidden state at real tokens, 0 elsewhere, [B, S, H].
+    """Return the trunk's last hidden state at real tokens, 0 elsewhere, [B, S, H].
 
     Args:
-        trunk: A decoder of transformers.
+        trunk: A transformers decoder.
         tokens: [B, S] int64.
-        real: Bool [B, S], the tokens that matter: from a row's first on, without gaps.
-        positions: [B, S] int64, where a row holds several texts: they begin at 0 with each; None: one text a row.
+        real: Bool [B, S], True at real tokens: a prefix of each row.
+        positions: [B, S] int64, for rows of several texts: they start at 0 in each text; None: one text per row.
     """
     if not is_unpadded(trunk):
         return trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
@@ -52,21 +54,21 @@ def last_hidden_state(trunk: nn.Module, tokens: Tensor, real: Tensor, positions:
 
 
 def is_unpadded(trunk: nn.Module) -> bool:
-    """Whether `last_hidden_state` leaves out padding for this trunk."""
+    """Return whether `last_hidden_state` skips padding for this trunk."""
     config: Any = trunk.config
-    return config._attn_implementation == UNPADDED or config._attn_implementation.startswith("flash_attention")
+    return attention_of(config) == UNPADDED or attention_of(config).startswith("flash_attention")
 
 
 @torch.no_grad()
 def use_unpadded_attention(model: PreTrainedModel) -> None:
-    """Give a model this attention, if it then still says the same; if not, leave it as it is.
+    """Set a model's attention to this one if its output stays the same; otherwise leave the model as it is.
 
-    Not so for architectures whose attention is not a function of queries, keys, values and positions alone (ALiBi, soft
-    caps, attention sinks, state spaces).
+    It does not stay the same for architectures whose attention depends on more than queries, keys, values and
+    positions (ALiBi, soft caps, attention sinks, state spaces).
     """
-    before = model.config._attn_implementation
-    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only their mask knows
-    if chunked or not model._can_set_attn_implementation() or model.device.type == "meta":
+    before = attention_of(model.config)
+    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only the mask has the chunks
+    if chunked or not attention_can_be_set(model) or model.device.type == "meta":
         return
     if not keeps_texts_apart(model, UNPADDED):
         model.set_attn_implementation(before)
@@ -74,11 +76,11 @@ def use_unpadded_attention(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> bool:
-    """Whether two texts in one row get the hidden states that the model gives each alone.
+    """Return whether two texts in one row have the same hidden states as each of them alone.
 
     Args:
         model: A decoder.
-        attention: What the model shall compute the row with, and keep; None: what it has.
+        attention: The attention that computes the row, which the model then keeps; None: the model's own.
     """
     tokens = torch.arange(7, device=model.device)[None] % model.config.vocab_size
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=model.device)
@@ -88,7 +90,7 @@ def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> b
         if attention is not None:
             model.set_attn_implementation(attention)
         together = last_hidden_state(model.base_model, tokens, torch.ones_like(tokens, dtype=torch.bool), places)
-    except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError):  # it cannot at all
+    except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError):  # not supported by this model
         return False
     return torch.allclose(together.float(), apart.float(), rtol=1e-3, atol=1e-3)
 
@@ -106,11 +108,11 @@ def _attend(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, heads, N, D] → [B, N, heads, D]."""
+    """Compute attention through transformers' interface: query [B, heads, N, D] → [B, N, heads, D]."""
     if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError
-    if cu_seq_lens_q is None:  # decoding: the mask says everything
-        if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # one query: faster in float32
+    if cu_seq_lens_q is None:  # decoding: the mask is complete
+        if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # a single query is faster in float32
             with torch.autocast("cpu", enabled=False):
                 query, key, value = query.float(), key.float(), value.float()
                 return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
@@ -119,11 +121,11 @@ def _attend(
     return _attend_within(query, key, value, scale, sliding_window, cu_seq_lens_q, max_length_q), None
 
 
-@torch.compiler.disable  # a graph for every number of texts otherwise
+@torch.compiler.disable  # otherwise there would be a graph for every number of texts
 def _attend_within(
     query: Tensor, key: Tensor, value: Tensor, scale: float, sliding_window: int | None, bounds: Tensor, longest: int
 ) -> Tensor:
-    """Texts of [1, heads, N, D] one after the other, each for itself → [1, N, heads, D]."""
+    """Compute causal attention within each text of a row, [1, heads, N, D] → [1, N, heads, D]."""
     groups = query.shape[1] // key.shape[1]
     if query.is_cuda and _has_varlen(query):
         half = _dtype(query)
@@ -143,7 +145,10 @@ def _attend_within(
 
 
 def _has_varlen(query: Tensor) -> bool:
-    """Not where flash attention is switched off: it is differentiable once only."""
+    """Return whether flash attention for texts of different lengths may be used.
+
+    It can be differentiated only once: TRPO, which differentiates twice, disables flash attention.
+    """
     allowed = varlen_attn is not None and torch.backends.cuda.flash_sdp_enabled()
     return allowed and _computes_in_half(query) and query.shape[-1] % 8 == 0
 
@@ -157,8 +162,9 @@ def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: in
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    """As matrix products, all of [heads, N, D]: on CPUs, half-precision flash attention's backward is several times
-    slower.
+    """Compute attention by matrix products, all tensors [heads, N, D].
+
+    On CPUs the backward of half-precision flash attention is several times slower.
     """
     half, longest = _dtype(query), max(lengths)
     unseen = torch.zeros(longest, longest, dtype=half, device=query.device)
@@ -173,14 +179,14 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], 
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [N, N], True where the row's token sees the column's."""
+    """Return a bool mask [N, N], True where the row's token attends to the column's."""
     place = torch.arange(length, device=device)
     distance = place[:, None] - place
     return (distance >= 0) & (distance < (length if window is None else window))
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of it are computed in."""
+    """Return the precision in which matrix products of a tensor are computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -190,7 +196,7 @@ def _computes_in_half(x: Tensor) -> bool:
 
 
 def _mask(attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
-    """None where the texts' bounds say it all; else scaled_dot_product_attention's mask."""
+    """Return None if the texts' bounds suffice, else the mask for ``scaled_dot_product_attention``."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **others)
 
 

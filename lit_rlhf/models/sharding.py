@@ -1,4 +1,4 @@
-"""Models whose weights, gradients and optimizer state are spread over processes, each holding its share."""
+"""Models whose weights, gradients and optimizer state are sharded over processes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,28 +10,30 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from lit_rlhf.compat import decoder_layer_names
+
 FORWARDS = ("next_logits", "hidden")
 """Methods of a model that compute with its weights, besides ``forward``."""
 
 
 def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The decoder layers of all models of transformers in a module, each once."""
+    """Yield the decoder layers of all transformers models within a module, each once."""
     seen: set[int] = set()
     for model in module.modules():
-        names = tuple(model._no_split_modules or ()) if isinstance(model, PreTrainedModel) else ()
+        names = decoder_layer_names(model) if isinstance(model, PreTrainedModel) else set()
         for layer in model.modules() if names else ():
-            kinds = {kind.__name__ for kind in type(layer).__mro__}  # FSDP2 derives a class of its own from a layer's
-            if kinds & set(names) and id(layer) not in seen:
+            kinds = {kind.__name__ for kind in type(layer).__mro__}  # FSDP2 replaces a layer's class by a subclass
+            if kinds & names and id(layer) not in seen:
                 seen.add(id(layer))
                 yield layer
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
-    """Spread a model by FSDP2, in place: each decoder layer by itself, and the rest together.
+    """Shard a model by FSDP2, in place: each decoder layer is one unit, and the rest of the model another.
 
     Args:
         model: An actor, critic or reward model.
-        options: Of `torch.distributed.fsdp.fully_shard`: mesh, precision, offloading.
+        options: Options of `torch.distributed.fsdp.fully_shard`: mesh, precision, offloading.
     """
     for layer in list(decoder_layers(model)):
         fully_shard(layer, **options)
@@ -43,11 +45,11 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def wrap(model: nn.Module, **options: Any) -> nn.Module:
-    """Spread a model by FSDP1: each decoder layer is wrapped, and the model itself is returned wrapped.
+    """Shard a model by FSDP1: wrap each decoder layer and the model itself, and return the wrapped model.
 
     Args:
         model: An actor, critic or reward model.
-        options: Of `torch.distributed.fsdp.FullyShardedDataParallel`.
+        options: Options of `torch.distributed.fsdp.FullyShardedDataParallel`.
     """
     layers = {id(layer) for layer in decoder_layers(model)}
     for parent in list(model.modules()):
@@ -58,21 +60,24 @@ def wrap(model: nn.Module, **options: Any) -> nn.Module:
 
 
 class Wrapped(FullyShardedDataParallel):
-    """FSDP1 that also computes while its weights are gathered."""
+    """A module sharded by FSDP1 that can also compute within `unsharded`."""
+
+    holds_full_weights = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped module's."""
-        if self.training_state.name == "SUMMON_FULL_PARAMS":
+        """Return the wrapped module's output; without communication if the full weights are here."""
+        if self.holds_full_weights:
             return self.module(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
 @contextmanager
 def unsharded(*models: nn.Module | None) -> Iterator[None]:
-    """Every process holds these models' whole weights meanwhile; models that are not sharded have them anyway.
+    """Within this context every process holds the full weights of these models.
 
-    Forwards then need no other process, so that each may do as many as it has work for. For forwards without gradient:
-    decoding, judging, validation. All processes must enter together.
+    A forward then needs no communication, so the processes may run different numbers of them. Only for forwards without
+    gradient: decoding, scoring, validation. All processes must enter together. Models that are not sharded stay as they
+    are.
     """
     with ExitStack() as stack:
         for model in models:
@@ -92,38 +97,44 @@ def _unsharded(model: FSDPModule) -> Iterator[None]:
     try:
         yield
     finally:
-        for part in parts:  # the root's weights stay from a forward to its backward, as FSDP2 has it by itself
+        for part in parts:  # as FSDP2's default: only the root keeps its weights between a forward and its backward
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
 
 
 @contextmanager
 def _summoned(model: FullyShardedDataParallel) -> Iterator[None]:
-    """Round the weights as FSDP1 does in its own forwards, so that what is judged is what is trained.
+    """Gather the weights of FSDP1, rounded as in its own forwards, so that actors judge with the weights they train.
 
-    It also keeps autocast from rounding them: its cache knows a parameter, and not that its weights change.
+    This also keeps autocast from rounding them: its cache recognises a parameter, but not that its weights changed.
     """
-    dtype = model.mixed_precision.param_dtype
+    dtype, parts = model.mixed_precision.param_dtype, [part for part in model.modules() if isinstance(part, Wrapped)]
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for weight in model.parameters() if dtype is not None else ():
             weight.data = weight.data.to(dtype)
-        yield
+        for part in parts:
+            part.holds_full_weights = True
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.holds_full_weights = False
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds only its share of the weights."""
+    """Return whether each process holds only a shard of the weights."""
     return isinstance(model, FSDPModule | FullyShardedDataParallel)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's ``state_dict`` with whole weights; of a sharded one in the CPU's memory of process 0, else empty.
+    """Return the model's ``state_dict`` with full weights.
 
-    All processes must ask together.
+    A sharded model's is in CPU memory on process 0 and empty on the others. All processes must call this together.
     """
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False, rank0_only=True):
             named = [*model.named_parameters(remove_duplicate=False)] if torch.distributed.get_rank() == 0 else []
-            return {name.replace("_fsdp_wrapped_module.", ""): weight.detach().cpu().clone() for name, weight in named}
+            return {name: weight.detach().cpu().clone() for name, weight in named}
     if isinstance(model, FSDPModule):
         state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return state

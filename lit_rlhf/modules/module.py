@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
+from lit_rlhf.compat import no_gradient_sync, strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
@@ -70,7 +71,7 @@ class AlignmentModule(lightning.LightningModule):
     @property
     def is_configured(self) -> bool:
         """Whether the models are loaded; Lightning calls ``configure_model`` more than once."""
-        return self.role in self._modules
+        return hasattr(self, self.role)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
@@ -201,7 +202,7 @@ class AlignmentModule(lightning.LightningModule):
         Raises:
             UserError: for a sharding strategy that is not supported, and in inference mode.
         """
-        strategy = None if self._trainer is None else self._trainer.strategy
+        strategy = strategy_of(self)
         if isinstance(strategy, FSDP2 | FSDP):
             if self.trainer.validate_loop.inference_mode:  # tensors made in inference mode cannot be trained later
                 raise UserError("trainer.inference_mode must be false with a strategy that shards models, not true")
@@ -220,8 +221,7 @@ class AlignmentModule(lightning.LightningModule):
 
     def synchronized(self, last: bool) -> AbstractContextManager[Any]:
         """Synchronize gradients over the ranks: under DDP with the last micro-batch only, under sharding with each."""
-        skip_synchronization = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        return nullcontext() if last else skip_synchronization()
+        return nullcontext() if last else no_gradient_sync(self.trainer.strategy)
 
     def clip(self, optimizer: Any, max_norm: float | None) -> Tensor:
         """Clip the gradient norm of an optimizer's parameters over all ranks, and return the norm before, []."""

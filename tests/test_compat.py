@@ -1,0 +1,441 @@
+"""What `lit_rlhf.compat` relies on in other libraries still holds, one test each, and nothing else relies on more."""
+
+import abc
+import ast
+import errno
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+import typing
+import warnings
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import jsonargparse
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import lit_rlhf
+from lit_rlhf import compat
+
+PACKAGE = Path(lit_rlhf.__file__).parent
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "max_epochs": 1,
+    "limit_train_batches": 4,
+    "limit_val_batches": 1,
+    "num_sanity_val_steps": 0,
+}
+
+
+@contextmanager
+def contract(library: str, relied_on: str):
+    """Whatever fails in here fails in the name of the library."""
+    try:
+        yield
+    except Exception as error:
+        pytest.fail(f"{library}: {relied_on} no longer holds ({type(error).__name__}: {error})")
+
+
+# torch
+
+
+class Sharded(BoringModel):
+    """Four steps of a model that is sharded over one process."""
+
+    def configure_model(self):
+        if not isinstance(self.layer, torch.distributed.fsdp.FSDPModule):
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.fixture(scope="module")
+def distributed_checkpoint(tmp_path_factory):
+    """A folder as Lightning's FSDP2 strategy writes it, and the weights in it."""
+    folder = tmp_path_factory.mktemp("run") / "last.ckpt"
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    module = Sharded()
+    trainer = lightning.Trainer(strategy=strategy, default_root_dir=folder.parent, **QUIET)
+    try:
+        trainer.fit(module)
+        trainer.save_checkpoint(folder)
+        yield folder, {name: value.full_tensor() for name, value in module.state_dict().items()}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_torch_reads_a_distributed_checkpoint_in_one_process(distributed_checkpoint):
+    folder, weights = distributed_checkpoint
+    with contract("torch", "torch.distributed.checkpoint has _EmptyStateDictLoadPlanner and _load_state_dict"):
+        found = compat.read_distributed_checkpoint(folder)["state_dict"]
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_torch_multiplies_by_weights_in_blocks():
+    with contract("torch", "torch.ops.mkldnn has _reorder_linear_weight and _linear_pointwise"):
+        x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+        found = compat.multiply_by_blocks(compat.block_weight(weight, 3), bias, x)
+        torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_says_that_a_gloo_peer_is_lost(tmp_path):
+    program = """if True:
+        import os, sys, torch
+        from torch import distributed
+        rank = int(sys.argv[1])
+        distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+        distributed.barrier()
+        if rank == 1:
+            os._exit(0)
+        for _ in range(10):
+            distributed.all_reduce(torch.ones(1))
+    """
+    words = [str(tmp_path / "meeting")]
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank), *words], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        said, _ = (process.communicate(timeout=120)[1] for process in started)
+    finally:
+        for process in started:
+            process.kill()
+    with contract("torch", "a collective whose gloo peer has died raises RuntimeError with a phrase of LOST_PEER"):
+        assert "RuntimeError: " in said
+        assert any(phrase in said for phrase in compat.LOST_PEER), said
+
+
+def test_the_system_says_that_a_connection_is_reset():
+    with contract("gloo", "it passes on the system's message of ECONNRESET"):
+        assert os.strerror(errno.ECONNRESET) in compat.LOST_PEER
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_nccl_says_that_a_peer_is_lost():
+    import ctypes
+
+    with contract("NCCL", "ncclGetErrorString(ncclRemoteError) contains a phrase of LOST_PEER"):
+        text = ctypes.CDLL("libnccl.so.2").ncclGetErrorString
+        text.restype = ctypes.c_char_p
+        assert any(phrase in text(6).decode() for phrase in compat.LOST_PEER), text(6)
+
+
+def test_torch_warns_about_leaf_specs():
+    from torch.utils import _pytree
+
+    with contract("torch", "LeafSpec() warns with LEAF_SPEC_WARNING"):
+        with pytest.warns(FutureWarning) as caught:
+            _pytree.LeafSpec()
+        assert any(re.match(compat.LEAF_SPEC_WARNING, str(warning.message)) for warning in caught)
+
+
+# Lightning
+
+
+def test_lightning_names_the_parts_of_a_distributed_checkpoint(distributed_checkpoint):
+    folder, _ = distributed_checkpoint
+    with contract("lightning", "a distributed checkpoint has METADATA_FILE, and the keys state_dict and optimizer_0"):
+        assert (folder / compat.METADATA_FILE).is_file()
+        assert compat.read_distributed_checkpoint(folder).keys() == {"state_dict", "optimizer_0"}
+
+
+def test_lightning_knows_whether_validation_is_due(tmp_path):
+    class Watch(Callback):
+        said, done = [], []
+
+        def on_train_batch_end(self, trainer, *args):
+            self.said.append(compat.validation_is_due(trainer))
+            self.done.append(False)
+
+        def on_validation_end(self, *args):
+            self.done[-1] = True
+
+    with contract("lightning", "the loops of Trainer.fit have _should_check_val_fx and _data_fetcher"):
+        watch = Watch()
+        lightning.Trainer(callbacks=[watch], val_check_interval=2, default_root_dir=tmp_path, **QUIET).fit(
+            BoringModel()
+        )
+        assert watch.said == watch.done == [False, True, False, True]
+
+
+def test_lightning_has_no_trainer_before_the_run():
+    module, trainer = BoringModel(), lightning.Trainer(**QUIET)
+    with contract("lightning", "LightningModule.trainer raises RuntimeError without a Trainer"):
+        assert compat.strategy_of(module) is None
+        module.trainer = trainer
+        assert compat.strategy_of(module) is trainer.strategy
+
+
+def test_lightning_blocks_the_synchronization_of_gradients():
+    with contract("lightning", "DDPStrategy.block_backward_sync is a context"):
+        assert inspect.unwrap(DDPStrategy.block_backward_sync).__name__ == "block_backward_sync"
+        strategy = DDPStrategy()
+        strategy.model = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+        nn.Module.__init__(strategy.model)
+        strategy.model.require_backward_grad_sync = True
+        with compat.no_gradient_sync(strategy):
+            assert not strategy.model.require_backward_grad_sync
+
+
+def test_lightning_reads_the_data_parallel_size_when_the_processes_start():
+    with contract("lightning", "ModelParallelStrategy has _data_parallel_size, num_nodes and num_processes"):
+        strategy = ModelParallelStrategy(tensor_parallel_size=1)
+        assert strategy._data_parallel_size == "auto"
+        strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 2
+        compat.shard_over_all_processes(strategy)
+        assert strategy._data_parallel_size == 6
+        assert "self._data_parallel_size" in inspect.getsource(ModelParallelStrategy.setup_environment)
+
+
+def test_lightning_keeps_the_device_of_a_module():
+    with contract("lightning", "LightningModule.device returns _device"):
+        module = BoringModel()
+        compat.set_device(module, torch.device("meta"))
+        assert module.device.type == "meta"
+        assert module.layer.weight.device.type == "cpu"
+
+
+def test_lightning_advertises_in_these_words(caplog, monkeypatch, tmp_path):
+    with contract("lightning", "its messages to ADVERTISING_LOGGERS begin with ADVERTISEMENTS"):
+        for name in compat.ADVERTISING_LOGGERS:
+            monkeypatch.setattr(importlib.import_module("logging").getLogger(name), "propagate", True)
+            caplog.set_level("INFO", logger=name)
+        monkeypatch.setattr(importlib.import_module("logging").getLogger("lightning.pytorch"), "propagate", True)
+        trainer = lightning.Trainer(**{**QUIET, "logger": True, "default_root_dir": tmp_path})
+        trainer.fit(BoringModel())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        said = [record.getMessage() for record in caplog.records if record.name in compat.ADVERTISING_LOGGERS]
+        unseen = [start for start in compat.ADVERTISEMENTS if not any(text.startswith(start) for text in said)]
+        assert unseen == []
+
+
+def test_lightning_warns_in_these_words(monkeypatch, tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.utilities.data import has_len_all_ranks
+
+    module = BoringModel()
+    module.layer.eval()
+    monkeypatch.setattr(sys, "argv", ["command", "word"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)  # of a larger machine
+    with (
+        contract("lightning", "it warns with INAPPLICABLE_WARNINGS"),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        LightningCLI(BoringModel, args=["--trainer.accelerator=cpu"], run=False, save_config_callback=None)
+        trainer = lightning.Trainer(default_root_dir=tmp_path, **QUIET)
+        trainer.fit(module)
+        has_len_all_ranks([], trainer.strategy)
+        said = [str(warning.message) for warning in caught]
+        unseen = [w for w in compat.INAPPLICABLE_WARNINGS if not any(re.match(w, text) for text in said)]
+        assert unseen == []
+
+
+# argparse and jsonargparse
+
+
+class AdvantageEstimator(abc.ABC):
+    @abc.abstractmethod
+    def estimate(self): ...
+
+
+class Constant(AdvantageEstimator):
+    def __init__(self, value: float = 0.0, count: int | None = None, kind: typing.Literal["a", "b"] = "a"):
+        self.value = value
+
+    def estimate(self): ...
+
+
+def refusal(*words: str) -> str:
+    """What jsonargparse says about these words of the command ``fit``."""
+    fit = jsonargparse.ArgumentParser(exit_on_error=False)
+    fit.add_argument("--estimator", type=AdvantageEstimator)
+    fit.add_argument("--optimizer", type=typing.Callable[[Iterable], torch.optim.Optimizer])
+    fit.add_argument("--limit", type=int, required=True)
+    fit.add_class_arguments(Constant, "trainer")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subcommands().add_subcommand("fit", fit)
+    with pytest.raises(jsonargparse.ArgumentError) as error:
+        parser.parse_args(list(words))
+    return str(error.value)
+
+
+def test_argparse_lists_the_options_of_parsers_and_subcommands():
+    fit, parser = jsonargparse.ArgumentParser(), jsonargparse.ArgumentParser()
+    fit.add_argument("-l", "--limit")
+    parser.add_argument("--config")
+    with contract("argparse", "ArgumentParser has _actions"):
+        assert compat.option_names(fit) == ["help", "limit"]
+    with contract("jsonargparse", "ArgumentParser has _subcommands_action"):
+        parser.add_subcommands().add_subcommand("fit", fit)
+        assert compat.option_names(parser) == ["help", "config", "limit"]
+
+
+CONSTANT = ("fit", "--estimator", f"{__name__}.Constant")
+SGD = ("fit", "--optimizer", "torch.optim.SGD")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words", "found"),
+    [
+        ("PARSER_KEY", (*CONSTANT, "--estimator.count", "x"), ["estimator", "count"]),
+        ("REFUSED_CLASS", (*CONSTANT, "--estimator.count", "x"), [f"{__name__}.Constant"]),
+        ("REFUSED_CALLABLE", (*SGD, "--optimizer.lrr", "1"), ["torch.optim.SGD"]),
+        ("UNKNOWN_CLASS", ("fit", "--estimator", "Const"), ["Const"]),
+        ("ABSTRACT_CLASS", ("fit", '--estimator={"value": 1}'), [f"{__name__}.AdvantageEstimator"]),
+        ("MISSING_OPTION", ("fit",), ["limit"]),
+        ("UNKNOWN_COMMAND", ("fti",), [("fti", "'fit'")]),
+        ("CHOICE_EXPECTED", (*CONSTANT, "--estimator.kind", "c"), [("'a', 'b'", "c")]),
+        ("TYPE_EXPECTED", ("fit", "--limit", "x"), [("int", "x")]),
+        ("UNION_MEMBER", (*CONSTANT, "--estimator.count", "x"), ["int", "NoneType"]),
+        ("GIVEN_VALUE", (*CONSTANT, "--estimator.count", "x"), ["x"]),
+    ],
+)
+def test_jsonargparse_refuses_in_these_words(pattern, words, found):
+    with contract("jsonargparse", f"its message about {' '.join(words)} matches {pattern}"):
+        said = refusal(*words)
+        assert getattr(compat, pattern).findall(said) == found, said
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ((*CONSTANT, "--estimator.values", "1"), "values"),
+        (("fit", "--limt", "1", "--limit", "1"), "limt"),
+        (("fit", "--limit", "1", '--trainer={"values": 1}'), "trainer.values"),
+    ],
+)
+def test_jsonargparse_refuses_unknown_options_in_these_words(words, name):
+    with contract("jsonargparse", f"its message about {' '.join(words)} matches one of UNKNOWN_OPTION"):
+        said = refusal(*words)
+        found = next(filter(None, (pattern.search(said) for pattern in compat.UNKNOWN_OPTION)), None)
+        assert found is not None, said
+        assert found["name"] == name, said
+
+
+def test_jsonargparse_refuses_options_of_a_group_in_these_words():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Constant, "trainer")
+    with contract("jsonargparse", "its message about an unknown option of a group matches the first of UNKNOWN_OPTION"):
+        with pytest.raises(jsonargparse.ArgumentError) as error:
+            parser.parse_args(['--trainer={"values": 1}'])
+        assert compat.UNKNOWN_OPTION[0].search(str(error.value)).group("group", "name") == ("trainer", "values")
+
+
+@pytest.mark.parametrize("words", [(*CONSTANT, "--estimator.count", "x"), (*SGD, "--optimizer.lr", "fast")])
+def test_jsonargparse_puts_one_line_among_remarks(words):
+    with contract("jsonargparse", "of its lines, those that are no REMARK begin with WRONG_TYPE"):
+        lines = [line.strip(" -") for line in refusal(*words).splitlines()]
+        informative = [line for line in lines if line and not compat.REMARK.match(line)]
+        assert informative
+        assert all(line.startswith(compat.WRONG_TYPE) for line in informative), informative
+
+
+# transformers
+
+
+@pytest.fixture
+def model(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+
+
+def test_transformers_names_the_attention_of_a_model(model):
+    with contract("transformers", "config._attn_implementation is what set_attn_implementation set"):
+        model.set_attn_implementation("eager")
+        assert compat.attention_of(model.config) == "eager"
+        model.set_attn_implementation("sdpa")
+        assert compat.attention_of(model.config) == "sdpa"
+
+
+def test_transformers_says_whether_the_attention_can_be_set(model):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    with contract("transformers", "PreTrainedModel._can_set_attn_implementation tells architectures apart"):
+        bloom = BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=8))
+        assert [compat.attention_can_be_set(m) for m in (model, bloom)] == [True, False]
+
+
+def test_transformers_names_the_decoder_layers(model):
+    with contract("transformers", "PreTrainedModel._no_split_modules names the decoder layers"):
+        assert type(model.model.layers[0]).__name__ in compat.decoder_layer_names(model)
+
+
+# nothing else is relied on
+
+
+SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "compat.py"})
+IN_THE_STANDARD_LIBRARY = {"_exit"}  # os._exit is documented
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("_")
+
+
+def names_defined(tree: ast.AST) -> set[str]:
+    """Functions, classes, variables and attributes that a file defines."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node.value):
+            found.add(node.attr)
+    return found
+
+
+def is_own(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def names_used(tree: ast.AST) -> set[str]:
+    """Private attributes that a file reads or sets, also by a string, and private names that it imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lit_rlhf"):
+            found.update([*(node.module or "").split("."), *(alias.name for alias in node.names)])
+        elif isinstance(node, ast.Import):
+            found.update(part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            found.update(a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+    return {name for name in found if is_private(name)}
+
+
+def test_private_names_of_other_libraries_are_used_in_compat_alone():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    defined = set().union(*map(names_defined, trees.values())) | IN_THE_STANDARD_LIBRARY
+    used = {str(path.relative_to(PACKAGE)): names_used(tree) - defined for path, tree in trees.items()}
+    assert {path: names for path, names in used.items() if names} == {}
+
+
+def test_no_private_method_of_another_library_is_overridden():
+    found = []
+    for path in SOURCES:
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            foreign = [base for base in cls.__mro__ if not base.__module__.startswith("lit_rlhf")]
+            methods = [name for name, value in vars(cls).items() if is_private(name) and inspect.isfunction(value)]
+            if cls.__module__ == module.__name__:
+                found += [f"{cls.__name__}.{m}" for m in methods if any(m in vars(base) for base in foreign)]
+    assert found == []
