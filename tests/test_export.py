@@ -84,7 +84,7 @@ def test_the_card_says_how_it_was_trained(run):
 
 
 def test_what_a_run_has_not_is_told(run):
-    with pytest.raises(UserError, match="holds no reward"):
+    with pytest.raises(UserError, match="does not contain a reward model"):
         export(run, role="reward")
 
 
