@@ -1,6 +1,6 @@
-"""lit-rlhf: align language models with human preferences by reinforcement learning, built of Lightning parts.
+"""lit-rlhf: align language models with human preferences by reinforcement learning, built on Lightning.
 
-The names below are imported when they are first used, so that ``import lit_rlhf`` costs nothing.
+The public names are imported when they are first used, so that ``import lit_rlhf`` itself is fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""From a run to a Hugging Face folder: weights, tokenizer, generation configuration, model card."""
+"""Export of a run as a Hugging Face folder: weights, tokenizer, generation configuration and model card."""
 
 import argparse
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ def save_folder(
     card: str,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Weights (safetensors), configuration, generation configuration, tokenizer and model card.
+    """Write weights (safetensors), configuration, generation configuration, tokenizer and model card to a folder.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
-        folder: Where.
+        tokenizer: The model's tokenizer.
+        folder: The folder to write.
         card: The model card, in Markdown.
-        weights: The model's whole ``state_dict``; None: what it holds.
+        weights: The full ``state_dict`` of a sharded model; None to use the model's own weights.
     """
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
@@ -44,54 +44,67 @@ def save_folder(
 
 
 def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: Role | None = None) -> Path:
-    """Write a checkpoint's model as a Hugging Face folder.
+    """Export a model from a checkpoint as a Hugging Face folder.
 
     Args:
-        run: The run's folder, with its ``config.yaml``.
+        run: The run's folder, which contains ``config.yaml``.
         checkpoint: ``last``, ``best``, or a path.
-        out: The folder to write; None: ``export`` in the run's folder, or ``export_ROLE`` for another than its own.
-        role: ``actor``, ``critic`` or ``reward``; None: what the run trained.
+        out: The folder to write; None for ``export`` in the run's folder, or ``export_ROLE`` for a model that the run
+            trained besides its main one.
+        role: ``actor``, ``critic`` or ``reward``; None for the main model: the reward model of reward modeling, the
+            actor of other runs.
 
     Returns:
-        The folder written.
+        The folder that was written.
 
     Raises:
-        UserError: if the run or the checkpoint does not exist, or holds no such model.
+        UserError: if the run or the checkpoint does not exist, or does not contain the model.
+
+    >>> export(Path("runs/ppo"), role="critic")
+    Traceback (most recent call last):
+    ...
+    lit_rlhf.errors.UserError: runs/ppo is not the folder of a run: it has no config.yaml
     """
     config_file = run / "config.yaml"
     if not config_file.is_file():
-        raise UserError(f"{run} is no run's folder: it has no config.yaml")
+        raise UserError(f"{run} is not the folder of a run: it has no config.yaml")
     path = run / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint)
     if not path.exists():
-        there = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))) or "none"
-        raise UserError(f"there is no checkpoint {path}; in {run / 'checkpoints'} there are: {there}")
+        available = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))) or "nothing"
+        raise UserError(f"there is no checkpoint {path}; {run / 'checkpoints'} contains: {available}")
     options = yaml.safe_load(config_file.read_text(encoding="utf-8")).get("model", {}).get("init_args", {})
     state = read_checkpoint(path)["state_dict"]
-    own: Role = "reward" if "reward" in options else "actor"
-    role = role or own
-    source = _source(options, own, config_file)
-    tokenizer = load_tokenizer(source, f"model.{own}")
+    main_role: Role = "reward" if "reward" in options else "actor"
+    role = role or main_role
+    source = _source(options, main_role, config_file)
+    tokenizer = load_tokenizer(source, f"model.{main_role}")
     if role == "actor":
         model = _actor(source, state, path)
     else:
-        model = to_classifier(_scalar(options, source, state, path, role), tokenizer)
+        model = to_classifier(_scalar_model(options, source, state, path, role), tokenizer)
         if "score_std" in state and torch.isfinite(state["score_std"]):
             model.config.score_mean, model.config.score_std = float(state["score_mean"]), float(state["score_std"])
-    folder = out or run / ("export" if role == own else f"export_{role}")
+    folder = out or run / ("export" if role == main_role else f"export_{role}")
     save_folder(model, tokenizer, folder, model_card(run, role, int(state["iteration"])))
     return folder
 
 
 def model_card(run: Path, role: str, iterations: int) -> str:
-    """What a folder's model is and how it was trained, in Markdown.
+    """Return a model card that describes the model and its training, in Markdown.
 
     Args:
-        run: The run's folder; its ``config.yaml`` is quoted, if it has one.
+        run: The run's folder; the card quotes its ``config.yaml`` if there is one.
         role: ``actor``, ``critic`` or ``reward``.
-        iterations: How many the model has seen.
+        iterations: The number of iterations that the model was trained for.
+
+    Returns:
+        The text of ``README.md``.
+
+    >>> print(model_card(Path("runs/ppo"), "actor", iterations=100).splitlines()[8])
+    # ppo: actor
     """
-    file = run / "config.yaml"
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config_file = run / "config.yaml"
+    config: dict[str, Any] = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     model = config.get("model", {})
     method = str(model.get("class_path", "lit-rlhf")).rpartition(".")[2]
     header = {
@@ -99,60 +112,61 @@ def model_card(run: Path, role: str, iterations: int) -> str:
         "pipeline_tag": "text-generation" if role == "actor" else "text-classification",
         "tags": ["lit-rlhf", method],
     }
-    said = {
+    description = {
         "actor": "A language model, `AutoModelForCausalLM`",
-        "critic": "A critic, `AutoModelForSequenceClassification`: it predicts the return from the last token on, "
-        "less `config.value_bias`",
+        "critic": "A critic, `AutoModelForSequenceClassification`: its output plus `config.value_bias` (if present) "
+        "predicts the return after the last token",
         "reward": "A reward model, `AutoModelForSequenceClassification`: it scores a prompt with its response",
     }[role]
-    quoted = yaml.safe_dump(
+    quoted_config = yaml.safe_dump(
         {k: config[k] for k in ("seed_everything", "model", "data") if k in config}, sort_keys=False
     )
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {run.name}: {role}\n\n"
-        f"{said}, trained by `{method}` of lit-rlhf {lit_rlhf.__version__} (torch {torch.__version__}, transformers "
-        f"{transformers.__version__}) for {iterations} iterations.\n\n## Configuration\n\n```yaml\n{quoted}```\n"
+        f"{description}, trained by `{method}` of lit-rlhf {lit_rlhf.__version__} (torch {torch.__version__}, "
+        f"transformers {transformers.__version__}) for {iterations} iterations.\n\n"
+        f"## Configuration\n\n```yaml\n{quoted_config}```\n"
     )
 
 
 def _actor(source: ModelSource, state: dict[str, Tensor], path: Path) -> PreTrainedModel:
     model = load_model(source, "causal", "model.actor")
-    model.load_state_dict(_under("actor.model.", state, path, "actor"))
+    model.load_state_dict(_weights("actor.model.", state, path, "actor"))
     return model
 
 
-def _scalar(
+def _scalar_model(
     options: dict[str, Any], source: ModelSource, state: dict[str, Tensor], path: Path, role: str
 ) -> ScalarModel:
     if role == "critic" and options.get("critic") == "shared":
         trunk = Actor(_actor(source, state, path), shared_critic=True)
         assert trunk.value_head is not None
-        trunk.value_head.load_state_dict(_under("actor.value_head.", state, path, role))
+        trunk.value_head.load_state_dict(_weights("actor.value_head.", state, path, role))
         return ScalarModel(trunk.model.base_model, trunk.value_head)
-    weights = _under(f"{role}.", state, path, role)
-    start = options.get(role)
-    if role == "critic" and start == "actor":
-        start = source
-    elif role == "critic" and start == "reward":
+    weights = _weights(f"{role}.", state, path, role)
+    initial = options.get(role)
+    if role == "critic" and initial == "actor":
+        initial = source
+    elif role == "critic" and initial == "reward":
         models = [r["init_args"]["model"] for r in options["rewards"] if r["class_path"].endswith("RewardModel")]
-        start = models[0]
-    scalar = load_critic(_as_source(start), f"model.{role}", bias="head.bias" in weights)
-    if "head.bias" in weights and scalar.head.bias is None:  # a critic in the units of a normalised reward model
-        scalar.head.bias = nn.Parameter(torch.zeros(1))
-    scalar.load_state_dict(weights)
-    return scalar
+        initial = models[0]
+    model = load_critic(_as_source(initial), f"model.{role}", bias="head.bias" in weights)
+    if "head.bias" in weights and model.head.bias is None:  # the critic of a normalised reward model has a bias
+        model.head.bias = nn.Parameter(torch.zeros(1))
+    model.load_state_dict(weights)
+    return model
 
 
-def _under(prefix: str, state: dict[str, Tensor], path: Path, role: str) -> dict[str, Tensor]:
+def _weights(prefix: str, state: dict[str, Tensor], path: Path, role: str) -> dict[str, Tensor]:
     weights = under(prefix, state)
     if not weights:
-        raise UserError(f"{path} holds no {role}")
+        raise UserError(f"{path} does not contain a {role} model")
     return weights
 
 
 def _source(options: dict[str, Any], role: str, file: Path) -> ModelSource:
     if not options.get(role):
-        raise UserError(f"{file} names no model.{role}")
+        raise UserError(f"model.{role} is not set in {file}")
     return _as_source(options[role])
 
 
@@ -161,14 +175,25 @@ def _as_source(value: Any) -> ModelSource:
 
 
 def main(args: Sequence[str]) -> None:
-    """The command ``lit-rlhf export``."""
+    """Run the command ``lit-rlhf export``.
+
+    Args:
+        args: The command line after ``lit-rlhf export``.
+    """
     parser = argparse.ArgumentParser(
-        prog="lit-rlhf export", description="Write a checkpoint's model as a Hugging Face folder."
+        prog="lit-rlhf export", description="Export a model from a checkpoint as a Hugging Face folder."
     )
-    parser.add_argument("run", type=Path, help="the run's folder, runs/NAME")
+    parser.add_argument("run", type=Path, help="the run's folder, such as runs/NAME")
     parser.add_argument("--checkpoint", default="last", help="last, best, or a path (default: %(default)s)")
-    parser.add_argument("--role", choices=get_args(Role), default=None, help="which model (default: what was trained)")
-    parser.add_argument("--out", type=Path, default=None, help="the folder to write (default: RUN/export)")
+    parser.add_argument(
+        "--role",
+        choices=get_args(Role),
+        default=None,
+        help="the model to export (default: reward for reward modeling, actor for other runs)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="the folder to write (default: RUN/export or RUN/export_ROLE)"
+    )
     parsed = parser.parse_args(args)
     transformers_logging.disable_progress_bar()
     print(f"exported: {export(parsed.run, parsed.checkpoint, parsed.out, parsed.role)}")

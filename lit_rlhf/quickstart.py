@@ -1,4 +1,4 @@
-"""``lit-rlhf quickstart``: from random weights to an aligned policy on a laptop, with nothing but this package."""
+"""``lit-rlhf quickstart``: train an aligned policy from random weights on a laptop, with this package alone."""
 
 import argparse
 import csv
@@ -30,54 +30,69 @@ from lit_rlhf.types import PromptBatch, RewardInputs
 SAMPLES = 4
 TITLES = {
     "sft": "SFT: learn to write reviews",
-    "reward": "Reward model: learn from pairs which review people prefer",
-    "ppo": "PPO: learn to write what the reward model likes",
-    "dpo": "DPO: learn from the same pairs at once",
+    "reward": "Reward model: learn from pairs which reviews people prefer",
+    "ppo": "PPO: learn to write reviews that the reward model scores highly",
+    "dpo": "DPO: learn from the same pairs directly, without a reward model",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What a model writes for the 200 openings that no stage has seen."""
+class Evaluation:
+    """A model's responses to the 200 held-out prompts, and their scores."""
 
     reward_inputs: RewardInputs
-    true_scores: Tensor  # [B], by the rule behind the pairs
-    learned_scores: Tensor | None  # [B], by the reward model, in deviations; None: there is none
+    true_scores: Tensor  # [B], by the rule that ranked the pairs
+    learned_scores: Tensor | None  # [B], by the reward model, in standard deviations; None without a reward model
     grammatical: Tensor  # [B] bool
-    kl_to_sft: Tensor  # [B], nats a response
+    kl_to_sft: Tensor  # [B], in nats a response
 
 
 def main(args: Sequence[str]) -> None:
-    """The command ``lit-rlhf quickstart``."""
+    """Run the command ``lit-rlhf quickstart``.
+
+    Args:
+        args: The command line after ``lit-rlhf quickstart``.
+    """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf quickstart",
-        description="Teach a model of a million parameters, from random weights, to write restaurant reviews (SFT), a "
-        "reward model to tell which of two people prefer, and then the first to write what the second likes (PPO). "
-        "About four minutes on two cores; no file, network, account or GPU.",
+        description="Train a language model of a million parameters, from random weights, to write restaurant reviews "
+        "(SFT), train a reward model to predict which of two reviews people prefer, and then train the language model "
+        "to write reviews that the reward model scores highly (PPO). Takes about four minutes on two cores, and needs "
+        "no files, network, account or GPU.",
     )
     parser.add_argument(
-        "--stage", choices=("ppo", "dpo"), default="ppo", help="dpo: DPO in place of reward model and PPO"
+        "--stage", choices=("ppo", "dpo"), default="ppo", help="dpo: run DPO instead of the reward model and PPO"
     )
-    parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where (default: %(default)s)")
-    parser.add_argument("--sft-iterations", type=int, default=500, help="batches of SFT (default: %(default)s)")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/quickstart"), help="the folder for all files (default: %(default)s)"
+    )
+    parser.add_argument("--sft-iterations", type=int, default=500, help="iterations of SFT (default: %(default)s)")
     parser.add_argument("--ppo-iterations", type=int, default=25, help="iterations of PPO (default: %(default)s)")
     options = parser.parse_args(args)
     start, console, folder = time.perf_counter(), Console(), options.dir
     stages = ["sft", "reward", "ppo"] if options.stage == "ppo" else ["sft", "dpo"]
     if options.stage == "dpo" and (folder / "sft" / "export").exists():
-        stages.remove("sft")  # of an earlier quickstart: so the two can be compared
+        stages.remove("sft")  # start from the SFT model of an earlier quickstart, to compare DPO with its PPO
     for number, stage in enumerate(stages, start=1):
         console.rule(f"{number}. {TITLES[stage]}")
         run_stage(stage, folder, options.sft_iterations, options.ppo_iterations)
-    found = {stage: measure(folder, stage) for stage in ("sft", "ppo", "dpo") if (folder / stage / "export").exists()}
+    trained = [stage for stage in ("sft", "ppo", "dpo") if (folder / stage / "export").exists()]
+    evaluations = {stage: evaluate(folder, stage) for stage in trained}
     if options.stage == "ppo":
         report_iterations(folder / "ppo" / "metrics.csv", console)
-    report(found, console)
-    console.print(f"\n{time.perf_counter() - start:.0f} seconds. The runs' files: {folder}", highlight=False)
+    report(evaluations, console)
+    console.print(f"\nDone in {time.perf_counter() - start:.0f} seconds. The runs are in {folder}", highlight=False)
 
 
 def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int) -> None:
-    """One of the stages, an ordinary ``lit-rlhf fit``."""
+    """Run one stage, which is an ordinary ``lit-rlhf fit``.
+
+    Args:
+        stage: ``sft``, ``reward``, ``ppo`` or ``dpo``.
+        folder: The quickstart's folder.
+        sft_iterations: The number of iterations of SFT.
+        ppo_iterations: The number of iterations of PPO.
+    """
     sft, reward = str(folder / "sft" / "export"), str(folder / "reward" / "export")
     options = {
         "sft": ["--model.iterations", str(sft_iterations), "--model.scheduler.T_max", str(sft_iterations)],
@@ -86,38 +101,42 @@ def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int
         "dpo": ["--model.actor", sft],
     }[stage]
     if stage == "ppo":
-        options += ["--model.rewards", f"[{_learned(reward)}, {_watched()}]"]
+        options += ["--model.rewards", f"[{_reward_model(reward)}, {_true_score()}]"]
     config = ["--config", str(config_file(f"quickstart/{stage}.yaml"))]
     lightning_cli.run(["fit", *config, "--trainer.default_root_dir", str(folder / stage), *options])
 
 
-def _learned(model: str) -> str:
+def _reward_model(model: str) -> str:
     return f'{{"class_path": "RewardModel", "init_args": {{"model": "{model}", "normalize": true}}}}'
 
 
-def _watched() -> str:
+def _true_score() -> str:
+    """Return the configuration of a reward of weight 0, which is logged but does not enter the score."""
     function = "lit_rlhf.data.reviews:reward"
     return f'{{"class_path": "RewardFunction", "init_args": {{"function": "{function}", "weight": 0.0}}}}'
 
 
 def config_file(name: str) -> Path:
-    """A recipe of ``configs/``, in a checkout or in an installed package."""
-    here = Path(__file__).parent
-    installed = here / "configs" / name
-    return installed if installed.exists() else here.parent / "configs" / name
+    """Return the path of a recipe in ``configs/``, of an installed package or of a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs" / name
+    return installed if installed.exists() else package.parent / "configs" / name
 
 
 @torch.no_grad()
-def measure(folder: Path, stage: str) -> Measured:
-    """Let a stage's model answer the fresh prompts; judge what it writes by the true rule, the learned, the grammar.
+def evaluate(folder: Path, stage: str) -> Evaluation:
+    """Generate responses to the held-out prompts with a stage's model, and score them.
 
     Args:
-        folder: The quickstart's.
+        folder: The quickstart's folder.
         stage: ``sft``, ``ppo`` or ``dpo``.
+
+    Returns:
+        The responses with their true score, the reward model's score, their grammaticality and their KL to SFT.
     """
-    own, sft, reward = (folder / name / "export" for name in (stage, "sft", "reward"))
-    tokenizer = load_tokenizer(str(own))
-    actor, reference = Actor(load_model(str(own))), Actor(load_model(str(sft)))
+    policy, sft, reward = (folder / name / "export" for name in (stage, "sft", "reward"))
+    tokenizer = load_tokenizer(str(policy))
+    actor, reference = Actor(load_model(str(policy))), Actor(load_model(str(sft)))
     texts = [record["prompt"] for record in reviews.fresh_prompts()]
     tokens, mask = left_pad([tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id)
     batch = PromptBatch(tokens=tokens, mask=mask, group=torch.arange(len(texts)), prompts=texts, columns={})
@@ -127,29 +146,34 @@ def measure(folder: Path, stage: str) -> Measured:
     )
     reward_inputs = decode(rollout, batch, tokenizer)
     logprobs, ref_logprobs = (response_logprobs(model, rollout, max_tokens=8192) for model in (actor, reference))
-    whole = [f"{prompt}{response}" for prompt, response in zip(texts, reward_inputs.responses, strict=True)]
+    full_texts = [f"{prompt}{response}" for prompt, response in zip(texts, reward_inputs.responses, strict=True)]
     learned = None
     if reward.exists():
         model = RewardModel(str(reward), normalize=True)
         model.prepare(tokenizer)
         learned = model(reward_inputs)
-    return Measured(
+    return Evaluation(
         reward_inputs=reward_inputs,
         true_scores=torch.tensor(reviews.reward(reward_inputs.responses)),
         learned_scores=learned,
-        grammatical=torch.tensor([reviews.grammatical(text) for text in whole]),
+        grammatical=torch.tensor([reviews.grammatical(text) for text in full_texts]),
         kl_to_sft=masked_sum(k1(logprobs, ref_logprobs), rollout.response_mask, 1),
     )
 
 
 def report_iterations(metrics: Path, console: Console) -> None:
-    """Learned score against true score over PPO's iterations: the first may rise where the second does not."""
+    """Print the learned and the true score over PPO's iterations; the learned one may rise while the true one does not.
+
+    Args:
+        metrics: PPO's ``metrics.csv``.
+        console: The console to print to.
+    """
     with metrics.open(encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row.get("objective/score")]
     shown = [row for i, row in enumerate(rows) if i % 4 == 0 or i + 1 == len(rows)]
-    console.rule("What PPO saw: the learned score, which it maximised, and the true one, which it did not know")
+    console.rule("PPO: the learned score, which it maximised, and the true score, which it did not see")
     table = Table()
-    for heading in ("iteration", "learned score", "true score", "KL to SFT, nats a response"):
+    for heading in ("iteration", "learned score", "true score", "KL to SFT (nats per response)"):
         table.add_column(heading, justify="right")
     for row in shown:
         values = (row[name] for name in ("rewards/RewardModel", "rewards/reward", "objective/kl_to_ref"))
@@ -157,38 +181,44 @@ def report_iterations(metrics: Path, console: Console) -> None:
     console.print(table)
 
 
-def report(found: dict[str, Measured], console: Console) -> None:
-    """A row for each model, what the learned reward delivered of the true one, and samples of each."""
-    console.rule("On 200 prompts that no stage has seen")
+def report(evaluations: dict[str, Evaluation], console: Console) -> None:
+    """Print the mean scores of each model, its share of the possible gain in true score, and samples.
+
+    Args:
+        evaluations: The evaluations by stage.
+        console: The console to print to.
+    """
+    console.rule("Evaluation on 200 prompts that were not used in training")
     table = Table()
     for heading in (
         "",
-        "true score (best: 1)",
-        "deviation",
+        "true score (maximum 1)",
+        "standard deviation",
         "learned score",
-        "KL to SFT, nats a response",
+        "KL to SFT (nats per response)",
         "grammatical",
     ):
         table.add_column(heading, justify="right" if heading else "left")
-    for stage, measured in found.items():
+    for stage, evaluation in evaluations.items():
         table.add_row(
             f"after {stage.upper()}",
-            f"{measured.true_scores.mean():.3f}",
-            f"{measured.true_scores.std():.3f}",
-            "–" if measured.learned_scores is None else f"{measured.learned_scores.mean():.3f}",
-            f"{measured.kl_to_sft.mean():.2f}",
-            f"{100 * measured.grammatical.float().mean():.1f} %",
+            f"{evaluation.true_scores.mean():.3f}",
+            f"{evaluation.true_scores.std():.3f}",
+            "–" if evaluation.learned_scores is None else f"{evaluation.learned_scores.mean():.3f}",
+            f"{evaluation.kl_to_sft.mean():.2f}",
+            f"{100 * evaluation.grammatical.float().mean():.1f} %",
         )
     console.print(table)
-    before = float(found["sft"].true_scores.mean())
-    for stage in [stage for stage in found if stage != "sft"]:
-        share = (float(found[stage].true_scores.mean()) - before) / (1 - before)
+    sft_score = float(evaluations["sft"].true_scores.mean())
+    for stage in [stage for stage in evaluations if stage != "sft"]:
+        gain = (float(evaluations[stage].true_scores.mean()) - sft_score) / (1 - sft_score)
         console.print(
-            f"{stage.upper()} knew only pairs: it delivered {100 * share:.0f} % of the rise in score that was left.",
+            f"{stage.upper()} was trained on pairs only and achieved {100 * gain:.0f} % of the possible gain in true "
+            "score over SFT.",
             highlight=False,
         )
-    for stage, measured in found.items():
-        console.print(f"\n[bold]after {stage.upper()}[/bold], true score before each")
+    for stage, evaluation in evaluations.items():
+        console.print(f"\n[bold]after {stage.upper()}[/bold], each sample with its true score")
         for i in range(SAMPLES):
-            prompt, response = measured.reward_inputs.prompts[i], measured.reward_inputs.responses[i]
-            console.print(f"{measured.true_scores[i]:+.2f}  [dim]{prompt}[/dim]{response}", highlight=False)
+            prompt, response = evaluation.reward_inputs.prompts[i], evaluation.reward_inputs.responses[i]
+            console.print(f"{evaluation.true_scores[i]:+.2f}  [dim]{prompt}[/dim]{response}", highlight=False)

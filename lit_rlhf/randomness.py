@@ -1,7 +1,7 @@
-"""Random numbers as a function of (seed, stream, iteration, row), and of nothing else.
+"""Random numbers as a function of the seed, the stream, the iteration and the row alone.
 
-So the same configuration gives the same samples on one rank and on eight, in any batching of the rows, and after a
-resume, without saving a generator's state.
+The same configuration therefore gives the same samples on one rank and on eight, for any batching of the rows, and
+after a resume, without storing the state of a generator.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a random number is for; numbers of different streams have nothing to do with each other."""
+    """The purpose of a random number; different streams are independent."""
 
     DATA_ORDER = 0
     ROLLOUT = 1
@@ -23,33 +23,51 @@ class Stream(IntEnum):
 
 
 def global_seed() -> int:
-    """The seed that ``seed_everything`` set in this process, 0 if none."""
+    """Return the seed that ``seed_everything`` set in this process, or 0 if it was not called."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor:
-    """One uniform number a token, each row from a stream of its own.
+    """Return uniform random numbers for the tokens of each row.
+
+    A row's numbers do not depend on the other rows, and its first numbers do not depend on ``width``.
 
     Args:
-        stream: What the numbers are for.
-        iteration: Which iteration, or which validation batch.
-        rows: [B] int64, each row's place in the global batch.
-        width: Numbers a row.
+        stream: The purpose of the numbers.
+        iteration: The iteration, or the index of the batch in validation.
+        rows: [B] int64, the index of each row in the global batch.
+        width: The number of random numbers in a row.
 
     Returns:
         [B, width] float64 in [0, 1), multiples of 2⁻²⁴, on the device of ``rows``.
+
+    >>> numbers = uniforms(Stream.ROLLOUT, iteration=0, rows=torch.arange(8), width=4)
+    >>> torch.equal(numbers[5:], uniforms(Stream.ROLLOUT, iteration=0, rows=torch.tensor([5, 6, 7]), width=4))
+    True
     """
     seed = global_seed()
-    draws = [
+    numbers = [
         np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, iteration, row]))).random(
             width, dtype=np.float32
         )
         for row in rows.tolist()
     ]
-    return torch.from_numpy(np.stack(draws)).double().to(rows.device)
+    return torch.from_numpy(np.stack(numbers)).double().to(rows.device)
 
 
 def generator(stream: Stream, *key: int) -> torch.Generator:
-    """A CPU generator seeded by (seed, stream, key)."""
+    """Return a CPU generator that is seeded by the seed, the stream and the key.
+
+    Args:
+        stream: The purpose of the numbers.
+        key: Integers that identify the generator, such as the iteration.
+
+    Returns:
+        A new generator.
+
+    >>> first, second = (torch.randperm(10, generator=generator(Stream.MINIBATCHES, 3)) for _ in range(2))
+    >>> torch.equal(first, second)
+    True
+    """
     state = np.random.SeedSequence([global_seed(), stream, *key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) % 2**63)

@@ -84,7 +84,7 @@ def test_the_model_card_describes_the_training(run):
 
 
 def test_a_role_that_the_run_does_not_have_is_refused(run):
-    with pytest.raises(UserError, match="holds no reward"):
+    with pytest.raises(UserError, match="does not contain a reward model"):
         export(run, role="reward")
 
 

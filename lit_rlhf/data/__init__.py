@@ -1,4 +1,8 @@
-"""Prompts to answer, demonstrations to imitate, preferences to learn from."""
+"""Prompts to answer, demonstrations to imitate, preferences to learn from.
+
+Records and their tokens are memory-mapped from the cache of `datasets`, in the folder that the environment variable
+``HF_DATASETS_CACHE`` names (``~/.cache/huggingface/datasets`` by default); it can be deleted between runs.
+"""
 
 from lit_rlhf.data.demonstrations import Demonstrations
 from lit_rlhf.data.preferences import Preferences

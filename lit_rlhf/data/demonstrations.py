@@ -1,37 +1,101 @@
 """Texts for a model to imitate."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
-from lit_rlhf.data.records import Record, Source, column, read_records
-from lit_rlhf.data.tokenize import chat_tokens, continued_tokens, shared_prefix
+from lit_rlhf.data.records import Record, Records, Source, value_of
+from lit_rlhf.data.tokenize import Piece, prompt_piece, shared_prefix, token_rows, turns
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import DemonstrationBatch
 
-Tokenized = tuple[list[int], int]  # the tokens, and how many of them are the prompt's
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationEncoder:
+    """Makes one row of each record: the tokens of prompt and response, ended, and how many of them are the prompt's.
+
+    Prompt and response of a text are tokenized together, so that a text split in two has the tokens that it would have
+    as a whole; the prompt's tokens are those that it shares with the whole from the start.
+
+    >>> from lit_rlhf.data.reviews import tokenizer
+    >>> encoder = DemonstrationEncoder(prompt="prompt", response="response")
+    >>> encoder(tokenizer(), [{"prompt": "the soup", "response": " was cold ."}], ["record 1"])
+    [{'kept': True, 'cut': False, 'tokens': [60, 54, 68, 16, 3, 1], 'prompt': 2}]
+    """
+
+    prompt: str | None = None
+    response: str = "text"
+    max_tokens: int = 512
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """The columns of a row."""
+        flags = {name: pyarrow.bool_() for name in ("kept", "cut")}
+        return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32()), "prompt": pyarrow.int64()})
+
+    def __call__(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
+    ) -> list[Row]:
+        """Return one row for each record."""
+        pairs = [self._pieces(tokenizer, record, place) for record, place in zip(records, where, strict=True)]
+        openings, wholes = (token_rows(tokenizer, pieces) for pieces in zip(*pairs, strict=True))
+        rows = []
+        for (_, piece), opening, whole in zip(pairs, openings, wholes, strict=True):
+            tokens = [*whole, tokenizer.eos_token_id] if isinstance(piece, str) else whole
+            long = len(tokens) > self.max_tokens
+            prompt = shared_prefix(opening, tokens)
+            rows.append({"kept": True, "cut": long, "tokens": tokens[: self.max_tokens], "prompt": prompt})
+        return rows
+
+    def _pieces(self, tokenizer: PreTrainedTokenizerBase, record: Record, where: str) -> tuple[Piece, Piece]:
+        """The prompt, and prompt and response together."""
+        prompt = value_of(record, self.prompt, where) if self.prompt else ""
+        response = value_of(record, self.response, where)
+        opening = prompt_piece(tokenizer, prompt, where)
+        if not isinstance(prompt, str):
+            whole = [*prompt, {"role": "assistant", "content": response}]
+            return opening, turns(tokenizer, whole, where, opened=False)
+        if not isinstance(response, str):
+            raise UserError(f"{where}: {self.response} should be text, not {type(response).__name__}")
+        return opening, prompt + response
 
 
 class Demonstrations(ResumableData):
     """Texts, or prompts with responses, from JSONL, CSV or Parquet files, hub names, or a Python function.
 
     Args:
-        train: What to learn.
+        train: Texts to learn.
         validation: Held-out texts.
         prompt: The prompts' column; None if a record is one text. A prompt may be a conversation.
         response: The column of responses, or of whole texts if there is no prompt.
         loss_on: Train on the response only, or on all tokens.
         packing: Put several short texts into one row of at most ``max_tokens``: less padding, the same loss (no text
             sees another).
-        max_tokens: Tokens of prompt and response at most; longer ones are cut at the end, and counted.
+        max_tokens: Tokens of prompt and response at most; longer texts are cut at the end, and counted.
         batch_size: Texts of a batch, over all processes.
 
     Raises:
         ValueError: if a number is out of range.
         UserError: in ``setup``, for a source that cannot be read or a missing column.
+
+    >>> data = Demonstrations(train="lit_rlhf.data.reviews:demonstrations", prompt="prompt", response="response")
+    >>> Demonstrations(max_tokens=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: data.max_tokens must be 1 or more, not 0
     """
+
+    encoder: DemonstrationEncoder
 
     def __init__(
         self,
@@ -44,71 +108,40 @@ class Demonstrations(ResumableData):
         max_tokens: int = 512,
         batch_size: int = 32,
     ) -> None:
-        super().__init__()
+        super().__init__({"train": train, "validation": validation}, contents="demonstrations")
         check_positive(max_tokens=max_tokens, batch_size=batch_size)
-        self.sources = {"train": train, "validation": validation}
-        self.prompt = prompt
-        self.response = response
+        self.encoder = DemonstrationEncoder(prompt=prompt, response=response, max_tokens=max_tokens)
         self.loss_on = loss_on
         self.packing = packing
-        self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.cut: dict[str, int] = {}
-        self._texts: dict[str, list[Tokenized]] = {}
-
-    def setup(self, stage: str) -> None:
-        """Read and tokenize; Lightning calls it."""
-        for split in ["train", "validation"] if stage == "fit" else ["validation"]:
-            if split not in self._texts and self.sources[split] is not None:
-                self._texts[split] = self._read(split)
-        needed = "train" if stage == "fit" else "validation"
-        if needed not in self._texts:
-            raise UserError(f"data.{needed} is not set: a file, a hub name or module:function with demonstrations")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, the same order for the same seed and epoch."""
-        return self.train_loader(self._texts["train"], self.batch_size, self._collate)
+        """Return the shuffled training loader: the same order for the same seed and epoch."""
+        return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """In the file's order; empty if there are no validation texts."""
-        if "validation" not in self._texts:
-            return []
-        return self.loader(self._texts["validation"], self.batch_size, self._collate, "data.batch_size")
+        """Return the validation texts in the file's order; an empty list if there are none."""
+        return self.held_out_loader("validation", self.batch_size, "data.batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """The same as the validation loader."""
+        """Return the same as the validation loader."""
         return self.val_dataloader()
 
-    def _read(self, split: str) -> list[Tokenized]:
-        source = self.sources[split]
-        assert source is not None
-        records = read_records(source, f"data.{split}")
-        for name in filter(None, (self.prompt, self.response)):
-            column(records, name, f"data.{split}", source)  # tells what is missing
-        texts = [self._tokenize(record, f"data.{split}") for record in records]
-        self.cut[split] = sum(len(tokens) > self.max_tokens for tokens, _ in texts)
-        assert self.trainer is not None
-        if self.trainer.is_global_zero:
-            note = f", {self.cut[split]} cut (longer than {self.max_tokens} tokens)" if self.cut[split] else ""
-            print(f"data: {len(texts)} {split} texts from {source}{note}")
-        return [(tokens[: self.max_tokens], prompt) for tokens, prompt in texts]
+    def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
+        """Return all texts, the long ones cut."""
+        rows = Rows(table)
+        self.cut[split] = int(rows.column("cut").sum())
+        note = f", {self.cut[split]} cut (longer than {self.encoder.max_tokens} tokens)" if self.cut[split] else ""
+        self.report(f"data: {len(rows)} {split} texts from {self.sources[split]}{note}")
+        return rows
 
-    def _tokenize(self, record: Record, field: str) -> Tokenized:
-        prompt = record[self.prompt] if self.prompt else ""
-        response = record[self.response]
-        if not isinstance(prompt, str):
-            opening = chat_tokens(self.tokenizer, prompt, field, add_generation_prompt=True)
-            turns = [*prompt, {"role": "assistant", "content": response}]
-            whole = chat_tokens(self.tokenizer, turns, field, add_generation_prompt=False)
-            return whole, shared_prefix(opening, whole)
-        if not isinstance(response, str):
-            raise UserError(f"{field}: {self.response} should be text, not {type(response).__name__}")
-        return continued_tokens(self.tokenizer, prompt, response)
-
-    def _collate(self, placed: list[tuple[int, Tokenized]]) -> DemonstrationBatch:
-        texts = [text for _, text in placed]
+    def collate(self, placed: list[tuple[int, Row]]) -> DemonstrationBatch:
+        """Make a batch of (place in the global batch, row) pairs."""
+        texts = [(row["tokens"], row["prompt"]) for _, row in placed]
         alone = [[i] for i in range(len(texts))]
-        rows = _fill([len(tokens) for tokens, _ in texts], self.max_tokens) if self.packing else alone
+        limit = self.encoder.max_tokens
+        rows = _fill([len(tokens) for tokens, _ in texts], limit) if self.packing else alone
         width = max(sum(len(texts[i][0]) for i in row) for row in rows)
         batch = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -126,7 +159,7 @@ class Demonstrations(ResumableData):
 
 
 def _fill(lengths: list[int], width: int) -> list[list[int]]:
-    """Which texts go into which row of that width: the longest first, each into the first row where it fits."""
+    """Assign texts to rows of that width: the longest first, each to the first row with enough room."""
     rows: list[list[int]] = []
     left: list[int] = []
     for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

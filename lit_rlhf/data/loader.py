@@ -1,7 +1,7 @@
-"""A loader whose order is a function of seed and epoch, and which knows where it stands."""
+"""A loader whose order is a function of seed and epoch, and which saves and restores its position."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -9,15 +9,28 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.randomness import Stream, generator
 
 
+class Fetchable(Protocol):
+    """Rows that are read many at a time; torch's DataLoader and `datasets` use the same two methods."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, numbers: list[int]) -> list[Any]: ...
+
+
 class GlobalBatches:
-    """This rank's share of each global batch, as (place in the global batch, index of the record).
+    """This rank's share of each global batch, as (place in the global batch, number of the row).
 
     Args:
-        size: Records.
-        batch_size: Records of a global batch; an incomplete last one is dropped when shuffling.
+        size: Rows.
+        batch_size: Rows of a global batch; an incomplete last one is dropped when shuffling.
         shuffle: Whether each epoch has an order of its own.
         rank: This process.
         world_size: Processes.
+
+    >>> list(GlobalBatches(5, 2, shuffle=False).epoch(0))
+    [[(0, 0), (1, 1)], [(0, 2), (1, 3)], [(0, 4)]]
+    >>> list(GlobalBatches(4, 4, shuffle=False, rank=1, world_size=2).epoch(0))
+    [[(2, 2), (3, 3)]]
     """
 
     def __init__(self, size: int, batch_size: int, *, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
@@ -32,30 +45,35 @@ class GlobalBatches:
         return full if self.shuffle or not rest else full + 1
 
     def epoch(self, number: int, first: int = 0) -> Iterator[list[tuple[int, int]]]:
-        """The batches of an epoch, from the ``first`` on."""
+        """Yield the batches of an epoch, beginning with the batch ``first``."""
         order = (
-            torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, number)).tolist()
+            torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, number))
             if self.shuffle
-            else list(range(self.size))
+            else torch.arange(self.size)
         )
         for batch in range(first, len(self)):
-            rows = list(enumerate(order[batch * self.batch_size : (batch + 1) * self.batch_size]))
+            rows = list(enumerate(order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()))
             first_row, next_rank = (len(rows) * r // self.world_size for r in (self.rank, self.rank + 1))
             yield rows[first_row:next_rank]
 
 
 def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, option: str) -> None:
-    """Every process must get a record of every batch.
+    """Check that every process gets a row of every batch.
 
     Args:
-        size: Records.
-        batch_size: Records of a global batch.
+        size: Rows.
+        batch_size: Rows of a global batch.
         shuffle: Whether an incomplete last batch is dropped.
         world_size: Processes.
-        option: What the batch size is called, for the message.
+        option: The name of the option that sets the batch size, for the message.
 
     Raises:
-        UserError: if one would get none.
+        UserError: if a process would get none.
+
+    >>> check_shares(9, 4, shuffle=False, world_size=2, option="data.batch_size")
+    Traceback (most recent call last):
+        ...
+    lit_rlhf.errors.UserError: data.batch_size is 4: a batch of the 9 records has 1, fewer than the 2 processes; ...
     """
     smallest = batch_size if shuffle or size % batch_size == 0 else size % batch_size
     if smallest < world_size:
@@ -66,19 +84,28 @@ def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, 
 
 
 class ResumableLoader:
-    """A loader that goes on where it stood: Lightning saves and restores its state.
+    """A loader that resumes after the last batch it gave out: Lightning saves and restores its state.
 
-    It counts its batches itself and asks nobody for the epoch: Lightning's own count is one behind in a run that was
-    resumed from an epoch's end. No torch DataLoader: the records are in memory, and Lightning rebuilds a DataLoader.
+    It counts its batches itself and does not rely on Lightning's epoch count, which is one behind in a run that was
+    resumed from the end of an epoch. It is not a torch DataLoader: the rows are memory-mapped, so that worker processes
+    would gain nothing, and Lightning rebuilds a DataLoader.
 
     Args:
-        records: Indexed by number.
-        collate: Makes a batch of (place in the global batch, record) pairs.
-        batches: Which records, in which order.
+        records: The rows, read a batch at a time.
+        collate: Makes a batch of (place in the global batch, row) pairs.
+        batches: Which rows, in which order.
+
+    >>> import datasets
+    >>> rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+    >>> loader = ResumableLoader(rows, lambda placed: placed, GlobalBatches(3, 2, shuffle=False))
+    >>> list(loader)
+    [[(0, {'text': 'a'}), (1, {'text': 'b'})], [(0, {'text': 'c'})]]
+    >>> loader.state_dict()
+    {'yielded': 2}
     """
 
     def __init__(
-        self, records: Sequence[Any], collate: Callable[[list[tuple[int, Any]]], Any], batches: GlobalBatches
+        self, records: Fetchable, collate: Callable[[list[tuple[int, Any]]], Any], batches: GlobalBatches
     ) -> None:
         self.records = records
         self.collate = collate
@@ -92,24 +119,28 @@ class ResumableLoader:
         epoch, first = divmod(self.yielded, len(self)) if self.batches.shuffle else (0, 0)
         for batch in self.batches.epoch(epoch, first):
             self.yielded += 1
-            yield self.collate([(place, self.records[number]) for place, number in batch])
+            yield self._load(batch)
 
     def once(self, whole: bool = False) -> Iterator[Any]:
-        """Every record once, in batches of the file's order; where the loader stands does not change.
+        """Yield every row once, in batches of the file's order; the loader's position does not change.
 
         Args:
-            whole: The whole batches, not this rank's share of each.
+            whole: Yield the whole batches instead of this rank's share of each.
         """
         size, rank, world_size = self.batches.batch_size, self.batches.rank, self.batches.world_size
         share = {} if whole else {"rank": rank, "world_size": world_size}
         for batch in GlobalBatches(self.batches.size, size, shuffle=False, **share).epoch(0):
             if batch:
-                yield self.collate([(place, self.records[number]) for place, number in batch])
+                yield self._load(batch)
 
     def state_dict(self) -> dict[str, int]:
-        """Batches given out so far."""
+        """Return the number of batches given out so far."""
         return {"yielded": self.yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the last batch given out."""
+        """Resume after the last batch that was given out."""
         self.yielded = state["yielded"]
+
+    def _load(self, batch: Sequence[tuple[int, int]]) -> Any:
+        rows = self.records.__getitems__([number for _, number in batch])
+        return self.collate(list(zip([place for place, _ in batch], rows, strict=True)))

@@ -1,78 +1,142 @@
-"""What all data modules share: a training loader that goes on where it stood."""
+"""What all data modules share: the splits, their loaders, and a training loader that resumes at its position."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.encoding import Encoder, Rows, encode
 from lit_rlhf.data.loader import GlobalBatches, ResumableLoader, check_shares
+from lit_rlhf.data.records import Records, Source, progress_bars, read_records
 from lit_rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class ResumableData(lightning.LightningDataModule):
-    """A LightningDataModule that saves where its training loader stands."""
+    """A LightningDataModule that tokenizes each split once and saves the position of its training loader.
 
-    def __init__(self) -> None:
+    Records and tokens are memory-mapped Arrow files in the cache of `datasets`: the folder that the environment
+    variable ``HF_DATASETS_CACHE`` names, ``~/.cache/huggingface/datasets`` by default. The tokens of a split are made
+    again only when the content of its file, the tokenizer, or an option that decides them has changed. The records of a
+    Python function stay in memory. Of several processes the first of each node fills the cache while the others wait.
+
+    Args:
+        sources: The source of each split, or None.
+        contents: What the sources hold, for messages.
+    """
+
+    encoder: Encoder
+    """Makes rows of tokens of the records."""
+
+    def __init__(self, sources: Mapping[str, Source | None], contents: str) -> None:
         super().__init__()
+        self.sources = dict(sources)
+        self.contents = contents
+        self._rows: dict[str, Rows] = {}
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, int] = {}
 
+    @abstractmethod
+    def collate(self, placed: list[tuple[int, Any]]) -> Any:
+        """Make a batch of (place in the global batch, row) pairs."""
+
+    @abstractmethod
+    def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
+        """Return the rows that the split's loader will give out; count and report what was dropped or cut."""
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The trained model's."""
+        """The trained model's tokenizer."""
         return cast(Any, self.trainer).lightning_module.tokenizer
 
-    def train_loader(self, rows: Sequence[Any], batch_size: int, collate: Callable[..., Any]) -> ResumableLoader:
-        """Shuffled, the same order for the same seed and epoch.
+    def prepare_data(self) -> None:
+        """Fill the cache; Lightning calls it in one process of each node, and the others wait."""
+        assert self.trainer is not None
+        assert self.trainer.state.fn is not None
+        self.setup(self.trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Open the splits that the stage needs; Lightning calls it in every process."""
+        held_out = stage if stage in self.sources else "validation"
+        splits = ["train", "validation"] if stage == "fit" else [held_out]
+        for split in splits:
+            if split not in self._rows and self.sources[split] is not None:
+                self._rows[split] = self._open(split)
+        if splits[0] not in self._rows:
+            raise UserError(f"data.{splits[0]} is not set: a file, a hub name or module:function with {self.contents}")
+
+    def train_loader(self, batch_size: int) -> ResumableLoader:
+        """Return the loader of the training split, shuffled: the same order for the same seed and epoch.
 
         Raises:
-            UserError: if there is no whole batch.
+            UserError: if there is not one whole batch.
         """
+        rows = self._rows["train"]
         if len(rows) < batch_size:
             raise UserError(f"data.batch_size is {batch_size}, but data.train has only {len(rows)} records")
-        self._train_loader = self.loader(rows, batch_size, collate, "data.batch_size", shuffle=True)
+        self._train_loader = self._loader(rows, batch_size, "data.batch_size", shuffle=True)
         if self._restored:
             self._train_loader.load_state_dict(self._restored)
         return self._train_loader
 
-    def loader(
-        self, rows: Sequence[Any], batch_size: int, collate: Callable[..., Any], option: str, shuffle: bool = False
-    ) -> ResumableLoader:
-        """This process's share of each batch.
+    def held_out_loader(self, split: str, batch_size: int, option: str) -> ResumableLoader | list[Any]:
+        """Return the loader of a split in the file's order; an empty list if the split has no source.
 
         Args:
-            rows: What to load.
+            split: The split.
             batch_size: Rows of a batch, over all processes.
-            collate: Makes a batch of (place in the global batch, row) pairs.
-            option: What the batch size is called, for messages.
-            shuffle: In an order of the epoch's own; else in the file's order.
+            option: The name of the option that sets the batch size, for messages.
         """
+        return self._loader(self._rows[split], batch_size, option, shuffle=False) if split in self._rows else []
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the training loader's position. Lightning saves the loader's own state too, but may not load it."""
+        return self._train_loader.state_dict() if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Resume at that position."""
+        self._restored = state_dict
+
+    def report(self, message: str) -> None:
+        """Print a line, in one process."""
+        if self._is_first:
+            print(message)
+
+    @property
+    def _is_first(self) -> bool:
+        return self.trainer is None or self.trainer.is_global_zero
+
+    def _open(self, split: str) -> Rows:
+        source, field = self.sources[split], f"data.{split}"
+        assert source is not None
+        with progress_bars(self._is_first):
+            records = read_records(source, field)
+            table = encode(records, self.encoder, self.tokenizer, field=field, source=source)
+        return self.rows_of(split, records, table)
+
+    def _loader(self, rows: Rows, batch_size: int, option: str, *, shuffle: bool) -> ResumableLoader:
+        """This process's share of each batch."""
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         check_shares(len(rows), batch_size, shuffle=shuffle, world_size=world_size, option=option)
         batches = GlobalBatches(len(rows), batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
-        return ResumableLoader(rows, collate, batches)
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the training loader stands. Lightning keeps the loader's own state too, but does not always load it."""
-        return self._train_loader.state_dict() if self._train_loader else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
-        self._restored = state_dict
-
-    def say(self, message: str) -> None:
-        """Print a line, from one process."""
-        if self.trainer is None or self.trainer.is_global_zero:
-            print(message)
+        return ResumableLoader(rows, self.collate, batches)
 
 
 def check_positive(**numbers: int | None) -> None:
-    """All of them are 1 or more, or None.
+    """Check that all numbers are 1 or more, or None.
 
     Raises:
         ValueError: naming the one that is not.
+
+    >>> check_positive(max_tokens=512, batch_size=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: data.batch_size must be 1 or more, not 0
     """
     for name, value in numbers.items():
         if value is not None and value < 1:

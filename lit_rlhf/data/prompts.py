@@ -2,50 +2,123 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
-from lit_rlhf.data.records import Record, Source, column, read_records
-from lit_rlhf.data.tokenize import prompt_tokens
+from lit_rlhf.data.records import Record, Records, Source, filled_columns, value_of
+from lit_rlhf.data.tokenize import prompt_piece, token_rows
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import Prompt, PromptBatch
 
+if TYPE_CHECKING:
+    import datasets
 
-@dataclass(frozen=True, slots=True)
-class _TokenizedPrompt:
-    prompt: Prompt
-    tokens: list[int]
-    record: Record
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEncoder:
+    """Makes one row of each record: the prompt's tokens, and whether the prompt was dropped or cut.
+
+    The fields are those of `Prompts`.
+
+    >>> from lit_rlhf.data.reviews import tokenizer
+    >>> encoder = PromptEncoder(first_tokens=2)
+    >>> encoder(tokenizer(), [{"prompt": "the soup was cold ."}], ["record 1"])
+    [{'kept': True, 'cut': False, 'whole': False, 'tokens': [60, 54]}]
+    """
+
+    column: str = "prompt"
+    template: str | None = None
+    chat: bool = False
+    first_tokens: int | None = None
+    max_tokens: int = 512
+    too_long: Literal["drop", "cut_left", "cut_right"] = "drop"
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """``cut``: by max_tokens; ``whole``: neither cut nor shortened to its first tokens."""
+        flags = {name: pyarrow.bool_() for name in ("kept", "cut", "whole")}
+        return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32())})
+
+    def __call__(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
+    ) -> list[Row]:
+        """Return one row for each record."""
+        prompts = [self.prompt(record, place) for record, place in zip(records, where, strict=True)]
+        pieces = [prompt_piece(tokenizer, prompt, place) for prompt, place in zip(prompts, where, strict=True)]
+        return [self._row(tokens) for tokens in token_rows(tokenizer, pieces)]
+
+    def prompt(self, record: Record, where: str) -> Prompt:
+        """Return the prompt of a record, text or conversation.
+
+        Raises:
+            UserError: if the record has no such column, or the template does not fit the record.
+
+        >>> PromptEncoder(template="{question} Think.", chat=True).prompt({"question": "Why?"}, "record 1")
+        [{'role': 'user', 'content': 'Why? Think.'}]
+        """
+        prompt = value_of(record, self.column, where) if self.template is None else self._filled(record, where)
+        return [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
+
+    def _row(self, tokens: list[int]) -> Row:
+        shown = tokens if self.first_tokens is None else tokens[: self.first_tokens]
+        long = len(shown) > self.max_tokens
+        if long and self.too_long == "drop":
+            return {"kept": False, "cut": False, "whole": False, "tokens": []}
+        if long:
+            shown = shown[-self.max_tokens :] if self.too_long == "cut_left" else shown[: self.max_tokens]
+        return {"kept": True, "cut": long, "whole": len(shown) == len(tokens), "tokens": shown}
+
+    def _filled(self, record: Record, where: str) -> str:
+        template = str(self.template)
+        try:
+            return template.format_map(record)
+        except KeyError as error:
+            raise UserError(
+                f"{where}: data.template names the column {error}; the record has: {filled_columns(record)}"
+            ) from error
+        except (ValueError, IndexError, AttributeError, TypeError) as error:
+            raise UserError(f"data.template {template!r} should be text with columns in braces: {error}") from error
 
 
 class Prompts(ResumableData):
-    """Prompts from JSONL, CSV or Parquet files, hub names, or a Python function.
+    """Prompts from JSONL, CSV or Parquet files, data sets of the Hugging Face hub, or a Python function.
 
     A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template. The
-    other columns travel along, for the rewards.
+    rewards receive the other columns of the records.
 
     Args:
         train: Prompts to learn on.
-        validation: Held-out prompts for ``validate``, and for ``fit`` every so often.
+        validation: Held-out prompts for ``validate``, and for ``fit`` at each validation.
         test: Prompts for ``test``.
         predict: Prompts for ``predict``.
         column: The prompts' column.
-        template: Text with columns in braces, ``"{question} Think step by step."``, in the column's place.
-        chat: Whether to make of each text the user's turn of a conversation.
-        first_tokens: Use only the first so many tokens of each text: a text becomes a prompt and is to be continued.
+        template: Text with columns in braces, ``"{question} Think step by step."``, to use in place of the column.
+        chat: Whether to make each text the user's turn of a conversation.
+        first_tokens: Use only the first N tokens of each text: the beginning of a text becomes a prompt to continue.
         max_tokens: Tokens of a prompt at most.
-        too_long: What becomes of longer ones: dropped, or cut on the left or on the right.
+        too_long: What happens to longer prompts: dropped, or cut on the left or on the right.
         batch_size: Prompts of an iteration, over all processes.
         validation_batch_size: Prompts of a validation, test or prediction batch, over all processes.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, for a source that cannot be read, a missing column, or no prompt short enough.
+        UserError: in ``setup``, for a source that cannot be read, a missing column, or if no prompt is short enough.
+
+    >>> data = Prompts(train="prompts.jsonl", template="{question} Think step by step.", max_tokens=1024)
+    >>> Prompts(train="prompts.jsonl", batch_size=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: data.batch_size must be 1 or more, not 0
     """
+
+    encoder: PromptEncoder
 
     def __init__(
         self,
@@ -62,112 +135,82 @@ class Prompts(ResumableData):
         batch_size: int = 64,
         validation_batch_size: int = 256,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            {"train": train, "validation": validation, "test": test, "predict": predict}, contents="prompts"
+        )
         check_positive(
             first_tokens=first_tokens,
             max_tokens=max_tokens,
             batch_size=batch_size,
             validation_batch_size=validation_batch_size,
         )
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.column = column
-        self.template = template
-        self.chat = chat
-        self.first_tokens = first_tokens
-        self.max_tokens = max_tokens
-        self.too_long = too_long
+        self.encoder = PromptEncoder(
+            column=column,
+            template=template,
+            chat=chat,
+            first_tokens=first_tokens,
+            max_tokens=max_tokens,
+            too_long=too_long,
+        )
         self.batch_size = batch_size
         self.validation_batch_size = validation_batch_size
         self.dropped: dict[str, int] = {}
         self.cut: dict[str, int] = {}
-        self._prompts: dict[str, list[_TokenizedPrompt]] = {}
-
-    def setup(self, stage: str) -> None:
-        """Read and tokenize what the stage needs; Lightning calls it."""
-        splits = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
-        needed = splits[stage]
-        for split in needed:
-            if split not in self._prompts and self.sources[split] is not None:
-                self._prompts[split] = self._read(split)
-        if needed[0] not in self._prompts:
-            raise UserError(f"data.{needed[0]} is not set: a file, a hub name or module:function with prompts")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, the same order for the same seed and epoch."""
-        return self.train_loader(self._prompts["train"], self.batch_size, self._collate)
+        """Return the shuffled training loader: the same order for the same seed and epoch."""
+        return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """In the file's order; empty if there are no validation prompts."""
-        return self._in_order("validation") if "validation" in self._prompts else []
+        """Return the validation prompts in the file's order; an empty list if there are none."""
+        return self._held_out("validation")
 
-    def test_dataloader(self) -> ResumableLoader:
-        """In the file's order."""
-        return self._in_order("test")
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        """Return the test prompts in the file's order."""
+        return self._held_out("test")
 
-    def predict_dataloader(self) -> ResumableLoader:
-        """In the file's order."""
-        return self._in_order("predict")
+    def predict_dataloader(self) -> ResumableLoader | list[Any]:
+        """Return the prompts to predict in the file's order."""
+        return self._held_out("predict")
 
-    def _in_order(self, split: str) -> ResumableLoader:
-        size, option = self.validation_batch_size, "data.validation_batch_size"
-        return self.loader(self._prompts[split], size, self._collate, option)
+    def _held_out(self, split: str) -> ResumableLoader | list[Any]:
+        return self.held_out_loader(split, self.validation_batch_size, "data.validation_batch_size")
 
-    def _read(self, split: str) -> list[_TokenizedPrompt]:
-        source = self.sources[split]
-        assert source is not None
-        records = read_records(source, f"data.{split}")
-        kept, self.dropped[split], self.cut[split] = [], 0, 0
-        for prompt, record in zip(self._texts(records, split), records, strict=True):
-            tokens = prompt_tokens(self.tokenizer, prompt, f"data.{split}")
-            if self.first_tokens is not None and len(tokens) > self.first_tokens:
-                tokens = tokens[: self.first_tokens]
-                prompt = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-            if len(tokens) > self.max_tokens:
-                if self.too_long == "drop":
-                    self.dropped[split] += 1
-                    continue
-                self.cut[split] += 1
-                tokens = tokens[-self.max_tokens :] if self.too_long == "cut_left" else tokens[: self.max_tokens]
-                prompt = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-            kept.append(_TokenizedPrompt(prompt, tokens, record))
-        if not kept:
+    def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
+        """Return the prompts that are short enough or cut, together with their records."""
+        rows, source, limit = Rows(table, records), self.sources[split], self.encoder.max_tokens
+        self.dropped[split] = len(records) - len(rows)
+        self.cut[split] = int(rows.column("cut").sum())
+        if not len(rows):
             raise UserError(
-                f"data.{split}: all {len(records)} prompts of {source} are longer than "
-                f"data.max_tokens={self.max_tokens}"
+                f"data.{split}: all {len(records)} prompts of {source} are longer than data.max_tokens={limit}"
             )
-        self.say(f"data: {len(kept)} {split} prompts from {source}{self._counted(split)}")
-        return kept
-
-    def _counted(self, split: str) -> str:
         counts = (("dropped", self.dropped[split]), ("cut", self.cut[split]))
-        return "".join(f", {n} {what} (longer than {self.max_tokens} tokens)" for what, n in counts if n)
+        note = "".join(f", {count} {what} (longer than {limit} tokens)" for what, count in counts if count)
+        self.report(f"data: {len(rows)} {split} prompts from {source}{note}")
+        return rows
 
-    def _texts(self, records: list[Record], split: str) -> list[Prompt]:
-        source = self.sources[split]
-        assert source is not None
-        if self.template is None:
-            prompts = column(records, self.column, f"data.{split}", source)
-        else:
-            prompts = [_filled(self.template, record, source) for record in records]
-        if self.chat:
-            prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        return prompts
-
-    def _collate(self, placed: list[tuple[int, _TokenizedPrompt]]) -> PromptBatch:
-        rows = [prompt.tokens for _, prompt in placed]
-        names = dict.fromkeys(name for _, prompt in placed for name in prompt.record)
-        tokens, mask = left_pad(rows, self.tokenizer.pad_token_id)
+    def collate(self, placed: list[tuple[int, Row]]) -> PromptBatch:
+        """Make a batch of (place in the global batch, row) pairs."""
+        rows = [row for _, row in placed]
+        names = dict.fromkeys(name for row in rows for name in row["record"])
+        tokens, mask = left_pad([row["tokens"] for row in rows], self.tokenizer.pad_token_id)
         return PromptBatch(
             tokens=tokens,
             mask=mask,
             group=torch.tensor([place for place, _ in placed]),
-            prompts=[prompt.prompt for _, prompt in placed],
-            columns={name: [prompt.record.get(name) for _, prompt in placed] for name in names},
+            prompts=[self._prompt(row) for row in rows],
+            columns={name: [row["record"].get(name) for row in rows] for name in names},
         )
+
+    def _prompt(self, row: Row) -> Prompt:
+        if row["whole"]:
+            return self.encoder.prompt(row["record"], "data")
+        return str(self.tokenizer.decode(row["tokens"], skip_special_tokens=True))
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token rows as a left-padded tensor [B, P], and the mask of what is real.
+    """Return token rows as a left-padded tensor [B, P], and the mask of the tokens that are not padding.
 
     >>> left_pad([[5, 6], [7]], pad=0)[0]
     tensor([[5, 6],
@@ -177,13 +220,3 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
     return tokens, mask
-
-
-def _filled(template: str, record: Record, source: Source) -> str:
-    try:
-        return template.format_map(record)
-    except KeyError as error:
-        there = ", ".join(sorted(record))
-        raise UserError(f"data.template names the column {error}, {source} has: {there}") from error
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"data.template {template!r} should be text with columns in braces: {error}") from error

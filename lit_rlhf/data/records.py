@@ -1,25 +1,75 @@
-"""Records, dictionaries of columns, from files, hub names or a Python function."""
+"""Records, dictionaries of columns, from files, data sets of the Hugging Face hub, or a Python function.
 
+The records of a file or of the hub stay in a memory-mapped Arrow file in the cache of `datasets`; a record becomes a
+Python object when it is needed. The lines of a JSONL file are stored as they are, so that each record keeps its own
+columns and types.
+"""
+
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pyarrow
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.references import is_reference, load_reference
 
+if TYPE_CHECKING:
+    import datasets
+
 Record: TypeAlias = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+LARGE_FILE = 32 * 2**20
+"""Bytes of a file from which on reading it shows a progress bar."""
 
 
 Source: TypeAlias = str | dict[str, str]
-"""A file, a hub name, or a Python function; or of a hub's data set ``path``, ``name`` (its configuration) and ``split``
-(slices such as ``train[:1000]`` work)."""
+"""A file, a hub name, or a Python function; or, for a data set of the hub, its ``path``, ``name`` (the configuration)
+and ``split`` (slices such as ``train[:1000]`` work)."""
 
 
-def read_records(source: Source, field: str) -> list[Record]:
-    """All records of a source.
+class Records:
+    """Records that are read when they are asked for, from a memory-mapped table.
+
+    Args:
+        table: A data set whose format is Arrow.
+        parse: Makes records of a part of that table.
+
+    >>> records = read_records("lit_rlhf.data.reviews:prompts", "data.train")
+    >>> len(records)
+    1000
+    >>> records.__getitems__([2, 0])
+    [{'prompt': 'my aunt and i tried the old garden .'}, {'prompt': 'my sister and i tried the golden spoon .'}]
+    """
+
+    def __init__(self, table: "datasets.Dataset", parse: Callable[[pyarrow.Table], list[Record]]) -> None:
+        self.table = table
+        self.parse = parse
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
+        return self.parse(self.table[list(numbers)])
+
+    def __iter__(self) -> Iterator[Record]:
+        for part in self.table.iter(1000):
+            yield from self.parse(part)
+
+    @property
+    def key(self) -> list[str] | None:
+        """Strings that identify the records in the cache; None if the records are in memory only."""
+        files = [str(file["filename"]) for file in self.table.cache_files]
+        return [*files, str(self.table.split), str(len(self.table))] if files else None
+
+
+def read_records(source: Source, field: str) -> Records:
+    """Open a source; its records are checked now and read later.
 
     Args:
         source: A ``.jsonl``, ``.csv`` or ``.parquet`` file, a hub name (or ``{path: openai/gsm8k, name: main, split:
@@ -27,7 +77,11 @@ def read_records(source: Source, field: str) -> list[Record]:
         field: The configuration field, for messages.
 
     Raises:
-        UserError: if there is no such source, a line is no JSON object, or there are no records.
+        UserError: if the source does not exist, a line is not a JSON object, there are no records, or the cache cannot
+            be written.
+
+    >>> next(iter(read_records("lit_rlhf.data.reviews:prompts", "data.train")))
+    {'prompt': 'my sister and i tried the golden spoon .'}
     """
     if isinstance(source, str) and is_reference(source):
         records = _call(source, field)
@@ -35,33 +89,106 @@ def read_records(source: Source, field: str) -> list[Record]:
         records = _read_file(Path(source), field)
     else:
         records = _read_hub({"path": source} if isinstance(source, str) else source, field)
-    if not records:
+    if not len(records):
         raise UserError(f"{field}: {source} has no records")
     return records
 
 
-def column(records: Sequence[Record], name: str, field: str, source: Source) -> list[Any]:
-    """One column of all records.
+def value_of(record: Record, name: str, where: str) -> Any:
+    """Return one column of a record.
+
+    Args:
+        record: The record.
+        name: The column.
+        where: Field, number and source of the record, for the message.
 
     Raises:
-        UserError: if a record lacks it; the columns that exist are named.
+        UserError: if the record does not have the column; the columns that exist are named.
+
+    >>> value_of({"prompt": "Why?"}, "prompt", "data.train: record 1 of prompts.jsonl")
+    'Why?'
     """
-    for number, record in enumerate(records, 1):
-        if record.get(name) is None:
-            there = ", ".join(sorted(k for k, v in record.items() if v is not None)) or "nothing"
-            raise UserError(f"{field}: record {number} of {source} has no column {name!r}; it has: {there}")
-    return [record[name] for record in records]
+    if record.get(name) is None:
+        raise UserError(f"{where} has no column {name!r}; it has: {filled_columns(record)}")
+    return record[name]
 
 
-def _call(source: str, field: str) -> list[Record]:
+def filled_columns(record: Record) -> str:
+    """List the columns of a record that have a value, for messages.
+
+    >>> filled_columns({"prompt": "Why?", "answer": None, "level": 1})
+    'level, prompt'
+    """
+    return ", ".join(sorted(name for name, value in record.items() if value is not None)) or "nothing"
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Inside this context `datasets` shows its progress bars only if ``shown``, and only if they were on before."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def cache_access(field: str) -> Iterator[None]:
+    """Inside this context errors of `datasets` become one line: what the user's data caused, or what the cache refused.
+
+    Raises:
+        UserError: the one that was raised inside (`datasets` wraps it), or one that names the folder of the cache.
+    """
+    try:
+        yield
+    except Exception as error:
+        causes = list(_causes(error))
+        for cause in causes:
+            if isinstance(cause, UserError):
+                raise cause from None
+        for cause in causes:
+            if isinstance(cause, OSError):
+                raise UserError(
+                    f"{field}: the cache of tokens cannot be written or read: {type(cause).__name__}: {cause}; the "
+                    f"environment variable HF_DATASETS_CACHE names its folder, now {_cache_folder()}"
+                ) from error
+        raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _cache_folder() -> str:
+    import datasets
+
+    return str(datasets.config.HF_DATASETS_CACHE)
+
+
+def _call(source: str, field: str) -> Records:
+    from datasets import Dataset
+
     function = load_reference(source, field)
     try:
-        return list(function())
+        records = list(function())
     except Exception as error:
         raise UserError(f"{field}: {source} raised {type(error).__name__}: {error}") from error
+    numbers = Dataset.from_dict({"number": range(len(records))}).with_format("arrow")
+    return Records(numbers, partial(_pick, records))
 
 
-def _read_file(path: Path, field: str) -> list[Record]:
+def _pick(records: list[Record], numbers: pyarrow.Table) -> list[Record]:
+    return [records[number] for number in numbers["number"].to_pylist()]
+
+
+def _read_file(path: Path, field: str) -> Records:
     if not path.is_file():
         raise UserError(f"{field}: there is no file {path}")
     if path.suffix not in FORMATS:
@@ -72,49 +199,81 @@ def _read_file(path: Path, field: str) -> list[Record]:
         return _read_jsonl(path, field)
     import datasets
 
-    datasets.disable_progress_bars()
-
     try:
-        rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        with progress_bars(path.stat().st_size > LARGE_FILE):
+            rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps every reader's own errors
         if "corresponds to no data" in str(error):
-            return []
+            raise UserError(f"{field}: {path} has no records") from error
         cause = error.__cause__ or error
         raise UserError(f"{field}: {path} cannot be read as {path.suffix[1:]}: {cause}") from error
-    return rows.to_list()
+    return Records(rows.with_format("arrow"), pyarrow.Table.to_pylist)
 
 
-def _read_jsonl(path: Path, field: str) -> list[Record]:
-    """Line by line, so that a mistake can be named by its line."""
-    records = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{field}: {path}, line {number} is no UTF-8: {error}") from error
-            except ValueError as error:
-                raise UserError(f"{field}: {path}, line {number} is no JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{field}: {path}, line {number} should be a JSON object, it is {type(record).__name__}"
-                )
-            records.append(record)
-    return records
-
-
-def _read_hub(source: dict[str, str], field: str) -> list[Record]:
-    if "path" not in source or not source.keys() <= {"path", "name", "split"}:
-        raise UserError(f"{field}: a hub's data set has path, name and split, not {', '.join(source)}")
+def _read_jsonl(path: Path, field: str) -> Records:
+    """Store the lines as they are: one Arrow type for a column of all records would change their values."""
     import datasets
 
-    datasets.disable_progress_bars()
+    large = path.stat().st_size > LARGE_FILE
+    with progress_bars(large), cache_access(field):
+        lines = datasets.Dataset.from_generator(
+            _lines,
+            features=datasets.Features({"line": datasets.Value("large_binary")}),
+            gen_kwargs={"path": str(path), "field": field},
+            fingerprint=_digest(path, field),
+        )
+    return Records(lines.with_format("arrow"), _parse)
+
+
+def _digest(path: Path, field: str) -> str:
+    """A hash of the content: neither the name nor the time of a file decides whether the cache knows it."""
+    digest = hashlib.sha256(b"jsonl")
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read: {error}") from error
+    return digest.hexdigest()[:32]
+
+
+def _lines(path: str, field: str) -> Iterator[dict[str, bytes]]:
+    """The lines that are not blank; each is parsed once, so that a mistake is found now and named by its line."""
+    empty = True
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                _check_line(line, f"{field}: {path}, line {number}")
+                yield {"line": line}
+                empty = False
+    if empty:  # datasets has no empty splits
+        raise UserError(f"{field}: {path} has no records")
+
+
+def _check_line(line: bytes, where: str) -> None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where} should be a JSON object, but it is {type(record).__name__}")
+
+
+def _parse(lines: pyarrow.Table) -> list[Record]:
+    return [json.loads(line.decode("utf-8")) for line in lines["line"].to_pylist()]
+
+
+def _read_hub(source: dict[str, str], field: str) -> Records:
+    if "path" not in source or not source.keys() <= {"path", "name", "split"}:
+        raise UserError(f"{field}: a data set of the hub has path, name and split, not {', '.join(source)}")
+    import datasets
 
     try:
         name, split = source.get("name"), source.get("split", "train")
-        return datasets.load_dataset(source["path"], name, split=split).to_list()
+        rows = datasets.load_dataset(source["path"], name, split=split)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{field}: {source['path']!r} is neither a file nor a data set of the hub: {reason}") from error
+    return Records(rows.with_format("arrow"), pyarrow.Table.to_pylist)

@@ -5,6 +5,15 @@ import pytest
 from transformers import AutoTokenizer
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder in which `datasets` keeps records and tokens, empty at first."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def tokenizer(tiny_model):
     return AutoTokenizer.from_pretrained(tiny_model("llama"))

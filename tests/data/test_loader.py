@@ -1,6 +1,7 @@
 from itertools import islice
 
 import pytest
+from datasets import Dataset
 
 from lit_rlhf.data.loader import GlobalBatches, ResumableLoader
 
@@ -9,14 +10,15 @@ SIZE, BATCH = 22, 4
 
 def loader(shuffle=True, **options) -> ResumableLoader:
     """A loader of the numbers 0 … 21."""
-    return ResumableLoader(range(SIZE), lambda placed: placed, GlobalBatches(SIZE, BATCH, shuffle=shuffle, **options))
+    rows = Dataset.from_dict({"number": range(SIZE)})
+    return ResumableLoader(rows, lambda placed: placed, GlobalBatches(SIZE, BATCH, shuffle=shuffle, **options))
 
 
 def play(made, epochs=1):
-    """The records of each batch, so many epochs long."""
+    """The records of each batch, for this many epochs."""
     for _ in range(epochs):
         for batch in made:
-            yield [record for _, record in batch]
+            yield [record["number"] for _, record in batch]
 
 
 def epoch(number, **options):

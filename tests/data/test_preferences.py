@@ -355,8 +355,8 @@ PLAIN = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
         ({"prompt": "w1", "responses": [" w2", " w3", " w2"]}, {}, r"two of its responses are equal.*' w2'"),
         ({"prompt": "w1", "responses": [" w2"]}, {}, r"responses should rank 2 responses or more.*one of 1$"),
         ({"prompt": "w1", "responses": []}, {}, r"responses should rank 2 responses or more.*one of 0$"),
-        ({"prompt": "w1", "responses": " w2"}, {}, r"responses should rank 2 responses or more.*no list$"),
-        ({"prompt": "w1", "responses": {"a": " w2", "b": " w3"}}, {}, r"responses should rank.*no list$"),
+        ({"prompt": "w1", "responses": " w2"}, {}, r"responses should rank 2 responses or more.*not a list$"),
+        ({"prompt": "w1", "responses": {"a": " w2", "b": " w3"}}, {}, r"responses should rank.*not a list$"),
         ({"prompt": "w1", "responses": [" w2", [" w3", " w4"]]}, {}, r"responses has a tie .*list in the list"),
         ({"prompt": "w1", "chosen": " w2"}, {}, r"neither 'responses' nor a pair with 'rejected'; .*: chosen, prompt$"),
         ({"prompt": "w1", "rejected": " w2"}, {}, r"nor a pair with 'chosen'; it has: prompt, rejected$"),
@@ -391,7 +391,7 @@ def test_a_response_that_is_neither_text_nor_turns(make, chat_tokenizer, name, r
 
 
 @pytest.mark.parametrize("gap", [float("nan"), float("inf"), True])
-def test_a_margin_that_is_no_finite_number(make, tokenizer, gap):
+def test_a_margin_that_is_not_a_finite_number(make, tokenizer, gap):
     with pytest.raises(UserError, match=r"^data\.train: record 1 of \S*preferences\.jsonl.*data\.margin"):
         make(tokenizer, [PLAIN | {"gap": gap}], margin="gap", batch_size=1)
 

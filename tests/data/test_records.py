@@ -3,7 +3,7 @@ import json
 import pandas
 import pytest
 
-from lit_rlhf.data.records import column, read_records
+from lit_rlhf.data.records import read_records, value_of
 from lit_rlhf.errors import UserError
 
 ROWS = [{"prompt": "w1 w2", "number": 1}, {"prompt": "w3, \"w4\"\nw5", "number": 2}]  # fmt: skip
@@ -12,13 +12,6 @@ def rows(): return iter([{"prompt": "w1"}, {"prompt": "w2"}])
 def none(): return []
 def fails(): return open("/nowhere/data.txt")
 """
-
-
-@pytest.fixture(autouse=True)
-def no_cache_at_home(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def refusal(source) -> str:
@@ -37,19 +30,19 @@ def test_files(tmp_path, name):
         frame.to_parquet(path)
     else:
         frame.to_json(path, orient="records", lines=path.suffix == ".jsonl")
-    assert read_records(str(path), "data.train") == ROWS
+    assert list(read_records(str(path), "data.train")) == ROWS
 
 
 def test_a_changed_file_is_read_again(tmp_path):
     for prompt in ("w1", "w2"):
         (tmp_path / "data.csv").write_text(f"prompt\n{prompt}\n")
-        assert read_records(str(tmp_path / "data.csv"), "data.train") == [{"prompt": prompt}]
+        assert list(read_records(str(tmp_path / "data.csv"), "data.train")) == [{"prompt": prompt}]
 
 
 def test_blank_lines_are_skipped_but_counted(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "w1"}\n\n   \n{"prompt": "ü"}\n')
-    assert read_records(str(path), "data.train") == [{"prompt": "w1"}, {"prompt": "ü"}]
+    assert list(read_records(str(path), "data.train")) == [{"prompt": "w1"}, {"prompt": "ü"}]
     path.write_text('{"prompt": "w1"}\n\nw2\n')
     assert f"{path}, line 3" in refusal(str(path))
 
@@ -57,7 +50,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"prompt": "w1"}\n{"prompt": w2}\n', ["line 2", "no JSON"]),
+        ('{"prompt": "w1"}\n{"prompt": w2}\n', ["line 2", "not JSON"]),
         ('{"prompt": "w1"}\n[1, 2]\n', ["line 2", "object", "list"]),
         ('"w1"\n', ["line 1", "object", "str"]),
         ("", ["is empty"]),
@@ -94,7 +87,7 @@ def test_a_missing_file(tmp_path):
 def test_functions(tmp_path):
     path = tmp_path / "source.py"
     path.write_text(FUNCTIONS)
-    assert read_records(f"{path}:rows", "data.train") == [{"prompt": "w1"}, {"prompt": "w2"}]
+    assert list(read_records(f"{path}:rows", "data.train")) == [{"prompt": "w1"}, {"prompt": "w2"}]
     assert len(read_records("lit_rlhf.data.reviews:fresh_prompts", "data.train")) == 200
     assert "no records" in refusal(f"{path}:none")
     assert "it has: rows, none, fails" in refusal(f"{path}:row")
@@ -109,16 +102,15 @@ def test_a_data_set_of_the_hub_that_cannot_be_had(monkeypatch):
 
 
 def test_columns():
-    records = [{"a": 1, "b": "x"}, {"a": None, "b": "y"}]
-    assert column(records, "b", "data.train", "data.csv") == ["x", "y"]
-    with pytest.raises(UserError, match=r"data.train: record 1 of data.csv has no column 'c'; it has: a, b"):
-        column(records, "c", "data.train", "data.csv")
-    with pytest.raises(UserError, match=r"record 2 of data.csv has no column 'a'; it has: b"):
-        column(records, "a", "data.train", "data.csv")
+    assert value_of({"a": 1, "b": "x"}, "b", "data.train") == "x"
+    with pytest.raises(UserError, match=r"^record 1 of data.csv has no column 'c'; it has: a, b$"):
+        value_of({"a": 1, "b": "x"}, "c", "record 1 of data.csv")
+    with pytest.raises(UserError, match=r"^record 2 of data.csv has no column 'a'; it has: b$"):
+        value_of({"a": None, "b": "y"}, "a", "record 2 of data.csv")
 
 
 def test_conversations_come_as_they_are(tmp_path):
     turns = [{"role": "user", "content": "w1"}]
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": turns}))
-    assert read_records(str(path), "data.train") == [{"prompt": turns}]
+    assert list(read_records(str(path), "data.train")) == [{"prompt": turns}]

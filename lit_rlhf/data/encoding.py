@@ -1,0 +1,185 @@
+"""Tokenized rows, made once by ``Dataset.map`` and memory-mapped from the cache of `datasets` from then on."""
+
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+import pyarrow
+from pyarrow import compute
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.data.records import Record, Records, cache_access, progress_bars
+from lit_rlhf.data.tokenize import token_rows
+
+if TYPE_CHECKING:
+    import datasets
+
+Row: TypeAlias = dict[str, Any]
+LARGE_SPLIT = 20_000
+"""Records from which on tokenizing shows a progress bar, and records for each further process."""
+TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
+"""What a saved tokenizer contains of how it was last called or from where it was loaded."""
+
+
+class Encoder(Protocol):
+    """Makes rows of tokens; a frozen dataclass whose fields are all the options that decide the rows."""
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """The columns of a row; one of them is ``kept``, whether a loader hands the row out."""
+
+    def __call__(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
+    ) -> list[Row]:
+        """Return the rows of some records.
+
+        Args:
+            tokenizer: The trained model's.
+            records: The records.
+            where: Field, number and source of each record, for messages.
+
+        Raises:
+            UserError: for a record that cannot be used.
+        """
+
+
+class Rows:
+    """The rows of a split that are kept; a batch of them is read from the memory-mapped table when it is needed.
+
+    Args:
+        table: All rows, a data set whose format is Arrow.
+        records: The records, one for each row of the table, to come along as ``row["record"]``; None if not needed.
+    """
+
+    def __init__(self, table: "datasets.Dataset", records: Records | None = None) -> None:
+        self.table = table
+        self.records = records
+        self.kept = np.flatnonzero(self.column("kept"))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Row]:
+        places = self.kept[np.asarray(numbers)].tolist()
+        rows = self.table[places].to_pylist()
+        records = self.records.__getitems__(places) if self.records is not None else [None] * len(rows)
+        return [
+            row | {"number": number, "record": record}
+            for row, number, record in zip(rows, numbers, records, strict=True)
+        ]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers or flags of all rows, kept or not."""
+        return self.table.select_columns(name)[:][name].to_numpy()
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Return the lengths of a column of lists, of the rows that are kept."""
+        return compute.list_value_length(self.table.select_columns(name)[:][name]).to_numpy()[self.kept]
+
+
+def encode(
+    records: Records, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, *, field: str, source: Any
+) -> "datasets.Dataset":
+    """Tokenize records in batches, in several processes where that pays, or open what the cache has of them.
+
+    Args:
+        records: What to tokenize.
+        encoder: Makes the rows.
+        tokenizer: The trained model's.
+        field: The configuration field, for messages.
+        source: Where the records are from, for messages.
+
+    Returns:
+        The encoder's rows, as a data set whose format is Arrow.
+
+    Raises:
+        UserError: for the first record that cannot be used, or if the cache cannot be written.
+    """
+    from datasets import Features
+
+    large = len(records) > LARGE_SPLIT
+    with progress_bars(large), cache_access(field), _same_environment():
+        return records.table.map(
+            partial(_encode_batch, records.parse, encoder, tokenizer, field, str(source)),
+            batched=True,
+            with_indices=True,
+            remove_columns=records.table.column_names,
+            features=Features.from_arrow_schema(encoder.schema),
+            num_proc=_processes(len(records)) if records.key else None,
+            new_fingerprint=_fingerprint(records.key, encoder, tokenizer) if records.key else None,
+            desc=f"{field}: tokenizing",
+        )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of everything that decides a tokenizer's output: vocabulary, rules, special tokens, chat template.
+
+    >>> from lit_rlhf.data.reviews import tokenizer
+    >>> one, same, other = tokenizer(), tokenizer(), tokenizer()
+    >>> other.chat_template = "{{ messages[0].content }}"
+    >>> fingerprint = tokenizer_fingerprint(one)
+    >>> fingerprint == tokenizer_fingerprint(same), fingerprint == tokenizer_fingerprint(other)
+    (True, False)
+    """
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            if path.name in TRANSIENT:
+                settings = json.loads(content)
+                content = json.dumps({k: v for k, v in settings.items() if k not in TRANSIENT[path.name]}).encode()
+            digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the rows in the cache: of the records, the options, the tokenizer, and the code that tokenizes."""
+    code = [
+        inspect.getsource(module) for module in map(inspect.getmodule, (encode, token_rows, type(encoder))) if module
+    ]
+    versions = [version("transformers"), version("tokenizers")]
+    parts = [*key, repr(encoder), tokenizer_fingerprint(tokenizer), *code, *versions]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _encode_batch(
+    parse: Callable[[pyarrow.Table], list[Record]],
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str,
+    source: str,
+    table: pyarrow.Table,
+    numbers: Sequence[int],
+) -> pyarrow.Table:
+    where = [f"{field}: record {number + 1} of {source}" for number in numbers]
+    rows = encoder(tokenizer, parse(table), where)
+    return pyarrow.Table.from_pylist(rows, schema=encoder.schema)
+
+
+def _processes(records: int) -> int | None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(cores, 16, records // LARGE_SPLIT)
+    return processes if processes > 1 else None
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """In several processes ``Dataset.map`` replaces ``os.environ`` by a copy and switches off tokenizers' threads."""
+    environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
+    try:
+        yield
+    finally:
+        os.environ = environment  # noqa: B003
+        environment.pop("TOKENIZERS_PARALLELISM", None)
+        if threads is not None:
+            environment["TOKENIZERS_PARALLELISM"] = threads

@@ -1,0 +1,225 @@
+"""What is tokenized when, and that it is what one record after the other would give."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_rlhf.data import Demonstrations, Preferences, Prompts, encoding, records
+from lit_rlhf.data.records import read_records
+from lit_rlhf.data.tokenize import token_rows, turns
+from lit_rlhf.errors import UserError
+from lit_rlhf.testing import make_tiny_model
+
+PROMPTS = [{"prompt": " ".join(f"w{i}" for i in range(n)), "number": n} for n in (2, 5, 3, 1)]
+PAIRS = [{"prompt": "w1", "chosen": " w2 w3", "rejected": f" w{i}"} for i in range(4, 8)]
+TEXTS = [{"text": f"w{i} w{i + 1}"} for i in range(6)]
+TURNS = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """How many texts were tokenized, in a list."""
+    counts: list[int] = []
+    real = PreTrainedTokenizerBase.__call__
+
+    def counting(self, text, **options):
+        counts.append(1 if isinstance(text, str) else len(text))
+        return real(self, text, **options)
+
+    for kind in (PreTrainedTokenizerBase, *PreTrainedTokenizerBase.__subclasses__()):
+        if "__call__" in vars(kind):
+            monkeypatch.setattr(kind, "__call__", counting)
+    return counts
+
+
+def batches(data):
+    (batch,) = data.val_dataloader()
+    return batch.tokens.tolist()
+
+
+@pytest.fixture
+def make(make_data, tiny_model):
+    """A data module with a tokenizer that was loaded anew."""
+
+    def build(kind=Prompts, rows=PROMPTS, model=None, file="data.jsonl", **options):
+        tokenizer = AutoTokenizer.from_pretrained(model or tiny_model("llama"))
+        return make_data(kind, file, tokenizer, rows, **({"train": None, "stage": "validate"} | options))
+
+    return build
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(Prompts, PROMPTS), (Preferences, PAIRS), (Demonstrations, TEXTS)])
+def test_a_second_set_up_tokenizes_nothing(make, tokenized, kind, rows):
+    options = {"batch_size": 8}
+    first = make(kind, rows, **options)
+    assert sum(tokenized) >= len(rows)
+    tokenized.clear()
+    second = make(kind, rows, **options)
+    assert tokenized == []
+    assert batches(second) == batches(first)
+
+
+def test_name_and_time_of_a_file_and_a_padding_tokenizer_change_nothing(make, tokenized, tmp_path, monkeypatch):
+    make(file="data.jsonl")
+    os.utime(tmp_path / "data.jsonl", (0, 0))
+    tokenized.clear()
+    make(file="moved.jsonl", batch_size=3, validation_batch_size=7)
+    assert tokenized == []
+    load = AutoTokenizer.from_pretrained
+
+    def used(name):  # a tokenizer remembers how it was last called
+        tokenizer = load(name)
+        tokenizer(["w1", "w1 w2"], padding=True, truncation=True, max_length=5)
+        tokenized.clear()
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", used)
+    make()
+    assert tokenized == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rows": [PROMPTS[0] | {"number": 3}, *PROMPTS[1:]]},
+        {"max_tokens": 4},
+        {"max_tokens": 4, "too_long": "cut_left"},
+        {"first_tokens": 2},
+        {"template": "w7 {prompt}"},
+    ],
+)
+def test_another_file_or_option_is_tokenized_again(make, tokenized, options):
+    make()
+    tokenized.clear()
+    make(**options)
+    assert sum(tokenized) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("change", [{"special": "bos_is_eos"}, {"chat": True}])
+def test_another_tokenizer_tokenizes_again(make, tokenized, tmp_path, change):
+    make()
+    tokenized.clear()
+    make(model=make_tiny_model(tmp_path / "other", **change))
+    assert sum(tokenized) == len(PROMPTS)
+
+
+def test_records_keep_their_own_columns_and_types(make):
+    values = [1, 2.0, "three", None, True, [1, "a", None], {"a": 1}, {"b": {"c": []}}, 10**30, "\u2028\x85\r\n"]
+    rows = [{"prompt": f"w{i}", "value": value} for i, value in enumerate(values)]
+    rows += [{"prompt": "w30"}, {"prompt": "w31", "other": 1}]
+    (batch,) = make(rows=rows).val_dataloader()
+    assert batch.columns == {
+        "prompt": [row["prompt"] for row in rows],
+        "value": [*values, None, None],
+        "other": [None] * 11 + [1],
+    }
+    assert [type(value) for value in batch.columns["value"][:10]] == [type(value) for value in values]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path, tokenizer):
+    path, text = tmp_path / "data.jsonl", "w1 \u2028 \x85 \u2029 w2"
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False), '{"prompt":\r"w3"}\r', json.dumps({"prompt": "w4"})]
+    path.write_bytes("\n".join(lines).encode())
+    assert [record["prompt"] for record in read_records(str(path), "data.train")] == [text, "w3", "w4"]
+    path.write_bytes("\n".join([*lines[:2], "w4"]).encode())
+    with pytest.raises(UserError, match=r"data\.jsonl, line 3 is not JSON"):
+        read_records(str(path), "data.train")
+
+
+def test_the_first_of_two_bad_lines_of_a_long_file_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join('{"prompt": 1}\n' if i not in (1500, 2200) else "[]\n" for i in range(1, 3001)))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^data\.train: \S*data\.jsonl, line 1500 should be a JSON object"):
+            read_records(str(path), "data.train")
+
+
+@pytest.mark.parametrize("bad", [(7,), (1200, 2700), (2700,)])
+def test_the_first_bad_record_is_named_by_several_processes_too(make, monkeypatch, bad):
+    monkeypatch.setattr(encoding, "_processes", lambda records: 2)
+    environment = os.environ
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    rows = [{"prompt": f"w{i % 30}"} if i not in bad else {"text": "w1"} for i in range(1, 3001)]
+    with pytest.raises(UserError, match=rf"^data\.validation: record {bad[0]} of \S*jsonl has no column 'prompt'; "):
+        make(rows=rows)
+    assert os.environ is environment
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_several_processes_give_the_rows_of_one(make, monkeypatch):
+    rows = [{"prompt": f"w{i % 30} w{i % 7}", "number": i} for i in range(3000)]
+    monkeypatch.setattr(encoding, "_processes", lambda records: 2)
+    several = list(make(rows=rows).val_dataloader())
+    monkeypatch.setattr(encoding, "_processes", lambda records: None)
+    one = list(make(rows=rows, max_tokens=511).val_dataloader())  # another option: not from the cache
+    assert [batch.tokens.tolist() for batch in several] == [batch.tokens.tolist() for batch in one]
+    assert [number for batch in several for number in batch.columns["number"]] == list(range(3000))
+
+
+def test_what_a_function_returns_stays_as_it_is(make, tmp_path, cache):
+    source = tmp_path / "source.py"
+    source.write_text("def rows(): return [{'prompt': 'w1', 'check': len}, {'prompt': 'w2', 'check': {1, 2}}]")
+    (batch,) = make(validation=f"{source}:rows").val_dataloader()
+    assert batch.columns["check"] == [len, {1, 2}]
+    assert list(batch.prompts) == ["w1", "w2"]
+
+
+def test_a_cache_that_cannot_be_written(make, cache):
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"^data\.validation: the cache .*HF_DATASETS_CACHE.*cache$") as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("rank", "large", "shown"), [(0, False, False), (0, True, True), (1, True, False)])
+def test_only_long_work_of_the_first_process_shows_a_bar(make, monkeypatch, capsys, rank, large, shown):
+    if large:
+        monkeypatch.setattr(encoding, "LARGE_SPLIT", 1)
+        monkeypatch.setattr(records, "LARGE_FILE", 1)
+        monkeypatch.setattr(encoding, "_processes", lambda records: None)
+    make(rank=rank, world_size=2)
+    assert ("tokenizing" in capsys.readouterr().err) is shown
+
+
+def one_by_one(tokenizer, text):
+    """The tokenizer's own opening and the text, without an end that the tokenizer added."""
+    ids, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    added = ids[-1:] == [tokenizer.eos_token_id] and len(ids) > len(plain) and plain and ids[-len(plain) :] != plain
+    return (ids[:-1] if added else ids) or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("form", ["$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>", "<eos> $A"])
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_a_batch_has_the_tokens_of_each_alone(chat_tokenizer, form, has_bos):
+    names = {name: chat_tokenizer.convert_tokens_to_ids(name) for name in ("<bos>", "<eos>")}
+    chat_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=list(names.items())
+    )
+    if not has_bos:
+        chat_tokenizer.bos_token = None
+    texts = ["w1 w2 w3", "", "w4", "w5 <eos>", "<eos>", "w6 unknown", "w1 w2 w3"]
+    talks = [turns(chat_tokenizer, TURNS[:n], "data", opened=opened) for n in (1, 2) for opened in (True, False)]
+    pieces = [texts[0], talks[0], *texts[1:3], *talks[1:], *texts[3:]]
+    expected = [
+        one_by_one(chat_tokenizer, piece)
+        if isinstance(piece, str)
+        else chat_tokenizer.apply_chat_template(
+            piece.conversation, add_generation_prompt=piece.opened, return_dict=False
+        )
+        for piece in pieces
+    ]
+    assert token_rows(chat_tokenizer, pieces) == expected
+
+
+def test_the_record_that_a_chat_template_refuses_is_named(make, tmp_path):
+    folder: Path = make_tiny_model(tmp_path / "strict", chat=True)
+    template = folder / "chat_template.jinja"
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
+    template.write_text(strict + template.read_text())
+    rows = [{"prompt": TURNS[:1]}, {"prompt": TURNS[1:]}]
+    with pytest.raises(UserError, match=r"record 2 of \S*: the chat template refuses .*: begin with the user$"):
+        make(rows=rows, model=folder)

@@ -1,0 +1,37 @@
+"""Of two processes one fills the cache, and both read it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def python(*words, cache) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+def test_each_record_is_encoded_once_and_given_once(tiny_model, prompt_file, tmp_path, cache):
+    script = Path(__file__).with_name("prompts_on_ranks.py")
+    for encoded in (48, 0):  # the second run, of new processes, finds all of it in the cache
+        done = python(script, tiny_model("llama"), prompt_file, tmp_path, cache=cache)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("data: 48 train prompts") == 1
+        ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+        assert [rank["encoded"] for rank in ranks] == [encoded, 0]
+        numbers = [number for rank in ranks for batch in rank["given"] for number in batch]
+        assert sorted(numbers) == list(range(48))
+
+
+def test_a_mistake_ends_both_processes_in_one_line(tiny_model, prompt_file, tmp_path, cache):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(prompt_file.read_text() + '{"text": "w2"}\n')
+    words = ["fit", "--model", "SFT", "--model.actor", tiny_model("llama"), "--data", "Prompts", "--data.train", path]
+    words += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = python("-m", "lit_rlhf.cli", *words, "--trainer.default_root_dir", tmp_path / "run", cache=cache)
+    assert done.returncode == 1
+    assert f"\nlit-rlhf: error: data.train: record 49 of {path} has no column 'prompt'" in f"\n{done.stderr}"
+    assert "Traceback" not in done.stderr
