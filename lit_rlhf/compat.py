@@ -194,6 +194,11 @@ REMARK = re.compile(
 )
 """Lines that name neither the mistake nor the remedy."""
 
+# datasets
+
+NO_RECORDS = "corresponds to no data"
+"""In the message of the ValueError that ``load_dataset`` raises for a file without records."""
+
 # transformers
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import jsonargparse
 import lightning
 import pytest
@@ -378,11 +379,22 @@ def test_transformers_names_the_decoder_layers(model):
         assert type(model.model.layers[0]).__name__ in compat.decoder_layer_names(model)
 
 
+# datasets
+
+
+def test_datasets_says_that_a_file_has_no_records(tmp_path):
+    (tmp_path / "empty.csv").write_text("prompt\n")
+    with pytest.raises(Exception) as raised:
+        datasets.load_dataset("csv", data_files=str(tmp_path / "empty.csv"), split="train", cache_dir=str(tmp_path))
+    with contract("datasets", f"load_dataset raises {compat.NO_RECORDS!r} for a file without records"):
+        assert compat.NO_RECORDS in str(raised.value)
+
+
 # nothing else is relied on
 
 
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "compat.py"})
-IN_THE_STANDARD_LIBRARY = {"_exit"}  # os._exit is documented
+IN_THE_STANDARD_LIBRARY = {"_exit", "_replace"}  # of os and of named tuples, documented
 
 
 def is_private(name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow
 
+from lit_rlhf.compat import NO_RECORDS
 from lit_rlhf.errors import UserError
 from lit_rlhf.references import is_reference, load_reference
 
@@ -203,7 +204,7 @@ def _read_file(path: Path, field: str) -> Records:
         with progress_bars(path.stat().st_size > LARGE_FILE):
             rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps every reader's own errors
-        if "corresponds to no data" in str(error):
+        if NO_RECORDS in str(error):
             raise UserError(f"{field}: {path} has no records") from error
         cause = error.__cause__ or error
         raise UserError(f"{field}: {path} cannot be read as {path.suffix[1:]}: {cause}") from error
