@@ -84,6 +84,7 @@ class FSDP2(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
+        # a folder that is not complete must not have the name of a checkpoint
         part, old = path.with_name("being-written"), path.with_name(f"{path.name}.old")
         if self.is_global_zero:
             remove(part)

@@ -1,4 +1,4 @@
-"""A small language of restaurant reviews, written as a grammar, so that one can *measure* what a response is.
+"""A small language of restaurant reviews, defined by a grammar, so that the quality of a response can be *measured*.
 
 ::
 
@@ -49,7 +49,11 @@ _OPENING = re.compile(
 
 
 def openings() -> list[str]:
-    """All 1,200 openings, in a fixed order that is no alphabet."""
+    """Return all 1,200 openings, in a fixed order that is not alphabetical.
+
+    >>> openings()[0]
+    'my sister and i tried the golden spoon .'
+    """
     texts = [
         text
         for companion, visit, place in product(COMPANIONS, VISITS, PLACES)
@@ -60,7 +64,11 @@ def openings() -> list[str]:
 
 
 def review(opening: str, rng: random.Random) -> str:
-    """What follows an opening, drawn from the grammar; each review leans to one side."""
+    """Draw the rest of a review from the grammar; each review leans towards praise, complaint or neither.
+
+    >>> review("i tried the old spoon with my aunt .", random.Random(0))[:58]
+    'the soup was quite lovely . the dessert was cold but the b'
+    """
     lean = rng.choice((0.2, 0.5, 0.8))
     clauses = [_clause(rng, lean) for _ in range(rng.randint(2, 4))]
     if rng.random() < 0.5:
@@ -69,7 +77,7 @@ def review(opening: str, rng: random.Random) -> str:
 
 
 def grammatical(text: str) -> bool:
-    """Whether a whole review, opening and rest, is a sentence of the language.
+    """Return whether a whole review, opening and rest, is a sentence of the language.
 
     >>> grammatical("i tried the old spoon with my aunt . the soup was very tasty . the fish was cold and stale .")
     True
@@ -86,7 +94,7 @@ def grammatical(text: str) -> bool:
 
 
 def positivity(text: str) -> float:
-    """(praises − complaints) / (praises + complaints) over adjectives and verdicts, in [−1, 1]; 0 without any.
+    """Return (praises − complaints) / (praises + complaints) over adjectives and verdicts, in [−1, 1]; 0 without any.
 
     >>> positivity("the soup was tasty . the fish was stale . the bread was fresh .")
     0.3333333333333333
@@ -98,44 +106,76 @@ def positivity(text: str) -> float:
 
 
 def reward(responses: Sequence[str]) -> list[float]:
-    """The rule that the quickstart trains towards: how positive a review is. The best that can be had is 1."""
+    """Return how positive each review is, the rule that the quickstart trains towards; the highest value is 1.
+
+    >>> reward(["the soup was tasty .", "the fish was stale ."])
+    [1.0, -1.0]
+    """
     return [positivity(response) for response in responses]
 
 
 def demonstrations() -> list[dict[str, str]]:
-    """Reviews to imitate: eight of each of the first 1,000 openings."""
+    """Return reviews to imitate: eight for each of the first 1,000 openings.
+
+    >>> len(demonstrations())
+    8000
+    """
     rng = random.Random(1)
     return [{"prompt": text, "response": " " + review(text, rng)} for text in openings()[:1000] for _ in range(8)]
 
 
 def validation_demonstrations() -> list[dict[str, str]]:
-    """Reviews of openings that are in no training set."""
+    """Return one review for each opening that is not in a training set.
+
+    >>> len(validation_demonstrations())
+    200
+    """
     rng = random.Random(2)
     return [{"prompt": text, "response": " " + review(text, rng)} for text in openings()[1000:]]
 
 
 def pairs() -> list[dict[str, str]]:
-    """Two reviews of each of the first 1,000 openings, and which of them people would prefer."""
+    """Return two reviews for each of the first 1,000 openings, and which of them people would prefer.
+
+    >>> sorted(pairs()[0])
+    ['chosen', 'prompt', 'rejected']
+    """
     return _pairs(openings()[:1000], seed=3)
 
 
 def validation_pairs() -> list[dict[str, str]]:
-    """Pairs for the openings that are in no training set."""
+    """Return pairs for the openings that are not in a training set.
+
+    >>> sorted(validation_pairs()[0])
+    ['chosen', 'prompt', 'rejected']
+    """
     return _pairs(openings()[1000:], seed=4)
 
 
 def prompts() -> list[dict[str, str]]:
-    """The first 1,000 openings."""
+    """Return the first 1,000 openings.
+
+    >>> len(prompts())
+    1000
+    """
     return [{"prompt": text} for text in openings()[:1000]]
 
 
 def fresh_prompts() -> list[dict[str, str]]:
-    """The 200 openings that are in no training set."""
+    """Return the 200 openings that are not in a training set.
+
+    >>> len(fresh_prompts())
+    200
+    """
     return [{"prompt": text} for text in openings()[1000:]]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """Return a tokenizer with one token for each word.
+
+    >>> tokenizer()("the soup was cold .")["input_ids"]
+    [60, 54, 68, 16, 3]
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word for text in [*openings(), *GOOD_VERDICTS, *BAD_VERDICTS] for word in text.split()}
@@ -149,7 +189,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _pairs(texts: Sequence[str], seed: int) -> list[dict[str, str]]:
-    """The more positive review is mostly preferred, with probability σ(3 × the difference), as in Bradley & Terry."""
+    """Prefer the more positive review with probability σ(3 × the difference), as in Bradley & Terry."""
     rng, made = random.Random(seed), []
     for text in texts:
         one, other = review(text, rng), review(text, rng)
