@@ -178,9 +178,9 @@ def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit_p
     state = torch.load(path, weights_only=True)["state_dict"]
     mean, std = scores.mean().item(), scores.std(unbiased=False).item()
     assert std > 0.1
-    for state_dict in (config, module.state_dict(), recorder.weights, state):
-        assert float(state_dict["score_mean"]) == pytest.approx(mean, abs=1e-6)
-        assert float(state_dict["score_std"]) == pytest.approx(std, abs=1e-6)
+    for saved in (config, module.state_dict(), recorder.weights, state):
+        assert float(saved["score_mean"]) == pytest.approx(mean, abs=1e-6)
+        assert float(saved["score_std"]) == pytest.approx(std, abs=1e-6)
 
 
 def test_mean_and_deviation_are_measured_once_at_the_end(make, fit_preferences):
