@@ -48,7 +48,7 @@ class RewardFunction(Reward):
         return self.function.rpartition(":")[2]
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Import the function."""
+        """Import the function; the tokenizer is not used."""
         if self._call is None:
             self._call = load_reference(self.function, "rewards.function")
 
@@ -83,8 +83,8 @@ class RewardFunction(Reward):
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in available]
         if missing:
             raise UserError(
-                f"the reward function {self.function} has the parameter(s) {', '.join(missing)}, which are not "
-                f"available; available are: {', '.join(available)}"
+                f"the reward function {self.function} requires {', '.join(missing)}, "
+                f"but the available arguments are: {', '.join(available)}"
             )
         return {p.name: available[p.name] for p in parameters if p.name in available}
 

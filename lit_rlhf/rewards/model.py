@@ -18,9 +18,10 @@ from lit_rlhf.types import Prompt, RewardInputs
 
 
 class RewardModel(Reward):
-    """A Hugging Face sequence classifier with one label, read at the last token of the response (or its stop token).
+    """A Hugging Face sequence classifier with one label, read at the last token of the response.
 
-    If the reward model has the actor's vocabulary it reads the actor's tokens; otherwise the text is tokenized again.
+    If a stop token ended the response, that is its last token. With the actor's vocabulary the model reads the actor's
+    tokens; otherwise the text is tokenized again.
 
     Args:
         model: A folder or hub id, or a configuration for random weights.
