@@ -103,7 +103,7 @@ def test_gradcheck_of_bradley_terry(smoothing):
 
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0, NAN])
 def test_label_smoothing_out_of_range(smoothing):
-    with pytest.raises(ValueError, match=rf"^label_smoothing must lie in \[0, 0\.5\), not {smoothing}$"):
+    with pytest.raises(ValueError, match=rf"^label_smoothing must be in \[0, 0\.5\), not {smoothing}$"):
         bradley_terry(torch.zeros(1), torch.zeros(1), label_smoothing=smoothing)
 
 
