@@ -1,1 +1,1 @@
-"""The mathematics: tensors in, tensors out; no configuration files, no Lightning, no transformers."""
+"""The mathematics as functions of tensors, independent of configuration files, Lightning and transformers."""

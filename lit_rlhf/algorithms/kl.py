@@ -1,18 +1,19 @@
-"""Estimators of KL(π ‖ π_ref) from samples of π, and the coefficients that weigh it.
+"""Estimators of KL(π ‖ π_ref) from samples of π, and controllers of its coefficient.
 
-Units: nats. With x drawn from π and r = log π_ref(x) − log π(x) (Schulman 2020, «Approximating KL divergence»,
+Units: nats. With x drawn from π and r = log π_ref(x) − log π(x) (Schulman 2020, "Approximating KL divergence",
 joschu.net/blog/kl-approx.html):
 
-====  ===================  =========  ==================================  ==========================
-name  value                unbiased?  as a loss term                      in the reward
-====  ===================  =========  ==================================  ==========================
-k1    −r                   yes        its expected gradient is 0          right
-k2    r² / 2               no         right for each state                biased
-k3    exp(r) − 1 − r       yes, ≥ 0   on average that of KL(π_ref ‖ π)    biased
-full  Σₓ π(x) log π/π_ref  exact      right; needs both models' logits    lacks its own state's part
-====  ===================  =========  ==================================  ==========================
+====  ===================  =========  ===================================  ==============================
+name  value                unbiased?  gradient as a loss term              gradient in the reward
+====  ===================  =========  ===================================  ==============================
+k1    −r                   yes        0 on average                         unbiased
+k2    r² / 2               no         unbiased for each state              biased
+k3    exp(r) − 1 − r       yes, ≥ 0   that of KL(π_ref ‖ π) on average     biased
+full  Σₓ π(x) log π/π_ref  exact      exact for each state                 omits the token's own state
+====  ===================  =========  ===================================  ==============================
 
-All of them are of one token. The KL of a response is the sum over its tokens, and that is what the controllers take.
+Each of them is the KL of one token; ``full`` needs the logits of both models. The KL of a response, which the
+controllers take, is the sum over its tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -22,66 +23,120 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.types import check_shapes
+
 MAX_LOG_RATIO = 20.0
-"""exp(20) ≈ 5e8: beyond it a ratio says only «far too large», and its exponential would overflow."""
+"""The bound on log-ratios: exp(20) ≈ 5e8 already means "far too large", and larger exponentials would overflow."""
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log π − log π_ref: unbiased, of either sign.
+    """Estimate KL(π ‖ π_ref) of each token by log π − log π_ref, which is unbiased and may be negative.
+
+    Args:
+        logprobs: [B, T], log π of the sampled tokens.
+        ref_logprobs: [B, T].
+
+    Returns:
+        [B, T], in nats.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> k1(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.5000])
     """
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log π − log π_ref)² / 2: biased, low variance.
+    """Estimate KL(π ‖ π_ref) of each token by (log π − log π_ref)² / 2, which is biased and has a low variance.
+
+    Args:
+        logprobs: [B, T], log π of the sampled tokens.
+        ref_logprobs: [B, T].
+
+    Returns:
+        [B, T], in nats.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
     """
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(r) − 1 − r with r = log π_ref − log π: unbiased and never negative. Where r > 20 it counts as 20.
+    """Estimate KL(π ‖ π_ref) of each token by exp(r) − 1 − r, r = log π_ref − log π: unbiased and never negative.
+
+    Args:
+        logprobs: [B, T], log π of the sampled tokens.
+        ref_logprobs: [B, T].
+
+    Returns:
+        [B, T], in nats; r is clamped to at most 20.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> k3(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1065])
     """
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     r = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     return torch.expm1(r) - r
 
 
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(π ‖ π_ref) of two next-token distributions, Σₓ π(x) (log π(x) − log π_ref(x)), over the whole vocabulary.
+    """Compute KL(π ‖ π_ref) = Σₓ π(x) (log π(x) − log π_ref(x)) of next-token distributions over the vocabulary.
 
     Args:
-        logits: [..., V], divided by the temperature; need not be normalised.
+        logits: [..., V], already divided by the temperature; they need not be normalised.
         ref_logits: [..., V].
 
     Returns:
-        [...], in nats. A token that π never takes (logit −∞) adds 0.
+        [...], in nats. A token outside the support of π (logit −∞) contributes 0.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> full_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0986]))
     tensor(0.1438)
     """
+    check_shapes(logits=logits, ref_logits=ref_logits)
     logprobs, ref_logprobs = torch.log_softmax(logits, -1), torch.log_softmax(ref_logits, -1)
-    taken = torch.isfinite(logprobs)
-    difference = torch.where(taken, logprobs, 0.0) - torch.where(taken, ref_logprobs, 0.0)
-    return (logprobs.exp() * difference).sum(-1)
+    support = torch.isfinite(logprobs)
+    log_ratio = torch.where(support, logprobs, 0.0) - torch.where(support, ref_logprobs, 0.0)
+    return (logprobs.exp() * log_ratio).sum(-1)
 
 
 class KLController(ABC):
-    """The coefficient of the KL to the reference, and how it follows what is measured."""
+    """The coefficient of the KL to the reference, and the rule that updates it from the measured KL.
+
+    >>> class Halving(KLController):
+    ...     coef = 0.1
+    ...     def update(self, kl: float, n: int) -> None:
+    ...         self.coef /= 2
+    >>> controller = Halving()
+    >>> controller.update(kl=6.0, n=64)
+    >>> controller.coef
+    0.05
+    """
 
     coef: float
-    """The coefficient now, in units of score a nat."""
+    """The current coefficient, in units of score per nat."""
 
     @abstractmethod
     def update(self, kl: float, n: int) -> None:
-        """Take notice of an iteration's mean KL to the reference, in nats a *response*, over n responses."""
+        """Update the coefficient after an iteration.
+
+        Args:
+            kl: The iteration's mean KL to the reference, in nats per *response*.
+            n: The number of responses in the mean.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,10 +144,10 @@ class FixedKL(KLController):
     """A constant coefficient.
 
     Args:
-        coef: The weight of the KL, in units of score a nat; 0 or more.
+        coef: The weight of the KL, in units of score per nat; 0 or more.
 
     Raises:
-        ValueError: if coef is negative.
+        ValueError: if coef is negative or not finite.
 
     >>> FixedKL(coef=0.05).coef
     0.05
@@ -105,24 +160,24 @@ class FixedKL(KLController):
             raise ValueError(f"kl.coef must be 0 or more, not {self.coef}")
 
     def update(self, kl: float, n: int) -> None:
-        """Nothing: the coefficient is fixed."""
+        """Leave the coefficient unchanged."""
 
 
 class AdaptiveKL(nn.Module, KLController):
-    """A coefficient that holds the KL to the reference at a target.
+    """A coefficient that keeps the KL to the reference near a target.
 
     After an iteration of n responses: coef ← coef (1 + e min(n / horizon, 1)), e = clip(KL / target − 1, −0.2, 0.2).
-    The coefficient is in the checkpoint.
+    The coefficient is saved in the checkpoint.
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
 
     Args:
-        coef: The coefficient at the start, in units of score a nat; positive.
-        target: The KL to hold, in nats a *response* (not a token).
-        horizon: In responses: in so many the coefficient moves by a factor of about e^{0.2} at most.
+        coef: The initial coefficient, in units of score per nat; positive.
+        target: The KL to keep, in nats per *response* (not per token).
+        horizon: The number of responses within which the coefficient changes by a factor of at most about e^{0.2}.
 
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: if a number is not positive and finite.
 
     >>> kl = AdaptiveKL(coef=0.2, target=6.0, horizon=640)
     >>> kl.update(12.0, n=64)
@@ -140,36 +195,44 @@ class AdaptiveKL(nn.Module, KLController):
         self.horizon = horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Follow an iteration's mean KL to the reference, in nats a response, over n responses."""
+        """Move the coefficient towards the target, given the mean KL in nats per response over n responses."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * min(n / self.horizon, 1.0)
 
     def get_extra_state(self) -> Tensor:
-        """The coefficient, for the checkpoint (a buffer would be rounded in half precision)."""
+        """Return the coefficient for the checkpoint (a buffer would be rounded in half precision)."""
         return torch.tensor(self.coef, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on with this coefficient."""
+        """Restore the coefficient from a checkpoint."""
         self.coef = float(state)
 
 
 @dataclass(frozen=True)
 class ReferenceKL:
-    """How the KL to the reference enters.
+    """Where the KL to the reference enters the training, and how it is estimated.
 
-    The gradient of E[Σₜ KLₜ] has two parts: a token's effect on the KL of the states after it, which a reward carries,
-    and on that of its own state. In the reward, k1 carries both, as its own expected gradient is 0; k2 and k3 do not.
-    ``full`` depends on the state alone, so its second part is added to the loss, in the advantages' scale. In ``loss``
-    the coefficient is in units of the advantages as they are, whitened or not.
+    The gradient of E[Σₜ KLₜ] has two parts: the effect of a token on the KL of the states after it, and the effect of
+    the policy on the KL of the token's own state. A reward carries the first part. k1 in the reward carries the second
+    part as well, because its own expected gradient is 0; k2 and k3 do not. ``full`` depends on the state alone, so its
+    second part is added to the loss, in the scale of the advantages. With ``where="loss"`` the coefficient is in units
+    of the advantages as the loss uses them, whitened or not.
 
     Args:
-        where: ``reward``: on every token, minus coef × estimate; ``loss``: as a term of the loss, each token by itself.
-        estimator: ``k1``, ``k2``, ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs a forward
-            of the reference in the update. Right are k1 and full in the reward, k2 and full in the loss; k1 in the loss
-            has no gradient on average, k3 that of the reverse KL.
+        where: ``reward`` subtracts coef × estimate from the reward of every token; ``loss`` adds coef × estimate to the
+            loss of each token, so that a token is not charged for the KL of later ones.
+        estimator: ``k1``, ``k2`` or ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs a forward
+            pass of the reference in the update. Use k1 or full in the reward, and k2 or full in the loss; as a loss
+            term, k1 has no gradient on average and k3 has that of the reverse KL.
 
     Raises:
         ValueError: for k1 in the loss.
+
+    >>> kl = ReferenceKL(where="loss", estimator="k2")
+    >>> kl.estimate(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), full_kl=None)
+    tensor([[0.1250]])
+    >>> kl.in_loss, kl.is_full
+    (True, False)
     """
 
     where: Literal["reward", "loss"] = "reward"
@@ -177,25 +240,28 @@ class ReferenceKL:
 
     def __post_init__(self) -> None:
         if self.where == "loss" and self.estimator == "k1":
-            raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; take k2, k3 or full")
+            raise ValueError("reference_kl.estimator k1 in the loss has an expected gradient of 0; use k2, k3 or full")
 
     @property
     def is_full(self) -> bool:
-        """Whether the full KL is wanted."""
+        """Whether the KL over the whole vocabulary is used."""
         return self.estimator == "full"
 
     @property
     def in_loss(self) -> bool:
-        """Whether the loss has a term of it."""
+        """Whether the loss has a KL term."""
         return self.where == "loss" or self.is_full
 
     def estimate(self, logprobs: Tensor, ref_logprobs: Tensor, full_kl: Tensor | None) -> Tensor:
-        """KL(π ‖ π_ref) of each token, [B, T], in nats.
+        """Estimate KL(π ‖ π_ref) of each token.
 
         Args:
-            logprobs: [B, T], of the sampled tokens.
+            logprobs: [B, T], log π of the sampled tokens.
             ref_logprobs: [B, T].
-            full_kl: [B, T], over the vocabulary; only ``full`` needs it.
+            full_kl: [B, T], the KL over the vocabulary; only ``full`` needs it.
+
+        Returns:
+            [B, T], in nats.
         """
         if self.estimator == "full":
             assert full_kl is not None

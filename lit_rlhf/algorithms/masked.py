@@ -1,6 +1,6 @@
-"""Statistics of the elements that a boolean mask counts (True counts).
+"""Statistics of the elements where a boolean mask is True.
 
-What stands outside the mask, NaN included, changes neither a value nor a gradient: it is replaced *before* any
+Elements outside the mask, NaN included, change neither a value nor a gradient: they are replaced *before* any
 arithmetic, because ``NaN * 0`` is NaN, and so is its gradient.
 """
 
@@ -10,36 +10,51 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_rlhf.types import check_shapes
+
 Reduce = Callable[[Tensor], Tensor]
 Aggregation = Literal["token", "sequence", "constant"]
 
 
-def _this_process(x: Tensor) -> Tensor:
+def _no_reduction(x: Tensor) -> Tensor:
     return x
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of the elements that count, Σ mₜ xₜ.
+    """Sum the elements inside the mask, Σ mₜ xₜ.
 
     Args:
         x: Any shape.
-        mask: Bool of the same shape; True counts.
-        dim: Sum over this dimension only.
+        mask: Bool, the same shape as ``x``.
+        dim: The only dimension to sum over; None for all.
+
+    Returns:
+        [], or the shape of ``x`` without ``dim``; 0 where the mask is empty.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> masked_sum(torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True]))
     tensor(4.)
     """
-    kept = torch.where(mask, x, torch.zeros_like(x))
-    return kept.sum() if dim is None else kept.sum(dim)
+    check_shapes(x=x, mask=mask)
+    x = torch.where(mask, x, torch.zeros_like(x))
+    return x.sum() if dim is None else x.sum(dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of the elements that count, Σ mₜ xₜ / Σ mₜ; 0 where nothing counts.
+    """Average the elements inside the mask, Σ mₜ xₜ / Σ mₜ.
 
     Args:
         x: Any shape.
-        mask: Bool of the same shape; True counts.
-        dim: Average over this dimension only.
+        mask: Bool, the same shape as ``x``.
+        dim: The only dimension to average over; None for all.
+
+    Returns:
+        [], or the shape of ``x`` without ``dim``; 0 where the mask is empty.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> masked_mean(torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True]))
     tensor(2.)
@@ -48,40 +63,59 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
-def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _this_process) -> Tensor:
-    """Variance Σ mₜ (xₜ − x̄)² / Σ mₜ (population form: divided by the count); 0 for one element or none.
+def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _no_reduction) -> Tensor:
+    """Compute the population variance of the elements inside the mask, Σ mₜ (xₜ − x̄)² / Σ mₜ.
 
     Args:
         x: Any shape.
-        mask: Bool of the same shape; True counts.
-        reduce: Sums a tensor over all ranks; by default the statistics are those of this process.
+        mask: Bool, the same shape as ``x``.
+        reduce: Function that sums a tensor over all ranks; by default the statistics are of this process alone.
+
+    Returns:
+        []; 0 for one element or none.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> masked_var(torch.tensor([1.0, 9.0, 3.0]), torch.tensor([True, False, True]))
     tensor(1.)
     """
+    check_shapes(x=x, mask=mask)
     return _moments(x, mask, reduce)[1]
 
 
 class Whitened(NamedTuple):
-    """The result of `masked_whiten`."""
+    """The result of `masked_whiten`.
 
-    values: Tensor  # like x, 0 outside the mask
-    var: Tensor  # [], the variance of x before
+    >>> whitened = masked_whiten(torch.tensor([1.0, 5.0]), torch.tensor([True, True]))
+    >>> whitened.values, whitened.var, whitened.scale
+    (tensor([-1.,  1.]), tensor(4.), tensor(0.5000))
+    """
+
+    values: Tensor  # the shape of x, 0 outside the mask
+    var: Tensor  # [], the variance of x before whitening
     scale: Tensor  # [], the factor that x was multiplied by, 1 / √(var + 1e-8)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = _this_process) -> Whitened:
-    """Scale the elements that count to variance 1: (xₜ − x̄) / √(var + 1e-8), and 0 outside the mask.
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = _no_reduction) -> Whitened:
+    """Scale the elements inside the mask to variance 1, (xₜ − x̄) / √(var + 1e-8).
 
     Args:
         x: Any shape.
-        mask: Bool of the same shape; True counts.
-        shift_mean: Whether the mean becomes 0; False adds x̄ again, so that the mean stays as it was.
-        reduce: Sums a tensor over all ranks; by default the statistics are those of this process.
+        mask: Bool, the same shape as ``x``.
+        shift_mean: Whether the mean becomes 0; False adds x̄ back, which preserves the mean.
+        reduce: Function that sums a tensor over all ranks; by default the statistics are of this process alone.
+
+    Returns:
+        The whitened elements, 0 outside the mask, with the variance and the scale.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> masked_whiten(torch.tensor([1.0, 9.0, 3.0]), torch.tensor([True, False, True])).values
     tensor([-1.,  0.,  1.])
     """
+    check_shapes(x=x, mask=mask)
     x = torch.where(mask, x, torch.zeros_like(x))
     mean, var = _moments(x, mask, reduce)
     scale = torch.rsqrt(var + 1e-8)
@@ -92,7 +126,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
 
 
 def _moments(x: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Mean and population variance; two passes, so that a large mean does not cancel the variance."""
+    """Return mean and population variance, in two passes: one pass would lose the variance beside a large mean."""
     x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype)).clamp(min=1)
     mean = reduce(masked_sum(x, mask)) / count
@@ -107,36 +141,38 @@ def token_weights(
     total_sequences: Tensor | float,
     max_tokens: int,
 ) -> Tensor:
-    r"""Weights that turn a per-token loss into its share of one optimizer step's loss, ``(weights * loss).sum()``.
+    r"""Compute the weights w of a per-token loss, so that Σₜ wₜ lossₜ over an optimizer step is the step's loss.
 
-    ====================  ==============================================  ======================
-    aggregation           weight of a token that counts                   the sum over the step
-    ====================  ==============================================  ======================
+    ====================  ==============================================  ===========================
+    aggregation           weight of a token inside the mask               the sum over the step
+    ====================  ==============================================  ===========================
     ``token``             1 / (tokens of the step)                        mean over tokens
-    ``sequence``          1 / (sequences of the step × its own length)    mean of means
+    ``sequence``          1 / (sequences of the step × its own length)    mean of sequence means
     ``constant``          1 / (sequences of the step × max_tokens)        no length bias (Dr. GRPO)
-    ====================  ==============================================  ======================
+    ====================  ==============================================  ===========================
 
-    As the totals are those of the whole step, the result depends neither on micro-batches nor on ranks.
+    The totals are those of the whole step, so the result does not depend on the number of micro-batches or ranks.
 
     Args:
         mask: Bool [B, T].
-        aggregation: The row of the table.
-        total_tokens: Tokens that count in the whole optimizer step, all ranks.
-        total_sequences: Sequences with at least one token that counts, in the whole step, all ranks.
-        max_tokens: The fixed length of ``constant``.
+        aggregation: A row of the table.
+        total_tokens: The number of tokens inside the mask in the whole optimizer step, over all ranks.
+        total_sequences: The number of sequences with at least one such token, in the whole step, over all ranks.
+        max_tokens: The fixed length of ``constant``, in tokens.
 
     Returns:
         [B, T], 0 outside the mask.
 
     Raises:
-        ValueError: for an aggregation that is not in the table.
+        ValueError: if the mask is not [B, T], or the aggregation is not in the table.
 
     >>> mask = torch.tensor([[True, True], [True, False]])
     >>> token_weights(mask, "sequence", total_tokens=3, total_sequences=2, max_tokens=2)
     tensor([[0.2500, 0.2500],
             [0.5000, 0.0000]])
     """
+    if mask.ndim != 2:
+        raise ValueError(f"mask must be [B, T], not {list(mask.shape)}")
     if aggregation == "token":
         per_row = torch.ones(len(mask), 1, device=mask.device) / total_tokens
     elif aggregation == "sequence":

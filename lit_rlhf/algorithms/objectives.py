@@ -1,10 +1,10 @@
 """Policy objectives: per-token losses [B, T] of log-probabilities and advantages.
 
-They average nothing: the module weighs the tokens once, for the whole optimizer step (`masked.token_weights`).
+Objectives do not average: the tokens are weighted once, for the whole optimizer step (`masked.token_weights`).
 
-At ratio 1, the first step after the responses were drawn, the gradients of all of them are −Aₜ ∇log π(aₜ|sₜ); they
-differ in what they do when the policy has moved: nothing (`VanillaPG`), importance weights (`Surrogate`), a penalty
-(`KLPenalty`), or no gradient beyond a bound (`Clip`).
+At ratio 1, the first step after sampling, the gradient of each of them is −Aₜ ∇log π(aₜ|sₜ). They differ in the
+correction once the policy has moved: none (`VanillaPG`), importance weights (`Surrogate`), a KL penalty (`KLPenalty`),
+or no gradient beyond a bound (`Clip`).
 """
 
 from abc import ABC, abstractmethod
@@ -19,49 +19,80 @@ from lit_rlhf.algorithms.masked import masked_mean
 from lit_rlhf.types import check_shapes
 
 MAX_BETA = 1e10
-"""An adaptive β stays between this and its inverse, so that it can always come back."""
+"""The upper bound of an adaptive β, and its inverse the lower one; an infinite or zero β could never change again."""
 
 Level = Literal["token", "sequence"]
 
 
 class PolicyLoss(NamedTuple):
-    """The output of an objective, token by token."""
+    """The output of an objective for each token.
 
-    loss: Tensor  # [B, T], 0 outside the mask; gradients flow into the log-probabilities alone
+    >>> logprobs, mask = torch.tensor([[0.5, 0.0]]), torch.tensor([[True, True]])
+    >>> result = Clip(0.2)(logprobs=logprobs, old_logprobs=torch.zeros(1, 2), advantages=torch.ones(1, 2), mask=mask)
+    >>> result.loss, result.clipped
+    (tensor([[-1.2000, -1.0000]]), tensor([[ True, False]]))
+    """
+
+    loss: Tensor  # [B, T], 0 outside the mask; gradients flow into the log-probabilities only
     ratio: Tensor  # [B, T], π / π_old as the objective uses it, 1 outside the mask
-    clipped: Tensor  # Bool [B, T], the tokens whose gradient the objective cuts off
+    clipped: Tensor  # bool [B, T], True where the objective removes the gradient of the token
 
 
 class Objective(ABC):
-    """A policy loss to be minimised, token by token."""
+    """The interface of policy objectives: log-probabilities and advantages in, a loss to minimise per token out.
+
+    >>> class CappedWeights(Objective):  # the policy gradient with constant importance weights of at most 5
+    ...     def __call__(self, *, logprobs, old_logprobs, advantages, mask):
+    ...         ratio = probability_ratio(logprobs.detach(), old_logprobs, mask)
+    ...         weights = ratio.clamp(max=5.0) * torch.where(mask, advantages, 0.0)
+    ...         return PolicyLoss(-weights * torch.where(mask, logprobs, 0.0), ratio, torch.zeros_like(mask))
+    >>> logprobs, mask = torch.tensor([[-0.5, -1.0]]), torch.tensor([[True, True]])
+    >>> CappedWeights()(logprobs=logprobs, old_logprobs=logprobs, advantages=torch.ones(1, 2), mask=mask).loss
+    tensor([[0.5000, 1.0000]])
+    """
 
     @property
     def follows_kl(self) -> bool:
-        """Whether ``update`` does anything with the KL to the old policy, which costs a forward to measure."""
+        """Whether ``update`` uses the KL to the old policy, whose measurement costs a forward pass."""
         return False
 
     @abstractmethod
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss, the ratio and what was clipped, each [B, T].
+        """Return the loss, the ratio and the clipped tokens, each [B, T].
 
         Args:
-            logprobs: [B, T], log π(aₜ|sₜ) of the policy now.
-            old_logprobs: [B, T], at the start of the update; a constant.
+            logprobs: [B, T], log π(aₜ|sₜ) of the current policy.
+            old_logprobs: [B, T], log π_old(aₜ|sₜ), at the start of the update; a constant.
             advantages: [B, T]; a constant.
-            mask: Bool [B, T]; True counts.
+            mask: Bool [B, T], True at the tokens that count.
+
+        Raises:
+            ValueError: if the shapes do not match.
         """
 
-    def update(self, measured_kl: float) -> None:  # noqa: B027 (most objectives follow nothing)
-        """Take notice of the mean KL(π_old ‖ π) after an iteration's update, in nats a token."""
+    def update(self, measured_kl: float) -> None:  # noqa: B027 (most objectives have no state to update)
+        """Adapt the objective after an iteration's update to the mean KL(π_old ‖ π), in nats per token."""
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: Level = "token") -> Tensor:
-    """ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ), [B, T]; 1 outside the mask. The log-ratio is clamped to ±20 before exp.
+    """Compute the importance ratio ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ), with the log-ratio clamped to ±20.
 
-    With ``level="sequence"`` every token of a row has the ratio of the whole response by its length,
+    With ``level="sequence"`` all tokens of a row have the length-normalised ratio of the response,
     (π(y|x) / π_old(y|x))^{1/|y|}, which is the exponential of the mean log-ratio.
 
-    Source of the latter: Zheng et al. 2025 (GSPO, arXiv 2507.18071), equation 7.
+    Source of the sequence level: Zheng et al. 2025 (GSPO, arXiv 2507.18071), equation 7.
+
+    Args:
+        logprobs: [B, T], log π(aₜ|sₜ) of the current policy.
+        old_logprobs: [B, T], log π_old(aₜ|sₜ); a constant.
+        mask: Bool [B, T], True at the tokens that count.
+        level: ``token`` or ``sequence``.
+
+    Returns:
+        [B, T], 1 outside the mask.
+
+    Raises:
+        ValueError: if the shapes do not match.
 
     >>> mask, old = torch.tensor([[True, True]]), torch.zeros(1, 2)
     >>> probability_ratio(torch.tensor([[0.0, 0.693147]]), old, mask)
@@ -80,8 +111,8 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
 class VanillaPG(Objective):
     """The policy gradient itself: lossₜ = −Aₜ log π(aₜ|sₜ).
 
-    Right for responses of the policy as it is now: take one epoch and one minibatch, or the later steps are off-policy
-    and nothing corrects for it.
+    It is correct on-policy only: use one epoch and one minibatch, since nothing corrects later steps, which are
+    off-policy.
 
     Source: Williams 1992 (REINFORCE); Sutton & Barto 2018, equation 13.11.
 
@@ -92,23 +123,24 @@ class VanillaPG(Objective):
     """
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss of each token; nothing is clipped."""
+        """Return the loss of each token; no token is clipped."""
+        check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         loss = -torch.where(mask, advantages.detach(), 0.0) * torch.where(mask, logprobs, 0.0)
         return PolicyLoss(loss, probability_ratio(logprobs.detach(), old_logprobs, mask), torch.zeros_like(mask))
 
 
 @dataclass(frozen=True)
 class Surrogate(Objective):
-    """The importance-sampled objective: lossₜ = −ρₜ Aₜ. The common ground of TRPO and PPO; nothing bounds the step.
+    """The importance-sampled objective of TRPO and PPO without a bound on the step: lossₜ = −ρₜ Aₜ.
 
     Source: Schulman et al. 2015 (TRPO, arXiv 1502.05477), equation 14; Schulman et al. 2017 (arXiv 1707.06347),
     equation 6.
 
     Args:
-        ratio: ``token``, or ``sequence`` for the ratio of the whole response by its length (see `probability_ratio`).
+        ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response (see `probability_ratio`).
 
     Raises:
-        ValueError: for another ratio.
+        ValueError: if ratio is neither.
 
     >>> mask = torch.tensor([[True]])
     >>> Surrogate()(logprobs=torch.tensor([[0.5]]), old_logprobs=torch.tensor([[0.5]]),
@@ -122,7 +154,8 @@ class Surrogate(Objective):
         _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss of each token; nothing is clipped."""
+        """Return the loss of each token; no token is clipped."""
+        check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
         return PolicyLoss(-torch.where(mask, advantages.detach(), 0.0) * ratio, ratio, torch.zeros_like(mask))
 
@@ -130,20 +163,20 @@ class Surrogate(Objective):
 class KLPenalty(nn.Module, Objective):
     """The surrogate with a penalty on the KL from the old policy: lossₜ = −ρₜ Aₜ + β KLₜ(π_old ‖ π).
 
-    KLₜ is estimated from the old policy's token by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are unbiased in
-    this direction. With ``adaptive`` β follows the KL after each iteration's update: above ``high`` × target it is
-    multiplied by ``factor``, below target / ``low`` divided by it. β is in the checkpoint.
+    KLₜ is estimated at tokens of the old policy by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are unbiased in
+    this direction. With ``adaptive``, β follows the KL measured after each iteration's update: it is multiplied by
+    ``factor`` above ``high`` × target, and divided by it below target / ``low``. β is saved in the checkpoint.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 8 and section 4.
 
     Args:
-        beta: β at the start, in units of the advantage a nat.
-        target: The mean KL to the old policy that an iteration should end with, in nats a token.
-        adaptive: False: β stays.
-        high: Bound above, 1 or more.
-        low: Bound below, 1 or more.
-        factor: What β is multiplied or divided by, greater than 1.
-        ratio: ``token``, or ``sequence`` for the ratio of the whole response by its length; the KL is a token's.
+        beta: The initial β, in units of advantage per nat.
+        target: The mean KL to the old policy that an iteration should reach, in nats per token.
+        adaptive: Whether β is adapted; False keeps it constant.
+        high: Factor above the target at which β grows, 1 or more.
+        low: Factor below the target at which β shrinks, 1 or more.
+        factor: The factor by which β grows or shrinks, greater than 1.
+        ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response; the KL is always per token.
 
     Raises:
         ValueError: if a number is out of range.
@@ -166,7 +199,7 @@ class KLPenalty(nn.Module, Objective):
     ) -> None:
         super().__init__()
         if not beta >= 0.0 or (adaptive and beta == 0.0):
-            raise ValueError(f"objective.beta must be positive (0 with adaptive: false is no penalty), not {beta}")
+            raise ValueError(f"objective.beta must be positive (or 0 with adaptive: false, for no penalty), not {beta}")
         if not target > 0.0:
             raise ValueError(f"objective.target must be positive, not {target}")
         for name, value in (("high", high), ("low", low)):
@@ -183,11 +216,11 @@ class KLPenalty(nn.Module, Objective):
 
     @property
     def follows_kl(self) -> bool:
-        """If adaptive."""
+        """Whether β is adaptive."""
         return self.adaptive
 
     def forward(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss of each token; nothing is clipped."""
+        """Return the loss of each token; no token is clipped."""
         surrogate = Surrogate(self.ratio)(
             logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
         )
@@ -195,7 +228,7 @@ class KLPenalty(nn.Module, Objective):
         return surrogate._replace(loss=surrogate.loss + self.beta * kl_to_old)
 
     def update(self, measured_kl: float) -> None:
-        """Follow the mean KL(π_old ‖ π) after an iteration's update, in nats a token."""
+        """Adapt β to the mean KL(π_old ‖ π) after an iteration's update, in nats per token."""
         if not self.adaptive:
             return
         if measured_kl > self.high * self.target:
@@ -204,11 +237,11 @@ class KLPenalty(nn.Module, Objective):
             self.beta = max(self.beta / self.factor, 1.0 / MAX_BETA)
 
     def get_extra_state(self) -> Tensor:
-        """β, for the checkpoint (a buffer would be rounded in half precision)."""
+        """Return β for the checkpoint (a buffer would be rounded in half precision)."""
         return torch.tensor(self.beta, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on with this β."""
+        """Restore β from a checkpoint."""
         self.beta = float(state)
 
 
@@ -217,17 +250,17 @@ class Clip(Objective):
     """PPO's clipped surrogate.
 
     lossₜ = −min(ρₜ Aₜ, clip(ρₜ, 1 − ε, 1 + ε_high) Aₜ). With ``dual`` = c > 1 the loss of a token with Aₜ < 0 is at
-    most −c Aₜ, so that one runaway ratio cannot dominate a step.
+    most −c Aₜ, so that a single very large ratio cannot dominate a step.
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; the dual clip: Ye et al. 2020 (arXiv 1912.09729),
-    equation 5; asymmetric bounds: Yu et al. 2025 (arXiv 2503.14476); the sequence's ratio: Zheng et al. 2025 (GSPO,
-    arXiv 2507.18071), equation 5, whose bounds are some 1e-4 wide.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; dual clip: Ye et al. 2020 (arXiv 1912.09729),
+    equation 5; asymmetric bounds: Yu et al. 2025 (arXiv 2503.14476); sequence-level ratio: Zheng et al. 2025 (GSPO,
+    arXiv 2507.18071), equation 5, with bounds of the order of 1e-4.
 
     Args:
-        eps: ε, the lower bound's distance from 1, in (0, 1).
-        eps_high: ε_high, the upper bound's distance from 1; the same as ``eps`` if None.
-        dual: c > 1, or None for no dual clip.
-        ratio: ``token``, or ``sequence`` for the ratio of the whole response by its length (see `probability_ratio`).
+        eps: ε, the distance of the lower bound from 1, in (0, 1).
+        eps_high: ε_high, the distance of the upper bound from 1; None for the value of ``eps``.
+        dual: c > 1; None for no dual clip.
+        ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response (see `probability_ratio`).
 
     Raises:
         ValueError: if a bound is out of range.
@@ -253,18 +286,19 @@ class Clip(Objective):
         _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the clipped loss of each token, and the tokens that have left the trust interval.
+        """Return the clipped loss of each token.
 
-        Those are the tokens whose ratio is outside the bounds in the direction of their advantage.
+        A token is clipped if its ratio is outside the bounds in the direction of its advantage.
         """
+        check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
         advantages = torch.where(mask, advantages.detach(), 0.0)
         unclipped, clipped = ratio * advantages, self._clip(ratio) * advantages
-        loss, cut = -torch.minimum(unclipped, clipped), clipped < unclipped
+        loss, is_clipped = -torch.minimum(unclipped, clipped), clipped < unclipped
         if self.dual is not None:
             loss = torch.where(advantages < 0, torch.minimum(loss, -self.dual * advantages), loss)
-            cut = cut | ((advantages < 0) & (ratio > self.dual))
-        return PolicyLoss(torch.where(mask, loss, 0.0), ratio, cut & mask)
+            is_clipped = is_clipped | ((advantages < 0) & (ratio > self.dual))
+        return PolicyLoss(torch.where(mask, loss, 0.0), ratio, is_clipped & mask)
 
     def _clip(self, ratio: Tensor) -> Tensor:
         high = self.eps if self.eps_high is None else self.eps_high

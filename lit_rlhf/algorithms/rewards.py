@@ -1,4 +1,4 @@
-"""The reward of each token, from the score of the response and the KL to the reference."""
+"""Rewards of tokens, from the score of a response and the KL to the reference."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from lit_rlhf.types import check_shapes
 
 
 def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, coef: float = 0.0) -> Tensor:
-    """The score on the last token that counts, minus coef × KL to the reference on every token.
+    """Compute the reward of each token: minus coef × KL, and the score on the last token inside the mask.
 
-    rₜ = score · 1[t is the last token that counts] − coef · KLₜ
+    rₜ = score · 1[t is the last token inside the mask] − coef · KLₜ
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2.
 
     Args:
         scores: [B].
-        mask: Bool [B, T]; True counts.
+        mask: Bool [B, T], True at the tokens of the response.
         kl: [B, T], KL(π ‖ π_ref) of each token in nats; None for no KL in the reward.
-        coef: The coefficient, in units of score a nat.
+        coef: The coefficient of the KL, in units of score per nat.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -34,6 +34,6 @@ def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, coef: 
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device)
     if kl is not None:
         rewards = torch.where(mask, -coef * kl, 0.0)
-    last = mask.shape[1] - 1 - mask.flip(1).byte().argmax(1)
-    rewards[torch.arange(len(mask), device=mask.device), last] += scores
+    last_token = mask.shape[1] - 1 - mask.flip(1).byte().argmax(1)
+    rewards[torch.arange(len(mask), device=mask.device), last_token] += scores
     return rewards

@@ -1,14 +1,15 @@
 """The natural-gradient step of trust region policy optimization (TRPO) on flat vectors of parameters.
 
-Among all steps s with a mean KL of at most δ from the old policy, ½ sᵀ F s ≤ δ to second order, the one that improves
-the surrogate L most to first order goes along the natural gradient x = F⁻¹ ∇L:
+Among all steps s with a mean KL of at most δ from the old policy (½ sᵀ F s ≤ δ to second order), the step with the
+largest first-order improvement of the surrogate L is along the natural gradient x = F⁻¹ ∇L:
 
     s = √(2 δ / xᵀ F x) x
 
-F, the Fisher matrix, has as many rows as the model has parameters and is never formed: conjugate gradients need only
-its products with vectors. The line search then makes the bound hold exactly, and the surrogate improve.
+The Fisher matrix F has one row per parameter of the model and is never formed: the conjugate gradient method needs only
+its products with vectors. The line search then ensures that the measured KL is within the bound and the surrogate
+improves.
 
-Inner products are by `torch.dot`: under autocast, ``@`` would round both vectors and the result to half precision.
+Inner products use `torch.dot`: under autocast, ``@`` would round both vectors and the result to half precision.
 
 Source: Schulman et al. 2015 (arXiv 1502.05477), section 6 and appendix C.
 """
@@ -19,10 +20,17 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+"""v [N] ↦ A v [N], the product of a matrix with a vector."""
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """All of them as one vector, [N].
+    """Concatenate all elements of the tensors into one vector.
+
+    Args:
+        tensors: Of any shapes, with N elements in total.
+
+    Returns:
+        [N].
 
     >>> flatten([torch.ones(1, 2), torch.zeros(1)])
     tensor([1., 1., 0.])
@@ -32,10 +40,14 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
-    """Write a vector [N] into the parameters, in place: the inverse of `flatten`.
+    """Copy a vector into the parameters in place, the inverse of `flatten`.
+
+    Args:
+        parameters: Of any shapes, with N elements in total.
+        vector: [N].
 
     Raises:
-        ValueError: if it has not as many elements as they.
+        ValueError: if the numbers of elements differ.
 
     >>> parameters = [torch.zeros(2), torch.zeros(1)]
     >>> assign(parameters, torch.tensor([1.0, 2.0, 3.0]))
@@ -44,21 +56,22 @@ def assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
     """
     sizes = [parameter.numel() for parameter in parameters]
     if sum(sizes) != len(vector):
-        raise ValueError(f"a vector of {len(vector)} elements for {sum(sizes)} parameters")
-    for parameter, piece in zip(parameters, vector.split(sizes), strict=True):
-        parameter.copy_(piece.view_as(parameter))
+        raise ValueError(f"the vector has {len(vector)} elements, but the parameters have {sum(sizes)}")
+    for parameter, values in zip(parameters, vector.split(sizes), strict=True):
+        parameter.copy_(values.view_as(parameter))
 
 
 def hessian_product(loss: Tensor, parameters: Sequence[Tensor], vector: Tensor) -> Tensor:
-    """∇(∇loss · v): the loss's Hessian times a vector, by differentiating twice; the Hessian is never formed.
+    """Compute the product of the loss's Hessian with a vector, ∇(∇loss · v), without forming the Hessian.
 
-    Where the loss is the mean KL(π_θ ‖ sg π_θ) to the policy itself, held constant, this is the Fisher matrix's product
-    F v: the KL's value and gradient are 0 there, and its Hessian is the mean of Σₐ π(a|s) ∇log π(a|s) ∇log π(a|s)ᵀ.
+    If the loss is the mean KL(π_θ ‖ sg π_θ) of the policy to a constant copy of itself, the result is F v with the
+    Fisher matrix F: value and gradient of this KL are 0, and its Hessian is the mean of
+    Σₐ π(a|s) ∇log π(a|s) ∇log π(a|s)ᵀ.
 
     Args:
-        loss: [], a function of the parameters whose graph is there.
-        parameters: Those that are differentiated by; one that the loss does not depend on counts 0.
-        vector: [N], as long as all of them.
+        loss: [], with its autograd graph.
+        parameters: The N parameters to differentiate by; those that the loss does not depend on contribute 0.
+        vector: v, [N].
 
     Returns:
         [N].
@@ -72,50 +85,50 @@ def hessian_product(loss: Tensor, parameters: Sequence[Tensor], vector: Tensor) 
 
 
 def conjugate_gradients(product: Product, b: Tensor, iterations: int = 10, tolerance: float = 1e-10) -> Tensor:
-    """Solve A x = b for a symmetric positive definite A of which only the products with vectors are known.
+    """Solve A x = b for a symmetric positive definite A, given only products of A with vectors.
 
-    In exact arithmetic N iterations solve N equations; a few give the directions of A's largest eigenvalues.
+    In exact arithmetic N iterations solve N equations; a few iterations give the directions of the largest eigenvalues.
 
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2.
 
     Args:
         product: v [N] ↦ A v [N].
         b: [N].
-        iterations: At most so many, each one product.
-        tolerance: Stop once |A x − b|² is at most this share of |b|².
+        iterations: The maximum number of iterations, each of which needs one product.
+        tolerance: Stop when |A x − b|² is at most this fraction of |b|².
 
     Returns:
-        x, [N]; 0 where b is.
+        x, [N]; 0 if b is 0.
 
     >>> matrix = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
     >>> conjugate_gradients(lambda v: matrix @ v, torch.tensor([1.0, 2.0]))
     tensor([0.0909, 0.6364])
     """
     x, residual = torch.zeros_like(b), b.clone()
-    direction, squared = b.clone(), torch.dot(b, b)
-    enough = tolerance * squared
+    direction, squared_norm = b.clone(), torch.dot(b, b)
+    threshold = tolerance * squared_norm
     for _ in range(iterations):
-        if squared <= enough:
+        if squared_norm <= threshold:
             break
-        image = product(direction)
-        length = squared / torch.dot(direction, image)
-        x += length * direction
-        residual -= length * image
-        last, squared = squared, torch.dot(residual, residual)
-        direction = residual + squared / last * direction
+        a_direction = product(direction)
+        step_size = squared_norm / torch.dot(direction, a_direction)
+        x += step_size * direction
+        residual -= step_size * a_direction
+        previous, squared_norm = squared_norm, torch.dot(residual, residual)
+        direction = residual + squared_norm / previous * direction
     return x
 
 
 def longest_step(direction: Tensor, product: Product, max_kl: float) -> Tensor:
-    """The direction scaled so that the KL is at its bound to second order: s = √(2 δ / xᵀ F x) x.
+    """Scale a direction to the step whose KL is at the bound to second order, s = √(2 δ / xᵀ F x) x.
 
     Args:
         direction: x, [N].
-        product: v ↦ F v.
+        product: v [N] ↦ F v [N].
         max_kl: δ, in nats.
 
     Returns:
-        s, [N]; 0 where the direction is.
+        s, [N]; 0 if xᵀ F x is not positive.
 
     >>> longest_step(torch.tensor([1.0, 0.0]), lambda v: 8.0 * v, max_kl=0.01)
     tensor([0.0500, 0.0000])
@@ -127,23 +140,23 @@ def longest_step(direction: Tensor, product: Product, max_kl: float) -> Tensor:
 def line_search(
     measure: Callable[[float], tuple[float, float]], max_kl: float, backtracks: int = 10, ratio: float = 0.5
 ) -> float:
-    """The longest of the steps 1, ratio, ratio², … that improves the surrogate and keeps the KL within its bound.
+    """Find the largest of the fractions 1, ratio, ratio², … of a step that improves the surrogate within the KL bound.
 
     Args:
-        measure: Share of the full step ↦ (improvement of the surrogate over the old policy, mean KL to it in nats).
+        measure: Fraction of the full step ↦ (improvement of the surrogate over the old policy, mean KL to it in nats).
         max_kl: δ, in nats.
-        backtracks: Shares that are tried at most.
-        ratio: Of one share to the one before, in (0, 1).
+        backtracks: The maximum number of fractions to try.
+        ratio: The ratio of each fraction to the one before, in (0, 1).
 
     Returns:
-        The share; 0 if none of them will do.
+        The fraction; 0 if none is accepted.
 
-    >>> line_search(lambda share: (share, share**2), max_kl=0.1)
+    >>> line_search(lambda fraction: (fraction, fraction**2), max_kl=0.1)
     0.25
     """
     for k in range(backtracks):
-        share = ratio**k
-        improvement, kl = measure(share)
+        fraction = ratio**k
+        improvement, kl = measure(fraction)
         if improvement > 0 and kl <= max_kl:  # comparisons with NaN are false
-            return share
+            return fraction
     return 0.0

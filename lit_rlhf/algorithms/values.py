@@ -1,4 +1,4 @@
-"""The critic's loss."""
+"""The loss of the critic."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from lit_rlhf.types import check_shapes
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = None) -> Tensor:
-    """Half the squared error of each token's value, optionally clipped around the old value.
+    """Compute half the squared error of each token's value, optionally clipped around the old value.
 
-    lossₜ = ½ (Vₜ − Rₜ)², or with a clip c: ½ max((Vₜ − Rₜ)², (V_old,t + clip(Vₜ − V_old,t, −c, c) − Rₜ)²).
+    lossₜ = ½ (Vₜ − Rₜ)², or with a clip range c: ½ max((Vₜ − Rₜ)², (V_old,t + clip(Vₜ − V_old,t, −c, c) − Rₜ)²).
     Old values and returns are constants: no gradient flows into them.
 
-    Source: the clipped form is that of OpenAI's baselines (ppo2), described in Huang et al. 2022,
-    «The 37 implementation details of PPO», detail 9.
+    Source: the clipped form is from OpenAI's baselines (ppo2), described in Huang et al. 2022,
+    "The 37 implementation details of PPO", detail 9.
 
     Args:
-        values: [B, T], of the critic now.
+        values: [B, T], of the current critic.
         old_values: [B, T], of the critic at the start of the update.
         returns: [B, T], the targets.
-        mask: Bool [B, T]; True counts.
-        clip: c > 0 in units of the score; None for no clip.
+        mask: Bool [B, T], True at the tokens that count.
+        clip: c > 0, in units of the score; None for no clipping.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -38,6 +38,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     if clip is not None:
         if clip <= 0:
             raise ValueError(f"clip must be positive, not {clip}")
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        loss = torch.maximum(loss, (near - returns) ** 2)
+        clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+        loss = torch.maximum(loss, (clipped_values - returns) ** 2)
     return 0.5 * loss

@@ -1,1 +1,1 @@
-"""Hugging Face models in their four roles: actor, critic, reference, reward model."""
+"""Hugging Face models as actor, critic, reference and reward model."""

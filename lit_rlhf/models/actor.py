@@ -1,4 +1,4 @@
-"""The language model as the trainer uses it: log-probabilities of response tokens, and the next token's logits."""
+"""The language model that is trained: log-probabilities of response tokens, and logits of the next token."""
 
 from typing import NamedTuple
 
@@ -14,28 +14,44 @@ from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
 
 class TokenStats(NamedTuple):
-    """The output of a forward, 0 outside the response tokens; a tuple, so that FSDP finds the tensors in it."""
+    """The output of `Actor.forward`, 0 outside the response tokens; a tuple, in which FSDP finds the tensors.
 
-    logprobs: Tensor  # [B, S] float32, of each token given those before it
-    entropy: Tensor  # [B, S] float32, of the distribution it was drawn from, in nats
+    >>> stats = TokenStats(torch.tensor([[0.0, -0.5]]), torch.tensor([[0.0, 0.7]]), values=None, full_kl=None)
+    >>> stats.logprobs
+    tensor([[ 0.0000, -0.5000]])
+    """
+
+    logprobs: Tensor  # [B, S] float32, of each token given the tokens before it
+    entropy: Tensor  # [B, S] float32, in nats, of the distribution of each token given the tokens before it
     values: Tensor | None  # [B, S] float32, V after each token up to the last response token; None without a value head
-    full_kl: Tensor | None  # [B, S] float32, of that distribution to another actor's, in nats; None without one
+    full_kl: Tensor | None  # [B, S] float32, in nats, of this distribution to the other actor's; None without one
 
 
 class Actor(nn.Module):
     """A decoder-only Hugging Face model, its temperature, and a value head if the critic shares its trunk.
 
-    log π(aₜ | sₜ) = log softmax(logits / temperature)[aₜ], in float32. Logits exist only for the tokens asked for and
-    only a chunk at a time: in the backward pass each chunk's are computed again.
+    log π(aₜ | sₜ) = log softmax(logits / temperature)[aₜ], in float32. Logits are computed for response tokens only,
+    one chunk at a time, and recomputed in the backward pass.
 
     Args:
         model: A causal language model of transformers.
-        temperature: Divides the logits wherever log-probabilities are taken.
-        shared_critic: Whether the actor also predicts values, by a linear head (at first 0) on its last hidden state.
+        temperature: Divisor of the logits in all log-probabilities.
+        shared_critic: Whether the actor also predicts values, by a linear head (initially 0) on its last hidden state.
         value_grad_scale: Factor on the gradient that flows from the value head into the trunk; 0 stops it.
 
     Raises:
-        UserError: if the model's logits are not a function of hidden state and head that is known here.
+        UserError: if the model's logits are not a supported function of hidden state and head.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.models.loading import load_model
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> with TemporaryDirectory() as folder:
+    ...     actor = Actor(load_model(str(make_tiny_model(Path(folder)))), temperature=0.7)
+    >>> tokens, mask = torch.tensor([[2, 6, 7]]), torch.tensor([[False, False, True]])
+    >>> logits = actor.logits(actor.hidden(tokens, torch.ones_like(mask)))[0, 1] / 0.7
+    >>> bool(torch.isclose(actor(tokens, mask).logprobs[0, 2], logits.log_softmax(-1)[7], atol=1e-5))
+    True
     """
 
     def __init__(
@@ -62,18 +78,21 @@ class Actor(nn.Module):
         """Compute log-probabilities and entropies at the response tokens.
 
         Args:
-            tokens: [B, S] int64, right-padded (a causal model does not see the padding behind a text).
-            response_tokens_mask: Bool [B, S], True at the tokens to score; never at a row's first token, which nothing
-                predicts.
-            other: Another actor, to compute the full KL(π ‖ π_other) as well; no gradient flows into it. The actor
-                itself gives a KL of 0 whose second derivative is the Fisher matrix.
-            positions: [B, S] int64, for rows that hold several texts: 0, 1, … within each; None if a row is one text.
+            tokens: [B, S] int64, right-padded (a causal model does not attend to padding after a text).
+            response_tokens_mask: Bool [B, S], True at the tokens to score; never at the first token of a row, which has
+                no prediction.
+            other: Another actor, to compute the full KL(π ‖ π_other) as well; no gradient flows into it. For the actor
+                itself, this KL is 0 and its second derivative is the Fisher matrix.
+            positions: [B, S] int64, for packed rows: 0, 1, … within each text; None if each row is one text.
+
+        Returns:
+            Log-probabilities and entropies, values if there is a value head, and the full KL if ``other`` is given.
         """
-        real = response_tokens_mask.flip(1).cummax(1).values.flip(1)  # nothing after a row's last scored token matters
-        real[:, 0] = True
-        hidden = last_hidden_state(self.model.base_model, tokens, real, positions)
-        predicted = response_tokens_mask[:, 1:]
-        states, targets, kl = hidden[:, :-1][predicted], tokens[:, 1:][predicted], None
+        context = response_tokens_mask.flip(1).cummax(1).values.flip(1)  # True up to the last scored token of a row
+        context[:, 0] = True
+        hidden = last_hidden_state(self.model.base_model, tokens, context, positions)
+        target_mask = response_tokens_mask[:, 1:]
+        states, targets, kl = hidden[:, :-1][target_mask], tokens[:, 1:][target_mask], None
         if other is None:
             rows = chunk_rows(self.model.config.vocab_size, tokens.device)
             head = self.model.get_output_embeddings()
@@ -81,30 +100,33 @@ class Actor(nn.Module):
             logprobs, entropy = logprobs_and_entropy(self._scaled_logits, weights, states, targets, rows)
         else:
             with torch.no_grad():
-                others = hidden.detach() if other is self else other.hidden(tokens, real, positions)
-            logprobs, entropy, kl = self._compare(states, targets, other, others[:, :-1][predicted])
+                other_hidden = hidden.detach() if other is self else other.hidden(tokens, context, positions)
+            logprobs, entropy, kl = self._compare(states, targets, other, other_hidden[:, :-1][target_mask])
         values = None
         if self.value_head is not None:
             values = self.value_head(_scale_gradient(hidden, self.value_grad_scale)).squeeze(-1).float()
         return TokenStats(
-            logprobs=_spread(logprobs, response_tokens_mask),
-            entropy=_spread(entropy, response_tokens_mask),
+            logprobs=_scatter(logprobs, response_tokens_mask),
+            entropy=_scatter(entropy, response_tokens_mask),
             values=values,
-            full_kl=None if kl is None else _spread(kl, response_tokens_mask),
+            full_kl=None if kl is None else _scatter(kl, response_tokens_mask),
         )
 
     def hidden(self, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The trunk's `last_hidden_state`; a text does not see the one before it in its row."""
+        """Return the trunk's `last_hidden_state`, [B, S, H]; the texts of a packed row do not attend to each other."""
         return last_hidden_state(self.model.base_model, tokens, real, positions)
 
     def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Logits of the token after the last one, [B, V] float32, before the temperature.
+        """Compute the logits of the next token.
 
         Args:
-            tokens: [B, N], those that the cache does not hold yet.
-            mask: [B, cached + N], left-padded.
-            positions: [B, N].
-            cache: Extended in place.
+            tokens: [B, N] int64, the tokens that are not in the cache yet.
+            mask: Bool [B, cached + N], left-padded.
+            positions: [B, N] int64.
+            cache: The keys and values so far; extended in place.
+
+        Returns:
+            [B, V] float32, not divided by the temperature.
         """
         hidden = self.model.base_model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -112,7 +134,7 @@ class Actor(nn.Module):
         return self.logits(hidden[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head with the model's own scaling of its logits, in float32 (or in a double-precision model's own)."""
+        """Apply the head and the model's own scaling of logits, in float32, or in float64 for a float64 model."""
         config = self.model.config
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -129,28 +151,40 @@ class Actor(nn.Module):
         return logits if self.temperature == 1.0 else logits / self.temperature
 
     def _compare(
-        self, hidden: Tensor, targets: Tensor, other: "Actor", others: Tensor
+        self, hidden: Tensor, targets: Tensor, other: "Actor", other_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and the full KL to another actor: twice differentiable, and slower."""
+        """Return log-probabilities, entropies and the full KL to another actor: twice differentiable, but slower."""
         rows = chunk_rows(self.model.config.vocab_size, hidden.device)
-        pieces = [
-            checkpoint(self._chunk, *inputs, other, use_reentrant=False, preserve_rng_state=False)
-            for inputs in zip(hidden.split(rows), targets.split(rows), others.split(rows), strict=True)
+        chunks = [
+            checkpoint(self._compare_chunk, *inputs, other, use_reentrant=False, preserve_rng_state=False)
+            for inputs in zip(hidden.split(rows), targets.split(rows), other_hidden.split(rows), strict=True)
         ]
-        logprobs, entropy, kl = zip(*pieces, strict=True)
+        logprobs, entropy, kl = zip(*chunks, strict=True)
         return torch.cat(logprobs), torch.cat(entropy), torch.cat(kl)
 
-    def _chunk(self, hidden: Tensor, targets: Tensor, others: Tensor, other: "Actor") -> tuple[Tensor, Tensor, Tensor]:
+    def _compare_chunk(
+        self, hidden: Tensor, targets: Tensor, other_hidden: Tensor, other: "Actor"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self._scaled_logits(hidden)
         logprobs = torch.log_softmax(logits, dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         with torch.no_grad():
-            other_logits = other._scaled_logits(others)
+            other_logits = other._scaled_logits(other_hidden)
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, full_kl(logits, other_logits)
 
 
 def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
-    """A linear map from hidden state to value that is 0 at first, so that the first advantages are the rewards."""
+    """Create a linear map from hidden state to value, initialised to 0, so that the first advantages are the returns.
+
+    Args:
+        model: A causal language model, whose hidden size is the input size of the head.
+        bias: Whether the head has a bias.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> head = new_value_head(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)))
+    >>> head, bool((head.weight == 0).all())
+    (Linear(in_features=8, out_features=1, bias=True), True)
+    """
     head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=bias, device=model.device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
@@ -161,14 +195,14 @@ def _scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x.detach() + (x - x.detach()) * scale
 
 
-def _spread(x: Tensor, mask: Tensor) -> Tensor:
-    """Place the elements of ``x`` where the mask is True, 0 elsewhere."""
+def _scatter(x: Tensor, mask: Tensor) -> Tensor:
+    """Place the elements of ``x`` where the mask is True, and 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
 
 
 @torch.no_grad()
 def _check_head(actor: Actor) -> None:
-    """Trunk and head, taken apart, must give the logits of the model as a whole."""
+    """Check that trunk and head, applied separately, give the logits of the whole model."""
     model = actor.model
     if any(p.is_meta for p in model.parameters()):
         return
@@ -181,5 +215,5 @@ def _check_head(actor: Actor) -> None:
     model.train(was_training)
     if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"{type(model).__name__} changes its logits after its head in a way that lit-rlhf does not know"
+            f"{type(model).__name__} changes its logits after its head in a way that lit-rlhf does not support"
         )

@@ -1,4 +1,4 @@
-"""The language-model head, a chunk of tokens at a time: logits over the vocabulary exist for no more than one chunk."""
+"""The language-model head in chunks of tokens, so that the logits over the vocabulary exist for one chunk at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**24
-"""Logits held at a time, in floats: few enough for a CPU's cache, many enough to fill a GPU."""
+"""The number of logits in a chunk: few enough for a CPU's cache, and enough to occupy a GPU."""
 LEAST_ROWS = 64
-"""Tokens of a chunk at least, so that reading the head's weights pays."""
+"""The minimum number of tokens in a chunk, below which reading the head's weights would dominate."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens of a chunk."""
+    """Return the number of tokens in a chunk.
+
+    Args:
+        vocabulary: The number of logits of a token.
+        device: The device of the logits.
+
+    >>> chunk_rows(50_000, torch.device("cpu")), chunk_rows(50_000, torch.device("cuda"))
+    (64, 335)
+    """
     elements = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
     return max(LEAST_ROWS, elements // vocabulary)
 
@@ -21,20 +29,24 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 def logprobs_and_entropy(
     logits_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], hidden: Tensor, targets: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """log π(target) and the entropy H(π) of each token's distribution π = softmax(logits), in nats.
+    """Compute log π(target) and the entropy H(π) of each token's distribution π = softmax(logits).
 
-    The backward pass computes a chunk's logits again, and from them ∂ log π(t) / ∂ logits = 1ₜ − π and
-    ∂H / ∂ logits = −π (log π + H). Differentiable once.
+    The backward pass recomputes the logits of each chunk and uses ∂ log π(t) / ∂ logits = 1ₜ − π and
+    ∂H / ∂ logits = −π (log π + H). It can be differentiated once only.
 
     Args:
-        logits_of: Hidden states [n, H] to logits [n, V] in float32.
-        parameters: What ``logits_of`` has of its own and may be trained.
+        logits_of: Function from hidden states [n, H] to logits [n, V] in float32.
+        parameters: The parameters of ``logits_of`` that may be trained.
         hidden: [N, H].
         targets: [N] int64.
-        rows: Tokens of a chunk.
+        rows: The number of tokens in a chunk.
 
     Returns:
-        [N] and [N], float32.
+        [N] and [N], float32, in nats.
+
+    >>> weight, hidden, targets = torch.zeros(4, 2), torch.ones(3, 2), torch.tensor([0, 1, 2])
+    >>> logprobs_and_entropy(lambda x: x @ weight.T, [weight], hidden, targets, rows=2)  # −log 4 and log 4
+    (tensor([-1.3863, -1.3863, -1.3863]), tensor([1.3863, 1.3863, 1.3863]))
     """
     return _Head.apply(logits_of, rows, targets, hidden, *parameters)
 
@@ -44,53 +56,52 @@ class _Head(torch.autograd.Function):
     def forward(
         ctx: Any, logits_of: Callable[[Tensor], Tensor], rows: int, targets: Tensor, hidden: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        pieces: list[tuple[Tensor, Tensor, Tensor]] = []
-        for states, chosen in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = logits_of(states)
+        chunks: list[tuple[Tensor, Tensor, Tensor]] = []
+        for chunk_hidden, chunk_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = logits_of(chunk_hidden)
             normalizer = logits.logsumexp(-1, keepdim=True)
             logprobs = logits.sub_(normalizer)
-            picked = logprobs.gather(-1, chosen[:, None]).squeeze(-1)
+            target_logprobs = logprobs.gather(-1, chunk_targets[:, None]).squeeze(-1)
             entropy = -(logprobs.exp().mul_(logprobs)).sum(-1)
-            pieces.append((picked, entropy, normalizer))
-        picked, entropy, normalizer = (torch.cat(found) for found in zip(*pieces, strict=True))
+            chunks.append((target_logprobs, entropy, normalizer))
+        target_logprobs, entropy, normalizer = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         ctx.logits_of, ctx.rows = logits_of, rows
-        kind = hidden.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        device = hidden.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(targets, hidden, entropy, normalizer, *parameters)
         ctx.set_materialize_grads(False)
-        return picked, entropy
+        return target_logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, for_picked: Tensor | None, for_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         targets, hidden, entropy, normalizer, *parameters = ctx.saved_tensors
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        gradients: list[Tensor] = []
-        for_hidden = torch.empty_like(hidden)
-        kind, dtype, enabled = ctx.autocast
+        grad_trained: list[Tensor] = []
+        grad_hidden = torch.empty_like(hidden)
+        device, dtype, enabled = ctx.autocast
         for start in range(0, max(1, len(hidden)), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
-                states = hidden[part].detach().requires_grad_()
+            chunk = slice(start, start + ctx.rows)
+            with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+                states = hidden[chunk].detach().requires_grad_()
                 logits = ctx.logits_of(states)
-            logprobs = logits.detach() - normalizer[part]
-            for_logits = logprobs.exp()
-            if for_entropy is None:
-                for_logits.mul_(0.0 if for_picked is None else -for_picked[part, None])
+            logprobs = logits.detach() - normalizer[chunk]
+            grad_logits = logprobs.exp()
+            if grad_entropy is None:
+                grad_logits.mul_(0.0 if grad_logprobs is None else -grad_logprobs[chunk, None])
             else:
-                factor = logprobs.add_(entropy[part, None]).mul_(-for_entropy[part, None])
-                if for_picked is not None:
-                    factor.sub_(for_picked[part, None])
-                for_logits.mul_(factor)
-            if for_picked is not None:
-                for_logits.scatter_add_(1, targets[part, None], for_picked[part, None])
-            found = torch.autograd.grad(logits, [states, *trained], for_logits)
-            for_hidden[part] = found[0]
-            if not gradients:  # added up in float32 at least: FSDP's weights are of half precision
-                gradients = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in found[1:]]
+                factor = logprobs.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
+                if grad_logprobs is not None:
+                    factor.sub_(grad_logprobs[chunk, None])
+                grad_logits.mul_(factor)
+            if grad_logprobs is not None:
+                grad_logits.scatter_add_(1, targets[chunk, None], grad_logprobs[chunk, None])
+            grad_hidden[chunk], *grads = torch.autograd.grad(logits, [states, *trained], grad_logits)
+            if not grad_trained:  # accumulated in float32 at least, since FSDP's weights may be in half precision
+                grad_trained = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in grads]
             else:
-                for total, gradient in zip(gradients, found[1:], strict=True):
-                    total += gradient
-        ordered = iter(gradients)
-        of_parameters = [next(ordered).to(p.dtype) if p.requires_grad else None for p in parameters]
-        return (None, None, None, for_hidden, *of_parameters)
+                for total, grad in zip(grad_trained, grads, strict=True):
+                    total += grad
+        in_order = iter(grad_trained)
+        grad_parameters = [next(in_order).to(p.dtype) if p.requires_grad else None for p in parameters]
+        return (None, None, None, grad_hidden, *grad_parameters)

@@ -1,4 +1,4 @@
-"""Models with a scalar head: the critic (a value after every token) and the reward model (a score after the last)."""
+"""Models with a scalar head: the critic (a value after each token) and the reward model (a score after the last)."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,11 +15,17 @@ from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, read
 
 
 class ScalarModel(nn.Module):
-    """A decoder's trunk and a linear head that gives one number at each token.
+    """A decoder's trunk with a linear head, which gives one number at each token.
 
     Args:
         trunk: The decoder without its language-model head.
         head: Linear map from hidden state to one number.
+
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> trunk = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
+    >>> model = ScalarModel(trunk, nn.Linear(8, 1))
+    >>> model(torch.tensor([[1, 2, 3], [4, 5, 0]]), lengths=torch.tensor([3, 2])).shape
+    torch.Size([2, 3])
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
@@ -28,31 +34,40 @@ class ScalarModel(nn.Module):
         self.head = head
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """One float32 number after each token.
+        """Compute one number after each token.
 
         Args:
             tokens: [B, S] int64, right-padded.
-            lengths: [B] int64, tokens that are no padding; None: all.
+            lengths: [B] int64, the numbers of tokens without padding; None for no padding.
 
         Returns:
-            [B, S]; what stands at padding is without meaning.
+            [B, S] float32; undefined at padding.
         """
-        real = torch.ones_like(tokens, dtype=torch.bool)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
         if lengths is not None:
-            real &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        hidden = last_hidden_state(self.trunk, tokens, real)
-        return self.head(hidden).squeeze(-1).float().clone()  # no view: FSDP puts a hook on it
+            mask &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        hidden = last_hidden_state(self.trunk, tokens, mask)
+        return self.head(hidden).squeeze(-1).float().clone()  # not a view, because FSDP registers a hook on it
 
 
 def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
-    """The trunk and scalar head of a sequence classifier with one label; a critic's bias is in its configuration.
+    """Take trunk and scalar head from a sequence classifier with one label, and a critic's bias from its configuration.
+
+    Args:
+        model: A sequence classifier of transformers.
+        field: The configuration field, for messages.
 
     Raises:
-        UserError: if the classifier's head is not one linear layer, as in every decoder of transformers.
+        UserError: if the classifier's head is not one linear layer, which it is in all decoders of transformers.
+
+    >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+    >>> config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, num_labels=1)
+    >>> from_classifier(GPT2ForSequenceClassification(config), "critic").head
+    Linear(in_features=8, out_features=1, bias=False)
     """
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
-        raise UserError(f"{field}: {type(model).__name__} has no linear head named score; is it a decoder?")
+        raise UserError(f"{field}: {type(model).__name__} has no linear head named score; use a decoder's classifier")
     bias = getattr(model.config, "value_bias", None)
     if bias is not None:
         head.bias = nn.Parameter(torch.tensor([bias], device=head.weight.device))
@@ -60,24 +75,45 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
 
 
 def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel:
-    """A reward model: a sequence classifier with one label.
+    """Load a reward model, which is a sequence classifier with one label.
+
+    Args:
+        source: Folder, hub id, or random weights.
+        field: The configuration field, for messages.
 
     Raises:
-        UserError: if there is none, or it has more labels than one.
+        UserError: if the model cannot be loaded, or does not have exactly one label.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> with TemporaryDirectory() as folder:
+    ...     model = load_reward_model(str(make_tiny_model(Path(folder), task="score")))
+    >>> model(torch.tensor([[2, 6, 7]])).shape  # a score after each token
+    torch.Size([1, 3])
     """
     return from_classifier(load_model(source, "score", field), field)
 
 
 def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -> ScalarModel:
-    """A critic, or the start of a reward model: from a sequence classifier, or from a language model with a new head.
+    """Load a critic, or the initial reward model, from a sequence classifier or from a language model with a new head.
 
     Args:
-        source: A classifier's head is kept; a language model's new one is 0.
+        source: Folder, hub id, or random weights. A classifier keeps its head; a language model gets a new one, which
+            is initialised to 0.
         field: The configuration field, for messages.
-        bias: Whether a new head has one: a critic's should, a reward model's cannot learn it.
+        bias: Whether a new head has a bias: True for a critic, False for a reward model, whose loss cannot train it.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if the model cannot be loaded.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> with TemporaryDirectory() as folder:
+    ...     critic = load_critic(str(make_tiny_model(Path(folder))))
+    >>> critic(torch.tensor([[2, 6, 7]])).tolist()
+    [[0.0, 0.0, 0.0]]
     """
     architectures = [] if isinstance(source, RandomWeights) else read_config(source, field).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
@@ -89,24 +125,35 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
 def to_classifier(
     scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """The same as a sequence classifier of transformers with one label, which scores the last token.
+    """Convert a scalar model to a sequence classifier of transformers with one label, which scores the last token.
 
-    Where padding and end of text are one token, the classifier takes one unpadded row at a time. It has no bias: a
-    critic's is stored in ``config.value_bias``, to be added to what the classifier says.
+    If padding and end of text are the same token, the classifier accepts only one unpadded row at a time. It has no
+    bias: that of a critic is stored in ``config.value_bias``, to be added to the classifier's output.
 
     Args:
         scalar: The model.
         tokenizer: Its tokenizer.
-        weights: Its whole ``state_dict``; None: what it holds.
+        weights: Its full ``state_dict``; None to read it from the model.
 
     Raises:
         UserError: if transformers has no sequence classifier of this architecture.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> from lit_rlhf.models.loading import load_tokenizer
+    >>> with TemporaryDirectory() as folder:
+    ...     path = str(make_tiny_model(Path(folder), task="score"))
+    ...     scalar, tokenizer = load_reward_model(path), load_tokenizer(path)
+    >>> classifier, tokens = to_classifier(scalar, tokenizer), torch.tensor([[2, 6, 7]])
+    >>> bool(torch.isclose(classifier(tokens).logits[0, 0], scalar(tokens)[0, -1], atol=1e-5))
+    True
     """
     config: Any = deepcopy(scalar.trunk.config)
     config.num_labels = 1
-    # transformers scores the last token that is no padding, which must not be the end of the text
+    # transformers scores the last token that is not padding, so the end-of-text token must not count as padding
     config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
-    for name in ("score_mean", "score_std"):  # of the model that it was trained from
+    for name in ("score_mean", "score_std"):  # they describe the model that training started from
         if hasattr(config, name):
             delattr(config, name)
     weights = scalar.state_dict() if weights is None else weights
@@ -122,11 +169,19 @@ def to_classifier(
 
 
 def under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin so, by the rest of their names."""
+    """Select the weights whose names begin with a prefix, and remove the prefix from the names.
+
+    >>> under("head.", {"head.weight": torch.ones(1), "trunk.weight": torch.zeros(1)})
+    {'weight': tensor([1.])}
+    """
     return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
 def freeze(module: nn.Module) -> nn.Module:
-    """The module without gradients, in eval mode."""
+    """Turn off the gradients of a module in place, set it to eval mode, and return it.
+
+    >>> freeze(nn.Linear(2, 1)).weight.requires_grad
+    False
+    """
     return module.requires_grad_(False).eval()

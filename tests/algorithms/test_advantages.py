@@ -3,7 +3,17 @@ from functools import partial
 import pytest
 import torch
 
-from lit_rlhf.algorithms.advantages import GAE, TD0, GroupNormalized, LeaveOneOut, MonteCarlo, NStep
+from lit_rlhf.algorithms.advantages import (
+    GAE,
+    TD0,
+    GroupNormalized,
+    LeaveOneOut,
+    MonteCarlo,
+    NStep,
+    discounted_sum,
+    n_step_sum,
+    td_errors,
+)
 from lit_rlhf.types import Trajectory
 
 NAN = float("nan")
@@ -81,6 +91,36 @@ def by_definition(estimator, trajectory):
             target, returns[row, t] = targets(estimator, r, v, k)
             advantages[row, t] = target - v[k]
     return advantages, returns
+
+
+def test_td_errors_by_hand():
+    """With a hole and a bootstrap of 16: 1 + ½ · 8 − 4, 2 + ½ · 2 − 8 and 4 + ½ · 16 − 2; then without values."""
+    rewards, values = torch.tensor([[1.0, NAN, 2.0, 4.0, NAN]]), torch.tensor([[4.0, NAN, 8.0, 2.0, NAN]])
+    mask, bootstrap = torch.tensor([[True, False, True, True, False]]), torch.tensor([16.0])
+    assert td_errors(rewards, values, mask, bootstrap, gamma=0.5).tolist() == [[1.0, 0.0, -5.0, 10.0, 0.0]]
+    assert td_errors(rewards, values, mask, gamma=0.5).tolist() == [[1.0, 0.0, -5.0, 2.0, 0.0]]
+    assert td_errors(rewards, None, mask, bootstrap, gamma=0.5).tolist() == [[1.0, 0.0, 2.0, 12.0, 0.0]]
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_equal_a_loop(gamma, seed):
+    trajectory = random_trajectory(seed)
+    x, mask = trajectory.rewards, trajectory.mask
+    by_row = gamma * torch.linspace(0.1, 1.0, len(x), dtype=torch.float64)
+    whole, scaled, of_3 = torch.zeros(3, *x.shape, dtype=torch.float64)
+    for row, counts in enumerate(mask):
+        tokens = counts.nonzero().flatten().tolist()
+        for k, t in enumerate(tokens):
+            following = [x[row, s].item() for s in tokens[k:]]
+            whole[row, t] = sum(gamma**j * value for j, value in enumerate(following))
+            scaled[row, t] = sum(by_row[row].item() ** j * value for j, value in enumerate(following))
+            of_3[row, t] = sum(gamma**j * value for j, value in enumerate(following[:3]))
+    spoilt = torch.where(mask, x, NAN)
+    assert_same(discounted_sum(spoilt, mask, gamma), whole)
+    assert_same(discounted_sum(spoilt, mask, by_row), scaled)
+    assert_same(n_step_sum(spoilt, mask, 3, gamma), of_3)
+    assert_same(n_step_sum(spoilt, mask, x.shape[1] + 1, gamma), whole)
 
 
 @pytest.mark.parametrize(

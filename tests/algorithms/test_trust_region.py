@@ -25,7 +25,7 @@ def test_flatten_and_assign_are_inverse():
     copies = [torch.zeros_like(p) for p in parameters]
     assign(copies, flatten(parameters))
     assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
-    with pytest.raises(ValueError, match="a vector of 3 elements for 11 parameters"):
+    with pytest.raises(ValueError, match="the vector has 3 elements, but the parameters have 11"):
         assign(copies, torch.zeros(3))
 
 
