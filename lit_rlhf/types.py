@@ -174,7 +174,12 @@ class Rollout:
 class RewardInputs:
     """The input of a reward: the responses as text, the prompts with their other columns, and the tokens.
 
-    A `Reward` receives it; a reward function gets its fields by name.
+    A `Reward` receives it; a reward function receives its fields by name.
+
+    >>> from lit_rlhf.rewards import make_reward_inputs
+    >>> inputs = make_reward_inputs(["the answer is 4"], answer=[4])
+    >>> inputs.responses, inputs.columns
+    (['the answer is 4'], {'answer': [4]})
     """
 
     prompts: Sequence[Prompt]  # B

@@ -1,6 +1,7 @@
 """What `lit_rlhf.compat` relies on in other libraries still holds, one test each, and nothing else relies on more."""
 
 import abc
+import argparse
 import ast
 import errno
 import importlib
@@ -97,15 +98,15 @@ def test_torch_multiplies_by_weights_in_blocks():
 
 def test_torch_says_that_a_gloo_peer_is_lost(tmp_path):
     program = """if True:
-        import os, sys, torch
+        import os, sys, time, torch
         from torch import distributed
         rank = int(sys.argv[1])
         distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
         distributed.barrier()
         if rank == 1:
+            time.sleep(0.5)
             os._exit(0)
-        for _ in range(10):
-            distributed.all_reduce(torch.ones(1))
+        distributed.recv(torch.ones(1), src=1)
     """
     words = [str(tmp_path / "meeting")]
     started = [
@@ -117,9 +118,9 @@ def test_torch_says_that_a_gloo_peer_is_lost(tmp_path):
     finally:
         for process in started:
             process.kill()
-    with contract("torch", "a collective whose gloo peer has died raises RuntimeError with a phrase of LOST_PEER"):
+    with contract("torch", "waiting for a gloo peer that dies raises RuntimeError with the first phrase of LOST_PEER"):
         assert "RuntimeError: " in said
-        assert any(phrase in said for phrase in compat.LOST_PEER), said
+        assert compat.LOST_PEER[0] in said, said
 
 
 def test_the_system_says_that_a_connection_is_reset():
@@ -131,8 +132,12 @@ def test_the_system_says_that_a_connection_is_reset():
 def test_nccl_says_that_a_peer_is_lost():
     import ctypes
 
+    try:
+        nccl = ctypes.CDLL("libnccl.so.2")
+    except OSError:
+        pytest.skip("this torch contains NCCL, not as a library of its own")
     with contract("NCCL", "ncclGetErrorString(ncclRemoteError) contains a phrase of LOST_PEER"):
-        text = ctypes.CDLL("libnccl.so.2").ncclGetErrorString
+        text = nccl.ncclGetErrorString
         text.restype = ctypes.c_char_p
         assert any(phrase in text(6).decode() for phrase in compat.LOST_PEER), text(6)
 
@@ -277,13 +282,14 @@ def refusal(*words: str) -> str:
     return str(error.value)
 
 
-def test_argparse_lists_the_options_of_parsers_and_subcommands():
-    fit, parser = jsonargparse.ArgumentParser(), jsonargparse.ArgumentParser()
-    fit.add_argument("-l", "--limit")
-    parser.add_argument("--config")
+def test_argparse_and_jsonargparse_list_the_options():
     with contract("argparse", "ArgumentParser has _actions"):
+        assert [action.dest for action in argparse.ArgumentParser()._actions] == ["help"]
+    with contract("jsonargparse", "ArgumentParser has argparse's _actions, and _subcommands_action with choices"):
+        fit, parser = jsonargparse.ArgumentParser(), jsonargparse.ArgumentParser()
+        fit.add_argument("-l", "--limit")
         assert compat.option_names(fit) == ["help", "limit"]
-    with contract("jsonargparse", "ArgumentParser has _subcommands_action"):
+        parser.add_argument("--config")
         parser.add_subcommands().add_subcommand("fit", fit)
         assert compat.option_names(parser) == ["help", "config", "limit"]
 

@@ -27,13 +27,18 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """A model built from a configuration, with random weights.
+    """A model with random weights, built from a configuration.
 
     Args:
-        config: The fields of a transformers configuration, ``model_type`` among them; vocabulary size and special
-            token ids are the tokenizer's unless given.
+        config: The fields of a transformers configuration, including ``model_type``; vocabulary size and special token
+            ids are the tokenizer's unless given.
         tokenizer: A folder, a hub id, or ``module:function`` that returns a tokenizer.
-        seed: The weights are a function of this number and the configuration.
+        seed: The seed of the weights, which depend on it and the configuration only.
+
+    >>> shape = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}
+    >>> model = load_model(RandomWeights(config=shape, tokenizer="lit_rlhf.data.reviews:tokenizer"))
+    >>> model.config.n_embd
+    8
     """
 
     config: dict[str, Any]
@@ -42,20 +47,20 @@ class RandomWeights:
 
 
 ModelSource: TypeAlias = str | RandomWeights
-"""A folder or hub id, or a configuration for random weights."""
+"""A folder, a hub id, or a configuration for random weights."""
 Task: TypeAlias = Literal["causal", "score"]
 _AUTO = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
 
 def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (the end-of-sequence token where it has none).
+    """Load a tokenizer; without a padding token of its own, it pads with the end-of-sequence token.
 
     Args:
-        source: Folder or hub id, or random weights, which name their tokenizer.
+        source: A folder, a hub id, or random weights, which name their tokenizer.
         field: The configuration field, for messages.
 
     Raises:
-        UserError: if the folder is missing, has no tokenizer, or the tokenizer no end-of-sequence token.
+        UserError: if the folder does not exist or has no tokenizer, or the tokenizer has no end-of-sequence token.
     """
     path = source if isinstance(source, str) else source.tokenizer
     if is_reference(path):
@@ -64,11 +69,11 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
         check_exists(path, field)
         try:
             tokenizer = _tokenizer_class(path).from_pretrained(path)
-        except Exception as error:  # transformers raises many types here
+        except Exception as error:  # transformers raises exceptions of many types here
             if os.path.isdir(path):
                 raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load") from error
             raise _unreachable(path, field, error) from error
-        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # without its files, transformers makes one up
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made up: its files are missing
             raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{field}: the tokenizer of {path} has no end-of-sequence token (eos_token)")
@@ -78,19 +83,19 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
 
 
 def load_model(source: ModelSource, task: Task = "causal", field: str = "model") -> PreTrainedModel:
-    """The model in float32 on the CPU, in eval mode: dropout stays off in every stage.
+    """Load a model in float32 on the CPU and in eval mode, because dropout is off in every stage.
 
-    On the CPU whatever the default device is, so that random weights are the same on every device, and because
-    transformers takes a default device for a ``device_map``, which needs the package accelerate. Lightning makes its
-    device the default in ``configure_model``, and moves the models there afterwards.
+    The CPU is used whatever the default device is, so that random weights are the same on every device, and because
+    transformers would use a default device as a ``device_map``, which requires the package accelerate. Lightning makes
+    its device the default in ``configure_model``, and moves the models there afterwards.
 
     Args:
-        source: Folder, hub id, or random weights.
+        source: A folder, a hub id, or random weights.
         task: ``causal`` for a language model, ``score`` for a sequence classifier with one label.
         field: The configuration field, for messages.
 
     Raises:
-        UserError: if there is no such model, or a reward model has not exactly one label.
+        UserError: if the model cannot be loaded, or a reward model does not have exactly one label.
     """
     with torch.device("cpu"):
         if isinstance(source, RandomWeights):
@@ -105,10 +110,10 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
 
 
 def check_exists(path: str, field: str) -> None:
-    """Tell a missing folder from a hub id.
+    """Check that a path which cannot be a hub id is an existing folder.
 
     Raises:
-        UserError: if the path can only be a folder, and there is none.
+        UserError: if it is not.
     """
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
     if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
@@ -117,10 +122,10 @@ def check_exists(path: str, field: str) -> None:
 
 
 def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
-    """The model's configuration.
+    """Load the configuration of a model.
 
     Raises:
-        UserError: if there is none, or its model_type is unknown to transformers.
+        UserError: if it cannot be loaded, or if transformers does not know its model_type.
     """
     if isinstance(source, str):
         check_exists(source, field)
@@ -135,14 +140,14 @@ def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
         raise UserError(f"{field}.config: model_type is missing (llama, qwen3, gpt2, …)")
     try:
         return AutoConfig.for_model(**source.config)
-    except Exception as error:  # ValueError, and a validation error that is none
+    except Exception as error:  # ValueError, or a validation error of another type
         raise UserError(f"{field}.config: {_reason(error)}") from error
 
 
 def _tokenizer_class(path: str) -> Any:
-    """The class a folder names, where it names the general one; else AutoTokenizer's choice.
+    """Return the generic tokenizer class if a folder names it, otherwise AutoTokenizer.
 
-    AutoTokenizer chooses by the model's type: beside a Qwen model it would read any tokenizer.json as Qwen's own.
+    AutoTokenizer chooses by the type of the model: next to a Qwen model it would read any tokenizer.json as Qwen's.
     """
     config = Path(path) / "tokenizer_config.json"
     named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else None
@@ -160,13 +165,15 @@ def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
         )
     except OSError as error:
         raise _unreachable(path, field, error) from error
-    except Exception as error:  # the wrong kind of model, or a broken file of weights
+    except Exception as error:  # another kind of model, or a damaged weights file
         raise UserError(f"{field}: {path} cannot be loaded as a {role}: {_reason(error)}") from error
     if report["mismatched_keys"]:
-        name, found, expected = min(report["mismatched_keys"])
-        raise UserError(f"{field}: {name} of {path} is {list(found)}, by its config.json it should be {list(expected)}")
+        name, shape, expected = min(report["mismatched_keys"])
+        raise UserError(
+            f"{field}: {name} of {path} has shape {list(shape)}; by its config.json it should be {list(expected)}"
+        )
     if report["missing_keys"]:
-        raise UserError(f"{field}: {path} is no {role}: it has no {min(report['missing_keys'])}")
+        raise UserError(f"{field}: {path} is not a {role}: it has no {min(report['missing_keys'])}")
     return model
 
 
@@ -186,14 +193,14 @@ def _random_model(source: RandomWeights, task: Task, field: str) -> PreTrainedMo
             return _AUTO[task].from_config(config, dtype=torch.float32)
         except ValueError as error:
             role = "language model" if task == "causal" else "sequence classifier"
-            raise UserError(f"{field}.config: no {role}: {_reason(error)}") from error
+            raise UserError(f"{field}.config: not a {role}: {_reason(error)}") from error
 
 
 def _unreachable(path: str, field: str, error: Exception) -> UserError:
-    return UserError(f"{field}: {path!r} is neither a folder nor a model that the hub gave: {_reason(error)}")
+    return UserError(f"{field}: {path!r} is neither a folder nor a model that the hub provides: {_reason(error)}")
 
 
 def _reason(error: Exception, longest: int = 300) -> str:
-    """What the error says, in one line."""
+    """Return the message of an error in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"

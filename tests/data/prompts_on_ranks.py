@@ -5,6 +5,7 @@ python tests/data/prompts_on_ranks.py MODEL PROMPTS FOLDER
 
 import json
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def main(model, prompts, folder):
 
     def counting(self, tokenizer, records, where):
         encoded.append(len(records))
+        time.sleep(2)  # long enough for the other process to begin as well, if it did not wait
         return encode(self, tokenizer, records, where)
 
     PromptEncoder.__call__ = counting
