@@ -31,7 +31,7 @@ def test_best_by_score_is_the_best_row_of_the_metrics(make_module, fit, tmp_path
     assert iteration(tmp_path / "checkpoints" / "best.ckpt") == -best[1]
 
 
-def test_resumed_from_last_it_goes_on_counting(make_module, fit, tmp_path):
+def test_resumed_from_last_it_continues_to_count(make_module, fit, tmp_path):
     fit(make_module(iterations=2), [IterationCheckpoint(every_n=1)])
     fit(make_module(iterations=4), [IterationCheckpoint(every_n=1)], ckpt_path="last")
     assert iteration(tmp_path / "checkpoints" / "last.ckpt") == 4
@@ -48,7 +48,7 @@ def test_an_epoch_that_ends_is_resumed_in_the_next(make_module, fit, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_an_unknown_metric_names_those_there_are(make_module, fit):
+def test_an_unknown_metric_is_refused_with_the_existing_ones(make_module, fit):
     with pytest.raises(UserError, match=r"no metric 'objective/scores'; there are: .*objective/score"):
         fit(make_module(iterations=1), [IterationCheckpoint(monitor="objective/scores")])
 
