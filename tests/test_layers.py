@@ -1,6 +1,7 @@
 """What may import what: the package's parts, from the lowest to the highest, each knowing only those below it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,15 @@ def test_no_circle_of_imports():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= (350 if path.name == "on_policy.py" else 400)
+
+
+def test_the_design_page_lists_the_layers():
+    page = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page[page.index("| part | holds |") : page.index("## Where a new part belongs")]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines()[2:] if line.startswith("|")]
+    assert [tuple(sorted(row)) for row in rows] == [tuple(sorted(layer)) for layer in LAYERS]
+
+
+def test_every_part_has_a_layer():
+    parts = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
+    assert parts == set(HEIGHT)
