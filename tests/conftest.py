@@ -5,7 +5,7 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "HF_DATASETS_CACHE" not in os.environ:  # not the user's; the processes that tests start share this one
+if "HF_DATASETS_CACHE" not in os.environ:  # not the user's cache; processes started by tests share this one
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit-rlhf-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
@@ -31,13 +31,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seed(monkeypatch):
-    """The seed that `lit_rlhf.randomness` reads, whatever an earlier test left."""
+    """Set the seed that `lit_rlhf.randomness` reads, whatever an earlier test left."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
 
 
 @pytest.fixture(scope="session")
 def prompt_file(tmp_path_factory) -> Path:
-    """48 prompts of one to six words."""
+    """Return a file of 48 prompts of one to six words."""
     rng = random.Random(0)
     lines = [
         f'{{"prompt": "{" ".join(f"w{rng.randrange(WORDS)}" for _ in range(rng.randint(1, 6)))}", "number": {i}}}'
@@ -49,14 +49,14 @@ def prompt_file(tmp_path_factory) -> Path:
 
 
 def low_words(responses):
-    """A reward that can be learned quickly: the share of w0 … w7 among a response's words."""
+    """Return the share of w0 … w7 among each response's words, a reward that is learned quickly."""
     low = {f"w{i}" for i in range(8)}
     return [sum(word in low for word in r.split()) / max(1, len(r.split())) for r in responses]
 
 
 @pytest.fixture
 def make_module(tiny_model):
-    """A PolicyGradient on a tiny Llama, with the share of low words as its reward."""
+    """Return a function that makes a PolicyGradient on a tiny Llama; its reward is the share of low words."""
 
     def make(**options) -> PolicyGradient:
         defaults = {
@@ -74,7 +74,7 @@ def make_module(tiny_model):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """A quiet Trainer of one epoch on the CPU; checkpoints are on if a callback makes them."""
+    """Return a function that makes a quiet one-epoch CPU Trainer; it saves checkpoints only if a callback does."""
 
     def make(callbacks=(), **options) -> lightning.Trainer:
         defaults = {
@@ -96,7 +96,7 @@ def make_trainer(tmp_path):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """For strategies of several processes on this one: Lightning leaves its process group and its variables behind."""
+    """Clean up after strategies for several processes: Lightning leaves its process group and its variables behind."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -106,7 +106,7 @@ def one_process(monkeypatch):
 
 @pytest.fixture
 def fit(prompt_file, make_trainer):
-    """Run a real `Trainer.fit`; gives the trainer."""
+    """Return a function that runs a real `Trainer.fit` and returns the trainer."""
 
     def run(module, callbacks=(), *, batch_size=8, validation=False, ckpt_path=None, **options) -> lightning.Trainer:
         data = Prompts(
@@ -121,7 +121,7 @@ def fit(prompt_file, make_trainer):
 
 @pytest.fixture
 def fit_preferences(make_trainer, tmp_path):
-    """Run a real fit (or another of the Trainer's methods) on these records; gives the trainer."""
+    """Return a function that runs a real fit (or another Trainer method) on these records and returns the trainer."""
 
     def run(
         module, train, validation=None, callbacks=(), *, ckpt_path=None, method="fit", data=None, **options

@@ -1,4 +1,4 @@
-"""What `lit_rlhf.compat` relies on in other libraries still holds, one test each, and nothing else relies on more."""
+"""One test for each assumption of `lit_rlhf.compat` about other libraries; no other module makes such assumptions."""
 
 import abc
 import argparse
@@ -47,7 +47,7 @@ QUIET = {
 
 @contextmanager
 def contract(library: str, relied_on: str):
-    """Whatever fails in here fails in the name of the library."""
+    """Report every failure in this block under the name of the library."""
     try:
         yield
     except Exception as error:
@@ -58,7 +58,7 @@ def contract(library: str, relied_on: str):
 
 
 class Sharded(BoringModel):
-    """Four steps of a model that is sharded over one process."""
+    """A model that is sharded over one process and trained for four steps."""
 
     def configure_model(self):
         if not isinstance(self.layer, torch.distributed.fsdp.FSDPModule):
@@ -67,7 +67,7 @@ class Sharded(BoringModel):
 
 @pytest.fixture(scope="module")
 def distributed_checkpoint(tmp_path_factory):
-    """A folder as Lightning's FSDP2 strategy writes it, and the weights in it."""
+    """Return a checkpoint folder written by Lightning's FSDP2 strategy, and the weights in it."""
     folder = tmp_path_factory.mktemp("run") / "last.ckpt"
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
     module = Sharded()
@@ -96,7 +96,7 @@ def test_torch_multiplies_by_weights_in_blocks():
         torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def test_torch_says_that_a_gloo_peer_is_lost(tmp_path):
+def test_torch_reports_a_lost_gloo_peer(tmp_path):
     program = """if True:
         import os, sys, time, torch
         from torch import distributed
@@ -123,13 +123,13 @@ def test_torch_says_that_a_gloo_peer_is_lost(tmp_path):
         assert compat.LOST_PEER[0] in said, said
 
 
-def test_the_system_says_that_a_connection_is_reset():
+def test_the_system_reports_a_connection_reset():
     with contract("gloo", "it passes on the system's message of ECONNRESET"):
         assert os.strerror(errno.ECONNRESET) in compat.LOST_PEER
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
-def test_nccl_says_that_a_peer_is_lost():
+def test_nccl_reports_a_lost_peer():
     import ctypes
 
     try:
@@ -180,7 +180,7 @@ def test_lightning_knows_whether_validation_is_due(tmp_path):
         assert watch.said == watch.done == [False, True, False, True]
 
 
-def test_lightning_has_no_trainer_before_the_run():
+def test_a_lightning_module_has_no_trainer_before_the_run():
     module, trainer = BoringModel(), lightning.Trainer(**QUIET)
     with contract("lightning", "LightningModule.trainer raises RuntimeError without a Trainer"):
         assert compat.strategy_of(module) is None
@@ -217,7 +217,7 @@ def test_lightning_keeps_the_device_of_a_module():
         assert module.layer.weight.device.type == "cpu"
 
 
-def test_lightning_advertises_in_these_words(caplog, monkeypatch, tmp_path):
+def test_lightning_advertises_with_these_messages(caplog, monkeypatch, tmp_path):
     with contract("lightning", "its messages to ADVERTISING_LOGGERS begin with ADVERTISEMENTS"):
         for name in compat.ADVERTISING_LOGGERS:
             monkeypatch.setattr(importlib.import_module("logging").getLogger(name), "propagate", True)
@@ -231,14 +231,14 @@ def test_lightning_advertises_in_these_words(caplog, monkeypatch, tmp_path):
         assert unseen == []
 
 
-def test_lightning_warns_in_these_words(monkeypatch, tmp_path):
+def test_lightning_warns_with_these_messages(monkeypatch, tmp_path):
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities.data import has_len_all_ranks
 
     module = BoringModel()
     module.layer.eval()
     monkeypatch.setattr(sys, "argv", ["command", "word"])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)  # of a larger machine
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)  # as on a larger machine
     with (
         contract("lightning", "it warns with INAPPLICABLE_WARNINGS"),
         warnings.catch_warnings(record=True) as caught,
@@ -269,7 +269,7 @@ class Constant(AdvantageEstimator):
 
 
 def refusal(*words: str) -> str:
-    """What jsonargparse says about these words of the command ``fit``."""
+    """Return jsonargparse's error message for these words of the command ``fit``."""
     fit = jsonargparse.ArgumentParser(exit_on_error=False)
     fit.add_argument("--estimator", type=AdvantageEstimator)
     fit.add_argument("--optimizer", type=typing.Callable[[Iterable], torch.optim.Optimizer])
@@ -314,7 +314,7 @@ SGD = ("fit", "--optimizer", "torch.optim.SGD")
         ("GIVEN_VALUE", (*CONSTANT, "--estimator.count", "x"), ["x"]),
     ],
 )
-def test_jsonargparse_refuses_in_these_words(pattern, words, found):
+def test_jsonargparse_refuses_values_with_these_messages(pattern, words, found):
     with contract("jsonargparse", f"its message about {' '.join(words)} matches {pattern}"):
         said = refusal(*words)
         assert getattr(compat, pattern).findall(said) == found, said
@@ -328,7 +328,7 @@ def test_jsonargparse_refuses_in_these_words(pattern, words, found):
         (("fit", "--limit", "1", '--trainer={"values": 1}'), "trainer.values"),
     ],
 )
-def test_jsonargparse_refuses_unknown_options_in_these_words(words, name):
+def test_jsonargparse_refuses_unknown_options_with_these_messages(words, name):
     with contract("jsonargparse", f"its message about {' '.join(words)} matches one of UNKNOWN_OPTION"):
         said = refusal(*words)
         found = next(filter(None, (pattern.search(said) for pattern in compat.UNKNOWN_OPTION)), None)
@@ -336,7 +336,7 @@ def test_jsonargparse_refuses_unknown_options_in_these_words(words, name):
         assert found["name"] == name, said
 
 
-def test_jsonargparse_refuses_options_of_a_group_in_these_words():
+def test_jsonargparse_refuses_options_of_a_group_with_these_messages():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Constant, "trainer")
     with contract("jsonargparse", "its message about an unknown option of a group matches the first of UNKNOWN_OPTION"):
@@ -346,7 +346,7 @@ def test_jsonargparse_refuses_options_of_a_group_in_these_words():
 
 
 @pytest.mark.parametrize("words", [(*CONSTANT, "--estimator.count", "x"), (*SGD, "--optimizer.lr", "fast")])
-def test_jsonargparse_puts_one_line_among_remarks(words):
+def test_jsonargparse_puts_the_message_among_remarks(words):
     with contract("jsonargparse", "of its lines, those that are no REMARK begin with WRONG_TYPE"):
         lines = [line.strip(" -") for line in refusal(*words).splitlines()]
         informative = [line for line in lines if line and not compat.REMARK.match(line)]
@@ -388,7 +388,7 @@ def test_transformers_names_the_decoder_layers(model):
 # datasets
 
 
-def test_datasets_says_that_a_file_has_no_records(tmp_path):
+def test_datasets_reports_a_file_without_records(tmp_path):
     (tmp_path / "empty.csv").write_text("prompt\n")
     with pytest.raises(ValueError, match="data") as raised:
         datasets.load_dataset("csv", data_files=str(tmp_path / "empty.csv"), split="train", cache_dir=str(tmp_path))
@@ -396,11 +396,11 @@ def test_datasets_says_that_a_file_has_no_records(tmp_path):
         assert compat.NO_RECORDS in str(raised.value)
 
 
-# nothing else is relied on
+# the other modules do not rely on private names
 
 
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "compat.py"})
-IN_THE_STANDARD_LIBRARY = {"_exit", "_replace"}  # of os and of named tuples, documented
+IN_THE_STANDARD_LIBRARY = {"_exit", "_replace"}  # documented members of os and of named tuples
 
 
 def is_private(name: str) -> bool:
@@ -408,7 +408,7 @@ def is_private(name: str) -> bool:
 
 
 def names_defined(tree: ast.AST) -> set[str]:
-    """Functions, classes, variables and attributes that a file defines."""
+    """Return the functions, classes, variables and attributes that a file defines."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -425,7 +425,7 @@ def is_own(node: ast.AST) -> bool:
 
 
 def names_used(tree: ast.AST) -> set[str]:
-    """Private attributes that a file reads or sets, also by a string, and private names that it imports."""
+    """Return the private attributes that a file reads or sets, also by a string, and the private names it imports."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -439,7 +439,7 @@ def names_used(tree: ast.AST) -> set[str]:
     return {name for name in found if is_private(name)}
 
 
-def test_private_names_of_other_libraries_are_used_in_compat_alone():
+def test_private_names_of_other_libraries_are_used_only_in_compat():
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
     defined = set().union(*map(names_defined, trees.values())) | IN_THE_STANDARD_LIBRARY
     used = {str(path.relative_to(PACKAGE)): names_used(tree) - defined for path, tree in trees.items()}

@@ -1,4 +1,4 @@
-"""A new run moves an older one's folder out of its way: the first process does, however the processes are started."""
+"""The first process of a new run moves an older run's folder away, however the processes are started."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ LAUNCHERS = {
 
 @pytest.fixture
 def start(tiny_model, prompt_file, tmp_path):
-    """Start one of two processes in a folder with an older run; it waits for the other at this port."""
+    """Return a function that starts one of two processes, in a folder with an older run; it waits at the given port."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("older")
     started = []
@@ -51,13 +51,13 @@ def test_the_second_process_moves_nothing(start, tmp_path, launcher):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(60)
         start(launcher, rank=1, port=server.getsockname()[1])
-        server.accept()  # it has come to where it waits for the first
+        server.accept()  # it has reached the point where it waits for the first process
     assert (tmp_path / "run" / "config.yaml").read_text() == "older"
     assert not (tmp_path / "run.1").exists()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_first_process_moves_it(start, tmp_path, launcher):
+def test_the_first_process_moves_the_folder(start, tmp_path, launcher):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process, deadline = start(launcher, rank=0, port=port), time.monotonic() + 60

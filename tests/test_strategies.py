@@ -19,7 +19,7 @@ def distinct_words(responses):
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("objective", [Clip, KLPenalty, None], ids=["clip", "penalty", "trpo"])
 def test_fsdp_and_fsdp2_compute_the_same_in_half_precision(one_process, fit, tiny_model, objective):
-    """They round the same weights, and see those of the last step; TRPO's actor has many within a training step."""
+    """Both round the same weights and use those of the last step; TRPO's actor changes often within a training step."""
     options = {"actor": str(tiny_model("llama")), "rewards": [RewardFunction(f"{__file__}:distinct_words")]}
     options |= {"critic": None, "iterations": 2}
     found = []
@@ -42,5 +42,5 @@ def test_fsdp_and_fsdp2_compute_the_same_in_half_precision(one_process, fit, tin
         found.append([{k: v for k, v in m.items() if not k.startswith(("time/", "perf/"))} for m in recorder.metrics])
     for wanted, got in zip(*found, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-        if objective is not None:  # one step an iteration
+        if objective is not None:  # one step per iteration
             assert got["policy/ratio_max"] == 1

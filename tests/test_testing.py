@@ -27,7 +27,7 @@ def test_the_plugin_imports_nothing_heavy_into_other_projects_tests(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", plugin.value, "test_other.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # the other plugins are not ours
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # other plugins do not belong to this project
         capture_output=True,
         text=True,
         timeout=120,

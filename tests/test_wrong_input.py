@@ -1,4 +1,4 @@
-"""What the user did wrong is told in one line that names the field, what was found, and what would be right."""
+"""A user's mistake is reported in one line that names the field, what was found and what would be right."""
 
 import json
 import re
@@ -35,7 +35,7 @@ trainer: {default_root_dir: run, accelerator: cpu}
 
 @pytest.fixture
 def folder(tmp_path, tiny_model, monkeypatch):
-    """The working folder: prompts, rewards, a config file, a model, and one without its tokenizer."""
+    """Return a working folder with prompts, rewards, a config file, a model, and a model without its tokenizer."""
     monkeypatch.chdir(tmp_path)
     for model, kept in (("model", "*"), ("no_tokenizer", "[!t]*")):
         (tmp_path / model).mkdir()
@@ -53,7 +53,7 @@ def folder(tmp_path, tiny_model, monkeypatch):
 
 
 def fit(**changes) -> list[str]:
-    """The words of a run that would go well, but for these options (``_`` stands for a dot; None leaves one out)."""
+    """Return the words of a valid run with these options changed (``__`` means a dot; None leaves an option out)."""
     options = {
         "model": "PolicyGradient",
         "model.actor": "./model",
@@ -75,18 +75,18 @@ def reward(function, class_path="RewardFunction", option="function") -> str:
 
 
 def refusal(capsys, words) -> str:
-    """What the command says, which must be one line, the last of stderr."""
+    """Return the error message of the command, which must be a single line at the end of stderr."""
     with pytest.raises(SystemExit) as exit_:
         main(words)
     lines = capsys.readouterr().err.strip().splitlines()
-    told = [line for line in lines if line.startswith("lit-rlhf: error: ")]
+    reported = [line for line in lines if line.startswith("lit-rlhf: error: ")]
     assert exit_.value.code not in (0, None)
-    assert told == lines[-1:], "\n".join(lines)
+    assert reported == lines[-1:], "\n".join(lines)
     assert "Traceback" not in "\n".join(lines)
-    assert "<class" not in told[0]
-    assert "Namespace(" not in told[0]
-    assert "  " not in told[0]
-    return told[0].removeprefix("lit-rlhf: error: ")
+    assert "<class" not in reported[0]
+    assert "Namespace(" not in reported[0]
+    assert "  " not in reported[0]
+    return reported[0].removeprefix("lit-rlhf: error: ")
 
 
 def check(message, *patterns):
@@ -97,12 +97,12 @@ def meant(name) -> str:
     return rf"did you mean '(--)?([\w.]+\.)?{re.escape(name)}'"
 
 
-def test_the_run_goes_well_without_a_mistake(folder):
+def test_the_run_is_valid_without_changes(folder):
     main(fit())
     assert (folder / "run" / "metrics.csv").exists()
 
 
-def test_a_csv_file_is_data_not_configuration(folder):
+def test_a_csv_file_is_read_as_data_not_as_configuration(folder):
     main(fit(data__train="prompts.csv", data__column="question"))
     assert (folder / "run" / "metrics.csv").exists()
 
@@ -122,7 +122,7 @@ def test_a_csv_file_is_data_not_configuration(folder):
         ({"data__train": None}, [r"data\.train is not set", "file"]),
     ],
 )
-def test_models_and_what_must_be_set(folder, capsys, changes, patterns):
+def test_models_and_required_options(folder, capsys, changes, patterns):
     check(refusal(capsys, fit(**changes)), *patterns)
 
 
@@ -188,7 +188,7 @@ def test_rewards(folder, capsys, rewards, patterns):
         ({"data__bach_size": 4}, "batch_size", ["bach_size", "Prompts|data", "max_tokens"]),
     ],
 )
-def test_a_misspelt_option_names_the_nearest(folder, capsys, changes, name, patterns):
+def test_the_error_for_a_misspelt_option_names_the_nearest(folder, capsys, changes, name, patterns):
     check(refusal(capsys, fit(**changes)), "no option", meant(name), *patterns)
 
 
@@ -232,10 +232,10 @@ DATA = "Demonstrations, Preferences, Prompts"
         ({"model__rewards": "[{function: 'rewards.py:fine'}]"}, ["rewards", "class_path", "ExactAnswer"]),
     ],
 )
-def test_an_unknown_class_names_those_that_exist(folder, capsys, changes, patterns):
+def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, changes, patterns):
     message = refusal(capsys, fit(**changes))
     check(message, *patterns)
-    assert "AlignmentModule" not in message  # nobody can use it
+    assert "AlignmentModule" not in message  # a base class, which users cannot choose
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_values_out_of_range(folder, capsys, changes, patterns):
         ({"trainer__max_epochs": "many"}, ["trainer.max_epochs", "'many'", "whole number"]),
     ],
 )
-def test_values_of_a_wrong_type(folder, capsys, changes, patterns):
+def test_values_of_the_wrong_type(folder, capsys, changes, patterns):
     check(refusal(capsys, fit(**changes)), *patterns)
 
 
@@ -285,7 +285,7 @@ def test_an_unknown_command(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_accelerator_that_is_not_there(folder, capsys):
+def test_an_accelerator_that_is_not_available(folder, capsys):
     check(refusal(capsys, fit(trainer__accelerator="gpu")), "gpu")
 
 
@@ -316,11 +316,11 @@ def test_the_command_itself(folder, changes, status, patterns):
         [sys.executable, "-m", "lit_rlhf.cli", *fit(**changes)], capture_output=True, text=True, timeout=120
     )
     lines = done.stderr.strip().splitlines()
-    told = [line for line in lines if line.startswith("lit-rlhf: error: ")]
+    reported = [line for line in lines if line.startswith("lit-rlhf: error: ")]
     assert done.returncode == status
-    assert told == lines[-1:], done.stderr
+    assert reported == lines[-1:], done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    check(told[0], *patterns)
+    check(reported[0], *patterns)
 
 
 @pytest.mark.parametrize("module", ["RewardModeling", "DPO"])
@@ -362,7 +362,7 @@ def test_options_of_the_other_modules(capsys, words, patterns):
     ("module", "data", "option"),
     [("DPO", "Prompts", "actor"), ("RewardModeling", "Demonstrations", "reward"), ("SFT", "Preferences", "actor")],
 )
-def test_data_of_another_module(tmp_path, tiny_model, capsys, module, data, option):
+def test_data_for_another_module(tmp_path, tiny_model, capsys, module, data, option):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "w1", "text": "w2", "chosen": " w2", "rejected": " w3"}) + "\n")
     words = ["fit", "--model", module, f"--model.{option}", str(tiny_model("llama")), "--data", data]

@@ -38,7 +38,7 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 
 def random_trajectory(seed, rows=6, time=8, values=True, bootstrap=True):
-    """Random rewards, and a mask with holes, one row full and one empty."""
+    """Return random rewards with a mask that has holes, a full row and an empty row."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, time, generator=g) < 0.6
     mask[0], mask[1], mask[2] = True, False, torch.arange(time) == 3
@@ -52,20 +52,20 @@ def random_trajectory(seed, rows=6, time=8, values=True, bootstrap=True):
 
 
 def n_step_return(r, v, gamma, t, n):
-    """Σ_{k<n} γᵏ rₜ₊ₖ + γⁿ V(t+n), to the end where fewer than n are left; the bootstrap is the last of v."""
+    """Return Σ_{k<n} γᵏ rₜ₊ₖ + γⁿ V(t+n), with n limited to the tokens that are left; v ends with the bootstrap."""
     n = min(n, len(r) - t)
     return sum(gamma**k * r[t + k] for k in range(n)) + gamma**n * v[t + n]
 
 
 def lambda_return(r, v, gamma, t, lam):
-    """(1 − λ) Σₙ λⁿ⁻¹ G⁽ⁿ⁾, with all the weight that is left on the longest."""
+    """Return (1 − λ) Σₙ λⁿ⁻¹ G⁽ⁿ⁾, with the remaining weight on the longest return."""
     longest = len(r) - t
     mixed = sum((1 - lam) * lam ** (n - 1) * n_step_return(r, v, gamma, t, n) for n in range(1, longest))
     return mixed + lam ** (longest - 1) * n_step_return(r, v, gamma, t, longest)
 
 
 def targets(estimator, r, v, t):
-    """Of token t of one response: the return that is the advantage above V, and the critic's target."""
+    """Return, for token t of one response, the return whose excess over V is the advantage, and the critic's target."""
     n_step, mixed = (partial(f, r, v, estimator.gamma, t) for f in (n_step_return, lambda_return))
     match estimator:
         case MonteCarlo():
@@ -80,7 +80,7 @@ def targets(estimator, r, v, t):
 
 
 def by_definition(estimator, trajectory):
-    """Advantages and returns by loops of Python floats over the tokens that count."""
+    """Return advantages and returns, computed with Python floats in a loop over the tokens inside the mask."""
     advantages, returns = torch.zeros(2, *trajectory.mask.shape, dtype=torch.float64)
     for row, counts in enumerate(trajectory.mask):
         steps = counts.nonzero().flatten().tolist()
@@ -94,7 +94,7 @@ def by_definition(estimator, trajectory):
 
 
 def test_td_errors_by_hand():
-    """With a hole and a bootstrap of 16: 1 + ½ · 8 − 4, 2 + ½ · 2 − 8 and 4 + ½ · 16 − 2; then without values."""
+    """With a hole and a bootstrap of 16, they are 1 + ½ · 8 − 4, 2 + ½ · 2 − 8 and 4 + ½ · 16 − 2."""
     rewards, values = torch.tensor([[1.0, NAN, 2.0, 4.0, NAN]]), torch.tensor([[4.0, NAN, 8.0, 2.0, NAN]])
     mask, bootstrap = torch.tensor([[True, False, True, True, False]]), torch.tensor([16.0])
     assert td_errors(rewards, values, mask, bootstrap, gamma=0.5).tolist() == [[1.0, 0.0, -5.0, 10.0, 0.0]]
@@ -136,7 +136,7 @@ def test_sums_equal_a_loop(gamma, seed):
     ],
 )
 def test_numbers_by_hand(estimator, advantages, returns):
-    """Three tokens with a hole, two of a truncated response, none."""
+    """The rows are three tokens with a hole, two tokens of a truncated response, and an empty response."""
     trajectory = Trajectory(
         rewards=torch.tensor([[1.0, NAN, 2.0, 4.0], [1.0, 2.0, NAN, NAN], [NAN] * 4]),
         values=torch.tensor([[4.0, NAN, 8.0, 2.0], [4.0, 8.0, NAN, NAN], [NAN] * 4]),
@@ -164,7 +164,7 @@ def test_equals_the_definition(estimator, values, bootstrap):
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("bootstrap", [True, False])
 @pytest.mark.parametrize("seed", range(2))
-def test_ends_of_lambda_and_of_n(gamma, values, bootstrap, seed):
+def test_limits_of_lambda_and_of_n(gamma, values, bootstrap, seed):
     trajectory = random_trajectory(seed, values=values, bootstrap=bootstrap)
     one_step = TD0(gamma), GAE(gamma, lam=0.0), NStep(1, gamma)
     sampled = MonteCarlo(gamma), GAE(gamma, lam=1.0), NStep(8, gamma), NStep(9, gamma), NStep(1000, gamma)
@@ -198,7 +198,7 @@ def test_lambda_of_the_length(alpha, gamma):
 
 @pytest.mark.parametrize("estimator", ALL, ids=str)
 @pytest.mark.parametrize("garbage", [NAN, float("inf"), -1e30])
-def test_garbage_outside_changes_neither_value_nor_gradient(estimator, garbage):
+def test_garbage_outside_the_mask_changes_neither_value_nor_gradient(estimator, garbage):
     clean, results = random_trajectory(1), []
     for outside in (0.0, garbage):
         rewards, values = (torch.where(clean.mask, x, outside).requires_grad_() for x in (clean.rewards, clean.values))

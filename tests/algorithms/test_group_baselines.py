@@ -15,7 +15,7 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 
 def random_trajectory(seed, sizes=(2, 3, 5, 4), time=6, bootstrap=True):
-    """Groups of these sizes in random order, under ids that stand for nothing; the last has an empty row besides."""
+    """Return groups of these sizes in random order and with arbitrary ids; the last group also has an empty row."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.tensor([10**12, 0, -3, 41])
     group = torch.cat([ids[: len(sizes)].repeat_interleave(torch.tensor(sizes)), ids[len(sizes) - 1][None]])
@@ -32,13 +32,13 @@ def random_trajectory(seed, sizes=(2, 3, 5, 4), time=6, bootstrap=True):
 
 
 def scores(values, group):
-    """One-token responses with these returns."""
+    """Return one-token responses with these returns."""
     rewards = torch.as_tensor(values)[:, None]
     return Trajectory(rewards=rewards, mask=torch.ones_like(rewards, dtype=torch.bool), group=torch.tensor(group))
 
 
 def sampled_return(trajectory, row, start=0):
-    """Rewards from a token on, and the bootstrap."""
+    """Return the sum of the rewards from a token on and the bootstrap."""
     pairs = list(zip(trajectory.rewards[row].tolist(), trajectory.mask[row].tolist(), strict=True))
     after = 0.0 if trajectory.bootstrap is None else trajectory.bootstrap[row].item()
     return sum(reward for reward, counts in pairs[start:] if counts) + after
@@ -90,7 +90,7 @@ def test_equals_a_loop(estimator, bootstrap, seed):
     assert_same(estimates.returns, returns)
 
 
-def test_leave_one_out_of_two_is_their_difference():
+def test_leave_one_out_for_two_responses_is_their_difference():
     trajectory = replace(random_trajectory(0, sizes=(2, 2)), bootstrap=None)
     advantages = LeaveOneOut()(trajectory).advantages
     for group in trajectory.group.unique():
@@ -101,14 +101,14 @@ def test_leave_one_out_of_two_is_their_difference():
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
-def test_leave_one_out_is_the_centred_return_scaled(n):
+def test_leave_one_out_is_the_scaled_centred_return(n):
     trajectory = random_trajectory(n, sizes=(n, n, n))
     centred = GroupNormalized(divide_by_std=False)(trajectory)
     assert_same(LeaveOneOut()(trajectory).advantages, centred.advantages * n / (n - 1))
 
 
 @each_estimator
-def test_order_and_names_of_the_groups_have_no_say(estimator):
+def test_order_and_ids_of_the_groups_do_not_matter(estimator):
     trajectory, order = random_trajectory(0), torch.randperm(15, generator=torch.Generator().manual_seed(1))
     expected = estimator(trajectory).advantages
     renamed = replace(trajectory, group=trajectory.group.unique(return_inverse=True)[1] * -7)
@@ -119,18 +119,18 @@ def test_order_and_names_of_the_groups_have_no_say(estimator):
 
 @each_estimator
 @pytest.mark.parametrize("n", [2, 3, 6, 7])
-def test_equal_returns_have_no_advantage(estimator, n):
+def test_equal_returns_have_zero_advantage(estimator, n):
     trajectory = scores([0.1] * n + [0.7] * n, [0] * n + [1] * n)
     assert trajectory.rewards.dtype == torch.float32
     assert (estimator(trajectory).advantages == 0).all()
 
 
-def test_deviation_is_that_of_a_sample():
+def test_the_deviation_is_the_sample_deviation():
     advantages = GroupNormalized()(scores([1.0, 2.0, 3.0, 4.0], [0] * 4)).advantages.flatten()
     assert advantages.std(unbiased=True).item() == pytest.approx(1)
 
 
-def test_a_deviation_near_zero_is_divided_by_with_care():
+def test_a_deviation_near_zero_does_not_inflate_the_advantages():
     score = torch.tensor([0.0, 2e-8], dtype=torch.float64)  # deviation √2 · 1e-8
     expected = 1e-8 / (2**0.5 * 1e-8 + 1e-8)
     assert GroupNormalized()(scores(score, [0, 0])).advantages.flatten().tolist() == pytest.approx(
@@ -140,8 +140,8 @@ def test_a_deviation_near_zero_is_divided_by_with_care():
 
 @each_estimator
 @pytest.mark.parametrize("empty", [0, 1])
-def test_a_response_alone_has_no_baseline(estimator, empty):
-    """Also where the others of the prompt are empty."""
+def test_a_single_response_is_refused(estimator, empty):
+    """It is also refused if the other responses to its prompt are empty."""
     trajectory = scores([1.0, 2.0, 3.0] + [4.0] * empty, [0, 0, 1] + [1] * empty)
     trajectory.mask[3:] = False
     with pytest.raises(ValueError, match="2 or more"):
@@ -149,13 +149,13 @@ def test_a_response_alone_has_no_baseline(estimator, empty):
 
 
 @each_estimator
-def test_needs_groups(estimator):
+def test_missing_groups_are_refused(estimator):
     with pytest.raises(ValueError, match="group"):
         estimator(replace(scores([1.0, 2.0], [0, 0]), group=None))
 
 
 @each_estimator
-def test_a_group_of_empty_responses_is_left_out(estimator):
+def test_a_group_of_empty_responses_is_ignored(estimator):
     trajectory = scores([1.0, 3.0, NAN, NAN, NAN], [0, 0, 1, 1, 2])
     trajectory.mask[2:] = False
     estimates = estimator(trajectory)

@@ -13,7 +13,7 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 
 def distributions(seed=0):
-    """The logits of π (a leaf), log π and log π_ref over a vocabulary that can be enumerated."""
+    """Return the logits of π (a leaf), log π and log π_ref over a small vocabulary."""
     g = torch.Generator().manual_seed(seed)
     logits, ref_logits = 1.5 * torch.randn(2, VOCABULARY, generator=g, dtype=torch.float64)
     logits.requires_grad_()
@@ -25,7 +25,7 @@ def exact_kl(p, q):
 
 
 def expected_gradient(estimator):
-    """E over x ~ π of the gradient of the estimate at x, with respect to π's logits."""
+    """Return the expectation over x ~ π of the gradient of the estimate at x with respect to π's logits."""
     logits, logprobs, ref_logprobs = distributions()
     (logprobs.exp().detach() * estimator(logprobs, ref_logprobs)).sum().backward()
     return logits.grad
@@ -49,7 +49,7 @@ def test_unbiased(seed):
         assert mean.item() == pytest.approx(exact, rel=1e-10)
 
 
-def test_k2_is_biased_but_right_where_the_two_are_near():
+def test_k2_is_biased_but_accurate_for_similar_distributions():
     _, logprobs, far = distributions()
     near = (logprobs + 0.01 * far).log_softmax(-1)
     bias = [(logprobs.exp() * k2(logprobs, ref)).sum().item() / exact_kl(logprobs, ref) - 1 for ref in (near, far)]
@@ -63,7 +63,7 @@ def test_expected_gradients():
     (gradient,) = torch.autograd.grad(kl, logits)
     torch.testing.assert_close(expected_gradient(k1), torch.zeros_like(gradient))
     torch.testing.assert_close(expected_gradient(k2), gradient)
-    reverse = logprobs.exp().detach() - ref_logprobs.exp()  # of KL(π_ref ‖ π): what k3's gradient is on average
+    reverse = logprobs.exp().detach() - ref_logprobs.exp()  # the gradient of KL(π_ref ‖ π), which k3 has on average
     torch.testing.assert_close(expected_gradient(k3), reverse)
 
 
@@ -78,15 +78,15 @@ def test_k3_is_never_negative_and_finite(r):
     assert torch.isfinite(logprobs.grad)
 
 
-def test_k3_of_near_distributions_is_never_negative():
+def test_k3_of_similar_distributions_is_never_negative():
     r = torch.randn(10000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 1, 10000)
     for x in (r, r.double()):
         assert (k3(torch.zeros_like(x), x) >= 0).all()
 
 
 @pytest.mark.parametrize("r", [-1e4, -50.0, -20.5, -3.0, 0.0, 3.0, 19.5, 20.5, 50.0, 1e4])
-def test_k3_counts_as_at_20_beyond(r):
-    """The value stays, the gradient is 0; far below, the value is −r − 1 and the gradient that of −r."""
+def test_k3_is_constant_above_20(r):
+    """Above 20 the value is constant and the gradient 0; far below 0 both are those of −r − 1."""
     logprobs = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
     value = k3(logprobs, torch.tensor(r, dtype=torch.float64))
     value.backward()
@@ -100,7 +100,7 @@ def test_full_kl_by_hand():
     expected = torch.tensor([0.5 * math.log(2.0) + 0.5 * math.log(2 / 3), math.log(4.0), math.log(4 / 3)])
     torch.testing.assert_close(full_kl(logits, ref.expand(3, 2)), expected)
     torch.testing.assert_close(full_kl(logits + 5.0, ref.expand(3, 2) - 7.0), expected)  # not normalised
-    assert full_kl(ref, torch.tensor([0.0, -INF])) == INF  # π takes what the reference never does
+    assert full_kl(ref, torch.tensor([0.0, -INF])) == INF  # π takes a token that the reference never takes
     assert full_kl(torch.tensor([0.0, -INF]), torch.tensor([3.0, -INF])) == 0
 
 
@@ -123,7 +123,7 @@ def test_full_kl_to_itself_has_the_fisher_matrix_as_its_hessian():
     assert_same(hessian, torch.diag(p) - p[:, None] * p)
 
 
-def test_fixed_coefficient():
+def test_the_fixed_coefficient():
     kl = FixedKL(coef=0.05)
     kl.update(100.0, 64)
     assert kl.coef == 0.05
@@ -140,14 +140,14 @@ def test_fixed_coefficient():
         (6.6, 64, 0.202),  # 10 % above: e = 0.1, a tenth of the horizon
         (5.4, 64, 0.198),
         (7.2, 64, 0.204),
-        (12.0, 64, 0.204),  # e is 0.2 at most
+        (12.0, 64, 0.204),  # e is at most 0.2
         (INF, 64, 0.204),
         (4.8, 64, 0.196),
         (0.0, 64, 0.196),
         (-100.0, 64, 0.196),  # a sampled KL may be negative
         (6.6, 320, 0.21),
         (12.0, 640, 0.24),
-        (12.0, 10**6, 0.24),  # more than a horizon counts as one
+        (12.0, 10**6, 0.24),  # n is limited to the horizon
         (0.0, 10**6, 0.16),
         (12.0, 0, 0.2),
     ],

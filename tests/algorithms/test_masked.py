@@ -29,7 +29,7 @@ def kept(x, mask):
 
 
 def on_two_ranks(function, inputs):
-    """Run ``function(*inputs[rank], reduce=…)`` in two threads whose ``reduce`` adds up what both hand in."""
+    """Run ``function(*inputs[rank], reduce=…)`` in two threads; ``reduce`` sums the arguments of both."""
     barrier, shelf = threading.Barrier(2, timeout=10), [None, None]
 
     def run(rank):
@@ -79,7 +79,7 @@ def test_equals_a_loop(seed):
 
 @pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("garbage", [NAN, INF, -1e30])
-def test_garbage_outside_changes_neither_value_nor_gradient(name, garbage):
+def test_garbage_outside_the_mask_changes_neither_value_nor_gradient(name, garbage):
     x, mask = random_case()
     results = []
     for outside in (0.0, garbage):
@@ -95,7 +95,7 @@ def test_garbage_outside_changes_neither_value_nor_gradient(name, garbage):
 
 
 @pytest.mark.parametrize(("count", "mean"), [(0, 0.0), (1, 5.0)])
-def test_one_element_or_none_divides_by_no_zero(count, mean):
+def test_one_element_or_none_does_not_divide_by_zero(count, mean):
     x, mask = torch.tensor([NAN, 5.0, NAN]), torch.tensor([False, count == 1, False])
     assert masked_mean(x, mask) == mean
     assert masked_var(x, mask) == 0
@@ -103,7 +103,7 @@ def test_one_element_or_none_divides_by_no_zero(count, mean):
     assert masked_whiten(x, mask, shift_mean=False).values.tolist() == [0, mean, 0]
 
 
-def test_variance_survives_a_large_mean():
+def test_the_variance_is_accurate_for_a_large_mean():
     x = torch.tensor([1e4 + 0.5, 1e4 - 0.5], dtype=torch.float32)
     assert masked_var(x, torch.tensor([True, True])).item() == pytest.approx(0.25)
 
@@ -122,7 +122,7 @@ def test_two_ranks_whiten_like_one(shift_mean):
 
 
 def aggregate(loss, mask, aggregation, max_tokens=10):
-    """A loop: the loss of an optimizer step."""
+    """Return the loss of an optimizer step, computed in a loop."""
     rows = [kept(line, counts) for line, counts in zip(loss, mask, strict=True) if counts.any()]
     if aggregation == "token":
         return sum(map(sum, rows)) / sum(map(len, rows))
@@ -135,7 +135,7 @@ def aggregate(loss, mask, aggregation, max_tokens=10):
 @pytest.mark.parametrize("splits", [[7], [3, 4], [1, 1, 5], [1] * 7])
 def test_token_weights_do_not_depend_on_micro_batches(aggregation, splits):
     loss, mask = random_case(shape=(7, 5))
-    mask[2] = False  # a row without a token that counts
+    mask[2] = False  # a row without a token inside the mask
     totals = {"total_tokens": mask.sum(), "total_sequences": mask.any(1).sum(), "max_tokens": 10}
     parts = zip(loss.split(splits), mask.split(splits), strict=True)
     weights = [(token_weights(m, aggregation, **totals), x) for x, m in parts]

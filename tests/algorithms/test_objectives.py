@@ -35,7 +35,7 @@ SEQUENCE_LEVEL = [
 
 
 def label(objective):
-    """An objective's name in a test's id."""
+    """Return the name of an objective for the test's id."""
     if isinstance(objective, KLPenalty):
         return f"KLPenalty(ratio={objective.ratio!r})"
     return repr(objective) if isinstance(objective, Objective) else None
@@ -46,7 +46,7 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 
 def random_case(seed=0, shape=(30, 20), constant=False):
-    """Ratios well on both sides of every bound, row 1 empty; 0 stands nowhere among the advantages."""
+    """Return a case with ratios well on both sides of every bound, an empty row 1, and no advantage of 0."""
     g = torch.Generator().manual_seed(seed)
     old = -torch.rand(shape, generator=g, dtype=torch.float64) * 5
     logprobs = old + torch.randn(shape, generator=g, dtype=torch.float64)
@@ -76,7 +76,7 @@ def clip_by_definition(ratio, advantage, eps=0.2, eps_high=None, dual=None):
 
 
 def loss_by_definition(objective, logprobs, old_logprobs, advantages):
-    """The losses of a response that is not empty, of Python floats."""
+    """Return the losses of a nonempty response, computed with Python floats."""
     own = [math.exp(a) / math.exp(b) for a, b in zip(logprobs, old_logprobs, strict=True)]
     ratios = own
     if getattr(objective, "ratio", "token") == "sequence":
@@ -94,7 +94,7 @@ def loss_by_definition(objective, logprobs, old_logprobs, advantages):
 
 
 def row(objective, ratios, advantages, mask=None, old=-3.0):
-    """The losses of one response with these ratios."""
+    """Return the losses of one response with these ratios."""
     old_logprobs = torch.full((1, len(ratios)), old, dtype=torch.float64)
     return (
         objective(
@@ -112,10 +112,10 @@ def row(objective, ratios, advantages, mask=None, old=-3.0):
     ("setting", "ratio", "advantage", "loss"),
     [
         ({}, 1.0, 2.0, -2.0),
-        ({}, 1.5, 2.0, -2.4),  # cut at 1.2
-        ({}, 0.5, 2.0, -1.0),  # moved the wrong way: not cut
-        ({}, 0.5, -2.0, 1.6),  # cut at 0.8
-        ({}, 5.0, -2.0, 10.0),  # moved the wrong way: not cut
+        ({}, 1.5, 2.0, -2.4),  # clipped at 1.2
+        ({}, 0.5, 2.0, -1.0),  # moved the wrong way: not clipped
+        ({}, 0.5, -2.0, 1.6),  # clipped at 0.8
+        ({}, 5.0, -2.0, 10.0),  # moved the wrong way: not clipped
         ({"eps_high": 0.4}, 1.5, 2.0, -2.8),
         ({"eps_high": 0.4}, 0.5, -2.0, 1.6),
         ({"dual": 3.0}, 5.0, -2.0, 6.0),  # at most −3 A
@@ -146,7 +146,7 @@ LOG2 = math.log(2.0)
     ids=label,
 )
 def test_numbers_by_hand(objective, losses):
-    """Ratios 2 and 8 with a hole between, advantages 1 and −2."""
+    """The ratios are 2 and 8 with a hole between them; the advantages are 1 and −2."""
     mask = [True, False, True]
     assert row(objective, [2.0, 1e5, 8.0], [1.0, 1e5, -2.0], mask) == pytest.approx(losses)
     assert row(objective, [NAN] * 3, [NAN] * 3, [False] * 3) == [0, 0, 0]
@@ -172,7 +172,7 @@ def test_gradient_is_that_of_the_value(objective):
 
 @every_objective
 def test_gradient_at_ratio_one_is_minus_the_advantage(objective):
-    """Of the sequence's ratio: minus the mean advantage of the row."""
+    """With the sequence's ratio, the gradient is minus the mean advantage of the row."""
     case = random_case()
     case["logprobs"] = case["old_logprobs"].clone()
     expected = case["advantages"].where(case["mask"], 0.0)
@@ -184,7 +184,7 @@ def test_gradient_at_ratio_one_is_minus_the_advantage(objective):
 
 
 @every_objective
-def test_gradients_flow_into_logprobs_alone(objective):
+def test_gradients_flow_only_into_the_logprobs(objective):
     case = random_case()
     case["old_logprobs"].requires_grad_()
     case["advantages"].requires_grad_()
@@ -197,7 +197,7 @@ def test_gradients_flow_into_logprobs_alone(objective):
 @every_objective
 @pytest.mark.parametrize("garbage", [NAN, float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "advantages"])
-def test_garbage_outside_changes_neither_value_nor_gradient(objective, name, garbage):
+def test_garbage_outside_the_mask_changes_neither_value_nor_gradient(objective, name, garbage):
     case, results = random_case(), []
     for outside in (0.0, garbage):
         spoilt = case | {name: torch.where(case["mask"], case[name].detach(), outside)}
@@ -219,7 +219,7 @@ def test_a_runaway_ratio_stays_finite(objective, log_ratio, advantage):
 
 @every_objective
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-def test_micro_batches_have_no_say(objective, aggregation):
+def test_micro_batches_do_not_change_the_result(objective, aggregation):
     case, results = random_case(shape=(7, 5)), []
     totals = {"total_tokens": case["mask"].sum(), "total_sequences": case["mask"].any(1).sum(), "max_tokens": 10}
     for sizes in ([7], [3, 4], [1] * 7):
@@ -242,7 +242,7 @@ def test_clipped_marks_the_tokens_without_gradient(setting, level):
 
 
 @pytest.mark.parametrize("objective", [o for o in TOKEN_LEVEL + SEQUENCE_LEVEL if not isinstance(o, Clip)], ids=label)
-def test_the_others_clip_nothing(objective):
+def test_other_objectives_do_not_clip(objective):
     assert not objective(**random_case()).clipped.any()
 
 
@@ -253,7 +253,7 @@ def test_ratio():
 
 
 def test_ratio_of_a_sequence():
-    """The geometric mean; clamped as a mean, not token by token; 1 outside the mask and where nothing counts."""
+    """It is the geometric mean, clamped as a mean and not token by token, and 1 outside the mask and in empty rows."""
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
     log_ratios = torch.tensor(
         [[LOG2, 3 * LOG2, NAN, 5 * LOG2], [100, -99, 7, 7], [90, NAN, 5, 2], [9, -90, -2, 9], [NAN] * 4]
@@ -264,7 +264,7 @@ def test_ratio_of_a_sequence():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_mean_of_means_of_the_clipped_sequence_is_that_of_the_rows(setting):
+def test_the_sequence_mean_of_the_clipped_losses_is_the_mean_over_rows(setting):
     case = random_case(constant=True)
     expected = []
     for line, counts in enumerate(case["mask"]):
@@ -279,8 +279,8 @@ def test_mean_of_means_of_the_clipped_sequence_is_that_of_the_rows(setting):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("beta", [0.0, 0.5, 20.0])
-def test_penalty_and_its_gradient_are_exact_on_average(beta, seed):
-    """The mean over π_old, token by token of a vocabulary: the mean advantage of π and β KL(π_old ‖ π)."""
+def test_the_penalty_and_its_gradient_are_exact_on_average(beta, seed):
+    """The mean of the loss over π_old is minus the mean advantage under π plus β KL(π_old ‖ π)."""
     g = torch.Generator().manual_seed(seed)
     logits, old_logits, advantages = torch.randn(3, 1, 11, generator=g, dtype=torch.float64)
     logits.requires_grad_()
@@ -323,7 +323,7 @@ def test_beta_follows_the_kl(options, measured, beta):
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.0])
-def test_beta_can_always_come_back(kl):
+def test_beta_can_always_recover(kl):
     objective = KLPenalty(beta=1.0, target=0.01)
     for _ in range(2000):
         objective.update(kl)
@@ -334,7 +334,7 @@ def test_beta_can_always_come_back(kl):
     assert objective.beta == stuck * 2 ** (1 - 2 * kl)
 
 
-def test_the_new_beta_counts():
+def test_the_loss_uses_the_new_beta():
     objective, same = KLPenalty(beta=1.0, target=0.01), KLPenalty(beta=4.0)
     objective.update(1.0)
     objective.update(1.0)
@@ -342,7 +342,7 @@ def test_the_new_beta_counts():
 
 
 @every_objective
-def test_none_but_the_penalty_follows_the_kl(objective):
+def test_only_the_penalty_follows_the_kl(objective):
     assert objective.follows_kl == isinstance(objective, KLPenalty)
     if not objective.follows_kl:
         objective.update(1.0)
@@ -367,7 +367,7 @@ def test_beta_is_in_the_checkpoint(dtype):
     assert parent.objective.beta == beta / 2
 
 
-def test_an_objective_follows_nothing_unless_it_says_so():
+def test_an_objective_does_not_follow_the_kl_by_default():
     class Plain(Objective):
         def __call__(self, *, logprobs, old_logprobs, advantages, mask):
             ratio = probability_ratio(logprobs, old_logprobs, mask)
@@ -413,7 +413,7 @@ def test_penalty_out_of_range(field, value):
         KLPenalty(**{field: value})
 
 
-def test_no_penalty():
+def test_a_fixed_beta_may_be_zero():
     assert KLPenalty(beta=0.0, adaptive=False).beta == 0
     with pytest.raises(ValueError, match=r"^objective\.beta must be .*, not -1\.0$"):
         KLPenalty(beta=-1.0, adaptive=False)

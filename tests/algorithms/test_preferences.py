@@ -15,7 +15,7 @@ def double(*rows):
 
 
 def random_case(seed=0, rows=9, places=5):
-    """Scores, and a mask of 0 to ``places`` responses a row."""
+    """Return scores and a mask of 0 to ``places`` responses per row."""
     g = torch.Generator().manual_seed(seed)
     scores = 2 * torch.randn(rows, places, generator=g, dtype=torch.float64)
     counts = torch.arange(rows) % (places + 1)
@@ -23,7 +23,7 @@ def random_case(seed=0, rows=9, places=5):
 
 
 def by_choices(scores):
-    """−log of the product of softmax choices, each among those that remain, of Python floats."""
+    """Return −log of the product of softmax choices among the remaining responses, computed with Python floats."""
     probability = 1.0
     for place in range(len(scores)):
         remaining = [math.exp(score) for score in scores[place:]]
@@ -49,7 +49,7 @@ def sigmoid(x):
         (LOG(3), 0.0, None, 0.0, LOG(4 / 3)),  # σ = 3/4
         (0.0, LOG(3), None, 0.0, LOG(4)),
         (5 + LOG(3), 5.0, None, 0.0, LOG(4 / 3)),
-        (LOG(3), 0.0, LOG(3), 0.0, LOG(2)),  # ahead by the margin, no more
+        (LOG(3), 0.0, LOG(3), 0.0, LOG(2)),  # ahead by exactly the margin
         (LOG(3), 0.0, -LOG(3), 0.0, LOG(10 / 9)),  # σ = 9/10
         (LOG(3), 0.0, None, 0.25, 0.75 * LOG(4 / 3) + 0.25 * LOG(4)),
         (LOG(9), 0.0, LOG(3), 0.25, 0.75 * LOG(4 / 3) + 0.25 * LOG(4)),
@@ -76,7 +76,7 @@ def test_bradley_terry_equals_a_loop(smoothing, with_margin):
     assert found.tolist() == pytest.approx(expected, rel=1e-10)
 
 
-def test_no_smoothing_and_no_margin_change_no_bit():
+def test_zero_smoothing_and_zero_margin_are_bitwise_exact():
     chosen, rejected = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
     plain = bradley_terry(chosen, rejected)
     assert torch.equal(plain, bradley_terry(chosen, rejected, label_smoothing=0.0))
@@ -85,7 +85,7 @@ def test_no_smoothing_and_no_margin_change_no_bit():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_gradient_of_bradley_terry(smoothing):
-    """σ(d) − 1 + ε; the smoothed loss is least where σ(d) = 1 − ε."""
+    """It is σ(d) − 1 + ε, so the smoothed loss is smallest where σ(d) = 1 − ε."""
     chosen = double(-2.0, 0.0, LOG(4)).requires_grad_()
     rejected = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     bradley_terry(chosen, rejected, label_smoothing=smoothing).sum().backward()
@@ -155,7 +155,7 @@ def test_the_probabilities_of_all_orders_sum_to_1(places):
     assert plackett_luce(scores[orders]).neg().exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_two_places_are_bradley_terry():
+def test_plackett_luce_of_two_places_is_bradley_terry():
     scores = 5 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     of_rankings = value_and_gradient(plackett_luce, scores)
     of_pairs = value_and_gradient(lambda s: bradley_terry(s[:, 0], s[:, 1]), scores)
@@ -185,7 +185,7 @@ def test_swapping_two_ranks_changes_the_loss(swapped):
     assert plackett_luce(scores[:, order]).item() > plackett_luce(scores).item() + 0.1
 
 
-def test_only_differences_count():
+def test_only_score_differences_matter():
     scores, mask = random_case()
     shift = 10 * torch.randn(len(scores), 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for found, expected in zip(
@@ -228,7 +228,7 @@ def test_implicit_reward():
 
 
 def test_the_optimum_of_the_expected_loss_is_the_true_reward():
-    """By gradient descent on all orders, each with its probability: the differences come out."""
+    """Gradient descent on all orders, each weighted by its probability, finds the differences of the rewards."""
     truth = double([1.0, 0.0, -0.5])
     orders = torch.tensor(list(permutations(range(3))))
     weights = plackett_luce(truth[0][orders]).neg().exp()

@@ -33,7 +33,7 @@ def test_equals_a_loop(seed):
     torch.testing.assert_close(token_rewards(scores, mask, kl, coef=0.3), expected)
 
 
-def test_the_rewards_of_a_response_sum_to_its_score_less_its_kl():
+def test_the_rewards_of_a_response_sum_to_its_score_minus_its_kl():
     mask = torch.ones(3, 5, dtype=torch.bool)
     scores, kl = torch.randn(3), torch.randn(3, 5)
     torch.testing.assert_close(token_rewards(scores, mask, kl, coef=0.1).sum(1), scores - 0.1 * kl.sum(1))

@@ -14,13 +14,13 @@ from lit_rlhf.algorithms.trust_region import (
 
 
 def positive_definite(size=12, seed=0, condition=1e3):
-    """A random symmetric matrix with eigenvalues from 1 to the condition number."""
+    """Return a random symmetric matrix with eigenvalues from 1 to the condition number."""
     g = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))[0]
     return basis @ torch.diag(torch.logspace(0, math.log10(condition), size, dtype=torch.float64)) @ basis.T
 
 
-def test_flatten_and_assign_are_inverse():
+def test_assign_is_the_inverse_of_flatten():
     parameters = [torch.randn(2, 3), torch.randn(4), torch.randn(())]
     copies = [torch.zeros_like(p) for p in parameters]
     assign(copies, flatten(parameters))
@@ -36,7 +36,7 @@ def test_conjugate_gradients_solve_a_known_system(seed):
     torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-10)
 
 
-def test_conjugate_gradients_need_as_many_iterations_as_there_are_different_eigenvalues():
+def test_conjugate_gradients_need_one_iteration_per_distinct_eigenvalue():
     calls = []
 
     def product(v):
@@ -49,7 +49,7 @@ def test_conjugate_gradients_need_as_many_iterations_as_there_are_different_eige
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_conjugate_gradients_stop_at_a_share_of_the_right_hand_side(scale):
+def test_conjugate_gradients_stop_at_a_residual_relative_to_the_right_hand_side(scale):
     calls, eigenvalues = [], torch.logspace(0, 3, 12, dtype=torch.float64)
     b = scale * torch.ones(12, dtype=torch.float64)
     x = conjugate_gradients(lambda v: calls.append(v) or eigenvalues * v, b, iterations=20, tolerance=1e-2)
@@ -57,7 +57,7 @@ def test_conjugate_gradients_stop_at_a_share_of_the_right_hand_side(scale):
     assert 1 < len(calls) < 12
 
 
-def test_autocast_rounds_nothing():
+def test_autocast_does_not_round_the_result():
     eigenvalues, b = torch.logspace(0, 2, 30), torch.linspace(-1, 2, 30)
     weights = torch.linspace(0.1, 1, 30).requires_grad_()
 
@@ -72,7 +72,7 @@ def test_autocast_rounds_nothing():
 
 
 def test_conjugate_gradients_by_hand():
-    """The textbook's system: x₁ = (1/4, 1/2), x₂ = (1/11, 7/11)."""
+    """The textbook example has the iterates x₁ = (1/4, 1/2) and x₂ = (1/11, 7/11)."""
     matrix, b = torch.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, 2.0]).double()
     assert conjugate_gradients(lambda v: matrix @ v, b, iterations=1).tolist() == pytest.approx([0.25, 0.5])
     assert conjugate_gradients(lambda v: matrix @ v, b, iterations=2).tolist() == pytest.approx([1 / 11, 7 / 11])
@@ -107,9 +107,9 @@ def test_longest_step_has_the_bounds_kl_to_second_order():
     ("improves", "kl", "share"),
     [
         (lambda s: 1.0, lambda s: s**2, 0.25),  # the bound is 0.1
-        (lambda s: 0.3 - s, lambda s: 0.0, 0.25),  # it improves below 0.3 only
-        (lambda s: 0.0, lambda s: 0.0, 0.0),  # as good as before is not better
-        (lambda s: 1.0, lambda s: 0.1, 1.0),  # at the bound is within
+        (lambda s: 0.3 - s, lambda s: 0.0, 0.25),  # it improves only below 0.3
+        (lambda s: 0.0, lambda s: 0.0, 0.0),  # an equal objective is not an improvement
+        (lambda s: 1.0, lambda s: 0.1, 1.0),  # a KL equal to the bound is accepted
         (lambda s: 1.0, lambda s: 0.11, 0.0),
         (lambda s: float("nan") if s > 0.2 else 1.0, lambda s: 0.0, 0.125),
         (lambda s: 1.0, lambda s: float("nan") if s > 0.2 else 0.0, 0.125),

@@ -26,9 +26,9 @@ def loss_by_definition(value, old, target, clip):
     ("value", "old", "target", "clip", "loss"),
     [
         (2.0, 0.0, 3.0, None, 0.5),
-        (2.0, 0.0, 3.0, 0.5, 3.125),  # moved further than the clip allows: 0.5 counts, ½ · 2.5²
+        (2.0, 0.0, 3.0, 0.5, 3.125),  # moved further than the clip allows: the value 0.5 is used, ½ · 2.5²
         (-2.0, 0.0, -3.0, 0.5, 3.125),
-        (2.0, 0.0, 0.0, 0.5, 2.0),  # moved away from the target: 2 counts
+        (2.0, 0.0, 0.0, 0.5, 2.0),  # moved away from the target: the value 2 is used
         (0.2, 0.0, 3.0, 0.5, 3.92),
     ],
 )

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The folder in which `datasets` keeps records and tokens, empty at first."""
+    """Return the folder in which `datasets` caches records and tokens; it is empty at first."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -26,7 +26,7 @@ def chat_tokenizer(tiny_model):
 
 @pytest.fixture
 def make_data(tmp_path):
-    """A data module of these records in this file, set up as in a Trainer of so many processes."""
+    """Return a function that makes a data module and sets it up as a Trainer with this many processes would."""
 
     def make(kind, file, tokenizer, records, stage="fit", rank=0, world_size=1, **options):
         path = tmp_path / file

@@ -1,4 +1,4 @@
-"""Fits on two processes a module that only looks at its prompts; each rank saves what it encoded and what it was given.
+"""Fit, on two processes, a module that only reads its prompts; each rank saves what it encoded and what it received.
 
 python tests/data/prompts_on_ranks.py MODEL PROMPTS FOLDER
 """
@@ -21,7 +21,7 @@ given: list[list[int]] = []
 
 
 class Reader(lightning.LightningModule):
-    """Learns nothing."""
+    """A module that reads its batches and learns nothing."""
 
     def __init__(self, model):
         super().__init__()
@@ -42,7 +42,7 @@ def main(model, prompts, folder):
 
     def counting(self, tokenizer, records, where):
         encoded.append(len(records))
-        time.sleep(2)  # long enough for the other process to begin as well, if it did not wait
+        time.sleep(2)  # long enough for the other process to start encoding too if it did not wait
         return encode(self, tokenizer, records, where)
 
     PromptEncoder.__call__ = counting

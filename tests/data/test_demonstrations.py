@@ -17,7 +17,7 @@ def make(make_data):
 
 
 def texts(data, tokenizer):
-    """Of each validation text: its tokens up to the end, and those whose prediction is trained, as words."""
+    """Return, for each validation text, its tokens up to the end and the tokens that are trained on, as words."""
     (batch,) = data.val_dataloader()
     words = [tokenizer.convert_ids_to_tokens(row) for row in batch.tokens.tolist()]
     return words, [
@@ -26,7 +26,7 @@ def texts(data, tokenizer):
 
 
 @pytest.mark.parametrize("special", ["distinct", "pad_is_eos", "bos_is_eos"])
-def test_the_tokens_are_those_of_the_whole_text_ended(make, tiny_model, special):
+def test_the_tokens_are_those_of_the_whole_text_and_an_end(make, tiny_model, special):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", special=special))
     (batch,) = make(tokenizer).val_dataloader()
     for row, record in zip(batch.tokens.tolist(), RECORDS, strict=True):
@@ -42,31 +42,31 @@ def test_the_tokens_are_those_of_the_whole_text_ended(make, tiny_model, special)
         ("all", [["w1", "w2", "w3", "w4", "w5", "<eos>"], ["w6", "w7", "<eos>"]]),
     ],
 )
-def test_what_is_trained(make, tiny_model, special, loss_on, trained):
+def test_which_tokens_are_trained(make, tiny_model, special, loss_on, trained):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", special=special))
     assert texts(make(tokenizer, loss_on=loss_on), tokenizer)[1] == trained
 
 
-def test_a_text_cut_inside_a_word_has_the_tokens_of_the_whole(make, tokenizer):
+def test_a_text_split_inside_a_word_has_the_tokens_of_the_whole_text(make, tokenizer):
     _, trained = texts(make(tokenizer, [{"prompt": "w1 w", "response": "2 w3"}], batch_size=1), tokenizer)
     assert trained == [["w2", "w3", "<eos>"]]
 
 
-def test_texts_without_prompt(make, tokenizer):
+def test_texts_without_a_prompt(make, tokenizer):
     data = make(tokenizer, [{"text": "w1 w2"}, {"text": "w3"}], prompt=None, response="text")
     words, trained = texts(data, tokenizer)
     assert words == [["<bos>", "w1", "w2", "<eos>"], ["<bos>", "w3", "<eos>", "<pad>"]]
     assert trained == [["w1", "w2", "<eos>"], ["w3", "<eos>"]]
 
 
-def test_a_conversation_as_prompt(make, chat_tokenizer):
+def test_a_conversation_as_the_prompt(make, chat_tokenizer):
     record = {"prompt": [{"role": "user", "content": "w1"}], "response": "w2 w3"}
     words, trained = texts(make(chat_tokenizer, [record], batch_size=1), chat_tokenizer)
     assert words == [["<user>", "w1", "<eos>", "<assistant>", "w2", "w3", "<eos>"]]
     assert trained == [["w2", "w3", "<eos>"]]
 
 
-def test_long_texts_are_cut_at_the_end_and_counted(make, tokenizer, capsys):
+def test_long_texts_are_truncated_at_the_end_and_counted(make, tokenizer, capsys):
     data = make(tokenizer, max_tokens=5)
     words, trained = texts(data, tokenizer)
     assert words == [["<bos>", "w1", "w2", "w3", "w4"], ["<bos>", "w6", "w7", "<eos>", "<pad>"]]
@@ -87,7 +87,7 @@ def test_long_texts_are_cut_at_the_end_and_counted(make, tokenizer, capsys):
         (RECORDS, {"train": None}, "data.train is not set"),
     ],
 )
-def test_what_cannot_be(make, tokenizer, records, options, words):
+def test_wrong_records_and_options(make, tokenizer, records, options, words):
     with pytest.raises(UserError, match=words):
         make(tokenizer, records, **options)
 
@@ -97,7 +97,7 @@ def test_numbers_out_of_range():
         Demonstrations(batch_size=0)
 
 
-def test_a_batch_larger_than_the_file(make, tokenizer):
+def test_a_batch_that_is_larger_than_the_file(make, tokenizer):
     with pytest.raises(UserError, match=r"batch_size is 3, but data.train has only 2 records"):
         make(tokenizer, batch_size=3).train_dataloader()
 
@@ -109,7 +109,7 @@ def test_validation_is_optional(make, tokenizer):
 
 
 @pytest.mark.parametrize("loss_on", ["response", "all"])
-def test_packing_keeps_each_text_and_what_is_trained(make, tokenizer, loss_on):
+def test_packing_keeps_each_text_and_its_trained_tokens(make, tokenizer, loss_on):
     records = [{"prompt": "w1", "response": " " + " ".join(f"w{i}" for i in range(n))} for n in (3, 9, 1, 5, 2, 7)]
     plain, packed = (
         make(tokenizer, records, loss_on=loss_on, batch_size=6, max_tokens=14, packing=packing)

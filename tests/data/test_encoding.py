@@ -1,4 +1,4 @@
-"""What is tokenized when, and that it is what one record after the other would give."""
+"""When records are tokenized, and that the result equals tokenizing one record at a time."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TURNS = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2
 
 @pytest.fixture
 def tokenized(monkeypatch):
-    """How many texts were tokenized, in a list."""
+    """Return a list that collects the number of texts of each tokenizer call."""
     counts: list[int] = []
     real = PreTrainedTokenizerBase.__call__
 
@@ -43,7 +43,7 @@ def batches(data):
 
 @pytest.fixture
 def make(make_data, tiny_model):
-    """A data module with a tokenizer that was loaded anew."""
+    """Return a function that makes a data module with a freshly loaded tokenizer."""
 
     def build(kind=Prompts, rows=PROMPTS, model=None, file="data.jsonl", **options):
         tokenizer = AutoTokenizer.from_pretrained(model or tiny_model("llama"))
@@ -53,7 +53,7 @@ def make(make_data, tiny_model):
 
 
 @pytest.mark.parametrize(("kind", "rows"), [(Prompts, PROMPTS), (Preferences, PAIRS), (Demonstrations, TEXTS)])
-def test_a_second_set_up_tokenizes_nothing(make, tokenized, kind, rows):
+def test_a_second_setup_tokenizes_nothing(make, tokenized, kind, rows):
     options = {"batch_size": 8}
     first = make(kind, rows, **options)
     assert sum(tokenized) >= len(rows)
@@ -63,7 +63,7 @@ def test_a_second_set_up_tokenizes_nothing(make, tokenized, kind, rows):
     assert batches(second) == batches(first)
 
 
-def test_name_and_time_of_a_file_and_a_padding_tokenizer_change_nothing(make, tokenized, tmp_path, monkeypatch):
+def test_the_cache_ignores_file_names_file_times_and_padding(make, tokenized, tmp_path, monkeypatch):
     make(file="data.jsonl")
     os.utime(tmp_path / "data.jsonl", (0, 0))
     tokenized.clear()
@@ -71,7 +71,7 @@ def test_name_and_time_of_a_file_and_a_padding_tokenizer_change_nothing(make, to
     assert tokenized == []
     load = AutoTokenizer.from_pretrained
 
-    def used(name):  # a tokenizer remembers how it was last called
+    def used(name):  # a tokenizer keeps the settings of its last call
         tokenizer = load(name)
         tokenizer(["w1", "w1 w2"], padding=True, truncation=True, max_length=5)
         tokenized.clear()
@@ -139,7 +139,7 @@ def test_the_first_of_two_bad_lines_of_a_long_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [(7,), (1200, 2700), (2700,)])
-def test_the_first_bad_record_is_named_by_several_processes_too(make, monkeypatch, bad):
+def test_several_processes_also_name_the_first_bad_record(make, monkeypatch, bad):
     monkeypatch.setattr(encoding, "_processes", lambda records: 2)
     environment = os.environ
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -150,17 +150,17 @@ def test_the_first_bad_record_is_named_by_several_processes_too(make, monkeypatc
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
-def test_several_processes_give_the_rows_of_one(make, monkeypatch):
+def test_several_processes_give_the_same_rows_as_one(make, monkeypatch):
     rows = [{"prompt": f"w{i % 30} w{i % 7}", "number": i} for i in range(3000)]
     monkeypatch.setattr(encoding, "_processes", lambda records: 2)
     several = list(make(rows=rows).val_dataloader())
     monkeypatch.setattr(encoding, "_processes", lambda records: None)
-    one = list(make(rows=rows, max_tokens=511).val_dataloader())  # another option: not from the cache
+    one = list(make(rows=rows, max_tokens=511).val_dataloader())  # another option, hence not from the cache
     assert [batch.tokens.tolist() for batch in several] == [batch.tokens.tolist() for batch in one]
     assert [number for batch in several for number in batch.columns["number"]] == list(range(3000))
 
 
-def test_what_a_function_returns_stays_as_it_is(make, tmp_path, cache):
+def test_the_records_of_a_function_are_not_converted(make, tmp_path, cache):
     source = tmp_path / "source.py"
     source.write_text("def rows(): return [{'prompt': 'w1', 'check': len}, {'prompt': 'w2', 'check': {1, 2}}]")
     (batch,) = make(validation=f"{source}:rows").val_dataloader()
@@ -168,7 +168,7 @@ def test_what_a_function_returns_stays_as_it_is(make, tmp_path, cache):
     assert list(batch.prompts) == ["w1", "w2"]
 
 
-def test_a_cache_that_cannot_be_written(make, cache):
+def test_a_cache_that_is_not_writable(make, cache):
     cache.write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"^data\.validation: the cache .*HF_DATASETS_CACHE.*cache$") as error:
         make()
@@ -176,7 +176,7 @@ def test_a_cache_that_cannot_be_written(make, cache):
 
 
 @pytest.mark.parametrize(("rank", "large", "shown"), [(0, False, False), (0, True, True), (1, True, False)])
-def test_only_long_work_of_the_first_process_shows_a_bar(make, monkeypatch, capsys, rank, large, shown):
+def test_the_first_process_shows_a_progress_bar_for_large_files(make, monkeypatch, capsys, rank, large, shown):
     if large:
         monkeypatch.setattr(encoding, "LARGE_SPLIT", 1)
         monkeypatch.setattr(records, "LARGE_FILE", 1)
@@ -186,7 +186,7 @@ def test_only_long_work_of_the_first_process_shows_a_bar(make, monkeypatch, caps
 
 
 def one_by_one(tokenizer, text):
-    """The tokenizer's own opening and the text, without an end that the tokenizer added."""
+    """Return the tokens of the text with the tokenizer's opening tokens but without an end that the tokenizer added."""
     ids, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
     added = ids[-1:] == [tokenizer.eos_token_id] and len(ids) > len(plain) and plain and ids[-len(plain) :] != plain
     return (ids[:-1] if added else ids) or [tokenizer.bos_token_id or tokenizer.eos_token_id]
@@ -194,7 +194,7 @@ def one_by_one(tokenizer, text):
 
 @pytest.mark.parametrize("form", ["$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>", "<eos> $A"])
 @pytest.mark.parametrize("has_bos", [True, False])
-def test_a_batch_has_the_tokens_of_each_alone(chat_tokenizer, form, has_bos):
+def test_tokenizing_in_batches_equals_tokenizing_each_text_alone(chat_tokenizer, form, has_bos):
     names = {name: chat_tokenizer.convert_tokens_to_ids(name) for name in ("<bos>", "<eos>")}
     chat_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=form, special_tokens=list(names.items())
@@ -215,7 +215,7 @@ def test_a_batch_has_the_tokens_of_each_alone(chat_tokenizer, form, has_bos):
     assert token_rows(chat_tokenizer, pieces) == expected
 
 
-def test_the_record_that_a_chat_template_refuses_is_named(make, tmp_path):
+def test_a_record_that_the_chat_template_refuses_is_named(make, tmp_path):
     folder: Path = make_tiny_model(tmp_path / "strict", chat=True)
     template = folder / "chat_template.jinja"
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"

@@ -9,13 +9,13 @@ SIZE, BATCH = 22, 4
 
 
 def loader(shuffle=True, **options) -> ResumableLoader:
-    """A loader of the numbers 0 … 21."""
+    """Return a loader of the numbers 0 to 21."""
     rows = Dataset.from_dict({"number": range(SIZE)})
     return ResumableLoader(rows, lambda placed: placed, GlobalBatches(SIZE, BATCH, shuffle=shuffle, **options))
 
 
 def play(made, epochs=1):
-    """The records of each batch, for this many epochs."""
+    """Return the records of each batch over this many epochs."""
     for _ in range(epochs):
         for batch in made:
             yield [record["number"] for _, record in batch]
@@ -26,7 +26,7 @@ def epoch(number, **options):
     return list(play(made, number + 1))[number * len(made) :]
 
 
-def test_every_record_at_most_once_an_epoch():
+def test_every_record_occurs_at_most_once_in_an_epoch():
     batches = epoch(0)
     seen = [record for batch in batches for record in batch]
     assert [len(batch) for batch in batches] == [BATCH] * 5  # the incomplete sixth is dropped
@@ -35,14 +35,14 @@ def test_every_record_at_most_once_an_epoch():
     assert set(seen) <= set(range(SIZE))
 
 
-def test_validation_keeps_the_order_and_the_rest():
+def test_validation_keeps_the_order_and_the_last_incomplete_batch():
     batches = epoch(3, shuffle=False)
     assert [record for batch in batches for record in batch] == list(range(SIZE))
     assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2]
     assert len(loader(shuffle=False)) == 6
 
 
-def test_the_order_is_a_function_of_seed_and_epoch(monkeypatch):
+def test_the_order_depends_on_seed_and_epoch_only(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     first = epoch(0)
     assert epoch(0) == first
@@ -54,7 +54,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(monkeypatch):
 
 
 @pytest.mark.parametrize("given", range(1, 11))
-def test_a_resumed_loader_goes_on_where_it_stood(given):
+def test_a_resumed_loader_continues_with_the_next_batch(given):
     first, second = loader(), loader()
     taken = list(islice(play(first, 2), given))
     second.load_state_dict(first.state_dict())
@@ -62,7 +62,7 @@ def test_a_resumed_loader_goes_on_where_it_stood(given):
     assert taken + rest == epoch(0) + epoch(1)
 
 
-def test_a_state_resumed_twice():
+def test_a_state_can_be_resumed_twice():
     first, second, third = loader(), loader(), loader()
     next(iter(first))
     second.load_state_dict(first.state_dict())
@@ -83,7 +83,7 @@ def test_ranks_share_the_same_global_batches(world_size, shuffle):
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(6, 4), (5, 3), (9, 8)])
-def test_no_rank_goes_without_a_record(batch_size, world_size):
+def test_every_rank_gets_a_record(batch_size, world_size):
     shares = [
         [len(share) for share in GlobalBatches(18, batch_size, shuffle=True, rank=rank, world_size=world_size).epoch(0)]
         for rank in range(world_size)

@@ -34,7 +34,7 @@ def make(make_data):
 
 
 def words(batch, tokenizer):
-    """Of each ranking, best first: the prompt's and the response's tokens as words."""
+    """Return, for each ranking, the tokens of prompt and response as words, best response first."""
     rankings = []
     for places, there in zip(batch.ranking, batch.mask, strict=True):
         rows = []
@@ -57,7 +57,7 @@ def only_ranking(data, tokenizer):
 
 
 @pytest.mark.parametrize("special", ["distinct", "pad_is_eos", "bos_is_eos"])
-def test_the_tokens_are_prompt_response_and_end(make, tiny_model, special):
+def test_the_tokens_are_prompt_response_and_end_token(make, tiny_model, special):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", special=special))
     (batch,) = make(tokenizer).val_dataloader()
     rows = []
@@ -85,13 +85,13 @@ def test_rankings_of_different_sizes_in_one_batch(make, tokenizer):
     assert batch.mask.sum(1).tolist() == [4, 2, 3]
 
 
-def test_pairs_beside_rankings(make, tokenizer):
+def test_pairs_next_to_rankings(make, tokenizer):
     (batch,) = make(tokenizer, [PAIRS[0], RANKINGS[2]]).val_dataloader()
     assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
     assert words(batch, tokenizer)[0] == [("<bos> w1 w2", "w3 w4 w5 <eos>"), ("<bos> w1 w2", "w6 <eos>")]
 
 
-def test_as_pairs(make, tokenizer, capsys):
+def test_rankings_cut_into_pairs(make, tokenizer, capsys):
     data = make(tokenizer, RANKINGS, as_pairs=True, batch_size=1)
     (batch,) = data.val_dataloader()
     assert batch.ranking.shape == (6 + 1 + 3, 2)
@@ -115,7 +115,7 @@ def test_other_columns(make, tokenizer):
     ]
 
 
-def test_a_text_cut_inside_a_word_has_the_tokens_of_the_whole(make, tokenizer):
+def test_a_text_split_inside_a_word_has_the_tokens_of_the_whole_text(make, tokenizer):
     record = {"prompt": "w1 w", "chosen": "2 w3", "rejected": "4"}
     assert only_ranking(make(tokenizer, [record], batch_size=1), tokenizer) == [
         ("<bos> w1", "w2 w3 <eos>"), ("<bos> w1", "w4 <eos>")
@@ -138,7 +138,7 @@ def test_conversations_as_prompts(make, chat_tokenizer, as_turns):
     assert chat_tokenizer.convert_ids_to_tokens(batch.prompts[0]) == opening.split()
 
 
-def test_a_response_of_several_turns(make, chat_tokenizer):
+def test_a_response_with_several_turns(make, chat_tokenizer):
     longer = [says("w3"), {"role": "user", "content": "w4"}, says("w5")]
     rows = only_ranking(
         make(chat_tokenizer, [{"prompt": [USER], "responses": [longer, [says("w6")], [says("w7")]]}], batch_size=1),
@@ -159,13 +159,13 @@ def test_whole_conversations(make, chat_tokenizer):
     assert batch.prompts == [[]]
 
 
-def test_what_a_template_writes_behind_the_last_end_is_not_learnt(make, chat_tokenizer):
+def test_text_that_the_template_writes_after_the_last_end_is_not_trained(make, chat_tokenizer):
     chat_tokenizer.chat_template += "{% if not add_generation_prompt %} w31 w30{% endif %}"
     data = make(chat_tokenizer, [{"prompt": [USER], "chosen": "w3", "rejected": "w4"}], batch_size=1)
     assert [response for _, response in only_ranking(data, chat_tokenizer)] == ["w3 <eos>", "w4 <eos>"]
 
 
-def test_an_opening_with_more_than_the_conversation_takes_nothing_from_the_response(make, chat_tokenizer):
+def test_a_longer_generation_prompt_removes_nothing_from_the_response(make, chat_tokenizer):
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<assistant>{%", "<assistant> w30{%")
     data = make(chat_tokenizer, [{"prompt": [USER], "chosen": "w3 w4", "rejected": "w5"}], batch_size=1)
     (batch,) = data.val_dataloader()
@@ -174,7 +174,7 @@ def test_an_opening_with_more_than_the_conversation_takes_nothing_from_the_respo
     assert only_ranking(data, chat_tokenizer) == [(opening, "w3 w4 <eos>"), (opening, "w5 <eos>")]
 
 
-def test_a_template_without_an_end_is_ended(make, chat_tokenizer):
+def test_an_end_is_added_where_the_template_writes_none(make, chat_tokenizer):
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(" <eos>", "")
     data = make(chat_tokenizer, [{"prompt": [USER], "chosen": "w3", "rejected": "w4"}], batch_size=1)
     opening = "<user> w1 w2 <assistant>"
@@ -201,7 +201,7 @@ def test_whole_texts(make, tokenizer, record, rows):
 
 
 def without_opening(tokenizer):
-    """The same tokenizer without a beginning-of-sequence token, as in GPT-2 and Qwen."""
+    """Return the tokenizer without its beginning-of-sequence token, as in GPT-2 and Qwen."""
     from tokenizers import processors
 
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -214,7 +214,7 @@ def without_opening(tokenizer):
     [{"chosen": "w1 w2", "rejected": "w3"}, {"prompt": "", "chosen": "w1 w2", "rejected": "w3"}],
     ids=["whole texts", "empty prompt"],
 )
-def test_the_first_token_has_nothing_to_predict_it(make, tokenizer, record):
+def test_the_first_token_of_a_text_is_not_trained(make, tokenizer, record):
     (batch,) = make(without_opening(tokenizer), [record], batch_size=1).val_dataloader()
     assert not batch.response_tokens_mask[:, 0].any()
     assert batch.response_tokens_mask.any(1).all()
@@ -228,7 +228,7 @@ def test_margins(make, tokenizer):
     assert next(iter(make(tokenizer, records).val_dataloader())).margin is None
 
 
-def test_a_record_with_one_that_is_too_long_is_dropped_and_counted(make, tokenizer, capsys):
+def test_a_record_with_a_response_that_is_too_long_is_dropped_and_counted(make, tokenizer, capsys):
     data = make(tokenizer, max_tokens=6)
     (batch,) = data.val_dataloader()
     assert [rows[0][0] for rows in words(batch, tokenizer)] == ["<bos> w7", "<bos> w11 w12 w13"]
@@ -239,7 +239,7 @@ def test_a_record_with_one_that_is_too_long_is_dropped_and_counted(make, tokeniz
     assert "1 dropped (longer than 6 tokens)" in out
 
 
-def test_of_a_ranking_cut_into_pairs_only_those_with_the_long_one_are_dropped(make, tokenizer):
+def test_only_pairs_with_the_long_response_are_dropped_from_a_ranking_cut_into_pairs(make, tokenizer):
     data = make(tokenizer, RANKINGS[:1], as_pairs=True, max_tokens=5, batch_size=1)
     (batch,) = data.val_dataloader()
     assert len(batch.mask) == 3
@@ -255,14 +255,14 @@ def test_records_with_equal_responses_can_be_dropped(make, tokenizer, capsys):
     assert "1 dropped (equal responses)" in capsys.readouterr().out
 
 
-def test_what_is_said(make, tokenizer, capsys):
+def test_the_printed_messages(make, tokenizer, capsys):
     make(tokenizer, RANKINGS)
     assert "data: 3 train rankings from" in (out := capsys.readouterr().out)
     assert "dropped" not in out
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_other_files(make, tokenizer, tmp_path, suffix):
+def test_other_file_formats(make, tokenizer, tmp_path, suffix):
     path = tmp_path / f"pairs.{suffix}"
     if suffix == "csv":
         with path.open("w", newline="") as file:
@@ -288,7 +288,7 @@ def test_conversations_from_parquet(make, chat_tokenizer, tmp_path):
     assert [response for _, response in only_ranking(data, chat_tokenizer)] == ["w3 <eos>", "w4 w5 <eos>", "w6 <eos>"]
 
 
-def test_training_batches_are_shuffled_and_hold_every_pair(make, tokenizer):
+def test_training_batches_are_shuffled_and_contain_every_pair(make, tokenizer):
     records = [{"prompt": f"w{i}", "chosen": f" w{i + 1}", "rejected": f" w{i + 2}"} for i in range(20)]
     data = make(tokenizer, records, batch_size=5)
     loader = data.train_dataloader()
@@ -308,7 +308,7 @@ def test_training_batches_are_shuffled_and_hold_every_pair(make, tokenizer):
     assert data.state_dict() == {"yielded": 4}
 
 
-def test_once_gives_every_record_and_moves_nothing(make, tokenizer):
+def test_once_gives_every_record_and_does_not_advance_the_loader(make, tokenizer):
     records = [{"prompt": f"w{i}", "chosen": f" w{i + 1}", "rejected": f" w{i + 2}"} for i in range(7)]
     loader = make(tokenizer, records, batch_size=3).train_dataloader()
     steps = iter(loader)
@@ -334,13 +334,13 @@ def test_once_on_several_ranks(make, tokenizer, world_size):
     assert all(whole == [[0, 1, 2], [3, 4, 5], [6]] for whole in wholes)
 
 
-def test_nothing_held_out(make, tokenizer):
+def test_without_held_out_records(make, tokenizer):
     data = make(tokenizer, validation=None)
     assert data.val_dataloader() == []
     assert data.test_dataloader() == []
 
 
-def test_only_what_a_stage_needs_is_read(make, tokenizer):
+def test_a_stage_reads_only_the_files_that_it_needs(make, tokenizer):
     data = make(tokenizer, stage="test", train="there/is/none.jsonl")
     assert len(data.test_dataloader()) == 1
 
@@ -384,7 +384,7 @@ def test_wrong_records_are_named(make, tokenizer, tmp_path, split, record, optio
 
 @pytest.mark.parametrize("response", [7, {"role": "assistant", "content": "w2"}, [], [7], [{"role": "assistant"}]])
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
-def test_a_response_that_is_neither_text_nor_turns(make, chat_tokenizer, name, response):
+def test_a_response_that_is_neither_text_nor_a_list_of_turns(make, chat_tokenizer, name, response):
     record = {"prompt": [USER], "chosen": "w3", "rejected": "w4", name: response}
     with pytest.raises(UserError, match=r"^data\.train: record 1 of \S*preferences\.jsonl"):
         make(chat_tokenizer, [record], batch_size=1)
@@ -405,17 +405,17 @@ def test_a_margin_that_is_not_a_finite_number(make, tokenizer, gap):
         ({"train": "there/is/none.jsonl"}, r"^data\.train: there is no file there/is/none\.jsonl$"),
     ],
 )
-def test_what_cannot_be(make, tokenizer, options, message):
+def test_wrong_options(make, tokenizer, options, message):
     with pytest.raises(UserError, match=message):
         make(tokenizer, **options)
 
 
-def test_a_batch_larger_than_the_data(make, tokenizer):
+def test_a_batch_that_is_larger_than_the_data(make, tokenizer):
     with pytest.raises(UserError, match=r"^data\.batch_size is 4, but data\.train has only 3 records$"):
         make(tokenizer, batch_size=4).train_dataloader()
 
 
-def test_a_held_out_batch_smaller_than_the_processes(make, tokenizer):
+def test_a_held_out_batch_with_fewer_records_than_processes(make, tokenizer):
     with pytest.raises(UserError, match=r"^data\.validation_batch_size is 2: a batch of the 3 records has 1.*2 proc"):
         make(tokenizer, validation_batch_size=2, world_size=2).val_dataloader()
 

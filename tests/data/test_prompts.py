@@ -17,7 +17,7 @@ def make(make_data):
 
 
 def held_out(data):
-    """The validation prompts' tokens, a list for each, without padding."""
+    """Return the tokens of each validation prompt as a list, without padding."""
     (batch,) = data.val_dataloader()
     return [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)], batch
 
@@ -40,7 +40,7 @@ def test_padding_is_on_the_left_and_masked(make, tiny_model, special):
     assert (batch.tokens[~batch.mask] == tokenizer.pad_token_id).all()
 
 
-def test_the_other_columns_travel_along(make, tokenizer):
+def test_the_other_columns_are_kept(make, tokenizer):
     records = [*RECORDS, {"prompt": "w9", "extra": [1, 2]}]
     _, batch = held_out(make(tokenizer, records))
     assert batch.columns["answer"] == ["w2", "w5", "w3", "w1", None]
@@ -62,7 +62,7 @@ def test_conversations_go_through_the_chat_template(make, chat_tokenizer):
     assert batch.prompts[0] == turns
 
 
-def test_chat_makes_a_users_turn_of_a_text(make, chat_tokenizer):
+def test_chat_turns_a_text_into_a_user_turn(make, chat_tokenizer):
     rows, batch = held_out(make(chat_tokenizer, [{"prompt": "w1 w2"}], chat=True))
     assert chat_tokenizer.convert_ids_to_tokens(rows[0]) == ["<user>", "w1", "w2", "<eos>", "<assistant>"]
     assert batch.prompts[0] == [{"role": "user", "content": "w1 w2"}]
@@ -86,7 +86,7 @@ def test_chat_makes_a_users_turn_of_a_text(make, chat_tokenizer):
         (RECORDS, {"train": None}, "data.train is not set"),
     ],
 )
-def test_what_cannot_be(make, tokenizer, records, options, words):
+def test_wrong_records_and_options(make, tokenizer, records, options, words):
     with pytest.raises(UserError, match=words) as error:
         make(tokenizer, records, **options)
     assert "\n" not in str(error.value)
@@ -98,7 +98,7 @@ def test_numbers_out_of_range(name):
         Prompts(**{name: 0})
 
 
-def test_a_batch_larger_than_the_file(make, tokenizer):
+def test_a_batch_that_is_larger_than_the_file(make, tokenizer):
     with pytest.raises(UserError, match=r"batch_size is 5, but data.train has only 4 records"):
         make(tokenizer, batch_size=5).train_dataloader()
 
@@ -134,7 +134,7 @@ def test_long_prompts_are_dropped_and_counted(make, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(("too_long", "text"), [("cut_left", "w3 w4"), ("cut_right", "w0 w1")])
-def test_long_prompts_are_cut_and_counted(make, tokenizer, capsys, too_long, text):
+def test_long_prompts_are_truncated_and_counted(make, tokenizer, capsys, too_long, text):
     data = make(tokenizer, max_tokens=3, too_long=too_long)
     rows, batch = held_out(data)
     assert [len(row) for row in rows] == [3, 3, 3, 2]
@@ -145,12 +145,12 @@ def test_long_prompts_are_cut_and_counted(make, tokenizer, capsys, too_long, tex
     assert "2 cut (longer than 3 tokens)" in capsys.readouterr().out
 
 
-def test_only_the_first_process_speaks(make, tokenizer, capsys):
+def test_only_the_first_process_prints(make, tokenizer, capsys):
     make(tokenizer, rank=1, world_size=2)
     assert capsys.readouterr().out == ""
 
 
-def test_group_is_the_place_in_the_global_batch(make, tokenizer):
+def test_group_is_the_index_in_the_global_batch(make, tokenizer):
     whole = [batch.columns["number"] for batch in make(tokenizer, batch_size=4).train_dataloader()]
     for world_size in (1, 2, 4):
         for rank in range(world_size):
@@ -162,15 +162,15 @@ def test_group_is_the_place_in_the_global_batch(make, tokenizer):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_last_batch_smaller_than_the_number_of_processes(make, tokenizer, world_size):
-    """It is refused, or every process gets something of it; but none crashes on an empty share."""
-    told = "validation_batch_size"
+    """The batch is refused or gives every process a share; no process crashes on an empty share."""
+    reported = "validation_batch_size"
     try:
         for rank in range(world_size):
             data = make(tokenizer, RECORDS[:3], validation_batch_size=2, rank=rank, world_size=world_size)
             assert all(len(batch.tokens) for batch in data.val_dataloader())
     except UserError as error:
-        told = str(error)
-    assert "validation_batch_size" in told
+        reported = str(error)
+    assert "validation_batch_size" in reported
 
 
 def test_training_is_shuffled_and_validation_is_not(make, tokenizer):

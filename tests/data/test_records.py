@@ -22,7 +22,7 @@ def refusal(source) -> str:
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.csv", "data.parquet"])
-def test_files(tmp_path, name):
+def test_file_formats(tmp_path, name):
     path, frame = tmp_path / name, pandas.DataFrame(ROWS)
     if path.suffix == ".csv":
         frame.to_csv(path, index=False)
@@ -58,7 +58,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
         ('{"prompt": "caf\udce9"}\n', ["UTF-8"]),
     ],
 )
-def test_jsonl_mistakes_name_file_and_line(tmp_path, text, words):
+def test_errors_in_jsonl_name_file_and_line(tmp_path, text, words):
     path = tmp_path / "data.jsonl"
     path.write_bytes(text.encode(errors="surrogateescape"))
     message = refusal(str(path))
@@ -74,7 +74,7 @@ def test_jsonl_mistakes_name_file_and_line(tmp_path, text, words):
         ("data.txt", b"w1\n", [".jsonl", ".csv", ".parquet"]),
     ],
 )
-def test_other_files_mistakes(tmp_path, name, content, words):
+def test_errors_in_other_formats(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     message = refusal(str(tmp_path / name))
     assert all(word in message for word in ["data.train", name, *words]), message
@@ -94,7 +94,7 @@ def test_functions(tmp_path):
     assert "FileNotFoundError" in refusal(f"{path}:fails")
 
 
-def test_a_data_set_of_the_hub_that_cannot_be_had(monkeypatch):
+def test_a_dataset_that_cannot_be_loaded_from_the_hub(monkeypatch):
     for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
         monkeypatch.setattr(name, True)
     message = refusal({"path": "nobody/nothing"})
@@ -109,7 +109,7 @@ def test_columns():
         value_of({"a": None, "b": "y"}, "a", "record 2 of data.csv")
 
 
-def test_conversations_come_as_they_are(tmp_path):
+def test_conversations_are_returned_unchanged(tmp_path):
     turns = [{"role": "user", "content": "w1"}]
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": turns}))

@@ -13,7 +13,7 @@ def test_every_demonstration_is_grammatical():
     assert all(reviews.grammatical(text) for text in WHOLE)
 
 
-def test_an_opening_alone_is_no_review():
+def test_an_opening_alone_is_not_a_review():
     assert not any(reviews.grammatical(text) for text in reviews.openings())
 
 
@@ -44,11 +44,11 @@ def test_corrupted_reviews_are_not_grammatical(corrupt, share):
         corrupt(words, rng)
         changed += words != text.split()
         refused += not reviews.grammatical(" ".join(words)) and words != text.split()
-    assert refused >= share * changed > 0  # a word that may be missing (a degree) can be dropped
+    assert refused >= share * changed > 0  # dropping an optional word (a degree) leaves the review grammatical
 
 
 @pytest.mark.parametrize("change", ["{} .", "{} the end", "so {}", "{0} {0}"])
-def test_nothing_may_stand_around_a_review(change):
+def test_text_before_or_after_a_review_is_refused(change):
     assert not any(reviews.grammatical(change.format(text)) for text in WHOLE[:50])
 
 
@@ -62,15 +62,15 @@ def test_positivity():
     assert reviews.positivity("") == reviews.positivity(reviews.openings()[0]) == 0.0
 
 
-def test_the_reward_is_the_positivity_and_reviews_are_of_both_kinds():
+def test_the_reward_is_the_positivity_and_both_signs_occur():
     scores = reviews.reward([record["response"] for record in DEMONSTRATIONS])
     assert scores == [reviews.positivity(record["response"]) for record in DEMONSTRATIONS]
     assert min(scores) == -1.0
     assert max(scores) == 1.0
-    assert abs(sum(scores) / len(scores)) < 0.1  # there is something left to learn
+    assert abs(sum(scores) / len(scores)) < 0.1  # so that there is something to learn
 
 
-def test_fresh_prompts_are_in_no_training_set():
+def test_fresh_prompts_do_not_occur_in_any_training_set():
     train = {record["prompt"] for record in reviews.prompts()}
     fresh = {record["prompt"] for record in reviews.fresh_prompts()}
     assert train
@@ -81,7 +81,7 @@ def test_fresh_prompts_are_in_no_training_set():
     assert len(set(reviews.openings())) == len(reviews.openings()) == len(train) + len(fresh)
 
 
-def test_everything_is_the_same_each_time():
+def test_the_data_are_deterministic():
     assert reviews.demonstrations() == reviews.demonstrations()
     assert reviews.validation_demonstrations() == reviews.validation_demonstrations()
     assert reviews.openings() == reviews.openings()

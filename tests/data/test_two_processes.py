@@ -1,4 +1,4 @@
-"""Of two processes one fills the cache, and both read it."""
+"""With two processes, one fills the cache and both read it."""
 
 import json
 import os
@@ -14,9 +14,9 @@ def python(*words, cache) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_each_record_is_encoded_once_and_given_once(tiny_model, prompt_file, tmp_path, cache):
+def test_each_record_is_encoded_once_and_returned_once(tiny_model, prompt_file, tmp_path, cache):
     script = Path(__file__).with_name("prompts_on_ranks.py")
-    for encoded in (48, 0):  # the second run, of new processes, finds all of it in the cache
+    for encoded in (48, 0):  # the second run, in new processes, finds everything in the cache
         done = python(script, tiny_model("llama"), prompt_file, tmp_path, cache=cache)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("data: 48 train prompts") == 1
@@ -26,7 +26,7 @@ def test_each_record_is_encoded_once_and_given_once(tiny_model, prompt_file, tmp
         assert sorted(numbers) == list(range(48))
 
 
-def test_a_mistake_ends_both_processes_in_one_line(tiny_model, prompt_file, tmp_path, cache):
+def test_a_bad_record_ends_both_processes_with_a_one_line_error(tiny_model, prompt_file, tmp_path, cache):
     path = tmp_path / "bad.jsonl"
     path.write_text(prompt_file.read_text() + '{"text": "w2"}\n')
     words = ["fit", "--model", "SFT", "--model.actor", tiny_model("llama"), "--data", "Prompts", "--data.train", path]

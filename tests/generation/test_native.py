@@ -19,12 +19,12 @@ MODELS += [(a, special) for a in ("llama", "gpt2") for special in ("bos_is_eos",
 TEMPERATURE = 0.7
 LONGEST = 16
 WORDS = [f"w{i}" for i in range(32)]
-STOP = ("w4", "w9")  # besides <eos>, so that on every model some responses end early and some do not
+STOP = ("w4", "w9")  # in addition to <eos>, so that some responses end early and some do not, on every model
 
 
 @dataclass
 class Subject:
-    """A model with its tokenizer, and what the engine makes of prompts."""
+    """A model with its tokenizer, and methods that make prompts and generate responses."""
 
     actor: Actor
     tokenizer: object
@@ -146,14 +146,14 @@ def test_a_compiled_step_draws_the_same(llama):
     assert not counters["stats"]["unique_graphs"]
     for cache_tokens in (None, 60):
         assert responses(llama.generate(prompts, NativeEngine(cache_tokens, compile=True))) == expected
-    assert 1 <= counters["stats"]["unique_graphs"] < 6  # for any number of rows and columns
+    assert 1 <= counters["stats"]["unique_graphs"] < 6  # whatever the number of rows and columns
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_samples_do_not_depend_on_batching(subject, n):
     prompts = subject.prompts()
     whole = responses(subject.generate(prompts, responses=n))
-    for cache_tokens in (1, 150, 400):  # a prompt at a time, and a few rows that others follow into
+    for cache_tokens in (1, 150, 400):  # one prompt at a time, and a few rows that are refilled
         assert responses(subject.generate(prompts, NativeEngine(cache_tokens), responses=n)) == whole
     halves = [subject.generate(part(prompts, rows), responses=n) for rows in (range(8), range(8, 16))]
     assert [response for half in halves for response in responses(half)] == whole
@@ -163,8 +163,8 @@ def test_samples_do_not_depend_on_batching(subject, n):
 
 @pytest.mark.parametrize("cache_tokens", [None, 300, 700])
 @pytest.mark.parametrize("first_columns", [1, 3])
-def test_the_cache_grows_and_moves(llama, monkeypatch, cache_tokens, first_columns):
-    """Long responses: the cache begins small, is enlarged for those that are left, and moves to the left when full."""
+def test_the_cache_grows_and_is_shifted(llama, monkeypatch, cache_tokens, first_columns):
+    """The cache starts small, grows for the rows that are still active, and is shifted to the left when full."""
     prompts = llama.prompts(count=24)
     expected = responses(llama.generate(prompts, max_tokens=60))
     assert max(map(len, expected)) > 30
@@ -173,8 +173,8 @@ def test_the_cache_grows_and_moves(llama, monkeypatch, cache_tokens, first_colum
 
 
 @pytest.mark.parametrize("check_every", [3, 8])
-def test_checking_less_often_changes_nothing(subject, monkeypatch, check_every):
-    """As on a GPU, where rows that have ended are computed until the next check."""
+def test_checking_less_often_gives_the_same_responses(subject, monkeypatch, check_every):
+    """On a GPU, for example, rows that have ended are computed until the next check."""
     prompts = subject.prompts()
     expected = subject.generate(prompts)
     monkeypatch.setattr("lit_rlhf.generation.native.CHECK_ENDED_EVERY_CPU", check_every)
@@ -204,7 +204,7 @@ def test_rows_that_have_ended_are_not_computed(llama):
         del llama.actor.next_logits
 
 
-def test_a_prompt_is_computed_once_for_all_its_responses(llama):
+def test_each_prompt_is_computed_once_for_all_its_responses(llama):
     shapes, step = [], llama.actor.next_logits
 
     def seen(tokens, *others):
@@ -224,7 +224,7 @@ def test_a_prompt_is_computed_once_for_all_its_responses(llama):
 
 
 class CastsOf(TorchDispatchMode):
-    """Counts the casts of a weight, forgetting none."""
+    """Count every cast of a weight."""
 
     def __init__(self, weight):
         super().__init__()
@@ -236,7 +236,7 @@ class CastsOf(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_half_precision_casts_the_weights_once_a_generation(llama):
+def test_half_precision_casts_the_weights_once_per_generation(llama):
     weight = llama.actor.model.get_output_embeddings().weight
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         with CastsOf(weight) as casts:
@@ -246,7 +246,7 @@ def test_half_precision_casts_the_weights_once_a_generation(llama):
         assert not torch.is_autocast_cache_enabled()
         assert torch.equal(llama.generate().tokens, first.tokens)
         with torch.no_grad():
-            weight.neg_()  # a stale copy would not see this
+            weight.neg_()  # a stale copy would miss this change
         changed = llama.generate()
         with torch.no_grad():
             weight.neg_()
@@ -261,7 +261,7 @@ def test_a_model_that_keeps_more_than_keys_and_values(tiny_model):
         Subject(actor, load_tokenizer(folder)).generate()
 
 
-def test_several_responses_a_prompt(subject):
+def test_several_responses_per_prompt(subject):
     prompts = subject.prompts()
     rollout = subject.generate(prompts, responses=3, min_tokens=3)
     assert_some_end_early(rollout)
@@ -275,7 +275,7 @@ def test_several_responses_a_prompt(subject):
         assert responses(alone) == found[k::3]
 
 
-def test_a_wide_prompt_batch_changes_nothing(llama):
+def test_additional_padding_of_the_prompts_changes_nothing(llama):
     prompts = llama.prompts()
     wider = replace(
         prompts,
@@ -288,28 +288,28 @@ def test_a_wide_prompt_batch_changes_nothing(llama):
 
 
 def test_tokens_follow_the_distribution(llama):
-    """First tokens of 3,000 responses to one prompt, against the softmax."""
+    """The frequencies of the first tokens of 3,000 responses to one prompt match the softmax."""
     prompts = part(llama.prompts(), [3])
     rollout = llama.generate(prompts, responses=3000, max_tokens=1, top_k=8)
     drawn = rollout.at_responses(rollout.tokens)[:, 0].bincount(minlength=38) / 3000
     with torch.no_grad():
         logits = llama.actor.model(prompts.tokens[prompts.mask][None]).logits[0, -1] / TEMPERATURE
     expected = torch.zeros(38).index_copy(0, logits.topk(8).indices, logits.topk(8).values.softmax(0))
-    torch.testing.assert_close(drawn, expected, atol=0.035, rtol=0)  # 4 standard deviations at most
+    torch.testing.assert_close(drawn, expected, atol=0.035, rtol=0)  # at most 4 standard deviations
     assert (drawn[expected == 0] == 0).all()
 
 
 def test_min_tokens(llama):
     free, bound = llama.generate(), llama.generate(min_tokens=4)
     assert free.response_lengths.min() < 5
-    assert bound.response_lengths.min() == 5  # four tokens, then a stop token at the earliest
+    assert bound.response_lengths.min() == 5  # four tokens, then a stop token at the earliest position
     stops = set(llama.special_tokens(STOP).stop)
     assert all(not stops & set(response[:4]) for response in responses(bound))
     assert not llama.generate(min_tokens=6, max_tokens=6).terminated.any()
 
 
-def test_min_tokens_leaves_later_ends_alone(llama):
-    """Without chance, responses that end later anyway stay as they were."""
+def test_min_tokens_does_not_change_longer_responses(llama):
+    """With greedy decoding, responses that are longer anyway do not change."""
     free, bound = (responses(llama.generate(temperature=0, min_tokens=n)) for n in (0, 6))
     assert 0 < sum(len(response) > 6 for response in free) < 16
     for before, after in zip(free, bound, strict=True):
@@ -338,7 +338,7 @@ def test_stop_tokens(llama):
         assert response == longer[: first + 1]
 
 
-def test_vocabulary(llama, load):
+def test_special_tokens(llama, load):
     assert llama.special_tokens() == SpecialTokens(stop=(1,), pad=0)
     assert llama.special_tokens(("w3", "w5", "<eos>")) == SpecialTokens(stop=(1, 9, 11), pad=0)
     assert load("llama", "pad_is_eos").special_tokens() == SpecialTokens(stop=(1,), pad=1)
@@ -360,7 +360,7 @@ def test_unknown_stop_word(llama):
         llama.special_tokens(("w99",))
 
 
-def test_samples_are_a_function_of_seed_stream_and_iteration(llama, monkeypatch):
+def test_samples_depend_on_seed_stream_and_iteration_only(llama, monkeypatch):
     def tokens(**options):
         return responses(llama.generate(**options))
 
@@ -395,7 +395,7 @@ def test_out_of_range(cache_tokens):
     ],
 )
 def test_join_responses_rejects_wrong_shapes(llama, name, message):
-    """An engine's column vector would broadcast."""
+    """Without this check, a column vector from an engine would broadcast silently."""
     responses = {
         "tokens": torch.zeros(4, 3, dtype=torch.long),
         "logprobs": torch.zeros(4, 3),

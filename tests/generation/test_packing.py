@@ -34,7 +34,7 @@ def test_in_the_precision_of_autocast(layers):
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
-def test_the_layers_are_themselves_again(layers):
+def test_the_layers_are_restored(layers):
     with pytest.raises(RuntimeError, match="on the way"), packed_weights(layers, 1):
         raise RuntimeError("on the way")
     assert all("forward" not in vars(layer) for layer in layers)
@@ -45,7 +45,7 @@ def test_the_layers_are_themselves_again(layers):
 
 
 @torch.no_grad()
-def test_weights_of_another_kind_stay(layers):
+def test_float64_weights_are_not_packed(layers):
     layers.double()
     x = torch.randn(2, 24, dtype=torch.float64)
     with packed_weights(layers, 2):

@@ -23,7 +23,7 @@ SETTINGS = [
 
 
 def sample(logits, uniforms, sampling, forbidden=None):
-    """The tokens alone; forbidden are ids, the same for all rows."""
+    """Return only the sampled tokens; ``forbidden`` contains token ids that are the same for all rows."""
     never = None
     if forbidden is not None:
         never = torch.zeros_like(logits, dtype=torch.bool)
@@ -36,7 +36,7 @@ def make_logits(seed=0, rows=1):
 
 
 def distribution(logits, sampling, forbidden=()):
-    """The probabilities that the tokens should have, by sorting lists of floats."""
+    """Return the expected probabilities of the tokens, computed by sorting lists of floats."""
     weights = {t: x / sampling.temperature for t, x in enumerate(logits.tolist()) if t not in forbidden}
     most = max(weights.values())
     weights = {t: 2.718281828459045 ** (x - most) for t, x in weights.items()}
@@ -49,10 +49,10 @@ def distribution(logits, sampling, forbidden=()):
 
 
 def frequencies(logits, sampling, forbidden=None):
-    """How often each token is drawn when the uniform numbers are spread evenly over [0, 1)."""
+    """Return how often each token is drawn if the uniform numbers are spread evenly over [0, 1)."""
     even = (torch.arange(MANY, dtype=torch.float64) + 0.5) / MANY
     tokens = sample(logits.expand(MANY, -1), even, sampling, forbidden)
-    assert (tokens.diff() >= 0).all()  # the inverse of a cumulative distribution
+    assert (tokens.diff() >= 0).all()  # as the inverse of a cumulative distribution must be
     return tokens.bincount(minlength=VOCABULARY) / MANY
 
 
@@ -68,7 +68,7 @@ def test_frequencies(setting, forbidden):
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_same_tokens_remain_as_in_transformers(setting):
+def test_the_same_tokens_remain_as_in_transformers(setting):
     logits, sampling = make_logits(rows=50), Sampling(**setting)
     warped = TemperatureLogitsWarper(sampling.temperature)(None, logits)
     if sampling.top_k:
@@ -88,7 +88,7 @@ def test_ends_of_the_interval(setting):
     assert tokens.tolist() == [possible[0], possible[-1]]
 
 
-def test_rounding_never_leaves_the_vocabulary():
+def test_rounding_never_gives_a_token_outside_the_vocabulary():
     logits = torch.randn(50, 30_000, generator=torch.Generator().manual_seed(0))
     assert (logits.softmax(-1).double().sum(-1) < LARGEST).any()
     assert sample(logits, torch.full((50,), LARGEST, dtype=torch.float64), Sampling()).max() < 30_000
@@ -107,21 +107,21 @@ def test_logprobs_are_those_of_the_whole_distribution(setting):
     torch.testing.assert_close(entropy, expected.entropy())
 
 
-def test_by_hand():
+def test_numbers_by_hand():
     logits = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]).log()
     drawn = {0.0: 0, 0.09: 0, 0.11: 1, 0.29: 1, 0.31: 3, 0.59: 3, 0.61: 4, LARGEST: 4}
     uniforms = torch.tensor(list(drawn), dtype=torch.float64)
     assert sample(logits.expand(len(drawn), -1), uniforms, Sampling()).tolist() == list(drawn.values())
 
 
-def test_rows_are_drawn_each_for_itself():
+def test_rows_are_drawn_independently():
     logits, u = make_logits(rows=40), torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(top_k=5, top_p=0.9)
     alone = [sample(logits[i : i + 1], u[i : i + 1], sampling).item() for i in range(40)]
     assert sample(logits, u, sampling).tolist() == alone
 
 
-def test_temperature_0_takes_the_most_likely():
+def test_temperature_0_takes_the_most_likely_token():
     logits = make_logits(rows=10)
     u = torch.full((10,), LARGEST, dtype=torch.float64)
     assert torch.equal(sample(logits, u, Sampling(temperature=0)), logits.argmax(1))

@@ -15,7 +15,7 @@ LENGTHS = torch.tensor([9, 5, 7])
 
 
 def make_batch(seed=0):
-    """Random tokens [3, 9], and which of them are chosen: none in a row's first place, none in its padding."""
+    """Return random tokens [3, 9] and a mask of the chosen ones, which excludes the first position and the padding."""
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 38, (3, 9), generator=g)
     place = torch.arange(9)
@@ -23,13 +23,13 @@ def make_batch(seed=0):
 
 
 def plain(model, tokens, temperature):
-    """Log-probabilities and entropies at the places 1 … S − 1 by the model's own forward, everything at once."""
+    """Return log-probabilities and entropies at positions 1 to S − 1, computed at once by the model's own forward."""
     distribution = torch.distributions.Categorical(logits=model(input_ids=tokens).logits[:, :-1] / temperature)
     return distribution.log_prob(tokens[:, 1:]), distribution.entropy()
 
 
 def weighed(logprobs, entropy):
-    """A scalar that depends on each number in its own way."""
+    """Return a scalar that depends on every number with a different weight."""
     w = torch.linspace(-1, 2, logprobs.numel())
     return (w * logprobs).sum() + (w.flip(0) * entropy).sum()
 
@@ -61,7 +61,7 @@ def test_equals_a_plain_forward(tiny_model, monkeypatch, architecture, temperatu
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_stands_in_the_padding_changes_nothing(tiny_model, architecture):
+def test_the_result_does_not_depend_on_the_padding(tiny_model, architecture):
     actor = Actor(load_model(str(tiny_model(architecture))), 0.7, shared_critic=True)
     torch.nn.init.normal_(actor.value_head.weight)
     tokens, chosen = make_batch()
@@ -76,7 +76,7 @@ def test_what_stands_in_the_padding_changes_nothing(tiny_model, architecture):
         torch.testing.assert_close(other, seen[0], atol=1e-6, rtol=1e-6)
 
 
-def test_no_logits_of_all_tokens_wait_for_the_backward_pass(tiny_model, monkeypatch):
+def test_the_logits_of_all_tokens_are_not_kept_for_the_backward_pass(tiny_model, monkeypatch):
     monkeypatch.setattr(actor_module, "chunk_rows", lambda *_: 4)
     actor = Actor(load_model(str(tiny_model("llama"))))
     tokens, chosen = make_batch()
@@ -87,14 +87,14 @@ def test_no_logits_of_all_tokens_wait_for_the_backward_pass(tiny_model, monkeypa
         assert any(x.shape[-1:] == (38,) and x.numel() >= 38 * 4 for x in saved) == held
 
 
-def test_nothing_chosen(tiny_model):
+def test_without_chosen_tokens(tiny_model):
     tokens, chosen = make_batch()
     stats = Actor(load_model(str(tiny_model("llama"))), shared_critic=True)(tokens, torch.zeros_like(chosen))
     assert (stats.logprobs == 0).all()
     assert stats.values.shape == tokens.shape
 
 
-def test_float32_whatever_the_weights(tiny_model):
+def test_the_outputs_are_float32_for_any_dtype_of_the_weights(tiny_model):
     actor = Actor(load_model(str(tiny_model("llama"))).bfloat16(), shared_critic=True)
     actor.value_head.bfloat16()
     stats = actor(*make_batch())
@@ -117,7 +117,7 @@ def test_models_that_scale_their_logits(tiny_model, config):
     torch.testing.assert_close(actor(tokens, chosen).logprobs[chosen], logprobs[chosen[:, 1:]], atol=1e-5, rtol=1e-5)
 
 
-def test_a_head_that_is_not_known_is_an_error(tiny_model):
+def test_an_unknown_head_is_refused(tiny_model):
     model = load_model(str(tiny_model("llama")))
     forward = model.forward
 
@@ -140,7 +140,7 @@ def test_shared_critic(tiny_model, architecture):
     torch.nn.init.ones_(actor.value_head.bias)
     hidden = actor.model.base_model(input_ids=tokens).last_hidden_state
     expected = hidden @ actor.value_head.weight[0] + 1
-    seen = chosen.flip(1).cummax(1).values.flip(1)  # up to the last token that is asked for
+    seen = chosen.flip(1).cummax(1).values.flip(1)  # up to the last chosen token
     torch.testing.assert_close(actor(tokens, chosen).values[seen], expected[seen], atol=1e-5, rtol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_value_grad_scale(tiny_model, scale):
 
 
 def double(tiny_model, architecture="gpt2", **options):
-    """A tiny actor in float64 (some shapes normalise in float32 whatever the weights are)."""
+    """Return a tiny actor in float64 (some architectures normalise in float32 even if the weights are float64)."""
     return Actor(load_model(str(tiny_model(architecture))), **options).double()
 
 

@@ -15,7 +15,7 @@ def make_tokens(seed=0):
 
 
 def plain(trunk, tokens):
-    """Every text alone, by transformers' own attention, at real tokens; 0 elsewhere."""
+    """Return the hidden states of each text alone, computed by transformers' own attention, with 0 at padding."""
     before = trunk.config._attn_implementation
     trunk.set_attn_implementation("eager")
     rows = [
@@ -27,7 +27,7 @@ def plain(trunk, tokens):
 
 
 def weighed(hidden):
-    """A scalar that depends on each number in its own way."""
+    """Return a scalar that depends on every number with a different weight."""
     return (torch.linspace(-1, 2, hidden.numel()).view_as(hidden) * hidden).sum()
 
 
@@ -38,7 +38,7 @@ def gradients(trunk):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_same_as_each_text_alone(tiny_model, architecture):
+def test_equals_computing_each_text_alone(tiny_model, architecture):
     model = load_model(str(tiny_model(architecture))).double()
     assert model.config._attn_implementation == UNPADDED
     trunk, tokens = model.base_model, make_tokens()
@@ -99,7 +99,7 @@ def test_sliding_windows(tiny_model):
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mpt", "falcon"])
-def test_other_architectures_keep_their_attention_and_their_padding(tiny_model, model_type):
+def test_other_architectures_keep_their_attention_and_padding(tiny_model, model_type):
     config = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
               "n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4, "d_model": 32, "alibi": True}  # fmt: skip
     model = load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama"))))
@@ -111,7 +111,7 @@ def test_other_architectures_keep_their_attention_and_their_padding(tiny_model, 
         torch.testing.assert_close(found[row, :n], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_soft_caps_are_left_alone(tiny_model):
+def test_models_with_soft_caps_keep_their_attention(tiny_model):
     config = {"model_type": "gemma2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
               "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     model = load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama"))))

@@ -47,7 +47,7 @@ def test_numerical_gradients():
     assert torch.autograd.gradcheck(lambda *x: by_chunks(*x, targets, 4), (hidden, weight, bias))
 
 
-def test_frozen_parameters_have_no_gradient():
+def test_frozen_parameters_do_not_get_a_gradient():
     hidden, weight, bias, targets = make()
     weight.requires_grad_(False)
     by_chunks(hidden, weight, bias, targets, 4)[0].sum().backward()
@@ -55,7 +55,7 @@ def test_frozen_parameters_have_no_gradient():
     assert bias.grad is not None
 
 
-def test_no_tokens():
+def test_without_tokens():
     hidden, weight, bias, targets = make()
     logprobs, entropy = by_chunks(hidden[:0], weight, bias, targets[:0], 4)
     assert logprobs.shape == entropy.shape == (0,)
@@ -63,7 +63,7 @@ def test_no_tokens():
     assert (weight.grad == 0).all()
 
 
-def test_differentiable_once_only():
+def test_it_is_differentiable_only_once():
     hidden, weight, bias, targets = make()
     (gradient,) = torch.autograd.grad(by_chunks(hidden, weight, bias, targets, 4)[0].sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError):
@@ -94,8 +94,8 @@ def test_a_chunk_is_small(vocabulary, device):
     assert rows * vocabulary <= max(2**24, 64 * vocabulary)
 
 
-def test_gradients_of_half_precision_are_added_up_in_float32():
-    """As under FSDP, whose weights are of half precision: many chunks are no less exact than one."""
+def test_half_precision_gradients_are_summed_in_float32():
+    """With half-precision weights, as under FSDP, many chunks are as accurate as one."""
     hidden, weight, _, targets = (x if x.dtype == torch.int64 else x.detach().bfloat16() for x in make())
     hidden, targets = hidden.repeat(30, 1), targets.repeat(30)
     found = []

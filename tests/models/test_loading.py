@@ -17,7 +17,7 @@ FIELD = "model.actor"
 
 @pytest.fixture
 def copied(tiny_model, tmp_path):
-    """A copy of a tiny model's folder, without the files that match, with other fields in its config.json."""
+    """Return a function that copies a tiny model's folder without some files and with changes to its config.json."""
 
     def copy(architecture="llama", without=(), config=None, **options):
         folder = tmp_path / "copy"
@@ -35,7 +35,7 @@ def random_weights(tiny_model):
 
 
 def one_line_error(load, *said):
-    """The load fails with one line that begins with the field and says all of this."""
+    """Check that the load fails with a one-line message that begins with the field and contains all of these words."""
     with pytest.raises(UserError) as caught:
         load()
     message = str(caught.value)
@@ -110,13 +110,13 @@ def test_folder_with_broken_weights(copied):
 
 
 @pytest.mark.parametrize("config", [{"intermediate_size": 64}, {"num_hidden_layers": 3, "layer_types": None}])
-def test_weights_that_are_not_the_configurations(copied, config):
+def test_weights_that_do_not_match_the_configuration(copied, config):
     folder = str(copied(config=config))
     one_line_error(lambda: load_model(folder, field=FIELD), folder)
 
 
 @pytest.mark.parametrize("load", [load_model, read_config])
-def test_folder_with_an_unknown_or_no_configuration(copied, tmp_path, load):
+def test_folder_with_an_unknown_or_missing_configuration(copied, tmp_path, load):
     folder = str(copied(config={"model_type": "llamma"}))
     one_line_error(lambda: load(folder, field=FIELD), folder, "llamma")
     (tmp_path / "empty").mkdir()
@@ -139,14 +139,14 @@ def test_one_label_in_the_weights_and_two_in_the_configuration(copied):
 
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_language_model_is_no_reward_model(copied, architecture, labels):
+def test_a_language_model_is_not_a_reward_model(copied, architecture, labels):
     names = {str(i): f"label {i}" for i in range(labels)}
     folder = str(copied(architecture, config={"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}))
     one_line_error(lambda: load_model(folder, "score", FIELD), folder)
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "gpt2"])  # its head is its embedding
-def test_a_reward_model_is_no_language_model(tiny_model, architecture):
+def test_a_reward_model_is_not_a_language_model(tiny_model, architecture):
     folder = str(tiny_model(architecture, task="score"))
     one_line_error(lambda: load_model(folder, field=FIELD), folder)
 
@@ -163,7 +163,7 @@ def test_model_of_a_folder(tiny_model, tmp_path, architecture, task):
     torch.testing.assert_close(again.state_dict(), {k: v.float() for k, v in model.state_dict().items()})
 
 
-def test_random_weights_are_a_function_of_the_seed(random_weights):
+def test_random_weights_depend_on_the_seed_only(random_weights):
     first = load_model(random_weights()).state_dict()
     torch.manual_seed(5)
     state = torch.random.get_rng_state()

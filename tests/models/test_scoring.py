@@ -24,7 +24,7 @@ def test_equals_the_classifier_of_transformers(tiny_model, architecture, load):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_critic_from_a_language_model_is_0_at_first_but_learns(tiny_model, architecture):
+def test_a_critic_from_a_language_model_starts_at_0_and_learns(tiny_model, architecture):
     folder = str(tiny_model(architecture))
     critic = load_critic(folder)
     values = critic(TOKENS)
@@ -42,7 +42,7 @@ def test_a_critic_with_random_weights(tiny_model):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_stands_in_the_padding_changes_nothing(tiny_model, architecture):
+def test_the_result_does_not_depend_on_the_padding(tiny_model, architecture):
     model = load_reward_model(str(tiny_model(architecture, task="score")))
     real = torch.arange(7) < LENGTHS[:, None]
     first, second = (model(torch.where(real, TOKENS, padding))[real] for padding in (0, 37))
@@ -68,7 +68,7 @@ def test_a_scalar_model_as_a_classifier_of_transformers(tiny_model, architecture
     scores = scalar(padded).gather(1, LENGTHS[:, None] - 1)
     assert scores.std() > 0.1
     for model in (classifier, AutoModelForSequenceClassification.from_pretrained(tmp_path)):
-        expected = scores - (bias or 0.0)  # transformers' classifiers have none; it is in the configuration
+        expected = scores - (bias or 0.0)  # transformers' classifiers have no bias; it is kept in the configuration
         assert getattr(model.config, "value_bias", None) == bias
         torch.testing.assert_close(model(padded).logits, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model(padded, attention_mask=real.long()).logits, expected, atol=1e-5, rtol=1e-5)

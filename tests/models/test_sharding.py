@@ -17,7 +17,7 @@ HALF = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 
 @pytest.fixture
 def process_group():
-    """This process as the only one."""
+    """Start a process group that contains only this process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -25,7 +25,7 @@ def process_group():
 
 @pytest.fixture(params=["fsdp", "fsdp2"])
 def sharded(request, process_group, tiny_model):
-    """An actor of one process, in half precision."""
+    """Return a half-precision actor that is sharded over one process."""
     actor = Actor(load_model(str(tiny_model("llama"))))
     if request.param == "fsdp":
         return wrap(actor, device_id=torch.device("cpu"), mixed_precision=MixedPrecision(**HALF))
@@ -38,7 +38,7 @@ def measure(actor):
 
 
 def test_gathered_weights_are_those_of_the_last_step(sharded):
-    """Autocast keeps the casts of weights by parameter, and a sharded parameter gets new weights each time."""
+    """Autocast caches its casts by parameter, but a sharded parameter gets new weights each time."""
     optimizer = torch.optim.SGD(sharded.parameters(), lr=0.01)
     with torch.autocast("cpu", torch.bfloat16):
         before = measure(sharded)
@@ -52,7 +52,7 @@ def test_gathered_weights_are_those_of_the_last_step(sharded):
 
 
 def test_gathered_weights_are_rounded_as_in_a_training_step(sharded):
-    """The probability ratio to the policy that was judged is 1 before the first step."""
+    """The probability ratio to the policy that made the rollout is therefore 1 before the first step."""
     weights = {name: weight.clone() for name, weight in sharded.named_parameters()}
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         torch.testing.assert_close(sharded(TOKENS, CHOSEN).logprobs, measure(sharded), rtol=0, atol=0)

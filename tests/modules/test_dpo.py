@@ -32,7 +32,7 @@ def low(response):
 
 
 def rankings(count, places=(2,), seed=0, prompts=True):
-    """By how many of the words w0 … w7 they have; two are a pair."""
+    """Return rankings by the number of words w0 … w7 in each response; a ranking of two is a pair."""
     rng, records = random.Random(seed), []
     while len(records) < count:
         ranked = sorted((words(rng) for _ in range(places[len(records) % len(places)])), key=low, reverse=True)
@@ -58,7 +58,7 @@ def held_out(trainer):
 
 
 def reward_of(module, record, response):
-    """The implicit reward by transformers' own logits, in float64."""
+    """Return the implicit reward, computed in float64 from transformers' own logits."""
     prompt, whole = (module.tokenizer(record["prompt"] + text)["input_ids"] for text in ("", response))
     tokens, total = torch.tensor([[*whole, module.tokenizer.eos_token_id]]), 0.0
     with torch.no_grad():
@@ -71,7 +71,7 @@ def reward_of(module, record, response):
 
 @pytest.mark.parametrize("places", [(2,), (3,), (2, 3, 4)])
 @pytest.mark.parametrize("cache", [True, False])
-def test_at_the_reference_all_orders_are_as_likely(make, fit_preferences, places, cache):
+def test_at_the_reference_all_orders_are_equally_likely(make, fit_preferences, places, cache):
     recorder = Recorder()
     fit_preferences(make(cache_reference=cache), rankings(12, places), None, [recorder], data={"batch_size": 12})
     expected = sum(math.log(math.factorial(k)) for k in places) / len(places)
@@ -81,7 +81,7 @@ def test_at_the_reference_all_orders_are_as_likely(make, fit_preferences, places
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_reference_is_cached_in_the_precision_of_the_steps(make, fit_preferences, precision):
-    """Rounded alike, actor and reference give a response the same log-probability."""
+    """With the same rounding, actor and reference give a response the same log-probability."""
     recorder = Recorder()
     module = make(beta=1.0, optimizer=sgd(0.0))
     fit_preferences(module, rankings(48), None, [recorder], precision=precision)
@@ -132,7 +132,7 @@ def test_the_cached_reference_is_the_reference(make, fit_preferences, records, i
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_micro_batches_change_nothing(make, fit_preferences, cache):
+def test_micro_batches_do_not_change_the_result(make, fit_preferences, cache):
     results, records = [], rankings(24, (2, 3, 4))
     for max_tokens in (64, 4096):
         recorder = Recorder()
@@ -143,7 +143,7 @@ def test_micro_batches_change_nothing(make, fit_preferences, cache):
         torch.testing.assert_close(weight, results[1][name], rtol=0, atol=1e-6)
 
 
-def test_another_reference_than_the_start(make, fit_preferences, tiny_model):
+def test_a_reference_that_differs_from_the_initial_actor(make, fit_preferences, tiny_model):
     other = str(tiny_model("llama", seed=1))
     records = rankings(8)
     module, recorder = make(reference=other, beta=0.05, optimizer=sgd(0.0)), Recorder()
@@ -158,7 +158,7 @@ def test_another_reference_than_the_start(make, fit_preferences, tiny_model):
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
 def test_label_smoothing_sets_the_best_margin(make, fit_preferences, smoothing):
-    """Of one pair it is the log-odds of a label that is right."""
+    """For a single pair, the best margin is the log-odds that the label is right."""
     recorder = Recorder()
     module = make(
         label_smoothing=smoothing,
@@ -172,12 +172,12 @@ def test_label_smoothing_sets_the_best_margin(make, fit_preferences, smoothing):
     assert recorder.metrics[-1]["train/margin"] == pytest.approx(math.log((1 - smoothing) / smoothing), abs=0.02)
 
 
-def test_smoothing_of_rankings_is_refused(make, fit_preferences):
+def test_label_smoothing_of_rankings_is_refused(make, fit_preferences):
     with pytest.raises(UserError, match=r"^model\.label_smoothing is for pairs"):
         fit_preferences(make(label_smoothing=0.1), rankings(8, (3,)))
 
 
-def test_a_margin_counts(make, fit_preferences):
+def test_a_margin_changes_the_loss(make, fit_preferences):
     recorder = Recorder()
     fit_preferences(make(), [r | {"gap": 2.0} for r in rankings(8)], None, [recorder], data={"margin": "gap"})
     assert recorder.metrics[0]["train/loss"] == pytest.approx(math.log1p(math.exp(2)), abs=1e-6)
@@ -199,7 +199,7 @@ def test_kl_to_the_reference(make, fit_preferences):
     assert in_small_batches["kl_to_ref"] == pytest.approx(after["kl_to_ref"], abs=1e-4)
 
 
-def test_records_without_a_prompt_train_but_have_no_kl(make, fit_preferences):
+def test_records_without_a_prompt_are_trained_but_have_no_kl(make, fit_preferences):
     records = rankings(24, prompts=False)
     found = held_out(fit_preferences(make(optimizer=adam(3e-3)), records, records, max_epochs=4))
     assert found["accuracy"] > 0.8
@@ -207,8 +207,8 @@ def test_records_without_a_prompt_train_but_have_no_kl(make, fit_preferences):
     assert "length" not in found
 
 
-def test_texts_that_differ_from_the_first_token_on(fit_preferences):
-    """Without a beginning-of-sequence token nothing predicts the first; what is learned is the rest."""
+def test_texts_that_already_differ_at_the_first_token(fit_preferences):
+    """Without a beginning-of-sequence token nothing predicts the first token; only the others are learned."""
     source = RandomWeights(CONFIG, f"{__file__}:letters")
     module, recorder = DPO(source, beta=1.0, optimizer=sgd(0.0)), Recorder()
     module.configure_model()
@@ -241,7 +241,7 @@ def test_conversations(fit_preferences, tiny_model):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit_preferences, tmp_path, cache):
+def test_resuming_from_a_checkpoint_is_bitwise_exact(make, fit_preferences, tmp_path, cache):
     records = rankings(28, (2, 3))
     whole, rest = Recorder(), Recorder()
 
@@ -266,7 +266,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(make, fit_preferences, tm
     assert found == expected
 
 
-def test_the_reference_is_in_no_checkpoint_and_stays(make, fit_preferences, tiny_model, tmp_path):
+def test_the_reference_is_not_in_the_checkpoint_and_stays_fixed(make, fit_preferences, tiny_model, tmp_path):
     module = make(optimizer=adam(1e-2))
     fit_preferences(module, rankings(16), rankings(4), [IterationCheckpoint(), ExportAtEnd()], max_epochs=2)
     (path,) = tmp_path.rglob("last.ckpt")
@@ -286,7 +286,7 @@ LETTERS = ("a", "b", "c")
 
 
 def letters():
-    """A tokenizer of an end and three letters."""
+    """Return a tokenizer of three letters and an end token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -297,13 +297,13 @@ def letters():
 
 @torch.no_grad()
 def log_probability(actor: Actor, row, prompt):
-    """Of what stands behind the prompt's tokens."""
+    """Return the log-probability of the tokens after the prompt."""
     tokens = torch.tensor([row])
     return actor(tokens, torch.arange(len(row))[None] >= prompt).logprobs.double().sum()
 
 
 def in_proportion(odds, places):
-    """Every order of every subset, as often as Plackett–Luce has it with these odds: no noise of sampling."""
+    """Yield every order of every subset exactly in proportion to its Plackett–Luce probability."""
     for subset in combinations(odds, places):
         probability = {}
         for order in permutations(subset):
@@ -317,7 +317,7 @@ def in_proportion(odds, places):
 @pytest.mark.parametrize(("places", "longest", "steps"), [(2, 2, 160), (3, 1, 80)])
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_the_policy_is_the_closed_form(fit_preferences, places, longest, steps, beta):
-    """π(y|x) = π_ref(y|x) exp(r(x, y) / β) / Z(x), among the responses that preferences tell of."""
+    """π(y|x) = π_ref(y|x) exp(r(x, y) / β) / Z(x), over the responses in the preferences."""
     responses = [" ".join(r) for length in range(longest + 1) for r in product(LETTERS, repeat=length)]
     odds = {
         start: {response: (1, 2, 4)[i * step % 3] for i, response in enumerate(responses)}
@@ -366,6 +366,6 @@ def test_numbers_out_of_range(make, options, message):
         make(**options)
 
 
-def test_no_model():
+def test_without_a_model():
     with pytest.raises(UserError, match=r"^model\.actor is not set"):
         DPO()

@@ -34,8 +34,8 @@ def test_loss_is_the_responses_mean_negative_log_probability(fit_sft, tiny_model
         logits = module.actor.model(input_ids=batch.tokens).logits
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
         mask = batch.mask[:, 1:].flatten()
-        assert int(mask.sum()) == 8 * 4  # three words and the end, of eight rows
-        assert batch.mask[:, :3].sum() == 0  # the beginning and the prompt's two words
+        assert int(mask.sum()) == 8 * 4  # three words and the end token, in eight rows
+        assert batch.mask[:, :3].sum() == 0  # the beginning-of-sequence token and the prompt's two words
         total, count = total + float(losses[mask].sum()), count + int(mask.sum())
     val = float(trainer.callback_metrics["val/loss"])
     assert total / count == pytest.approx(val, rel=1e-5)
@@ -45,18 +45,18 @@ def test_loss_is_the_responses_mean_negative_log_probability(fit_sft, tiny_model
 def test_it_learns_and_counts(fit_sft):
     trainer, _, recorder = fit_sft(iterations=20)
     losses = [m["train/loss"] for m in recorder.metrics]
-    assert len(losses) == 20  # more than the two epochs of three batches: iterations decide
+    assert len(losses) == 20  # more than the two epochs of three batches, because iterations take precedence
     assert losses[-1] < 0.3 * losses[0]
     assert float(trainer.callback_metrics["val/loss"]) < 0.3 * losses[0]
 
 
-def test_epochs_decide_without_iterations(fit_sft):
+def test_without_iterations_the_epochs_decide(fit_sft):
     _, module, recorder = fit_sft()
     assert len(recorder.metrics) == 6
     assert int(module.iteration) == 6
 
 
-def test_schedule_steps_by_batch(fit_sft):
+def test_the_scheduler_steps_after_every_batch(fit_sft):
     trainer, _, _ = fit_sft(
         iterations=4, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step)
     )
@@ -77,7 +77,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_not_batches(fit_sft, tmp_path
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_packing_changes_neither_loss_nor_step(tiny_model, make_trainer, tmp_path, architecture):
+def test_packing_changes_neither_the_loss_nor_the_step(tiny_model, make_trainer, tmp_path, architecture):
     file = tmp_path / "texts.jsonl"
     rows = [f"w{i} " + " ".join(["w5", "w9"] * (1 + i % 4)) for i in range(8)]
     file.write_text("\n".join(f'{{"text": "{row}"}}' for row in rows))
@@ -96,14 +96,14 @@ def test_packing_changes_neither_loss_nor_step(tiny_model, make_trainer, tmp_pat
 
 @pytest.fixture
 def packed(tmp_path):
-    """Short texts, several to a row."""
+    """Return a data module that packs several short texts into each row."""
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(f'{{"text": "w{i} w5 w9"}}\n' for i in range(8)))
     return Demonstrations(train=str(file), validation=str(file), batch_size=8, max_tokens=16, packing=True)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_packing_with_weights_that_are_sharded_and_rounded(one_process, packed, tiny_model, make_trainer, architecture):
+def test_packing_with_sharded_half_precision_weights(one_process, packed, tiny_model, make_trainer, architecture):
     module = SFT(str(tiny_model(architecture)), iterations=1)
     trainer = make_trainer(strategy="fsdp2", devices=1, precision="bf16-mixed", inference_mode=False)
     trainer.fit(module, datamodule=packed)
@@ -111,7 +111,7 @@ def test_packing_with_weights_that_are_sharded_and_rounded(one_process, packed, 
 
 
 @pytest.mark.parametrize("method", ["fit", "validate"])
-def test_packing_is_refused_where_attention_does_not_go_by_positions(packed, tiny_model, make_trainer, method):
+def test_packing_is_refused_if_the_attention_mixes_texts(packed, tiny_model, make_trainer, method):
     config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
     module = SFT(RandomWeights(config, str(tiny_model("llama"))))
     with pytest.raises(UserError, match=r"^data.packing: BloomForCausalLM does not keep packed texts apart"):

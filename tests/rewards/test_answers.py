@@ -61,14 +61,14 @@ def test_numeric_answer(response, answer, right):
 @pytest.mark.parametrize(
     ("response", "score"), [("#### 72", 1.0), ("#### 71", 0.1), ("72", 0.0), ("#### none", 0.0), ("none", 0.0)]
 )
-def test_format_score_is_for_a_marked_but_wrong_number(response, score):
+def test_a_marked_but_wrong_number_gets_the_format_score(response, score):
     assert numeric(response, "72", format_score=0.1) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
     ("response", "score"), [("first 3, then 72 apples", 1.0), ("72, then 3", 0.0), ("#### 3, not 72", 0.1)]
 )
-def test_anywhere_takes_the_last_number_of_a_response_without_marker(response, score):
+def test_anywhere_takes_the_last_number_of_a_response_without_a_marker(response, score):
     assert numeric(response, "72", anywhere=True, format_score=0.1) == pytest.approx(score)
 
 
@@ -85,13 +85,13 @@ def test_last_number(text, number):
     assert last_number(text) == number
 
 
-def test_final_number_wants_the_marker():
+def test_final_number_requires_the_marker():
     assert final_number("72") is None
     assert final_number("#### 72") == 72
 
 
 @pytest.mark.parametrize("reward", [ExactAnswer(column="solution"), NumericAnswer(column="solution")])
-def test_a_missing_column_names_those_that_exist(reward):
+def test_the_error_for_a_missing_column_names_the_existing_columns(reward):
     with pytest.raises(UserError, match=r"'solution'.*prompt, answer"):
         reward(reward_inputs(["72"], prompt=["q"], answer=["72"]))
 

@@ -92,11 +92,11 @@ def score(file):
     return run
 
 
-def test_gets_the_columns_it_names_and_no_others(score):
+def test_a_function_gets_only_the_columns_that_it_names(score):
     assert score("named", answer=["yes", "yes"], other=[1, 2]).tolist() == [1.0, 0.0]
 
 
-def test_keywords_take_everything(score, file):
+def test_keyword_arguments_receive_every_column(score, file):
     reward = RewardFunction(f"{file}:everything")
     reward.prepare(None)
     scores = reward(reward_inputs(["a", "b"], answer=["x", "y"]))
@@ -116,7 +116,7 @@ def test_a_parameter_with_a_default_needs_no_column(score):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("as_tensor", [0.0, 1.0]), ("as_array", [3.0, 2.0])])
-def test_tensors_and_arrays_are_numbers_too(score, name, expected):
+def test_tensors_and_arrays_are_accepted_as_numbers(score, name, expected):
     scores = score(name)
     assert scores.tolist() == expected
     assert scores.dtype == torch.float32
@@ -154,7 +154,7 @@ def test_from_a_module():
         ("wants_more", ["wants_more", "difficulty", "prompts", "responses", "terminated", "answer"]),
     ],
 )
-def test_mistakes_are_told_in_one_line(score, name, words):
+def test_errors_are_reported_in_one_line(score, name, words):
     with pytest.raises(UserError) as error:
         score(name, answer=["x", "y"])
     message = str(error.value)
@@ -173,7 +173,7 @@ def test_mistakes_are_told_in_one_line(score, name, words):
         ("rewards.py", ["'rewards.py'", "module:name"]),
     ],
 )
-def test_references_that_lead_nowhere(file, reference, words):
+def test_references_that_cannot_be_resolved(file, reference, words):
     (file.parent / "broken.py").write_text("def f(responses):\n    return [\n")
     reward = RewardFunction(reference.format(folder=file.parent))
     with pytest.raises(UserError) as error:

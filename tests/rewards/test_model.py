@@ -14,7 +14,7 @@ TERMINATED = [True, True, False, True]
 
 
 def reward_inputs(tokenizer, prompts=PROMPTS) -> RewardInputs:
-    """Responses to text prompts, ended by the end-of-sequence token where they are terminated."""
+    """Return responses to text prompts; terminated responses end with the end-of-sequence token."""
     starts = [tokenizer(p)["input_ids"] if isinstance(p, str) else tokenizer.encode("w0") for p in prompts]
     ends = [
         tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
@@ -43,9 +43,9 @@ def conversations():
 
 
 def own_scores(folder, rows) -> torch.Tensor:
-    """What the classifier itself says at each row's last token, a row at a time, without padding."""
+    """Return the classifier's own score at each row's last token, computed one row at a time without padding."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    model.config.pad_token_id = None  # else it would look for the last token that is no padding
+    model.config.pad_token_id = None  # otherwise it would search for the last token that is not padding
     with torch.no_grad():
         return torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
 
@@ -58,7 +58,7 @@ def prepared(folder, tokenizer, **options) -> RewardModel:
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory):
-    """A reward model with another vocabulary: the words in reverse order, behind other special tokens."""
+    """Return a reward model with another vocabulary: the words in reverse order, after other special tokens."""
     folder = tmp_path_factory.mktemp("other")
     names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in reversed(range(32))), "user", "assistant"]
     words = {name: i for i, name in enumerate(names)}
@@ -94,7 +94,7 @@ def test_score_is_the_classifiers_own_at_the_last_token(tiny_model, architecture
     assert "tokenized again" not in capsys.readouterr().out
 
 
-def test_another_vocabulary_is_tokenized_again_and_says_so(tiny_model, other_model, capsys):
+def test_responses_are_tokenized_again_for_another_vocabulary_with_a_message(tiny_model, other_model, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     own = AutoTokenizer.from_pretrained(other_model)
     reward = prepared(other_model, tokenizer)
@@ -137,7 +137,7 @@ def test_the_model_is_frozen(tiny_model):
     assert not reward(reward_inputs(tokenizer)).requires_grad
 
 
-def test_models_that_give_no_single_score(tiny_model, tmp_path):
+def test_models_that_do_not_give_a_single_score(tiny_model, tmp_path):
     folder = tiny_model("llama", task="score")
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
     model.save_pretrained(tmp_path)
@@ -147,7 +147,7 @@ def test_models_that_give_no_single_score(tiny_model, tmp_path):
         prepared(tmp_path / "nowhere", AutoTokenizer.from_pretrained(folder))
 
 
-def test_normalised_by_the_training_sets_scores(tiny_model, tmp_path):
+def test_scores_are_normalised_by_those_of_the_training_set(tiny_model, tmp_path):
     folder = tiny_model("llama", task="score")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -8,7 +8,7 @@ from lit_rlhf.types import RewardInputs, Rollout
 
 
 class Column(Reward):
-    """The numbers of a column."""
+    """A reward that returns the numbers of a column."""
 
     def __init__(self, name: str, weight: float = 1.0) -> None:
         super().__init__(weight)
@@ -24,7 +24,7 @@ class Column(Reward):
 
 
 class Plain(Column):
-    """The column as it is."""
+    """A reward that returns the column unchanged."""
 
     def forward(self, reward_inputs):
         return reward_inputs.columns[self.column]
@@ -51,7 +51,7 @@ def shape(scores, values, terminated=None):
 
 
 def batches(seed=0):
-    """Batches of different sizes whose mean drifts."""
+    """Return batches of different sizes with a drifting mean."""
     rng = np.random.default_rng(seed)
     return [rng.normal(100.0 + i, 1.0 + i, size).astype(np.float32) for i, size in enumerate((1, 5, 8, 3, 16))]
 
@@ -63,7 +63,7 @@ def test_the_score_is_the_weighted_sum_of_the_rewards():
     assert total.tolist() == [0.5, -1.0, 3.5]
 
 
-def test_two_rewards_of_one_name_are_both_told():
+def test_two_rewards_with_the_same_name_are_both_reported():
     scores = Scores([Column("a"), Column("a", 2.0)], ScoreShaping())
     parts, total = scores.judge(reward_inputs(1, a=[1.0]))
     assert len(parts) == 2
@@ -80,7 +80,7 @@ def test_two_rewards_of_one_name_are_both_told():
         ([0.0, 1.0], "list"),
     ],
 )
-def test_a_reward_returns_one_number_a_response(values, returned):
+def test_a_reward_returns_one_number_per_response(values, returned):
     scores = Scores([Plain("length")], ScoreShaping())
     assert scores.judge(reward_inputs(2, length=torch.tensor([1.0, 2.0])))[1].tolist() == [1.0, 2.0]
     message = rf"^the reward length should return a tensor of 2 numbers, not {returned}$"
@@ -88,7 +88,7 @@ def test_a_reward_returns_one_number_a_response(values, returned):
         scores.judge(reward_inputs(2, length=values))
 
 
-def test_nothing_happens_to_the_score_by_default():
+def test_the_score_is_not_changed_by_default():
     assert shape(Scores([], ScoreShaping()), [1.0, -50.0], [True, False]).tolist() == [1.0, -50.0]
 
 
@@ -132,7 +132,7 @@ def test_normalisation_comes_before_the_clip():
     np.testing.assert_allclose(shape(scores, batch, [True, True, False, True]), expected, rtol=1e-5)
 
 
-def test_the_statistics_are_in_the_state_and_go_on_from_it():
+def test_the_statistics_are_saved_in_the_state_and_continue_from_it():
     first, second = (Scores([Column("a")], ScoreShaping(normalize=True)) for _ in range(2))
     *before, last = batches()
     for batch in before:
