@@ -135,7 +135,7 @@ def test_nccl_reports_a_lost_peer():
     try:
         nccl = ctypes.CDLL("libnccl.so.2")
     except OSError:
-        pytest.skip("this torch contains NCCL, not as a library of its own")
+        pytest.skip("this torch contains NCCL, but not as a separate library")
     with contract("NCCL", "ncclGetErrorString(ncclRemoteError) contains a phrase of LOST_PEER"):
         text = nccl.ncclGetErrorString
         text.restype = ctypes.c_char_p
@@ -347,7 +347,7 @@ def test_jsonargparse_refuses_options_of_a_group_with_these_messages():
 
 @pytest.mark.parametrize("words", [(*CONSTANT, "--estimator.count", "x"), (*SGD, "--optimizer.lr", "fast")])
 def test_jsonargparse_puts_the_message_among_remarks(words):
-    with contract("jsonargparse", "of its lines, those that are no REMARK begin with WRONG_TYPE"):
+    with contract("jsonargparse", "the lines that do not match REMARK begin with WRONG_TYPE"):
         lines = [line.strip(" -") for line in refusal(*words).splitlines()]
         informative = [line for line in lines if line and not compat.REMARK.match(line)]
         assert informative

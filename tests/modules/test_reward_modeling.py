@@ -150,7 +150,7 @@ def test_rankings_of_different_sizes_train(make, fit_preferences, tiny_model, as
 
 @pytest.mark.parametrize("records", [low_pairs(24), low_rankings(24)], ids=["pairs", "rankings"])
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_micro_batches_change_nothing(make, fit_preferences, records, clip):
+def test_micro_batches_do_not_change_the_result(make, fit_preferences, records, clip):
     results = []
     for max_tokens in (64, 4096):
         recorder = Recorder()
@@ -342,7 +342,7 @@ def test_the_best_distance_with_margin_and_smoothing(make, fit_preferences, tiny
     assert recorder.metrics[-1]["train/margin"] == pytest.approx(expected, abs=0.02)
 
 
-def test_smoothing_of_rankings_is_refused(make, fit_preferences):
+def test_label_smoothing_of_rankings_is_refused(make, fit_preferences):
     with pytest.raises(UserError, match=r"^model\.label_smoothing is for pairs: .*rankings of more than two$"):
         fit_preferences(make(label_smoothing=0.1), low_rankings(8, (3,)))
     fit_preferences(make(label_smoothing=0.1), low_rankings(8, (3,)), data={"as_pairs": True})
@@ -398,7 +398,7 @@ def test_numbers_out_of_range(make, options, message):
         make(**options)
 
 
-def test_no_model():
+def test_without_a_model():
     with pytest.raises(UserError, match=r"^model\.reward is not set"):
         RewardModeling()
 
