@@ -29,10 +29,16 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 
 
+LEFT_BEHIND = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Environment variables that Lightning's strategies set; processes that a later test starts would inherit them."""
+
+
 @pytest.fixture(autouse=True)
-def seed(monkeypatch):
-    """Set the seed that `lit_rlhf.randomness` reads, whatever an earlier test left."""
+def environment(monkeypatch):
+    """Set the seed that `lit_rlhf.randomness` reads, and remove what earlier tests left in the environment."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    for name in LEFT_BEHIND:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
@@ -95,11 +101,8 @@ def make_trainer(tmp_path):
 
 
 @pytest.fixture
-def one_process(monkeypatch):
-    """Clean up after strategies for several processes: Lightning leaves its process group and its variables behind."""
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+def one_process():
+    """Destroy the process group that Lightning leaves behind."""
     yield
     torch.distributed.destroy_process_group()
 

@@ -42,8 +42,11 @@ def total_variation(module):
     return sum(distances) / len(distances)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "distance"), [(192, 0.08), pytest.param(384, 0.05, marks=pytest.mark.long)], ids=["short", "long"]
+)
 @pytest.mark.parametrize(("estimator", "whiten"), [("k1", False), ("full", False), ("full", True)])
-def test_ppo(make_trainer, estimator, whiten):
+def test_ppo(make_trainer, estimator, whiten, batch_size, distance):
     iterations = 120
     module = PolicyGradient(
         actor=RandomWeights(config=SHAPE, tokenizer=f"{BENCHMARKS}/worlds.py:chain_tokenizer", seed=1),
@@ -61,6 +64,6 @@ def test_ppo(make_trainer, estimator, whiten):
     trainer = make_trainer(max_epochs=-1)
     module.configure_model()
     before = total_variation(module)
-    trainer.fit(module, datamodule=Prompts(train=f"{BENCHMARKS}/worlds.py:chain_prompts", batch_size=384))
+    trainer.fit(module, datamodule=Prompts(train=f"{BENCHMARKS}/worlds.py:chain_prompts", batch_size=batch_size))
     assert before > 0.2
-    assert total_variation(module) < 0.05
+    assert total_variation(module) < distance
