@@ -149,10 +149,10 @@ def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout
     Args:
         rollout: B rows.
         max_tokens: The largest number of padded tokens of a micro-batch.
-        compute: Returns a named tuple of [b, t] or [b] tensors for some rows, t their longest response; or None fields.
+        compute: Maps some rows to a named tuple of [b, t] or [b] tensors, or None; t is their longest response.
 
     Returns:
-        The same named tuple for all rows, [B, T] or [B] float32, 0 beyond the t of a row's micro-batch.
+        The same named tuple for all rows, [B, T] or [B] float32, padded with 0 on the right.
     """
     results: list[Tensor | None] = []
     for indices in pack(rollout.lengths.cpu(), max_tokens):

@@ -130,7 +130,8 @@ def run(args: Sequence[str] | None = None) -> None:
     """Run a subcommand of LightningCLI.
 
     Args:
-        args: Subcommand and options; None: those of the command line, which child processes of DDP use as well.
+        args: The subcommand and its options; None to read the command line. Use None under DDP, whose child processes
+            always read the command line.
 
     Raises:
         UserError: if the configuration is wrong, or another process of the run has ended.

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
@@ -18,7 +19,7 @@ WITHOUT = {
 @pytest.mark.parametrize("name", sorted(set(lit_rlhf.__all__) - set(WITHOUT)))
 def test_every_public_name_has_an_example(name):
     documented = getattr(lit_rlhf, name)
-    assert ">>>" in inspect.getdoc(documented) or "::\n" in inspect.getdoc(documented)
+    assert re.search(r">>> |::\n\n    \S", inspect.getdoc(documented))
 
 
 def test_the_exceptions_are_public_names():

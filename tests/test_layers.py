@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import lit_rlhf
+
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
     ("errors",),
@@ -26,6 +28,7 @@ LAYERS = [
     ("cli",),
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
+HOME = {name: getattr(lit_rlhf, name).__module__.removeprefix("lit_rlhf.") for name in lit_rlhf.__all__}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -38,6 +41,9 @@ def imports(path: Path) -> set[str]:
     """The modules of the package that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), "imports are absolute"
+        if isinstance(node, ast.ImportFrom) and node.module == "lit_rlhf":
+            found |= {f"lit_rlhf.{HOME[alias.name]}" for alias in node.names if alias.name in HOME}
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lit_rlhf":
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {name for name in names if (PACKAGE.parent / name.replace(".", "/")).with_suffix(".py").exists()}

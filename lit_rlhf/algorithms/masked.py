@@ -126,7 +126,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
 
 
 def _moments(x: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return mean and population variance, in two passes: one pass would lose the variance beside a large mean."""
+    """Return mean and population variance, in two passes: E[x²] − E[x]² cancels when the mean is large."""
     x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype)).clamp(min=1)
     mean = reduce(masked_sum(x, mask)) / count

@@ -1,4 +1,4 @@
-"""Rewards of tokens, from the score of a response and the KL to the reference."""
+"""Per-token rewards, computed from the score of a response and the KL to the reference."""
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, coef: 
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device)
     if kl is not None:
         rewards = torch.where(mask, -coef * kl, 0.0)
+    if not mask.shape[1]:
+        return rewards
     last_token = mask.shape[1] - 1 - mask.flip(1).byte().argmax(1)
     rewards[torch.arange(len(mask), device=mask.device), last_token] += scores
-    return rewards
+    return torch.where(mask, rewards, 0.0)

@@ -13,17 +13,17 @@ from lit_rlhf.modules.module import iteration_of
 
 
 class IterationCheckpoint(ModelCheckpoint):
-    """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` by a metric, and permanent copies.
+    """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` by a metric, and copies that are kept.
 
     A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run resumed from
     it by ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted.
 
     Args:
         every_n: Iterations between two ``last.ckpt``.
-        keep_every_n: Iterations between two permanent copies such as ``iteration-000010.ckpt``; None: no copies.
-        monitor: The metric of ``best.ckpt``, for example ``val/score``; None: no ``best.ckpt``.
+        keep_every_n: Iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
+        monitor: The metric of ``best.ckpt``, for example ``val/score``; None for no ``best.ckpt``.
         mode: Whether the best value is the largest or the smallest.
-        dirpath: The folder; None: ``checkpoints`` in the run's folder.
+        dirpath: The folder; None for ``checkpoints`` in the run's folder.
 
     Raises:
         ValueError: if a number of iterations is less than 1.

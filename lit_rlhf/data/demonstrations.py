@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationEncoder:
-    """Makes one row of each record: the tokens of prompt and response, ended, and how many of them are the prompt's.
+    """Makes one row of each record: the tokens of prompt and response, and the number of those of the prompt.
 
     Prompt and response of a text are tokenized together, so that a text split in two has the tokens that it would have
     as a whole; the prompt's tokens are those that it shares with the whole from the start.

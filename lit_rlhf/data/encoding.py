@@ -7,10 +7,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from uuid import uuid4
 
 import numpy as np
 import pyarrow
@@ -115,7 +117,7 @@ def encode(
             remove_columns=records.table.column_names,
             features=Features.from_arrow_schema(encoder.schema),
             num_proc=_processes(len(records)) if records.key else None,
-            new_fingerprint=_fingerprint(records.key, encoder, tokenizer) if records.key else None,
+            new_fingerprint=_fingerprint(records.key, encoder, tokenizer) if records.key else uuid4().hex,
             desc=f"{field}: tokenizing",
         )
 
@@ -143,12 +145,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name of the rows in the cache: of the records, the options, the tokenizer, and the code that tokenizes."""
-    code = [
-        inspect.getsource(module) for module in map(inspect.getmodule, (encode, token_rows, type(encoder))) if module
-    ]
+    """Name the rows in the cache: by the records, the options, the tokenizer, and the code that tokenizes."""
+    parts_of_code = (encode, token_rows, Records, *type(encoder).__mro__[:-1])  # the last one is object
+    code = [inspect.getsource(module) for module in map(inspect.getmodule, parts_of_code) if module]
     versions = [version("transformers"), version("tokenizers")]
-    parts = [*key, repr(encoder), tokenizer_fingerprint(tokenizer), *code, *versions]
+    today = [date.today().isoformat()] if "strftime_now" in str(tokenizer.chat_template) else []
+    parts = [*key, repr(encoder), tokenizer_fingerprint(tokenizer), *code, *versions, *today]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

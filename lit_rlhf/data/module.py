@@ -119,7 +119,7 @@ class ResumableData(lightning.LightningDataModule):
         return self.rows_of(split, records, table)
 
     def _loader(self, rows: Rows, batch_size: int, option: str, *, shuffle: bool) -> ResumableLoader:
-        """This process's share of each batch."""
+        """Return the loader of this process's part of each batch."""
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         check_shares(len(rows), batch_size, shuffle=shuffle, world_size=world_size, option=option)

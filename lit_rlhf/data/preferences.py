@@ -77,7 +77,7 @@ class PreferenceEncoder:
         return rows
 
     def _ranking(self, tokenizer: PreTrainedTokenizerBase, record: Record, where: str) -> _Ranking | None:
-        """What to tokenize of a record; None for a tie that is to be dropped."""
+        """Return the texts of a record to tokenize; None for a tie to drop."""
         responses = self._ordered(record, where)
         equal = next((one for one, other in combinations(responses, 2) if one == other), None)
         if equal is not None:

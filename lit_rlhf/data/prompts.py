@@ -177,7 +177,7 @@ class Prompts(ResumableData):
         return self.held_out_loader(split, self.validation_batch_size, "data.validation_batch_size")
 
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the prompts that are short enough or cut, together with their records."""
+        """Return the prompts that were kept (short enough, or cut to fit), with their records."""
         rows, source, limit = Rows(table, records), self.sources[split], self.encoder.max_tokens
         self.dropped[split] = len(records) - len(rows)
         self.cut[split] = int(rows.column("cut").sum())

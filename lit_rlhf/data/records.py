@@ -200,14 +200,17 @@ def _read_file(path: Path, field: str) -> Records:
         return _read_jsonl(path, field)
     import datasets
 
-    try:
-        with progress_bars(path.stat().st_size > LARGE_FILE):
-            rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps every reader's own errors
-        if NO_RECORDS in str(error):
-            raise UserError(f"{field}: {path} has no records") from error
-        cause = error.__cause__ or error
-        raise UserError(f"{field}: {path} cannot be read as {path.suffix[1:]}: {cause}") from error
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, f"lit-rlhf-{_digest(path, field)}")  # not only its time
+    with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE):
+        try:
+            rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=folder)
+        except Exception as error:  # datasets wraps every reader's own errors
+            if any(isinstance(cause, OSError) for cause in _causes(error)):
+                raise
+            if NO_RECORDS in str(error):
+                raise UserError(f"{field}: {path} has no records") from error
+            cause = error.__cause__ or error
+            raise UserError(f"{field}: {path} cannot be read as {path.suffix[1:]}: {cause}") from error
     return Records(rows.with_format("arrow"), pyarrow.Table.to_pylist)
 
 
@@ -215,20 +218,20 @@ def _read_jsonl(path: Path, field: str) -> Records:
     """Store the lines as they are: one Arrow type for a column of all records would change their values."""
     import datasets
 
-    large = path.stat().st_size > LARGE_FILE
+    large, digest = path.stat().st_size > LARGE_FILE, _digest(path, field)
     with progress_bars(large), cache_access(field):
         lines = datasets.Dataset.from_generator(
             _lines,
             features=datasets.Features({"line": datasets.Value("large_binary")}),
-            gen_kwargs={"path": str(path), "field": field},
-            fingerprint=_digest(path, field),
+            gen_kwargs={"path": str(path), "field": field, "digest": digest},
+            fingerprint=digest,
         )
     return Records(lines.with_format("arrow"), _parse)
 
 
 def _digest(path: Path, field: str) -> str:
     """A hash of the content: neither the name nor the time of a file decides whether the cache knows it."""
-    digest = hashlib.sha256(b"jsonl")
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while block := file.read(2**20):
@@ -238,22 +241,25 @@ def _digest(path: Path, field: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _lines(path: str, field: str) -> Iterator[dict[str, bytes]]:
-    """The lines that are not blank; each is parsed once, so that a mistake is found now and named by its line."""
-    empty = True
+def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
+    """Yield the lines that are not blank; each is parsed once, so that a mistake is found now and named by its line."""
+    empty, content = True, hashlib.sha256()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            content.update(line)
             if line.strip():
                 _check_line(line, f"{field}: {path}, line {number}")
                 yield {"line": line}
                 empty = False
+    if content.hexdigest()[:32] != digest:  # the cache would have other lines than its name says
+        raise UserError(f"{field}: {path} changed while it was read")
     if empty:  # datasets has no empty splits
         raise UserError(f"{field}: {path} has no records")
 
 
 def _check_line(line: bytes, where: str) -> None:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8: {error}") from error
     except ValueError as error:
@@ -263,7 +269,7 @@ def _check_line(line: bytes, where: str) -> None:
 
 
 def _parse(lines: pyarrow.Table) -> list[Record]:
-    return [json.loads(line.decode("utf-8")) for line in lines["line"].to_pylist()]
+    return [json.loads(line.decode("utf-8-sig")) for line in lines["line"].to_pylist()]
 
 
 def _read_hub(source: dict[str, str], field: str) -> Records:

@@ -90,7 +90,7 @@ def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> b
         if attention is not None:
             model.set_attn_implementation(attention)
         together = last_hidden_state(model.base_model, tokens, torch.ones_like(tokens, dtype=torch.bool), places)
-    except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError):  # not supported by this model
+    except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # not supported
         return False
     return torch.allclose(together.float(), apart.float(), rtol=1e-3, atol=1e-3)
 

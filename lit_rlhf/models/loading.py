@@ -1,4 +1,4 @@
-"""Hugging Face models and tokenizers by folder, hub id, or a configuration for random weights."""
+"""Hugging Face models and tokenizers from a folder, a hub id, or a configuration for random weights."""
 
 import json
 import os

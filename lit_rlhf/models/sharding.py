@@ -107,6 +107,7 @@ def _summoned(model: FullyShardedDataParallel) -> Iterator[None]:
     """Gather the weights of FSDP1, rounded as in its own forwards, so that actors judge with the weights they train.
 
     This also keeps autocast from rounding them: its cache recognises a parameter, but not that its weights changed.
+    Inside, a process holds the gathered weights and their rounded copies, 6 bytes per parameter in half precision.
     """
     dtype, parts = model.mixed_precision.param_dtype, [part for part in model.modules() if isinstance(part, Wrapped)]
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):

@@ -27,7 +27,7 @@ def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerB
 
 
 def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
-    """Return a record for each response: the prompt's columns, prompt, response, whether a stop token ended it."""
+    """Return one record per response: the columns, the prompt, the response, and whether a stop token ended it."""
     return [
         {
             **{name: values[i] for name, values in reward_inputs.columns.items()},

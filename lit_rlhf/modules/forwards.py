@@ -1,4 +1,4 @@
-"""Forwards of a whole rollout without gradient, in micro-batches: what actor, reference and critic say of it.
+"""Forwards of actor, reference and critic over a whole rollout, without gradient and in micro-batches.
 
 All processes must call these functions together: sharded weights are gathered first, and the forwards then need no
 other process, so that their number may differ between processes.

@@ -115,7 +115,7 @@ class Losses:
 
         Args:
             micro_batch: b rows with the critic's old values.
-            stats: The actor's outputs, which hold a shared critic's values; None with a critic of its own weights.
+            stats: The actor's outputs, which hold a shared critic's values; None if the critic has its own weights.
             metrics: Receives ``value/…``.
         """
         rollout, mask, clip = micro_batch.rollout, micro_batch.rollout.response_mask, self.update.value_clip

@@ -120,8 +120,8 @@ def measure_held_out(
 ) -> None:
     """Record the properties of responses to held-out prompts.
 
-    The win rate is the fraction of responses whose score is above that of the reference's response with the same random
-    numbers; a tie counts half.
+    The win rate is the fraction of responses whose score is above that of the reference's response sampled with the
+    same random numbers; a tie counts half.
 
     Args:
         metrics: Receives the metrics.

@@ -230,7 +230,7 @@ class TRPO(OnPolicy):
     def _gradient(
         self, batches: Sequence[Experience], totals: Tensor, losses: Losses, metrics: Metrics
     ) -> tuple[Tensor, Tensor]:
-        """The loss of the old policy (the surrogate and its further terms), [], and its gradient, [N]."""
+        """The loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N]."""
         parameters = list(self.actor.parameters())
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
         for micro_batch in batches:

@@ -20,7 +20,7 @@ class ExactAnswer(Reward):
 
     Args:
         column: The column of the prompts that contains the correct answer.
-        ignore_case: Whether to ignore case, so that «Paris» equals «paris».
+        ignore_case: Whether to ignore case, so that "Paris" equals "paris".
         weight: The factor of this reward in the score.
 
     >>> from lit_rlhf.rewards import make_reward_inputs

@@ -33,6 +33,12 @@ def test_equals_a_loop(seed):
     torch.testing.assert_close(token_rewards(scores, mask, kl, coef=0.3), expected)
 
 
+def test_a_response_without_tokens_has_no_reward():
+    mask = torch.tensor([[True, False], [False, False]])
+    assert token_rewards(torch.tensor([1.0, 5.0]), mask).tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert token_rewards(torch.tensor([1.0]), torch.ones(1, 0, dtype=torch.bool)).shape == (1, 0)
+
+
 def test_the_rewards_of_a_response_sum_to_its_score_minus_its_kl():
     mask = torch.ones(3, 5, dtype=torch.bool)
     scores, kl = torch.randn(3), torch.randn(3, 5)

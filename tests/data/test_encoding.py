@@ -1,5 +1,6 @@
 """When records are tokenized, and that the result equals tokenizing one record at a time."""
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_rlhf.data import Demonstrations, Preferences, Prompts, encoding, records
+from lit_rlhf.data.prompts import PromptEncoder
 from lit_rlhf.data.records import read_records
 from lit_rlhf.data.tokenize import token_rows, turns
 from lit_rlhf.errors import UserError
@@ -97,6 +99,50 @@ def test_another_file_or_option_is_tokenized_again(make, tokenized, options):
     tokenized.clear()
     make(**options)
     assert sum(tokenized) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("file", ["data.jsonl", "data.csv", "data.json"])
+def test_a_file_of_the_same_time_with_other_content_is_read_again(tmp_path, cache, file):
+    first, second = [{"prompt": "w1"}, {"prompt": "w2"}], [{"prompt": "w3"}, {"prompt": "w4"}]
+    for rows in (first, second):
+        lines = ["prompt", *(row["prompt"] for row in rows)] if file.endswith("csv") else map(json.dumps, rows)
+        (tmp_path / file).write_text("\n".join(lines) + "\n")
+        os.utime(tmp_path / file, (10**9, 10**9))
+        assert list(read_records(str(tmp_path / file), "data.train")) == rows
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, cache, monkeypatch):
+    path, check = tmp_path / "data.jsonl", records._check_line
+    path.write_text('{"prompt": "w1"}\n')
+
+    def write_meanwhile(line, where):
+        check(line, where)
+        with path.open("a") as file:
+            file.write('{"prompt": "w2"}\n' if path.stat().st_size < 40 else "")
+
+    monkeypatch.setattr(records, "_check_line", write_meanwhile)
+    with pytest.raises(UserError, match=r"data\.jsonl changed while it was read"):
+        read_records(str(path), "data.train")
+    monkeypatch.undo()
+    path.write_text('{"prompt": "w1"}\n')
+    assert list(read_records(str(path), "data.train")) == [{"prompt": "w1"}]
+
+
+def test_a_template_that_uses_the_date_is_tokenized_again_on_another_day(tiny_model, monkeypatch):
+    def fingerprint(day, template):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama", chat=True))
+        tokenizer.chat_template = template
+        monkeypatch.setattr(encoding, "date", type("Date", (), {"today": lambda: datetime.date.fromisoformat(day)}))
+        return encoding._fingerprint(["key"], PromptEncoder(), tokenizer)
+
+    days = ("2026-01-01", "2026-01-02")
+    assert len({fingerprint(day, "{{ strftime_now('%d') }} {{ messages[0].content }}") for day in days}) == 2
+    assert len({fingerprint(day, "{{ messages[0].content }}") for day in days}) == 1
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path, cache):
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "w1"}\n')
+    assert list(read_records(str(tmp_path / "data.jsonl"), "data.train")) == [{"prompt": "w1"}]
 
 
 @pytest.mark.parametrize("change", [{"special": "bos_is_eos"}, {"chat": True}])

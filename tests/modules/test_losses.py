@@ -135,7 +135,7 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(make, models
         parameters = [p for p in losses.actor.parameters() if p.requires_grad]
         loss, kl, metrics = run(losses, make_experience(), max_tokens)
         gradients = torch.autograd.grad(loss, parameters)
-        results.append((loss.detach(), kl, *gradients, torch.tensor(sorted(metrics.values()))))
+        results.append((loss.detach(), kl, *gradients, torch.tensor([metrics[name] for name in sorted(metrics)])))
     assert results[0][2].abs().sum() > 0
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
@@ -156,20 +156,31 @@ def test_garbage_outside_the_mask_changes_neither_loss_nor_gradient(make):
 
 def test_the_metrics(make, models):
     experience, metrics = make_experience(), run(make(Update(value_clip=0.2)), make_experience())[2]
-    mask, ratios, clipped, kls = experience.rollout.response_mask, [], [], []
+    mask, ratios, clipped, kls, entropies = experience.rollout.response_mask, [], [], [], []
     for row in range(len(PROMPTS)):
         own = distributions(models["actor"], experience.rollout, row)
         for t in range(RESPONSES[row]):
             log_ratio = own[t, experience.rollout.tokens[row, PROMPTS[row] + t]] - experience.old_logprobs[row, t]
             ratios.append(float(log_ratio.detach().exp()))
             clipped.append(ratios[-1] > 1.2 if experience.advantages[row, t] > 0 else ratios[-1] < 0.8)
+            entropies.append(float(-(own[t].exp() * own[t]).sum().detach()))
             kls.append(float((torch.expm1(log_ratio) - log_ratio).detach()))
     assert metrics["policy/ratio_max"] == pytest.approx(max(ratios), rel=1e-4)
     assert metrics["policy/clip_fraction"] == pytest.approx(sum(clipped) / int(mask.sum()))
     assert 0 < metrics["policy/clip_fraction"] < 1
     assert metrics["policy/kl_to_old"] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
-    assert metrics["value/loss"] > 0
-    assert 0 < metrics["value/clip_fraction"] <= 1
+    assert metrics["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-3)
+    clipped_values, value_errors = 0, []
+    for row in range(len(PROMPTS)):
+        tokens = experience.rollout.tokens[row : row + 1, : int(experience.rollout.lengths[row])]
+        values = models["critic"](tokens)[0, PROMPTS[row] - 1 : -1].detach()
+        for t in range(RESPONSES[row]):
+            old, target = experience.values[row, t], experience.returns[row, t]
+            near = old + (values[t] - old).clamp(-0.2, 0.2)
+            value_errors.append(0.5 * max(float(values[t] - target) ** 2, float(near - target) ** 2))
+            clipped_values += abs(float(values[t] - old)) > 0.2
+    assert metrics["value/loss"] == pytest.approx(sum(value_errors) / len(value_errors), rel=1e-3)
+    assert metrics["value/clip_fraction"] == pytest.approx(clipped_values / len(value_errors))
 
 
 def test_the_largest_ratio_is_that_of_the_objective(make):
