@@ -17,7 +17,7 @@ from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, load_tokenizer
-from lit_rlhf.models.scoring import ScalarModel, load_critic, to_classifier, under
+from lit_rlhf.models.scoring import ScalarModel, load_critic, strip_prefix, to_classifier
 
 Role = Literal["actor", "critic", "reward"]
 
@@ -158,7 +158,7 @@ def _scalar_model(
 
 
 def _weights(prefix: str, state: dict[str, Tensor], path: Path, role: str) -> dict[str, Tensor]:
-    weights = under(prefix, state)
+    weights = strip_prefix(prefix, state)
     if not weights:
         raise UserError(f"{path} does not contain a {role} model")
     return weights

@@ -163,15 +163,15 @@ def to_classifier(
         model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"transformers has no sequence classifier for {config.model_type}") from error
-    model.base_model.load_state_dict(under("trunk.", weights))
+    model.base_model.load_state_dict(strip_prefix("trunk.", weights))
     model.score.load_state_dict({"weight": weights["head.weight"]})
     return model.eval()
 
 
-def under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Select the weights whose names begin with a prefix, and remove the prefix from the names.
 
-    >>> under("head.", {"head.weight": torch.ones(1), "trunk.weight": torch.zeros(1)})
+    >>> strip_prefix("head.", {"head.weight": torch.ones(1), "trunk.weight": torch.zeros(1)})
     {'weight': tensor([1.])}
     """
     return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}

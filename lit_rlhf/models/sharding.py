@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.compat import decoder_layer_names
 
-FORWARDS = ("next_logits", "hidden")
+FORWARD_METHODS = ("next_logits", "hidden")
 """Methods of a model that compute with its weights, besides ``forward``."""
 
 
@@ -38,7 +38,7 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     for layer in list(decoder_layers(model)):
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    for name in FORWARDS:
+    for name in FORWARD_METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
     return model
@@ -55,11 +55,11 @@ def wrap(model: nn.Module, **options: Any) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in layers:
-                setattr(parent, name, Wrapped(child, use_orig_params=True, **options))
-    return Wrapped(model, use_orig_params=True, **options)
+                setattr(parent, name, ShardedByFSDP1(child, use_orig_params=True, **options))
+    return ShardedByFSDP1(model, use_orig_params=True, **options)
 
 
-class Wrapped(FullyShardedDataParallel):
+class ShardedByFSDP1(FullyShardedDataParallel):
     """A module sharded by FSDP1 that can also compute within `unsharded`."""
 
     holds_full_weights = False
@@ -109,7 +109,10 @@ def _summoned(model: FullyShardedDataParallel) -> Iterator[None]:
     This also keeps autocast from rounding them: its cache recognises a parameter, but not that its weights changed.
     Inside, a process holds the gathered weights and their rounded copies, 6 bytes per parameter in half precision.
     """
-    dtype, parts = model.mixed_precision.param_dtype, [part for part in model.modules() if isinstance(part, Wrapped)]
+    dtype, parts = (
+        model.mixed_precision.param_dtype,
+        [part for part in model.modules() if isinstance(part, ShardedByFSDP1)],
+    )
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for weight in model.parameters() if dtype is not None else ():
             weight.data = weight.data.to(dtype)

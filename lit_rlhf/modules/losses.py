@@ -68,7 +68,7 @@ class Losses:
 
         Args:
             micro_batch: b rows of the step.
-            totals: [2], tokens and sequences of the whole step; see `count`.
+            totals: [2], tokens and sequences of the whole step; see `step_totals`.
             metrics: Receives ``policy/…`` and ``value/…``.
 
         Raises:
@@ -81,7 +81,7 @@ class Losses:
             value = self.value(micro_batch, policy.stats, metrics)
             finite["value_loss"] = masked_mean(value, mask)
             total = total + self.update.value_coef * value
-        loss = self.weigh(total, micro_batch, totals)
+        loss = self.weighted_sum(total, micro_batch, totals)
         check_finite(**finite, loss=loss)
         with torch.no_grad():
             logprobs = micro_batch.rollout.at_responses(policy.stats.logprobs)
@@ -130,7 +130,7 @@ class Losses:
             metrics.add_masked("value/clip_fraction", ((values - old_values).abs() > clip).float(), mask)
         return loss
 
-    def weigh(self, loss: Tensor, micro_batch: Experience, totals: Tensor) -> Tensor:
+    def weighted_sum(self, loss: Tensor, micro_batch: Experience, totals: Tensor) -> Tensor:
         """Return Σₜ wₜ lossₜ over a micro-batch, [], for a loss of each token, [b, t]."""
         mask = micro_batch.rollout.response_mask
         weights = token_weights(
@@ -143,7 +143,7 @@ class Losses:
         return masked_sum(weights * loss, mask)
 
 
-def count(minibatch: Sequence[Experience]) -> Tensor:
+def step_totals(minibatch: Sequence[Experience]) -> Tensor:
     """Count the tokens, and the sequences with at least one token, of this process's micro-batches, [2] float32."""
     masks = [micro_batch.rollout.response_mask for micro_batch in minibatch]
     return torch.stack([torch.stack([mask.sum(), mask.any(1).sum()]) for mask in masks]).sum(0).float()

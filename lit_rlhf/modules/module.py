@@ -19,7 +19,7 @@ from lit_rlhf.compat import no_gradient_sync, strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
-from lit_rlhf.models.scoring import under
+from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
@@ -79,7 +79,7 @@ class AlignmentModule(lightning.LightningModule):
         Args:
             weights: The full ``state_dict`` of the trained model.
         """
-        return self.actor.model, under("model.", weights)
+        return self.actor.model, strip_prefix("model.", weights)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of this module; the models stay in eval mode, because dropout is off in every stage."""
@@ -88,15 +88,15 @@ class AlignmentModule(lightning.LightningModule):
             child.eval()
         return self
 
-    def trained(self) -> dict[str, list[nn.Parameter]]:
+    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the trained parameters by the names of their optimizers."""
         (name,) = self.optimizer_factories
         return {name: list(self.get_submodule(self.role).parameters())}
 
     def configure_optimizers(self) -> Any:
-        """Return an optimizer for each entry of ``trained``, with its learning-rate schedule if there is one."""
+        """Return an optimizer for each entry of ``trained_parameters``, with its learning-rate schedule, if any."""
         configured = []
-        for name, parameters in self.trained().items():
+        for name, parameters in self.trained_parameters().items():
             make_optimizer, make_scheduler = self.optimizer_factories[name]
             entry: dict[str, Any] = {"optimizer": make_optimizer(parameters)}
             if make_scheduler is not None:
@@ -105,9 +105,11 @@ class AlignmentModule(lightning.LightningModule):
         return configured
 
     def optimizers_by_name(self) -> dict[str, Any]:
-        """Return the optimizers under the names of ``trained``."""
+        """Return the optimizers under the names of ``trained_parameters``."""
         optimizers: Any = self.optimizers()
-        return dict(zip(self.trained(), optimizers if isinstance(optimizers, list) else [optimizers], strict=True))
+        return dict(
+            zip(self.trained_parameters(), optimizers if isinstance(optimizers, list) else [optimizers], strict=True)
+        )
 
     def step_schedulers(self) -> None:
         """Step all learning-rate schedules; manual optimization leaves that to the module."""

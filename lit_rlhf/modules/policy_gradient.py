@@ -17,7 +17,7 @@ from lit_rlhf.batching import micro_batches
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
-from lit_rlhf.modules.losses import Losses, count
+from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.modules.update import Update
@@ -113,7 +113,7 @@ class PolicyGradient(OnPolicy):
             },
         )
 
-    def trained(self) -> dict[str, list[nn.Parameter]]:
+    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the actor's parameters and, with a critic, the critic's; a shared trunk is the actor's."""
         head = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
         actor = [p for p in self.actor.parameters() if not any(p is h for h in head)]
@@ -135,7 +135,7 @@ class PolicyGradient(OnPolicy):
         """Do one optimizer step; return False, without a step, if the KL to the old policy exceeds its target."""
         for optimizer in optimizers.values():
             optimizer.zero_grad()
-        totals, kl_to_old = self.sum_over_ranks(count(minibatch)), torch.zeros((), device=self.device)
+        totals, kl_to_old = self.sum_over_ranks(step_totals(minibatch)), torch.zeros((), device=self.device)
         for number, micro_batch in enumerate(minibatch, start=1):
             loss, summed_kl = losses(micro_batch, totals, metrics)
             kl_to_old += summed_kl

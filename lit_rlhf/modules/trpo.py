@@ -30,7 +30,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
-from lit_rlhf.modules.losses import Losses, count
+from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
@@ -186,7 +186,7 @@ class TRPO(OnPolicy):
         self.old = Actor(load_model(self.source, "causal", "model.actor"), self.sampling.temperature)
         freeze(self.old)
 
-    def trained(self) -> dict[str, list[nn.Parameter]]:
+    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the critic's parameters, if there is a critic; the actor has no optimizer."""
         return {} if self.critic is None else {"value": list(self.critic.parameters())}
 
@@ -206,7 +206,7 @@ class TRPO(OnPolicy):
         start = flatten([p.detach() for p in parameters])
         assign(list(self.old.parameters()), start)
         batches = self._micro_batches(experience)
-        totals = self.sum_over_ranks(count(batches))
+        totals = self.sum_over_ranks(step_totals(batches))
         loss, gradient = self._gradient(batches, totals, losses, metrics)
         product = self._fisher(experience)
         direction = conjugate_gradients(product, -gradient, self.region.cg_iterations, self.region.cg_tolerance)
@@ -234,7 +234,7 @@ class TRPO(OnPolicy):
         parameters = list(self.actor.parameters())
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
         for micro_batch in batches:
-            part = losses.weigh(losses.policy(micro_batch, metrics).loss, micro_batch, totals)
+            part = losses.weighted_sum(losses.policy(micro_batch, metrics).loss, micro_batch, totals)
             gradient += flatten(torch.autograd.grad(part, parameters, materialize_grads=True))
             loss += part.detach()
         loss, gradient = self.sum_over_ranks(loss), self.sum_over_ranks(gradient)
@@ -245,7 +245,7 @@ class TRPO(OnPolicy):
         """v ↦ (F + damping) v, with F the mean over tokens of the Fisher matrix of the actor's distributions."""
         rows = (experience.rollout.group % self.region.fisher_every == 0).nonzero().squeeze(1)
         batches = self._micro_batches(experience.select(rows))
-        tokens = self.sum_over_ranks(count(batches))[0]
+        tokens = self.sum_over_ranks(step_totals(batches))[0]
         parameters = list(self.actor.parameters())
 
         def product(vector: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ class TRPO(OnPolicy):
         """The loss of the actor as it is now, and its mean KL from the old policy in nats a token, [2]."""
         total = torch.zeros(2, device=self.device)
         for micro_batch in batches:
-            loss = losses.weigh(losses.policy(micro_batch, Metrics(self.device)).loss, micro_batch, totals)
+            loss = losses.weighted_sum(losses.policy(micro_batch, Metrics(self.device)).loss, micro_batch, totals)
             kl = masked_sum(self._kl_to_old(micro_batch), micro_batch.rollout.response_mask)
             total += torch.stack([loss, kl / totals[0]])
         return self.sum_over_ranks(total)
@@ -287,13 +287,13 @@ class TRPO(OnPolicy):
     # ------------------------------------------------------------------ critic
 
     def _step_critic(self, minibatch: Sequence[Experience], losses: Losses, optimizer: Any, metrics: Metrics) -> None:
-        totals, parameters = self.sum_over_ranks(count(minibatch)), self.trained()["value"]
+        totals, parameters = self.sum_over_ranks(step_totals(minibatch)), self.trained_parameters()["value"]
         sharded = is_sharded(cast(nn.Module, self.critic))  # backward then averages over the ranks; otherwise we sum
         optimizer.zero_grad()
         for micro_batch in minibatch:
             value = losses.value(micro_batch, None, metrics)
             check_finite(value_loss=masked_mean(value, micro_batch.rollout.response_mask))
-            loss = losses.weigh(self.update.value_coef * value, micro_batch, totals)
+            loss = losses.weighted_sum(self.update.value_coef * value, micro_batch, totals)
             with self.synchronized(last=False):
                 self.manual_backward(loss * self.trainer.world_size if sharded else loss)
         if not sharded:

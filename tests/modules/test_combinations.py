@@ -152,4 +152,4 @@ def test_without_a_critic_none_is_loaded(make_module):
     module.configure_model()
     loaded = {name.partition(".")[0] for name, _ in module.named_parameters()}
     assert loaded == {"actor", "reference"}
-    assert list(module.trained()) == ["policy"]
+    assert list(module.trained_parameters()) == ["policy"]

@@ -12,7 +12,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import load_model
 from lit_rlhf.models.scoring import load_critic
-from lit_rlhf.modules.losses import Losses, count
+from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.update import Update
 from lit_rlhf.types import Experience, Rollout
@@ -69,7 +69,7 @@ def make_experience(seed=0) -> Experience:
 def run(losses, experience, max_tokens=10**6):
     """Return the loss of a step, its KL to the old policy, and its metrics."""
     batches = micro_batches(experience, max_tokens)
-    metrics, totals = Metrics(torch.device("cpu")), count(batches)
+    metrics, totals = Metrics(torch.device("cpu")), step_totals(batches)
     parts = [losses(micro_batch, totals, metrics) for micro_batch in batches]
     return sum(part.loss for part in parts), sum(part.kl_to_old for part in parts), metrics.compute()
 
@@ -207,9 +207,9 @@ def test_without_a_critic_there_is_no_value_loss(make, models):
     assert not any(name.startswith("value/") for name in metrics)
 
 
-def test_count():
+def test_step_totals():
     experience = make_experience()
-    assert count([experience]).tolist() == [16, 5]
+    assert step_totals([experience]).tolist() == [16, 5]
     rollout = experience.rollout
     empty = replace(rollout, response_mask=torch.zeros_like(rollout.response_mask))
-    assert count([experience, replace(experience, rollout=empty)]).tolist() == [16, 5]
+    assert step_totals([experience, replace(experience, rollout=empty)]).tolist() == [16, 5]
