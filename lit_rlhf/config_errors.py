@@ -32,16 +32,16 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if option:
         name = ".".join(filter(None, option.group("group", "name")))
         return _unknown_option(name, field, _options(owner) if owner else known, owner)
-    found = compat.UNKNOWN_CLASS.search(message)
-    if found and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
-        return _class_expected(field, f": there is no class {found[1]!r}", found[1])
-    if found := compat.ABSTRACT_CLASS.search(message):
-        return _class_expected(field, f": {found[1].rpartition('.')[2]} is abstract, or class_path is missing")
-    if found := compat.MISSING_OPTION.search(message):
-        return _class_expected(found[1], " is not set")
-    if found := compat.UNKNOWN_COMMAND.search(message):
-        choices = [choice.strip(" '\"") for choice in found[2].split(",")]
-        return f"there is no command {found[1]!r}{_nearest(found[1], choices)}; there are: {', '.join(choices)}"
+    matched = compat.UNKNOWN_CLASS.search(message)
+    if matched and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
+        return _class_expected(field, f": there is no class {matched[1]!r}", matched[1])
+    if matched := compat.ABSTRACT_CLASS.search(message):
+        return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
+    if matched := compat.MISSING_OPTION.search(message):
+        return _class_expected(matched[1], " is not set")
+    if matched := compat.UNKNOWN_COMMAND.search(message):
+        choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
+        return f"there is no command {matched[1]!r}{_nearest(matched[1], choices)}; there are: {', '.join(choices)}"
     return _wrong_value(field, message)
 
 
@@ -49,11 +49,11 @@ def _wrong_value(field: str, text: str) -> str:
     """Return the expected type and the value found; failing that, the innermost lines that are not remarks."""
     lines = [re.sub(rf"^{compat.PARSER_KEY.pattern}:\s*", "", line.strip(" -\n")) for line in text.splitlines()]
     informative = [line for line in lines if line and not compat.REMARK.match(line)]
-    if found := compat.CHOICE_EXPECTED.search(text):
-        choices = found[1].replace("'", "")
-        mistake = f"should be one of {choices}, not {found[2]!r}"
-    elif found := compat.TYPE_EXPECTED.search(text):
-        mistake = f"should be {_type(found[1])}, not {found[2]!r}"
+    if matched := compat.CHOICE_EXPECTED.search(text):
+        choices = matched[1].replace("'", "")
+        mistake = f"should be one of {choices}, not {matched[2]!r}"
+    elif matched := compat.TYPE_EXPECTED.search(text):
+        mistake = f"should be {_type(matched[1])}, not {matched[2]!r}"
     else:
         mistake = "; ".join(dict.fromkeys(informative)) or " ".join(text.split())
         value = compat.GIVEN_VALUE.findall(text)
@@ -79,10 +79,10 @@ def _unknown_option(option: str, field: str, known: Sequence[str], owner: type |
     return f"there is no option {whole!r}{_nearest(option, known, field)}{listed}"
 
 
-def _class_expected(field: str, found: str, name: str = "") -> str:
+def _class_expected(field: str, mistake: str, name: str = "") -> str:
     known = _class_names(field)
     listed = f" {', '.join(known)}, or a class by its import path" if known else " a class by its import path"
-    return f"{field}{found}, it should be{listed}{_nearest(name, known)}"
+    return f"{field}{mistake}, it should be{listed}{_nearest(name, known)}"
 
 
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
@@ -153,8 +153,8 @@ def _class_names(field: str) -> list[str]:
     }
     last = field.rpartition(".")[2]
     base = bases.get(last) or bases.get(last.rpartition("_")[2])
-    found = _subclasses(base) if base is not None else []
-    return sorted({c.__name__ for c in found if c.__module__.startswith(("lit_rlhf", "torch.optim")) and _usable(c)})
+    classes = _subclasses(base) if base is not None else []
+    return sorted({c.__name__ for c in classes if c.__module__.startswith(("lit_rlhf", "torch.optim")) and _usable(c)})
 
 
 def _usable(candidate: type) -> bool:

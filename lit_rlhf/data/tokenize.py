@@ -136,10 +136,10 @@ def _templated(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Turns], opene
         return []
 
     def rows(some: Sequence[Turns]) -> list[list[int]]:
-        found: Any = tokenizer.apply_chat_template(
+        encoded: Any = tokenizer.apply_chat_template(
             [talk.conversation for talk in some], tokenize=True, add_generation_prompt=opened, return_dict=False
         )
-        return [list(ids) for ids in found]
+        return [list(ids) for ids in encoded]
 
     try:
         return rows(talks)
