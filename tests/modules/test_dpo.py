@@ -314,8 +314,15 @@ def in_proportion(odds, places):
             yield from [order] * int(p * whole)
 
 
-@pytest.mark.parametrize(("places", "longest", "steps"), [(2, 2, 160), (3, 1, 80)])
-@pytest.mark.parametrize("beta", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("places", "longest", "steps", "beta"),
+    [
+        (2, 2, 160, 0.5),
+        (3, 1, 80, 1.0),
+        pytest.param(2, 2, 160, 1.0, marks=pytest.mark.long),
+        pytest.param(3, 1, 80, 0.5, marks=pytest.mark.long),
+    ],
+)
 def test_the_policy_is_the_closed_form(fit_preferences, places, longest, steps, beta):
     """π(y|x) = π_ref(y|x) exp(r(x, y) / β) / Z(x), over the responses in the preferences."""
     responses = [" ".join(r) for length in range(longest + 1) for r in product(LETTERS, repeat=length)]
