@@ -43,7 +43,7 @@ def records(kind: str, count: int) -> Iterator[dict[str, str]]:
 
 
 def write(path: Path, count: int) -> Path:
-    """Write them, and return the path."""
+    """Write the records, and return the path."""
     if path.suffix == ".jsonl":
         with path.open("w") as file:
             file.writelines(json.dumps(record) + "\n" for record in records(path.name, count))
@@ -54,8 +54,8 @@ def write(path: Path, count: int) -> Path:
     return path
 
 
-def words(path: Path, models: Path) -> list[str]:
-    """Return the options of a run that never ends by itself."""
+def fit_options(path: Path, models: Path) -> list[str]:
+    """Return the options of a run that ends only when it is stopped."""
     if path.name.startswith("prompts"):
         model = ["PolicyGradient", "--model.actor", f"{models}/policy", "--model.sampling.max_tokens", "2"]
         model += ['--model.rewards=[{"class_path": "RewardFunction", '
@@ -68,7 +68,7 @@ def words(path: Path, models: Path) -> list[str]:
 
 def start(path: Path, models: Path, folder: Path) -> dict[str, float]:
     """Start a run, stop it after its first iteration, and return its seconds and peaks in MB."""
-    command = [sys.executable, "-m", "lit_rlhf.cli", "fit", *words(path, models), "--data.train", str(path)]
+    command = [sys.executable, "-m", "lit_rlhf.cli", "fit", *fit_options(path, models), "--data.train", str(path)]
     command += ["--data.batch_size", "8", "--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu"]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -91,7 +91,7 @@ def _has_a_row(path: Path) -> bool:
 
 
 def _memory(process: int) -> list[float]:
-    """RSS, RssAnon and PSS in MB; 0 of a process that has ended."""
+    """Return RSS, RssAnon and PSS in MB; 0 for a process that has ended."""
     try:
         text = Path(f"/proc/{process}/status").read_text() + Path(f"/proc/{process}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -123,8 +123,8 @@ def main() -> None:
             for count, label in ((1000, "1,000 records"), (options.records, "first start"), (0, "second start")):
                 if count:
                     path = write(folder / kind, count)
-                found = start(path, models, Path(tempfile.mkdtemp(dir=folder)))
-                cells = [f"{found['seconds']:.1f}", *(f"{found[n]:.0f}" for n in ("rss", "anonymous", "all"))]
+                measured = start(path, models, Path(tempfile.mkdtemp(dir=folder)))
+                cells = [f"{measured['seconds']:.1f}", *(f"{measured[n]:.0f}" for n in ("rss", "anonymous", "all"))]
                 print(f"| {kind}, {label} | " + " | ".join(cells) + " |", flush=True)
 
 

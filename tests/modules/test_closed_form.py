@@ -45,7 +45,9 @@ def total_variation(module):
 @pytest.mark.parametrize(
     ("batch_size", "distance"), [(192, 0.08), pytest.param(384, 0.05, marks=pytest.mark.long)], ids=["short", "long"]
 )
-@pytest.mark.parametrize(("estimator", "whiten"), [("k1", False), ("full", False), ("full", True)])
+@pytest.mark.parametrize(
+    ("estimator", "whiten"), [("k1", False), ("full", True), pytest.param("full", False, marks=pytest.mark.long)]
+)
 def test_ppo(make_trainer, estimator, whiten, batch_size, distance):
     iterations = 120
     module = PolicyGradient(
