@@ -144,12 +144,13 @@ def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[Pr
 
 
 def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout], Outputs]) -> Outputs:
-    """Compute something of a rollout in micro-batches of similar length, with the results in the rollout's order.
+    """Apply a function to a rollout in micro-batches of rows of similar length, with results in the rollout's order.
 
     Args:
         rollout: B rows.
         max_tokens: The largest number of padded tokens of a micro-batch.
-        compute: Maps some rows to a named tuple of [b, t] or [b] tensors, or None; t is their longest response.
+        compute: Maps b rows to a named tuple whose fields are [b, t] or [b] tensors or None; t is the length of the
+            longest response in these rows.
 
     Returns:
         The same named tuple for all rows, [B, T] or [B] float32, padded with 0 on the right.

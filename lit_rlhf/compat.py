@@ -205,7 +205,7 @@ NO_RECORDS = "corresponds to no data"
 def attention_of(config: PretrainedConfig) -> str:
     """Return the name of a model's attention implementation, ``sdpa`` for example.
 
-    Uses ``config._attn_implementation``: ``set_attn_implementation`` has no public counterpart that reads.
+    Uses ``config._attn_implementation``: ``set_attn_implementation`` has no public getter.
     """
     return config._attn_implementation
 

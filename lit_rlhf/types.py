@@ -190,7 +190,7 @@ class RewardInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:
-    """A rollout with the outputs of actor, reference, critic and rewards for it."""
+    """A rollout with what the actor, the reference, the critic and the rewards computed for it."""
 
     rollout: Rollout
     reward_inputs: RewardInputs
@@ -262,13 +262,13 @@ class Experience:
 
 
 def check_shapes(**tensors: Tensor | None) -> None:
-    """Check that all tensors have the same shape; no broadcasting.
+    """Check that all tensors have exactly the same shape; shapes that would broadcast are refused.
 
     Args:
-        tensors: The tensors by the names that the message uses; None is skipped.
+        tensors: The tensors, keyed by the names to use in the message; None is skipped.
 
     Raises:
-        ValueError: naming every tensor with its shape.
+        ValueError: if the shapes differ; the message names every tensor with its shape.
 
     >>> check_shapes(logprobs=torch.zeros(2, 3), mask=torch.zeros(2, 4))
     Traceback (most recent call last):

@@ -13,13 +13,13 @@ from lit_rlhf.modules.module import iteration_of
 
 
 class IterationCheckpoint(ModelCheckpoint):
-    """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` by a metric, and copies that are kept.
+    """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` when a metric improves, and numbered copies.
 
     A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run resumed from
     it by ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted.
 
     Args:
-        every_n: Iterations between two ``last.ckpt``.
+        every_n: Iterations between two saves of ``last.ckpt``.
         keep_every_n: Iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
         monitor: The metric of ``best.ckpt``, for example ``val/score``; None for no ``best.ckpt``.
         mode: Whether the best value is the largest or the smallest.

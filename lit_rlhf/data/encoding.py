@@ -42,7 +42,7 @@ class Encoder(Protocol):
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
     ) -> list[Row]:
-        """Return the rows of some records.
+        """Tokenize records and return one row for each.
 
         Args:
             tokenizer: The trained model's.
@@ -59,7 +59,8 @@ class Rows:
 
     Args:
         table: All rows, a data set whose format is Arrow.
-        records: The records, one for each row of the table, to come along as ``row["record"]``; None if not needed.
+        records: The records, one for each row of the table, to include as ``row["record"]``; None if not
+            needed.
     """
 
     def __init__(self, table: "datasets.Dataset", records: Records | None = None) -> None:

@@ -37,8 +37,8 @@ class NativeEngine(Engine):
     Args:
         cache_tokens: The maximum number of tokens in the key-value cache, including padding; None for enough to
             generate all responses at once. The responses to one prompt always start together, even if they need more.
-            The samples do not depend on it.
-        compile: Whether to compile the decoding step with ``torch.compile``, for any number of rows and columns. Use it
+            This does not change the samples.
+        compile: Whether to compile the decoding step with ``torch.compile``, with dynamic shapes. Use it
             on GPUs, where kernel launches dominate a small model's step. The first generation takes a minute longer.
 
     Raises:

@@ -40,9 +40,10 @@ def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:
-    """Decode prompt and response together and remove the prompt's text.
+    """Decode the prompt and the response together and remove the prompt's text.
 
-    A tokenizer may drop the space before the first token of a text, so a response is not decoded alone.
+    A tokenizer may drop the space before the first token of a text, so the response is decoded alone only if the joint
+    text does not start with the prompt's.
     """
     prompt = str(tokenizer.decode(tokens[:start], skip_special_tokens=True))
     both = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))

@@ -135,10 +135,10 @@ class AlignmentModule(lightning.LightningModule):
             self.trainer.should_stop = True
 
     def check_batch(self, batch: Any) -> None:
-        """Refuse batches of a data module that belongs to another kind of module.
+        """Refuse a batch from a data module that is meant for another kind of training.
 
         Raises:
-            UserError: naming both types of batch.
+            UserError: if the batch has the wrong type; the message names both types.
         """
         if not isinstance(batch, self.batch_type):
             given, expected = type(batch).__name__, self.batch_type.__name__

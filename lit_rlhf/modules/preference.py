@@ -169,7 +169,7 @@ class PreferenceModule(AlignmentModule):
         self.validation_step(batch, batch_idx)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the standard deviation of the scores and the calibration error."""
+        """Add the standard deviation of the scores and the calibration error, and drop the metrics that are NaN."""
         means["score_std"] = pop_standard_deviation(means)
         means["ece"] = float(self.calibration.compute())
         return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN without such pairs

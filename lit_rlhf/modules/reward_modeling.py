@@ -1,4 +1,4 @@
-"""Reward models: a score of a prompt with its response, learned from preferences."""
+"""Reward models, which learn from preferences to score a response to a prompt."""
 
 from __future__ import annotations
 

@@ -92,5 +92,5 @@ class SFT(AlignmentModule):
         self.held_out.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the perplexity to the loss."""
+        """Add the perplexity to the metrics."""
         return means | {"perplexity": math.exp(min(means["loss"], 50.0))}

@@ -47,10 +47,10 @@ class ScoreShaping:
 
 
 class Scores(nn.Module):
-    """The rewards, their weighted sum, and its running statistics, which are stored in checkpoints.
+    """Computes the rewards and their weighted sum, whose running statistics are stored in checkpoints.
 
     Args:
-        rewards: The rewards, at least one in a run.
+        rewards: The rewards; a run needs at least one.
         shaping: The operations that are applied to their weighted sum.
 
     >>> from lit_rlhf.rewards import ExactAnswer, NumericAnswer, make_reward_inputs
