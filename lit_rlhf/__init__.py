@@ -1,6 +1,6 @@
 """lit-rlhf: align language models with human preferences by reinforcement learning, built on Lightning.
 
-The public names are imported when they are first used, so that ``import lit_rlhf`` itself is fast.
+Each public name is imported when it is first used, so that ``import lit_rlhf`` itself is fast.
 """
 
 import importlib

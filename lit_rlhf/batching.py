@@ -1,4 +1,4 @@
-"""How batches are cut: into minibatches, into each process's rows, and into micro-batches of similar length."""
+"""How batches are cut: into minibatches, into each process's rows, and into micro-batches of rows of similar length."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -13,15 +13,15 @@ Outputs = TypeVar("Outputs", bound=tuple[Tensor | None, ...])
 
 
 def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[Tensor]:
-    """Cut items into groups of similar length whose padded size, rows × longest, is at most ``max_tokens``.
+    """Group items of similar length so that a group's padded size, rows × longest length, is at most ``max_tokens``.
 
     Args:
-        lengths: [B] int64, tokens of each item.
-        max_tokens: The budget; an item that is larger becomes a group of one.
-        rows: [B] int64, the number of rows of each item; None for one.
+        lengths: [B] int64, the number of tokens in the longest row of each item.
+        max_tokens: The largest padded size of a group; an item that is larger becomes a group of its own.
+        rows: [B] int64, the number of rows of each item; None for one row each.
 
     Returns:
-        The indices of each group's items; together they are 0 … B − 1.
+        One tensor of item indices for each group; every index from 0 to B − 1 occurs once.
 
     >>> pack(torch.tensor([5, 1, 4, 2]), max_tokens=8)
     [tensor([0]), tensor([2, 3]), tensor([1])]
@@ -40,17 +40,18 @@ def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[T
 
 
 def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tensor]]:
-    """Distribute items over processes: about as many tokens and exactly as many groups of `pack` for each.
+    """Distribute items over processes; all get about the same number of tokens and exactly the same number of groups.
 
-    The longest item left goes to the process with the fewest tokens (greedy number partitioning; Graham 1969).
+    The longest remaining item always goes to the process with the fewest tokens (greedy number partitioning; Graham
+    1969). Then `pack` groups the items of each process, and groups are halved where a process has too few groups.
 
     Args:
-        lengths: [B] int64, tokens of each item.
-        max_tokens: The budget of a group.
+        lengths: [B] int64, the number of tokens in each item.
+        max_tokens: The largest padded size of a group; an item that is larger becomes a group of its own.
         world_size: The number of processes.
 
     Returns:
-        Each process's groups of indices, together 0 … B − 1; some groups are empty if there are too few items.
+        For each process, the item indices of each group; some groups are empty if there are too few items.
 
     >>> balance(torch.tensor([5, 1, 4, 2]), max_tokens=8, world_size=2)
     [[tensor([0]), tensor([1])], [tensor([2]), tensor([3])]]
@@ -72,7 +73,7 @@ def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tens
 
 
 def _split_until(groups: list[Tensor], count: int) -> None:
-    """Halve the largest groups, in place, until there are ``count``; append empty groups when all have one item."""
+    """Halve the largest group until there are ``count`` groups, in place; append empty groups if none can be halved."""
     while len(groups) < count:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
         if largest is None or len(groups[largest]) < 2:
@@ -90,14 +91,14 @@ def minibatches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[Experience]]:
-    """Shuffle the rows and cut them into ``count`` minibatches, each as this process's list of micro-batches.
+    """Shuffle the rows, cut them into ``count`` minibatches, and yield this process's micro-batches of each.
 
     Args:
-        experience: The same rows on every process.
+        experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        max_tokens: The largest number of padded tokens of a micro-batch (a longer single row is one alone).
+        max_tokens: The largest number of padded tokens of a micro-batch (a longer row becomes a micro-batch by itself).
         generator: A CPU generator, the only source of randomness.
-        rank: This process.
+        rank: The rank of this process.
         world_size: The number of processes.
     """
     order = torch.randperm(len(experience.advantages), generator=generator)
@@ -107,16 +108,16 @@ def minibatches(
 
 
 def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
-    """Cut this process's rows into micro-batches of similar length, equally many on every process.
+    """Return this process's share of the rows, grouped by length into equally many micro-batches on every process.
 
     Args:
-        experience: The same rows on every process.
-        max_tokens: The largest number of padded tokens of a micro-batch (a longer single row is one alone).
-        rank: This process.
+        experience: The rows of all processes, the same on every process.
+        max_tokens: The largest number of padded tokens of a micro-batch (a longer row becomes a micro-batch by itself).
+        rank: The rank of this process.
         world_size: The number of processes.
 
     Returns:
-        The micro-batches; those in which no token counts only keep this process in step with the others.
+        The micro-batches; one whose ``response_mask`` is all False only keeps this process in step with the others.
     """
     lengths, device = experience.rollout.lengths.cpu(), experience.advantages.device
     shortest = lengths.argmin()[None]
@@ -132,11 +133,12 @@ def _uncounted(experience: Experience) -> Experience:
 
 
 def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[PreferenceBatch]:
-    """Cut rankings into micro-batches of similar length; the responses of a ranking stay together.
+    """Cut a batch into micro-batches of rankings of similar length; the responses of a ranking stay together.
 
     Args:
         batch: The rankings.
-        max_tokens: The largest number of padded tokens of a micro-batch (a larger single ranking is one alone).
+        max_tokens: The largest number of padded tokens of a micro-batch (a larger ranking becomes a
+            micro-batch by itself).
     """
     longest = batch.by_ranking(batch.lengths).amax(1).cpu()
     groups = pack(longest, max_tokens, batch.mask.sum(1).cpu())
@@ -144,16 +146,16 @@ def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[Pr
 
 
 def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout], Outputs]) -> Outputs:
-    """Apply a function to a rollout in micro-batches of rows of similar length, with results in the rollout's order.
+    """Apply a function to a rollout in micro-batches of rows of similar length; return the results in row order.
 
     Args:
-        rollout: B rows.
-        max_tokens: The largest number of padded tokens of a micro-batch.
-        compute: Maps b rows to a named tuple whose fields are [b, t] or [b] tensors or None; t is the length of the
-            longest response in these rows.
+        rollout: The rollout, of B rows.
+        max_tokens: The largest number of padded tokens of a micro-batch (a longer row becomes a micro-batch by itself).
+        compute: A function of a rollout of b rows. It returns a named tuple whose fields are [b, t] or [b] tensors or
+            None, where t is the length of the longest response in these rows.
 
     Returns:
-        The same named tuple for all rows, [B, T] or [B] float32, padded with 0 on the right.
+        A named tuple of the same type for all rows; its tensors are [B, T] or [B] float32, padded with 0 on the right.
     """
     results: list[Tensor | None] = []
     for indices in pack(rollout.lengths.cpu(), max_tokens):
@@ -180,13 +182,13 @@ def gather_experience(
 ) -> Experience:
     """Gather the rows of all processes, in the order of the global batch.
 
-    Each process writes its rows into a table of zeros, and the tables are summed.
+    Each process writes its rows into a table of zeros with room for all rows, and the tables are summed.
 
     Args:
-        experience: This process's rows: those of a range of prompts, prompt-major.
-        responses: The number of rows of each prompt.
-        sum_over_ranks: Sums a tensor over all processes.
-        max_over_ranks: Returns the maximum of each number over all processes.
+        experience: This process's rows: the responses to consecutive prompts of the global batch, prompt-major.
+        responses: The number of responses to each prompt.
+        sum_over_ranks: A function that returns the sum of a tensor over all processes.
+        max_over_ranks: A function that returns the maximum of each of its arguments over all processes.
     """
     rollout = experience.rollout
     first = int(rollout.group[0]) * responses

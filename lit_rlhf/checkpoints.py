@@ -1,4 +1,4 @@
-"""Checkpoints of any strategy, read by one process: a file, or a folder with one shard per process."""
+"""Reading of checkpoints of any strategy in one process: a file, or a folder with one shard per process."""
 
 import shutil
 from pathlib import Path
@@ -12,10 +12,10 @@ from lit_rlhf.errors import UserError
 
 
 def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
-    """Read a checkpoint into the dictionary that a run on one process would have saved; needs no process group.
+    """Read a checkpoint, without a process group, into the dictionary that a run on one process would have saved.
 
     Args:
-        path: A file or folder.
+        path: The checkpoint, a file or a folder.
         weights_only: Passed to `torch.load`.
 
     Raises:
@@ -33,7 +33,7 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
 
 
 def by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state with numbers in place of its parameters' names, as ``Optimizer.state_dict`` has it.
+    """Return an optimizer's state with parameters identified by number, as in ``Optimizer.state_dict``, not by name.
 
     >>> by_number({"state": {"w": {"step": 3}}, "param_groups": [{"lr": 0.1, "params": ["b", "w"]}]})
     {'state': {1: {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': [0, 1]}]}
@@ -43,11 +43,11 @@ def by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_name(optimizer: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
-    """Return an optimizer's state with names in place of its parameters' numbers, the inverse of `by_number`.
+    """Return an optimizer's state with parameters identified by name, not by number; the inverse of `by_number`.
 
     Args:
-        optimizer: The state of an ``Optimizer.state_dict``.
-        names: The names of each group's parameters, in their order.
+        optimizer: The optimizer's state, as returned by ``Optimizer.state_dict``.
+        names: For each parameter group, the names of its parameters in order.
 
     >>> by_name({"state": {1: {"step": 3}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}, [["b", "w"]])
     {'state': {'w': {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': ['b', 'w']}]}
@@ -74,20 +74,22 @@ def remove(path: Path) -> None:
 
 
 class AnyCheckpoint(TorchCheckpointIO):
-    """Lets strategies that do not shard resume from a folder, and replace it by a file. ::
+    """A Trainer plugin that lets strategies without sharding resume from a checkpoint folder and replace it by a file.
 
-    trainer = lightning.Trainer(strategy="ddp", plugins=[AnyCheckpoint()])
-    trainer.fit(module, data, ckpt_path="runs/sharded/checkpoints/last.ckpt")
+    For example, to continue a sharded run under DDP::
+
+        trainer = lightning.Trainer(strategy="ddp", plugins=[AnyCheckpoint()])
+        trainer.fit(module, data, ckpt_path="runs/sharded/checkpoints/last.ckpt")
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write one file, in place of a folder of the same name."""
+        """Write the checkpoint to one file, which replaces any folder of the same name."""
         if Path(path).is_dir():
             remove(Path(path))
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file or, by `read_checkpoint`, a folder."""
+        """Read a checkpoint from a file or, with `read_checkpoint`, from a folder."""
         if Path(path).is_dir():
             return read_checkpoint(Path(path), weights_only is not False)
         return super().load_checkpoint(path, map_location, weights_only=weights_only)

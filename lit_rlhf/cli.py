@@ -25,10 +25,10 @@ lit-rlhf COMMAND --help shows a command's options, lit-rlhf fit --model.help Pol
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command, and report a mistake of the user in one line with a non-zero exit status.
+    """Run a command, and report a mistake of the user in one line and by a non-zero exit status.
 
     Args:
-        args: Command and options; None: those of the command line.
+        args: The command and its options; None to read the command line.
 
     >>> main(["--help"])  # doctest: +ELLIPSIS
     usage: lit-rlhf COMMAND [options]

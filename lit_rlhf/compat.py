@@ -1,7 +1,8 @@
-"""Everything lit_rlhf relies on in other libraries that is private, undocumented, or an English message.
+"""Everything in other libraries that lit_rlhf uses although it is private, undocumented, or the text of a message.
 
-An upgrade may change any of it without notice. ``tests/test_compat.py`` has a test of each, which fails with the
-library's name. Libraries are imported inside the functions, because some parts of lit_rlhf use only one of them.
+An upgrade of a library may change any of it without notice. ``tests/test_compat.py`` has a test for each part; a
+test that fails names the library. Libraries are imported inside the functions, because some parts of lit_rlhf use only
+one library.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def read_distributed_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read a whole folder of ``torch.distributed.checkpoint`` in one process, without a process group.
+    """Read all of a ``torch.distributed.checkpoint`` folder in one process, without a process group.
 
     Uses ``_EmptyStateDictLoadPlanner``, which takes names and shapes from the folder, and ``_load_state_dict``, which
     fills a nested dictionary. The public ``dcp_to_torch_save`` does the same, but writes a second copy to disk.
@@ -37,10 +38,10 @@ def read_distributed_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def block_weight(weight: Tensor, rows: int) -> Tensor:
-    """Copy a linear layer's weight [O, I] into the blocks that oneDNN reads fastest for inputs of this many rows.
+    """Copy a linear weight [O, I] into the blocked layout that oneDNN reads fastest for inputs of ``rows`` rows.
 
     Uses the operator ``mkldnn::_reorder_linear_weight``, which ``torch.compile`` applies on CPUs. The public
-    ``to_mkldnn`` does not make blocks.
+    ``to_mkldnn`` does not produce this layout.
     """
     import torch
 
@@ -48,7 +49,7 @@ def block_weight(weight: Tensor, rows: int) -> Tensor:
 
 
 def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b, [..., I] → [..., O], for a weight of `block_weight`.
+    """Return x Wᵀ + b as [..., O], for ``x`` [..., I] and a weight W that `block_weight` returned.
 
     Uses the operator ``mkldnn::_linear_pointwise`` without a pointwise function.
     """
@@ -58,30 +59,30 @@ def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""Phrases in the RuntimeError of a collective that lost another process: gloo's, the operating system's, NCCL's."""
+"""Phrases of gloo, the operating system and NCCL in the RuntimeError of a collective that lost another process."""
 
 LEAF_SPEC_WARNING = r".*`isinstance\(treespec, LeafSpec\)`.*"
-"""Torch's warning about a class that Lightning still uses."""
+"""A pattern of torch's warning about a deprecated class that Lightning still uses."""
 
 # Lightning
 
 METADATA_FILE = "meta.pt"
-"""In a distributed checkpoint: everything except weights and optimizer state; Lightning writes it last."""
+"""The file of a distributed checkpoint with everything except weights and optimizer state; Lightning writes it last."""
 
 
 def validation_is_due(trainer: lightning.Trainer) -> bool:
-    """Return whether Lightning will validate after the current training batch, for ``on_train_batch_end``.
+    """Return whether Lightning will validate after the current training batch; to be called in ``on_train_batch_end``.
 
-    Uses ``_should_check_val_fx`` of the epoch loop and ``_data_fetcher`` of the fit loop: Lightning decides there.
+    Uses ``_should_check_val_fx`` of the epoch loop and ``_data_fetcher`` of the fit loop, as Lightning itself does.
     """
     loop: Any = trainer.fit_loop
     return any(trainer.num_val_batches) and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def strategy_of(module: lightning.LightningModule) -> Strategy | None:
-    """Return the strategy of a module's Trainer, None if the module has no Trainer.
+    """Return the strategy of a module's Trainer, or None if the module has no Trainer.
 
-    Relies on the RuntimeError that ``LightningModule.trainer`` raises without one.
+    Relies on the RuntimeError that ``LightningModule.trainer`` raises in a module without a Trainer.
     """
     try:
         return module.trainer.strategy
@@ -90,7 +91,7 @@ def strategy_of(module: lightning.LightningModule) -> Strategy | None:
 
 
 def no_gradient_sync(strategy: Strategy) -> AbstractContextManager[Any]:
-    """Return a context in which DDP does not average gradients; it changes nothing for other strategies.
+    """Return a context in which DDP does not average gradients; the context has no effect under other strategies.
 
     Uses ``block_backward_sync``, which only some strategies have.
     """
@@ -99,7 +100,7 @@ def no_gradient_sync(strategy: Strategy) -> AbstractContextManager[Any]:
 
 
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
-    """Set the data-parallel size to the number of processes, which is not known when the strategy is constructed.
+    """Set a strategy's data-parallel size to the number of processes, which its constructor does not know yet.
 
     Sets ``_data_parallel_size``, which ``ModelParallelStrategy.setup_environment`` reads.
     """
@@ -107,7 +108,7 @@ def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
 
 
 def set_device(module: lightning.LightningModule, device: torch.device) -> None:
-    """Set ``module.device`` without moving the weights, which are offloaded to the CPU.
+    """Set ``module.device`` without moving the module's weights, which are offloaded to the CPU.
 
     Sets ``_device``; the public ``to`` would move the weights too.
     """
@@ -118,10 +119,10 @@ ADVERTISING_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
-"""Loggers of the messages below; one that is renamed makes the command noisier."""
+"""The loggers of the messages below; if Lightning renames a logger, its messages are shown."""
 
 ADVERTISEMENTS = ("\N{ELECTRIC LIGHT BULB}", "TPU available", "GPU available", "`weights_only` was not set")
-"""How Lightning's messages begin that do not concern the user."""
+"""The beginnings of those Lightning messages that are hidden because they do not concern the user."""
 
 INAPPLICABLE_WARNINGS = (
     r".*does not have many workers.*",
@@ -129,7 +130,7 @@ INAPPLICABLE_WARNINGS = (
     r".*module\(s\) in eval mode.*",
     r".*Total length of `list` across ranks is zero.*",
 )
-"""Lightning's warnings about what is intended here: records in memory, dropout off, no validation set."""
+"""Lightning's warnings about what is intended here, such as records in memory, dropout off, or no validation set."""
 
 # argparse and jsonargparse
 
@@ -137,7 +138,7 @@ INAPPLICABLE_WARNINGS = (
 def option_names(parser: Any) -> list[str]:
     """Return the long options of a parser and its subcommands, without dashes.
 
-    Uses argparse's ``_actions`` and jsonargparse's ``_subcommands_action``; neither has a public list.
+    Uses argparse's ``_actions`` and jsonargparse's ``_subcommands_action``; neither library lists the options publicly.
     """
     commands = getattr(parser._subcommands_action, "choices", None) or {}
     actions = [action for p in (parser, *commands.values()) for action in p._actions]
@@ -145,13 +146,13 @@ def option_names(parser: Any) -> list[str]:
 
 
 PARSER_KEY = re.compile(r'Parser key "([^"]+)"')
-"""A level of a nested message; all of them together are the option's path."""
+"""The key at one level of a nested message; the keys of all levels, joined by dots, are the option's path."""
 
 REFUSED_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
-"""A class whose options are refused; a message may contain several, the innermost last."""
+"""A class whose options are refused; a message may name several such classes, the innermost last."""
 
 REFUSED_CALLABLE = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
-"""The same for an optimizer or a schedule, whose annotation is a callable."""
+"""An optimizer or a schedule whose options are refused; the annotation of such an option is a callable."""
 
 UNKNOWN_OPTION = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
@@ -159,22 +160,22 @@ UNKNOWN_OPTION = (
     re.compile(r"[Uu]nrecognized arguments: (?:--)?(?P<group>)(?P<name>[^\s=]+)"),
     re.compile(r"Key '(?P<group>)(?P<name>[^']+)' is not expected"),  # of older versions
 )
-"""How an option that does not exist is refused."""
+"""An option that does not exist, with its group if the message names the group."""
 
 UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 """A class that does not exist."""
 
 ABSTRACT_CLASS = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
-"""An abstract class, or options of a class that is not named."""
+"""An abstract class; also the message about options that are given without their class."""
 
 MISSING_OPTION = re.compile(r"arguments are required: (?:\w+\.)?(\w+)")
-"""An option that must be given; the subcommand before the dot is left out."""
+"""An option that is required but not given, without the subcommand before the dot."""
 
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)")
-"""A subcommand that does not exist, and those that do."""
+"""A subcommand that does not exist, and the subcommands that do."""
 
 CHOICE_EXPECTED = re.compile(r"Expected a typing\.Literal\[(.+?)\]\. Got value: (.*)")
-"""The choices, and the value found."""
+"""The choices of an option, and the value found."""
 
 TYPE_EXPECTED = re.compile(r"Expected an? <class '([^']+)'>\. Got value: (.*)")
 """The type of an option, and the value found."""
@@ -186,26 +187,26 @@ GIVEN_VALUE = re.compile(r"Given value: (.+?)(?:\. Got value.*)?$", re.MULTILINE
 """The value that no type of a union accepts."""
 
 WRONG_TYPE = ("Expected", "Type typing.Callable")
-"""How the line about a value of a wrong type begins; the second is for an optimizer or a schedule."""
+"""The beginnings of a line about a value of the wrong type; the second is for an optimizer or a schedule."""
 
 REMARK = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
     r"|Subclass types expect|a class path|a dict with|Parser key|Problem with given class_path|\(class path)"
 )
-"""Lines that name neither the mistake nor the remedy."""
+"""The beginnings of lines that name neither the mistake nor the remedy."""
 
 # datasets
 
 NO_RECORDS = "corresponds to no data"
-"""In the message of the ValueError that ``load_dataset`` raises for a file without records."""
+"""A phrase in the ValueError that ``load_dataset`` raises for a file without records."""
 
 # transformers
 
 
 def attention_of(config: PretrainedConfig) -> str:
-    """Return the name of a model's attention implementation, ``sdpa`` for example.
+    """Return the name of a model's attention implementation, such as ``sdpa``.
 
-    Uses ``config._attn_implementation``: ``set_attn_implementation`` has no public getter.
+    Uses ``config._attn_implementation``, because ``set_attn_implementation`` has no public counterpart that reads it.
     """
     return config._attn_implementation
 
@@ -219,7 +220,7 @@ def attention_can_be_set(model: PreTrainedModel) -> bool:
 
 
 def decoder_layer_names(model: PreTrainedModel) -> set[str]:
-    """Return the class names of a model's decoder layers, an empty set if it does not name them.
+    """Return the class names of a model's decoder layers, or an empty set if the model does not declare them.
 
     Uses ``_no_split_modules``, the layers that must not be split across devices.
     """

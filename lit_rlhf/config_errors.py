@@ -1,4 +1,4 @@
-"""Shortens jsonargparse's messages to one line and adds the closest valid name.
+"""Explanations of jsonargparse's messages: one line, with the closest valid name.
 
 The messages are nested: ``Parser key "model"`` contains ``Problem with given class_path '…PolicyGradient'``, which
 contains ``Parser key "advantages"`` and finally the mistake, with remarks on every type of a union. The keys give the
@@ -16,7 +16,7 @@ from lit_rlhf import compat
 
 
 def explain(message: str, known: Sequence[str] = ()) -> str:
-    """Return one line that names the option, what was found, and what would be right.
+    """Return one line that names the option that is wrong, the value or name found, and what would be right.
 
     Args:
         message: jsonargparse's message, often many lines.
@@ -46,7 +46,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
 
 
 def _wrong_value(field: str, text: str) -> str:
-    """Return the expected type and the value found; failing that, the innermost lines that are not remarks."""
+    """Return a line with the expected type and the value found, or else the lines that do not match ``REMARK``."""
     lines = [re.sub(rf"^{compat.PARSER_KEY.pattern}:\s*", "", line.strip(" -\n")) for line in text.splitlines()]
     informative = [line for line in lines if line and not compat.REMARK.match(line)]
     if matched := compat.CHOICE_EXPECTED.search(text):
@@ -86,9 +86,11 @@ def _class_expected(field: str, mistake: str, name: str = "") -> str:
 
 
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
-    """Return a suggestion, the known name closest to a word, or an empty string if none is close.
+    """Return a suggestion of the known name closest to a word, or an empty string if no name is close.
 
-    Dotted names are compared as a whole and by their last part. The field is put before the name.
+    In a dotted word, a first part that is unknown is replaced by a known first part that is close. Other words
+    are compared with whole names and then with the last parts of names, and ``field`` is put before the name that is
+    suggested.
 
     >>> _nearest("max_epoch", ["trainer.max_epochs"])
     ", did you mean 'trainer.max_epochs'?"
@@ -107,7 +109,7 @@ def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
 
 
 def _owner(text: str) -> type | None:
-    """Return the innermost class named in a message, None if there is none."""
+    """Return the innermost class whose options a message refuses, or None if there is no such class."""
     paths = compat.REFUSED_CLASS.findall(text) + compat.REFUSED_CALLABLE.findall(text)
     if not paths:
         return None
@@ -116,7 +118,7 @@ def _owner(text: str) -> type | None:
 
 
 def _options(owner: type) -> list[str]:
-    """Return the names of a class's options, and of those inside its dataclass options with a dot."""
+    """Return the names of a class's options, with dotted names for the fields of options that are dataclasses."""
     names = []
     for parameter in inspect.signature(owner).parameters.values():
         if parameter.name in ("params", "optimizer"):  # the first of an optimizer or a schedule, not for users
@@ -129,7 +131,7 @@ def _options(owner: type) -> list[str]:
 
 
 def _class_names(field: str) -> list[str]:
-    """Return the names of the classes that an option accepts, lit_rlhf's and torch's."""
+    """Return the names of the classes of lit_rlhf and ``torch.optim`` that an option accepts, sorted."""
     import lightning
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -158,7 +160,7 @@ def _class_names(field: str) -> list[str]:
 
 
 def _usable(candidate: type) -> bool:
-    """Return whether a class can be used in a configuration: not abstract, private, or a base class only."""
+    """Return whether a class can be used in a configuration: it is not abstract, private or merely a base class."""
     hidden = candidate.__name__.startswith("_") or candidate.__name__ in (
         "AlignmentModule",
         "OnPolicy",

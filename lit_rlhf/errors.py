@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct: names the field or the file and line, what was found, and what is right.
+    """A mistake that the user can correct; the message names the field or file, what was found, and what is right.
 
     >>> raise UserError("data.batch_size must be 1 or more, not 0")
     Traceback (most recent call last):

@@ -51,14 +51,14 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
         checkpoint: ``last``, ``best``, or a path.
         out: The folder to write; None for ``export`` in the run's folder, or ``export_ROLE`` for a model that the run
             trained besides its main one.
-        role: ``actor``, ``critic`` or ``reward``; None for the main model: the reward model of reward modeling, the
-            actor of other runs.
+        role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modeling,
+            the actor for all other runs.
 
     Returns:
         The folder that was written.
 
     Raises:
-        UserError: if the run or the checkpoint does not exist, or does not contain the model.
+        UserError: if the run or the checkpoint does not exist, or the checkpoint is incomplete or lacks the model.
 
     >>> export(Path("runs/ppo"), role="critic")
     Traceback (most recent call last):
@@ -90,7 +90,7 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
 
 
 def model_card(run: Path, role: str, iterations: int) -> str:
-    """Return a model card that describes the model and its training, in Markdown.
+    """Return a model card in Markdown that describes a model and its training.
 
     Args:
         run: The run's folder; the card quotes its ``config.yaml`` if there is one.
@@ -178,7 +178,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command ``lit-rlhf export``.
 
     Args:
-        args: The command line after ``lit-rlhf export``.
+        args: The arguments that follow ``lit-rlhf export`` on the command line.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf export", description="Export a model from a checkpoint as a Hugging Face folder."

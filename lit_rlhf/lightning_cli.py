@@ -1,4 +1,4 @@
-"""The commands ``fit``, ``validate``, ``test`` and ``predict``, by LightningCLI."""
+"""The commands ``fit``, ``validate``, ``test`` and ``predict``, built on LightningCLI."""
 
 import logging
 import os
@@ -43,7 +43,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the line and exit with status 2; the parser of a component leaves this to the one that contains it."""
+        """Print the message as one line and exit with status 2; in a nested parser, raise the error instead."""
         if not self.exit_on_error:
             super().error(message, ex)
         print(f"lit-rlhf: error: {explain(str(message), compat.option_names(self))}", file=sys.stderr)
@@ -51,7 +51,7 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` to the run's folder, and the configuration to the loggers."""
+    """A callback that writes the configuration to ``config.yaml`` in the run's folder, and to the loggers."""
 
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Save the configuration of a training run; the other commands must not overwrite it."""
@@ -66,14 +66,16 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI with a folder for each run and lit-rlhf's callbacks. ::
+    """LightningCLI with a folder for each run and with lit-rlhf's callbacks.
 
-    lit-rlhf fit --config configs/ppo.yaml --trainer.default_root_dir runs/ppo --checkpoint.every_n 20
-    lit-rlhf fit --config runs/ppo/config.yaml --ckpt_path last
+    For example, to start a run, and to resume it later::
+
+        lit-rlhf fit --config configs/ppo.yaml --trainer.default_root_dir runs/ppo --checkpoint.every_n 20
+        lit-rlhf fit --config runs/ppo/config.yaml --ckpt_path last
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Return a parser whose errors are one line."""
+        """Return a `Parser`, which reports an error in one line, with the option ``--config``."""
         parser = Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="a YAML file; of several, later ones take precedence"
@@ -81,7 +83,7 @@ class CLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the two callbacks that are always used."""
+        """Add the callbacks `IterationCheckpoint` and `Samples`, which every run uses, with their options."""
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
 
@@ -96,9 +98,9 @@ class CLI(LightningCLI):
         _check_checkpoint(config.ckpt_path)
 
     def before_fit(self) -> None:
-        """Rename the folder of an older run, unless that run is resumed; LightningCLI calls this.
+        """Rename the folder of an older run, unless that run is resumed; LightningCLI calls this method.
 
-        Only one process does so: the Trainer knows its rank, however the processes were started.
+        Only process 0 renames the folder; the Trainer knows the rank, however the processes were started.
         """
         folder = Path(self.trainer.default_root_dir)
         if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
@@ -106,7 +108,7 @@ class CLI(LightningCLI):
             folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Return a Trainer that reads checkpoint files and folders, without a progress bar if that is disabled."""
+        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled."""
         options = self.config_init[self.subcommand].trainer
         if options.enable_progress_bar is False:
             defaults = self.trainer_defaults["callbacks"]
@@ -117,7 +119,7 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:
-        """Construct model, data and trainer; report the values that they refuse as mistakes of the user."""
+        """Construct the model, the data module and the Trainer; raise a `UserError` for a value that they refuse."""
         try:
             super().instantiate_classes()
         except UserError:
@@ -134,7 +136,7 @@ def run(args: Sequence[str] | None = None) -> None:
             always read the command line.
 
     Raises:
-        UserError: if the configuration is wrong, or another process of the run has ended.
+        UserError: if a configuration file or a value is wrong, or another process of the run has ended.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, "")  # so that class_path finds my_module.MyReward in the current folder
@@ -162,10 +164,14 @@ def run(args: Sequence[str] | None = None) -> None:
 
 
 def check_config_files(words: Sequence[str]) -> None:
-    """Check that every file given by ``--config`` is a YAML mapping.
+    """Check that every file given by ``--config`` exists and is a YAML mapping.
+
+    Args:
+        words: The words of the command line.
 
     Raises:
-        UserError: naming the file, and the line if it is not valid YAML.
+        UserError: if a file does not exist or is not a YAML mapping; the message names the file and, if the YAML is
+            invalid, the line.
     """
     for word, after in zip(words, [*words[1:], ""], strict=True):
         option, given, value = word.partition("=")
@@ -194,10 +200,10 @@ def _check_checkpoint(path: str | None) -> None:
 
 
 def move_aside(folder: Path) -> None:
-    """Rename an older run's folder to the first free name of ``NAME.1``, ``NAME.2``, …, so that nothing is overwritten.
+    """Rename a folder that contains an older run to the first free name among ``NAME.1``, ``NAME.2``, ….
 
     Args:
-        folder: The folder of a new run.
+        folder: The folder of the new run; a folder without a ``config.yaml`` is left as it is.
     """
     if not (folder / "config.yaml").exists():
         return
@@ -209,12 +215,12 @@ def move_aside(folder: Path) -> None:
 
 
 def _one_or_more(value: Any) -> list[Any]:
-    """Return the values of an option that takes one value or a list."""
+    """Return the values of an option that takes one value or a list, always as a list."""
     return value if isinstance(value, list) else [value]
 
 
 def _quieten() -> None:
-    """Hide advertisements, and warnings about what is intended here."""
+    """Hide advertisements, and warnings that do not apply to lit-rlhf."""
     for logger in compat.ADVERTISING_LOGGERS:
         logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(compat.ADVERTISEMENTS))
     for message in (*compat.INAPPLICABLE_WARNINGS, compat.LEAF_SPEC_WARNING):

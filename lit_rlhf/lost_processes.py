@@ -1,4 +1,4 @@
-"""Ends a run in all its processes, with a message of one line, as soon as one of them dies."""
+"""A context that ends a run in all its processes, with a one-line message, as soon as one of them dies."""
 
 import os
 import sys
@@ -14,15 +14,16 @@ MESSAGE = (
     "--ckpt_path last resumes from the last checkpoint"
 )
 LAUNCHER = "LIT_RLHF_LAUNCHER"
-"""Environment variable: the id of the run's first process, which starts the others."""
+"""The environment variable with the id of the run's first process, which starts the others."""
 
 
 @contextmanager
 def exit_with_peers() -> Iterator[None]:
-    """Within this context, end this process when another process of the run dies.
+    """End this process, while the context is active, when another process of the run dies.
 
-    A process that waits in a collective gets an error from the communication library. One that computes instead watches
-    its parent process, and exits at the latest a second after the parent.
+    A process that waits in a collective operation gets an error from the communication library. A process that was
+    started by the run's first process or by torchrun also watches its parent, and exits at most about a second
+    after the parent.
 
     Raises:
         UserError: if a collective fails because another process has ended.

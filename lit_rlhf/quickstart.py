@@ -38,20 +38,20 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """A model's responses to the 200 held-out prompts, and their scores."""
+    """A model's responses to the 200 held-out prompts, and the scores of these responses."""
 
     reward_inputs: RewardInputs
     true_scores: Tensor  # [B], by the rule that ranked the pairs
     learned_scores: Tensor | None  # [B], by the reward model, in standard deviations; None without a reward model
     grammatical: Tensor  # [B] bool
-    kl_to_sft: Tensor  # [B], in nats a response
+    kl_to_sft: Tensor  # [B], in nats per response
 
 
 def main(args: Sequence[str]) -> None:
     """Run the command ``lit-rlhf quickstart``.
 
     Args:
-        args: The command line after ``lit-rlhf quickstart``.
+        args: The arguments that follow ``lit-rlhf quickstart`` on the command line.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf quickstart",
@@ -85,11 +85,11 @@ def main(args: Sequence[str]) -> None:
 
 
 def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int) -> None:
-    """Run one stage, which is an ordinary ``lit-rlhf fit``.
+    """Run one stage of the quickstart, which is an ordinary ``lit-rlhf fit``.
 
     Args:
         stage: ``sft``, ``reward``, ``ppo`` or ``dpo``.
-        folder: The quickstart's folder.
+        folder: The quickstart's folder, which contains a folder for each stage.
         sft_iterations: The number of iterations of SFT.
         ppo_iterations: The number of iterations of PPO.
     """
@@ -111,13 +111,13 @@ def _reward_model(model: str) -> str:
 
 
 def _true_score() -> str:
-    """Return the configuration of a reward of weight 0, which is logged but does not enter the score."""
+    """Return the configuration of the true score as a reward of weight 0: it is logged, but not trained on."""
     function = "lit_rlhf.data.reviews:reward"
     return f'{{"class_path": "RewardFunction", "init_args": {{"function": "{function}", "weight": 0.0}}}}'
 
 
 def config_file(name: str) -> Path:
-    """Return the path of a recipe in ``configs/``, of an installed package or of a checkout."""
+    """Return the path of a file in ``configs/``, either in the installed package or in a source checkout."""
     package = Path(__file__).parent
     installed = package / "configs" / name
     return installed if installed.exists() else package.parent / "configs" / name
@@ -125,14 +125,14 @@ def config_file(name: str) -> Path:
 
 @torch.no_grad()
 def evaluate(folder: Path, stage: str) -> Evaluation:
-    """Generate responses to the held-out prompts with a stage's model, and score them.
+    """Generate and score the responses of a stage's model to the held-out prompts.
 
     Args:
-        folder: The quickstart's folder.
+        folder: The quickstart's folder, which contains a folder for each stage.
         stage: ``sft``, ``ppo`` or ``dpo``.
 
     Returns:
-        The responses with their true score, the reward model's score, their grammaticality and their KL to SFT.
+        The responses with their true and learned scores, grammaticality, and KL to the SFT model.
     """
     policy, sft, reward = (folder / name / "export" for name in (stage, "sft", "reward"))
     tokenizer = load_tokenizer(str(policy))
@@ -162,10 +162,10 @@ def evaluate(folder: Path, stage: str) -> Evaluation:
 
 
 def report_iterations(metrics: Path, console: Console) -> None:
-    """Print the learned and the true score over PPO's iterations; the learned one may rise while the true one does not.
+    """Print the learned and the true score over PPO's iterations; the learned score may rise without the true score.
 
     Args:
-        metrics: PPO's ``metrics.csv``.
+        metrics: The path of PPO's ``metrics.csv``.
         console: The console to print to.
     """
     with metrics.open(encoding="utf-8") as lines:
@@ -182,10 +182,10 @@ def report_iterations(metrics: Path, console: Console) -> None:
 
 
 def report(evaluations: dict[str, Evaluation], console: Console) -> None:
-    """Print the mean scores of each model, its share of the possible gain in true score, and samples.
+    """Print each model's mean scores, its share of the possible gain in true score over SFT, and samples.
 
     Args:
-        evaluations: The evaluations by stage.
+        evaluations: The evaluation of each stage's model, with ``sft`` among the stages.
         console: The console to print to.
     """
     console.rule("Evaluation on 200 prompts that were not used in training")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """The purpose of a random number; different streams are independent."""
+    """The purpose of a random number; the numbers of different streams are independent."""
 
     DATA_ORDER = 0
     ROLLOUT = 1
@@ -28,15 +28,15 @@ def global_seed() -> int:
 
 
 def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor:
-    """Return uniform random numbers for the tokens of each row.
+    """Return ``width`` uniform random numbers for each row of a batch.
 
     A row's numbers do not depend on the other rows, and its first numbers do not depend on ``width``.
 
     Args:
         stream: The purpose of the numbers.
-        iteration: The iteration, or the index of the batch in validation.
+        iteration: The training iteration or, in validation and prediction, the index of the batch.
         rows: [B] int64, the index of each row in the global batch.
-        width: The number of random numbers in a row.
+        width: The number of random numbers in a row, such as one for each token to sample.
 
     Returns:
         [B, width] float64 in [0, 1), multiples of 2⁻²⁴, on the device of ``rows``.
@@ -56,7 +56,7 @@ def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor
 
 
 def generator(stream: Stream, *key: int) -> torch.Generator:
-    """Return a CPU generator that is seeded by the seed, the stream and the key.
+    """Return a CPU generator that is seeded from the global seed, the stream and the key.
 
     Args:
         stream: The purpose of the numbers.

@@ -10,7 +10,7 @@ from lit_rlhf.errors import UserError
 
 
 def is_reference(text: str) -> bool:
-    """Return whether a text names a Python object.
+    """Return whether a text names a Python object, as ``module:name`` or ``path/to/file.py:name``.
 
     >>> is_reference("rewards.py:happy"), is_reference("package.module:happy"), is_reference("data/prompts.jsonl")
     (True, True, False)
@@ -20,14 +20,14 @@ def is_reference(text: str) -> bool:
 
 
 def load_reference(text: str, field: str) -> Any:
-    """Import the function that ``module:name`` or ``file.py:name`` names.
+    """Import the function that is named by a reference, ``module:name`` or ``path/to/file.py:name``.
 
     Args:
-        text: The name.
-        field: The configuration field that contains it, for the message.
+        text: The reference.
+        field: The configuration field that contains the reference, for error messages.
 
     Raises:
-        UserError: if the text is not such a name, the module cannot be imported, or it has no such function.
+        UserError: if the text is not a reference, the module cannot be imported, or the module has no such function.
 
     >>> load_reference("math:sqrt", "function")(9.0)
     3.0

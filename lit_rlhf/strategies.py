@@ -1,6 +1,6 @@
-"""How models are distributed over processes: ``ddp`` (Lightning's), ``fsdp2`` and ``fsdp``, by ``--trainer.strategy``.
+"""The strategies ``fsdp2`` and ``fsdp``, which shard models over processes; Lightning's ``ddp`` works as well.
 
-Importing this module registers the two latter names with Lightning.
+The option ``--trainer.strategy`` selects a strategy by name; importing this module registers both names with Lightning.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from lit_rlhf.models.sharding import shard, wrap
 
 
 class FSDP2(ModelParallelStrategy):
-    """Shards each model's weights, gradients and optimizer state over all processes (FSDP2).
+    """A strategy that shards each model's weights, gradients and optimizer state over all processes (FSDP2).
 
-    In training, a decoder layer's weights are gathered only while the layer computes; in decoding and scoring, those of
-    the whole model are. With ``--trainer.precision bf16-mixed`` weights are gathered and multiplied in bfloat16;
-    gradients are reduced and weights updated in float32.
+    In training, a decoder layer's weights are gathered only while the layer computes; in decoding and scoring, the
+    weights of the whole model are gathered. With ``--trainer.precision bf16-mixed``, weights are gathered and
+    multiplied in bfloat16, while gradients are reduced and weights updated in float32.
 
     Args:
-        cpu_offload: Store and update the shards in CPU memory.
-        save_distributed_checkpoint: Each process writes its shard into a folder; False: process 0 writes one file.
+        cpu_offload: Whether to store and update the shards in CPU memory.
+        save_distributed_checkpoint: If True, each process writes its shard into a folder; if False, process 0 writes
+            one file.
 
     >>> FSDP2(cpu_offload=True).cpu_offload
     True
@@ -52,12 +53,12 @@ class FSDP2(ModelParallelStrategy):
         self.saves_folders = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
-        """Start the processes' communication, with one shard per process."""
+        """Start the communication between the processes, with one shard per process."""
         shard_over_all_processes(self)
         super().setup_environment()
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Shard a model over the processes, in place."""
+        """Shard a model over the processes, in place, and return it."""
         precision = self.precision_plugin.precision
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
         if precision == "bf16-mixed":
@@ -79,7 +80,7 @@ class FSDP2(ModelParallelStrategy):
             set_device(self.lightning_module, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a folder, which replaces an older one of the same name only when it is complete."""
+        """Write a checkpoint; an older folder of the same name is replaced only when the new folder is complete."""
         if not self.saves_folders:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -99,7 +100,7 @@ class FSDP2(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a folder, or a file of any strategy, saved on any number of processes."""
+        """Load a checkpoint folder, or a checkpoint file of any strategy, saved by any number of processes."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
@@ -117,7 +118,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 def _like(whole: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
-    """Return a full tensor, sharded like another one."""
+    """Return a full tensor sharded like another tensor, or unchanged if the other tensor is not sharded."""
     if not isinstance(there, DTensor):
         return whole
     return distribute_tensor(whole.to(there.device), there.device_mesh, there.placements)
@@ -130,7 +131,7 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 class FSDP(FSDPStrategy):
-    """Shards like `FSDP2`, but by FSDP1, and saves checkpoints as one file. Use `FSDP2` unless FSDP1 is required.
+    """A strategy that shards by FSDP1 and saves a checkpoint as one file; use `FSDP2` unless FSDP1 is required.
 
     >>> FSDP().sharding_strategy.name
     'FULL_SHARD'
@@ -140,11 +141,11 @@ class FSDP(FSDPStrategy):
         super().__init__(state_dict_type="full")
 
     def setup_environment(self) -> None:
-        """Start the communication of the processes; batches and buffers keep their types.
+        """Start the communication between the processes, and let batches and buffers keep their data types.
 
-        Lightning would cast them, which it cannot do for frozen dataclasses. Autocast works as in Lightning's other
-        strategies: on the device of the models, and without a cache of cast weights, which would be outdated after an
-        optimizer step within the same training step.
+        Lightning would cast batches and buffers, but cannot cast frozen dataclasses. Autocast works as in Lightning's
+        other strategies: on the device of the models, and without a cache of cast weights, which would be outdated
+        after an optimizer step within the same training step.
         """
         super().setup_environment()
         for name in ("convert_input", "convert_module"):
@@ -155,7 +156,7 @@ class FSDP(FSDPStrategy):
             vars(self.precision_plugin)["forward_context"] = context  # takes precedence over the class's
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Return the model, wrapped and sharded over the processes."""
+        """Shard a model over the processes, and return the wrapped model."""
         options: dict[str, Any] = {"sharding_strategy": self.sharding_strategy}
         if self.precision_plugin.precision == "bf16-mixed":
             options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

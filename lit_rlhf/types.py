@@ -1,8 +1,9 @@
-"""The data of an iteration, stage by stage; each stage is a type of its own.
+"""The batches that the data modules yield, and the data of an iteration, with one type for each stage.
 
-Dimensions: ``B`` responses (prompt-major: the n responses of prompt 0, then of prompt 1, …), ``P`` tokens of the
-longest prompt, ``T`` tokens of the longest response, ``S`` tokens of the longest prompt with its response. Masks are
-bool, and **True counts**.
+Dimensions: ``B`` is the number of prompts, texts or rankings in a batch, and the number of responses in an iteration;
+responses are prompt-major (the n responses to prompt 0, then those to prompt 1, …). ``P`` is the number of tokens in
+the longest prompt, ``T`` in the longest response, and ``S`` in the longest whole sequence, usually a prompt with its
+response. Masks are bool; **True** marks the elements that count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 Conversation: TypeAlias = list[dict[str, str]]
-"""``[{"role": "user", "content": "…"}, …]``"""
+"""A list of messages, oldest first: ``[{"role": "user", "content": "…"}, …]``."""
 Prompt: TypeAlias = str | Conversation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptBatch:
-    """This process's rows of a global batch of prompts.
+    """A batch of prompts: the rows of the global batch that this process handles.
 
     >>> batch = PromptBatch(
     ...     tokens=torch.tensor([[0, 5], [6, 7]]),
@@ -33,32 +34,32 @@ class PromptBatch:
     """
 
     tokens: Tensor  # [B, P] int64, left-padded
-    mask: Tensor  # [B, P] bool
+    mask: Tensor  # [B, P] bool, False at padding
     group: Tensor  # [B] int64, the prompt's index in the global batch
-    prompts: Sequence[Prompt]  # B, as read
+    prompts: Sequence[Prompt]  # B, before tokenization
     columns: Mapping[str, Sequence[Any]]  # the records' columns, B values each
 
     def to(self, device: torch.device) -> "PromptBatch":
-        """Return the batch on another device; Lightning calls this."""
+        """Return the batch with its tensors on ``device``; Lightning calls this method."""
         return _to(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemonstrationBatch:
-    """A batch of texts to imitate."""
+    """A batch of texts to imitate; with packing, a row contains several texts."""
 
     tokens: Tensor  # [B, S] int64, right-padded
     mask: Tensor  # [B, S] bool, the tokens whose prediction is trained
     positions: Tensor | None  # [B, S] int64, 0, 1, … within each text of a row; None if each row is one text
 
     def to(self, device: torch.device) -> "DemonstrationBatch":
-        """Return the batch on another device; Lightning calls this."""
+        """Return the batch with its tensors on ``device``; Lightning calls this method."""
         return _to(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch:
-    """Ranked responses to prompts; a pair is a ranking of two."""
+    """A batch of B rankings of at most K responses to a prompt, N responses in all; a pair is a ranking of two."""
 
     tokens: Tensor  # [N, S] int64, the responses of all rankings: prompt, then response, right-padded
     prompt_lengths: Tensor  # [N] int64
@@ -71,19 +72,19 @@ class PreferenceBatch:
 
     @property
     def response_tokens_mask(self) -> Tensor:
-        """Bool [N, S], True at the tokens of the responses."""
+        """A bool mask [N, S] that is True at the tokens of the responses."""
         return _response_tokens_mask(self.tokens, self.prompt_lengths, self.lengths)
 
     def to(self, device: torch.device) -> "PreferenceBatch":
-        """Return the batch on another device; Lightning calls this."""
+        """Return the batch with its tensors on ``device``; Lightning calls this method."""
         return _to(self, device)
 
     def by_ranking(self, x: Tensor) -> Tensor:
-        """Arrange ``x`` [N] by ranking: [B, K], and 0 where the mask is False."""
+        """Arrange ``x`` [N] by ranking; return it as [B, K], with 0 where ``mask`` is False."""
         return torch.where(self.mask, x[self.ranking], 0.0)
 
     def select(self, rankings: Tensor) -> "PreferenceBatch":
-        """Return these rankings, cut to their longest response and their longest ranking."""
+        """Return a batch of the rankings with the given indices, cut to their longest sequence and longest ranking."""
         mask = self.mask[rankings]
         mask = mask[:, : int(mask.sum(1).max())]
         rows = self.ranking[rankings][:, : mask.shape[1]][mask]
@@ -103,7 +104,7 @@ class PreferenceBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """Prompts with the actor's responses: prompt and response are contiguous, the padding is on the right.
+    """Prompts with the actor's responses; each response directly follows its prompt, and the padding is on the right.
 
     >>> rollout = Rollout(
     ...     tokens=torch.tensor([[5, 8, 9], [6, 7, 8]]),
@@ -126,35 +127,39 @@ class Rollout:
     prompt_lengths: Tensor  # [B] int64
     response_lengths: Tensor  # [B] int64, including the stop token
     rollout_logprobs: Tensor  # [B, T] float32, computed by the engine
-    rollout_entropy: Tensor  # [B, T] float32, in nats, the engine's, of the distribution of each token
+    rollout_entropy: Tensor  # [B, T] float32, in nats, of the engine's distribution of each token
     response_mask: Tensor  # [B, T] bool
     terminated: Tensor  # [B] bool, True if a stop token ended the response, False if the length limit did
     group: Tensor  # [B] int64, the index of the prompt in the global batch
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of prompt and response, [B]."""
+        """The number of tokens in each prompt with its response, [B] int64."""
         return self.prompt_lengths + self.response_lengths
 
     @property
     def response_tokens_mask(self) -> Tensor:
-        """Bool [B, S], True at the tokens of the responses; ``response_mask`` is the same for [B, T]."""
+        """A bool mask [B, S] that is True at the tokens of the responses; ``response_mask`` marks them in [B, T]."""
         return _response_tokens_mask(self.tokens, self.prompt_lengths, self.lengths)
 
     def at_responses(self, x: Tensor) -> Tensor:
-        """Return the elements of ``x`` [B, S] at the response tokens, [B, T]; undefined outside ``response_mask``."""
+        """Return ``x`` [B, S] at the response tokens, as [B, T]; elements outside ``response_mask`` are undefined."""
         return self._gather(x, self.prompt_lengths)
 
     def before_responses(self, x: Tensor) -> Tensor:
-        """Return the elements of ``x`` [B, S] one token *before* each response token, [B, T], such as state values."""
+        """Return ``x`` [B, S] one token *before* each response token, as [B, T].
+
+        At these positions, the critic predicts the values of the states before the response tokens. Elements outside
+        ``response_mask`` are undefined.
+        """
         return self._gather(x, self.prompt_lengths - 1)
 
     def at_end(self, x: Tensor) -> Tensor:
-        """Return the element of ``x`` [B, S] at the last token of each response, [B]."""
+        """Return ``x`` [B, S] at the last token of each response, as [B]."""
         return x.gather(1, self.lengths[:, None] - 1).squeeze(1)
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Return these rows, cut to their longest sequence and longest response."""
+        """Return the rows with the given indices, cut to their longest sequence and longest response."""
         selected = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
         width, time = int(selected.lengths.max()), int(selected.response_lengths.max())
         return replace(
@@ -172,9 +177,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardInputs:
-    """The input of a reward: the responses as text, the prompts with their other columns, and the tokens.
-
-    A `Reward` receives it; a reward function receives its fields by name.
+    """The input of a `Reward`: the responses as text, the prompts with their other columns, and the rollout.
 
     >>> from lit_rlhf.rewards import make_reward_inputs
     >>> inputs = make_reward_inputs(["the answer is 4"], answer=[4])
@@ -190,7 +193,7 @@ class RewardInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:
-    """A rollout with what the actor, the reference, the critic and the rewards computed for it."""
+    """A rollout with the outputs of the actor, the reference model, the critic and the rewards for its responses."""
 
     rollout: Rollout
     reward_inputs: RewardInputs
@@ -210,7 +213,7 @@ class Trajectory:
     """The input of an advantage estimator.
 
     Raises:
-        ValueError: if the shapes do not match.
+        ValueError: if the shapes of the tensors do not match.
 
     >>> trajectory = Trajectory(rewards=torch.tensor([[0.0, 1.0]]), mask=torch.tensor([[True, True]]))
     >>> trajectory.values is None  # without a critic
@@ -230,7 +233,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
-    """The output of an advantage estimator; 0 outside the mask.
+    """The output of an advantage estimator; both tensors are 0 outside the trajectory's mask.
 
     >>> Estimates(advantages=torch.tensor([[0.5]]), returns=torch.tensor([[1.0]])).returns
     tensor([[1.]])
@@ -242,7 +245,7 @@ class Estimates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """The input of the update."""
+    """A rollout with all that the update of the actor and the critic needs."""
 
     rollout: Rollout
     old_logprobs: Tensor  # [B, T]
@@ -250,10 +253,10 @@ class Experience:
     values: Tensor | None  # [B, T], the critic's at the start of the update
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T]
-    reward_scale: Tensor  # [B, T], the factor that whitening applied to the rewards in the advantages; 1 without
+    reward_scale: Tensor  # [B, T], the factor by which whitening scaled the rewards in the advantages; 1 if off
 
     def select(self, rows: Tensor) -> "Experience":
-        """Return these rows, cut to their longest response."""
+        """Return the rows with the given indices, cut to their longest sequence and longest response."""
         rollout = self.rollout.select(rows)
         time = rollout.response_mask.shape[1]
         others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollout"}
@@ -262,10 +265,10 @@ class Experience:
 
 
 def check_shapes(**tensors: Tensor | None) -> None:
-    """Check that all tensors have exactly the same shape; shapes that would broadcast are refused.
+    """Check that all tensors have exactly the same shape; shapes that could be broadcast are refused too.
 
     Args:
-        tensors: The tensors, keyed by the names to use in the message; None is skipped.
+        tensors: The tensors, keyed by the names to use in the message; None values are skipped.
 
     Raises:
         ValueError: if the shapes differ; the message names every tensor with its shape.

@@ -1,1 +1,1 @@
-"""The mathematics as functions of tensors, independent of configuration files, Lightning and transformers."""
+"""The mathematics of the training methods on tensors, independent of configuration, Lightning and transformers."""

@@ -1,9 +1,9 @@
-"""Advantage estimators: ``(Trajectory) -> Estimates``.
+"""Advantage estimators, which compute the `Estimates` of a `Trajectory`.
 
 Index convention: ``rewards[:, t]`` follows response token t, and ``values[:, t]`` is V of the state *before* token t;
 the TD error of token t is δₜ = rₜ + γ Vₜ₊₁ − Vₜ. Tokens outside the mask are skipped: t + 1 is the next token inside
 the mask, one factor γλ away, however many tokens were skipped. The value after the last token is the bootstrap (0 by
-default). Without values, V = 0. Estimators do not whiten.
+default). Without values, V = 0. Estimators do not whiten the advantages.
 
 ==================  ===============================  =======================  ==================
 estimator           advantage of token t             variance                 bias
@@ -13,7 +13,7 @@ estimator           advantage of token t             variance                 bi
 `GAE`               Σₖ (γλ)ᵏ δₜ₊ₖ                    grows with λ             falls with λ
 `MonteCarlo`        Σₖ γᵏ rₜ₊ₖ − Vₜ                  highest                  none
 `LeaveOneOut`       R − mean of the other R          falls with group size    none; no critic
-`GroupNormalized`   (R − mean R) / deviation of R    falls with group size    some; no critic
+`GroupNormalized`   (R − mean R) / std R             falls with group size    some; no critic
 ==================  ===============================  =======================  ==================
 """
 
@@ -29,7 +29,7 @@ from lit_rlhf.types import Estimates, Trajectory, check_shapes
 
 
 class AdvantageEstimator(ABC):
-    """The interface of advantage estimators: a trajectory in, advantages and returns out.
+    """The interface of advantage estimators, which compute advantages and returns from a trajectory.
 
     >>> class RewardToGo(AdvantageEstimator):
     ...     def __call__(self, trajectory: Trajectory) -> Estimates:
@@ -40,23 +40,23 @@ class AdvantageEstimator(ABC):
     """
 
     needs_group: ClassVar[bool] = False
-    """Whether it compares the responses to a prompt; if so, it needs several per prompt, but no critic."""
+    """Whether the estimator compares the responses to a prompt; if so, it needs 2 or more responses, but no critic."""
 
     @abstractmethod
     def __call__(self, trajectory: Trajectory) -> Estimates:
-        """Return advantages and returns, each [B, T], 0 outside the mask."""
+        """Return advantages and returns, each [B, T] and 0 outside the mask."""
 
 
 @dataclass(frozen=True)
 class MonteCarlo(AdvantageEstimator):
-    """The sampled return minus the critic's value: Aₜ = Gₜ − Vₜ with Gₜ = Σₖ γᵏ rₜ₊ₖ (+ γ^{T−t} bootstrap).
+    """The sampled return minus the critic's value: Aₜ = Gₜ − Vₜ with Gₜ = Σₖ γᵏ rₜ₊ₖ (+ discounted bootstrap).
 
-    The critic's target is Gₜ. The estimate is unbiased for any critic; without values it is the return of REINFORCE.
+    The critic's target is Gₜ. Without a bootstrap, Aₜ is unbiased for any critic; without values, Aₜ = Gₜ (REINFORCE).
 
     Source: Sutton & Barto 2018, "Reinforcement Learning", section 13.4 (REINFORCE with baseline).
 
     Args:
-        gamma: Discount γ in [0, 1].
+        gamma: The discount γ, in [0, 1].
 
     Raises:
         ValueError: if gamma is outside [0, 1].
@@ -79,12 +79,12 @@ class MonteCarlo(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class TD0(AdvantageEstimator):
-    """The TD error: Aₜ = δₜ = rₜ + γ Vₜ₊₁ − Vₜ; the critic's target is rₜ + γ Vₜ₊₁.
+    """The one-step TD error as the advantage: Aₜ = δₜ = rₜ + γ Vₜ₊₁ − Vₜ; the critic's target is rₜ + γ Vₜ₊₁.
 
     Source: Sutton & Barto 2018, equation 6.5 and section 13.5 (one-step actor-critic).
 
     Args:
-        gamma: Discount γ in [0, 1].
+        gamma: The discount γ, in [0, 1].
 
     Raises:
         ValueError: if gamma is outside [0, 1].
@@ -106,14 +106,14 @@ class TD0(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class NStep(AdvantageEstimator):
-    """n sampled rewards, then the critic: Aₜ = Σ_{k<n} γᵏ rₜ₊ₖ + γⁿ Vₜ₊ₙ − Vₜ; the critic's target is Aₜ + Vₜ.
+    """The n-step advantage Aₜ = Σ_{k<n} γᵏ rₜ₊ₖ + γⁿ Vₜ₊ₙ − Vₜ; the critic's target is the n-step return Aₜ + Vₜ.
 
     Source: Mnih et al. 2016 (arXiv 1602.01783), section 4 (A3C); Sutton & Barto 2018, equation 7.1.
 
     Args:
-        n: The number of sampled rewards; 1 is `TD0`, and the response's length or more is `MonteCarlo`. Where fewer
-            are left, the sum runs to the last token and the bootstrap replaces Vₜ₊ₙ.
-        gamma: Discount γ in [0, 1].
+        n: The number of sampled rewards; 1 gives `TD0`, and the response's length or more gives `MonteCarlo`. Where
+            fewer than n tokens are left, the sum runs to the last token and the bootstrap value replaces Vₜ₊ₙ.
+        gamma: The discount γ, in [0, 1].
 
     Raises:
         ValueError: if n is less than 1 or gamma is outside [0, 1].
@@ -143,19 +143,19 @@ class GAE(AdvantageEstimator):
 
     Aₜ = δₜ + γλ Aₜ₊₁ with δₜ = rₜ + γ Vₜ₊₁ − Vₜ, and the critic's target is the λ-return Rₜ = Aₜ + Vₜ.
 
-    With ``length_alpha`` λ grows with the response's length l, so that the reward at the end reaches the first tokens.
+    With ``length_alpha``, λ grows with the response's length l, so that the reward at the end reaches the first tokens.
 
     Source: Schulman et al. 2016 (arXiv 1506.02438), equation 16; ``critic_lam``: Yuan et al. 2025 (VC-PPO, arXiv
     2503.01491), section 3.3; ``length_alpha``: Yue et al. 2025 (VAPO, arXiv 2504.05118), section 4.2.
 
     Args:
-        gamma: Discount γ in [0, 1]; 1 is usual, since responses are short and the score comes at the end.
-        lam: λ in [0, 1]; 0 trusts the critic (low variance, biased), 1 trusts the sampled return (unbiased).
-        critic_lam: λ of the critic's target, in [0, 1] (*decoupled* GAE); None for the λ of the advantages.
-        length_alpha: α > 0, which replaces ``lam`` in the advantages by max(0, 1 − 1 / (α l)); None for ``lam``.
+        gamma: The discount γ, in [0, 1]; 1 is usual, since responses are short and the score comes at the end.
+        lam: The λ of the advantages, in [0, 1]; 0 trusts the critic (low variance), 1 the sampled return (no bias).
+        critic_lam: The λ of the critic's target, in [0, 1] (*decoupled* GAE); None for the λ of the advantages.
+        length_alpha: α > 0, for λ = max(0, 1 − 1 / (α l)) in the advantages instead of ``lam``; None to use ``lam``.
 
     Raises:
-        ValueError: if gamma, lam or critic_lam is outside [0, 1], or length_alpha is not positive.
+        ValueError: if gamma, lam or critic_lam is outside [0, 1], or length_alpha is not positive and finite.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
     >>> trajectory = Trajectory(rewards=rewards, values=values, mask=rewards >= 0)
@@ -184,7 +184,7 @@ class GAE(AdvantageEstimator):
         return _estimates(advantages, trajectory, discounted_sum(deltas, mask, self.gamma * self.critic_lam))
 
     def _lam(self, trajectory: Trajectory) -> float | Tensor:
-        """Return λ of the advantages: a number, or [B] if it depends on the response's length."""
+        """Return the λ of the advantages: a number, or a tensor [B] if λ depends on the response's length."""
         if self.length_alpha is None:
             return self.lam
         length = trajectory.mask.sum(1).clamp(min=1).to(trajectory.rewards.dtype)  # [B]
@@ -193,14 +193,15 @@ class GAE(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class LeaveOneOut(AdvantageEstimator):
-    """A response's return minus the mean return of the other responses to its prompt; the same for all of its tokens.
+    """The response's return minus the mean return of the other responses to its prompt, the same at every token.
 
-    Aᵢ = Rᵢ − Σ_{j≠i} Rⱼ / (n − 1), with R = Σₜ rₜ (+ bootstrap). Unbiased: the baseline does not depend on response i.
+    Aᵢ = Rᵢ − Σ_{j≠i} Rⱼ / (n − 1) for the n responses to a prompt, with R = Σₜ rₜ (+ bootstrap). The estimate is
+    unbiased, because the baseline does not depend on response i.
 
     Source: Ahmadian et al. 2024 (RLOO, arXiv 2402.14740), section 3.2; Kool et al. 2019.
 
     Raises:
-        ValueError: when called without groups, or for a prompt with only one response.
+        ValueError: when called, if the trajectory has no ``group``, or a prompt has only one non-empty response.
 
     >>> rewards = torch.tensor([[3.0], [1.0]])
     >>> LeaveOneOut()(Trajectory(rewards=rewards, mask=rewards > 0, group=torch.tensor([0, 0]))).advantages
@@ -211,26 +212,26 @@ class LeaveOneOut(AdvantageEstimator):
     needs_group: ClassVar[bool] = True
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
-        """Return advantages and returns (the sampled, undiscounted reward to go), each [B, T]."""
+        """Return advantages and sampled, undiscounted returns, each [B, T]."""
         group = _Group(trajectory)
         return group.estimates(group.centred * group.size / (group.size - 1))
 
 
 @dataclass(frozen=True)
 class GroupNormalized(AdvantageEstimator):
-    """A response's return, standardised among the responses to its prompt; the same for all of its tokens.
+    """The response's return, standardised over the responses to its prompt, the same at every token.
 
-    Aᵢ = (Rᵢ − mean R) / (std R + 1e-8), with R = Σₜ rₜ (+ bootstrap) and the sample standard deviation
-    std R = √(Σᵢ (Rᵢ − mean R)² / (n − 1)). If all responses to a prompt have the same return, A = 0.
+    Aᵢ = (Rᵢ − mean R) / (std R + 1e-8) for the n responses to a prompt, with R = Σₜ rₜ (+ bootstrap) and the sample
+    standard deviation std R = √(Σᵢ (Rᵢ − mean R)² / (n − 1)). If all n returns are equal, A = 0.
 
     Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2; without the division: Liu et al. 2025 (Dr. GRPO,
-    arXiv 2503.20783), section 3.1: the division favours prompts whose responses have nearly equal returns.
+    arXiv 2503.20783), section 3.1, because the division favours prompts whose responses have nearly equal returns.
 
     Args:
-        divide_by_std: Whether to divide by the standard deviation; False subtracts the mean only.
+        divide_by_std: Whether to divide by the standard deviation; if False, only the mean is subtracted.
 
     Raises:
-        ValueError: when called without groups, or for a prompt with only one response.
+        ValueError: when called, if the trajectory has no ``group``, or a prompt has only one non-empty response.
 
     >>> rewards, group = torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([0, 0, 0])
     >>> GroupNormalized()(Trajectory(rewards=rewards, mask=rewards > 0, group=group)).advantages
@@ -243,7 +244,7 @@ class GroupNormalized(AdvantageEstimator):
     needs_group: ClassVar[bool] = True
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
-        """Return advantages and returns (the sampled, undiscounted reward to go), each [B, T]."""
+        """Return advantages and sampled, undiscounted returns, each [B, T]."""
         group = _Group(trajectory)
         advantage = group.centred
         if self.divide_by_std:
@@ -260,11 +261,11 @@ def td_errors(
     Source: Sutton & Barto 2018, equation 6.5.
 
     Args:
-        rewards: [B, T].
+        rewards: [B, T], the reward after each token.
         values: [B, T], V of the state before each token; None for V = 0.
         mask: Bool [B, T], True at the tokens that count; it may have holes.
-        bootstrap: [B], V after the last token inside the mask; None for 0.
-        gamma: Discount γ.
+        bootstrap: [B], the value V after the last token inside the mask; None for 0.
+        gamma: The discount γ.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -286,12 +287,12 @@ def td_errors(
 
 
 def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
-    """Compute the discounted sum from each token to the last, Gₜ = xₜ + discount · Gₜ₊₁, over the tokens of the mask.
+    """Compute the sums Gₜ = xₜ + discount · Gₜ₊₁ from each token to the last; t + 1 is the next token inside the mask.
 
     Args:
-        x: [B, T].
+        x: [B, T], the terms of the sum.
         mask: Bool [B, T], True at the tokens that count; it may have holes.
-        discount: A number, or [B].
+        discount: The discount factor, one number or one for each row, [B].
 
     Returns:
         [B, T], 0 outside the mask.
@@ -314,13 +315,13 @@ def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
 
 
 def n_step_sum(x: Tensor, mask: Tensor, n: int, discount: float) -> Tensor:
-    """Compute the discounted sum of n tokens, Σ_{k<n} discountᵏ xₜ₊ₖ, over the tokens of the mask.
+    """Compute the sums Σ_{k<n} discountᵏ xₜ₊ₖ of n terms, where t + k is the k-th token after t inside the mask.
 
     Args:
-        x: [B, T].
+        x: [B, T], the terms of the sum.
         mask: Bool [B, T], True at the tokens that count; it may have holes.
-        n: The number of terms; the sum has fewer where fewer tokens are left.
-        discount: A number.
+        n: The number of terms; a sum has fewer where fewer tokens are left.
+        discount: The discount factor.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -344,14 +345,14 @@ def n_step_sum(x: Tensor, mask: Tensor, n: int, discount: float) -> Tensor:
 
 
 def _next_token(mask: Tensor) -> Tensor:
-    """Return the index of the next token after t inside the mask, [B, T]; T after the last one."""
+    """Return, for each token, the index of the next token inside the mask, [B, T]; the index is T if there is none."""
     length = mask.shape[1]
     index = torch.where(mask, torch.arange(length, device=mask.device), length)
     return pad(index[:, 1:].flip(1).cummin(1).values.flip(1), (0, 1), value=length)
 
 
 def _estimates(advantages: Tensor, trajectory: Trajectory, critic_advantages: Tensor | None = None) -> Estimates:
-    """Return the advantages with the critic's targets Rₜ = Aₜ + Vₜ, of separate advantages for the critic if given."""
+    """Return the advantages and the critic's targets Aₜ + Vₜ, with ``critic_advantages`` as Aₜ if they are given."""
     targets = advantages if critic_advantages is None else critic_advantages
     if trajectory.values is not None:
         targets = targets + torch.where(trajectory.mask, trajectory.values, 0.0)
@@ -363,9 +364,9 @@ def _deltas(trajectory: Trajectory, gamma: float) -> Tensor:
 
 
 class _Group:
-    """The return R of each response that is not empty, centred among the responses to its prompt.
+    """The return of each response, and the difference from the mean return of non-empty responses to the same prompt.
 
-    Centring is done in float64, where the mean of equal float32 returns is exactly that return and the advantage 0.
+    The mean is taken in float64, so that the mean of equal float32 returns is exact and the differences are 0.
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
@@ -383,12 +384,12 @@ class _Group:
         self.centred = returns - self.sum(returns) / self.size.clamp(min=1)  # [B]
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of ``x`` [B] over the row's group, [B]."""
+        """Return, for each row, the sum of ``x`` [B] over the non-empty rows of the same group, [B]."""
         x = torch.where(self.nonempty, x, 0.0)
         return torch.zeros_like(x).index_add(0, self.index, x)[self.index]
 
     def estimates(self, advantage: Tensor) -> Estimates:
-        """Return the row's advantage [B] at each of its tokens."""
+        """Return estimates that give every token of a row the row's ``advantage`` [B]."""
         advantages = torch.where(self.mask, advantage[:, None], 0.0)
         return Estimates(advantages=advantages.to(self.returns.dtype), returns=self.returns)
 

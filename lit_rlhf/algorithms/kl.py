@@ -1,7 +1,7 @@
-"""Estimators of KL(π ‖ π_ref) from samples of π, and controllers of its coefficient.
+"""Estimators of KL(π ‖ π_ref) from samples of π, and controllers of the coefficient of this KL.
 
-Units: nats. With x drawn from π and r = log π_ref(x) − log π(x) (Schulman 2020, "Approximating KL divergence",
-joschu.net/blog/kl-approx.html):
+All values are in nats. With x drawn from π and r = log π_ref(x) − log π(x), the estimators are (Schulman 2020,
+"Approximating KL divergence", joschu.net/blog/kl-approx.html):
 
 ====  ===================  =========  ===================================  ==============================
 name  value                unbiased?  gradient as a loss term              gradient in the reward
@@ -12,8 +12,8 @@ k3    exp(r) − 1 − r       yes, ≥ 0   that of KL(π_ref ‖ π) on average
 full  Σₓ π(x) log π/π_ref  exact      exact for each state                 omits the token's own state
 ====  ===================  =========  ===================================  ==============================
 
-Each of them is the KL of one token; ``full`` needs the logits of both models. The KL of a response, which the
-controllers take, is the sum over its tokens.
+Each estimator gives the KL of one token; ``full`` needs the logits of both models. The controllers take the KL of a
+response, which is the sum over its tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +34,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     Args:
         logprobs: [B, T], log π of the sampled tokens.
-        ref_logprobs: [B, T].
+        ref_logprobs: [B, T], log π_ref of the same tokens.
 
     Returns:
         [B, T], in nats.
@@ -50,11 +50,11 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate KL(π ‖ π_ref) of each token by (log π − log π_ref)² / 2, which is biased and has a low variance.
+    """Estimate KL(π ‖ π_ref) of each token by (log π − log π_ref)² / 2, which is biased and has low variance.
 
     Args:
         logprobs: [B, T], log π of the sampled tokens.
-        ref_logprobs: [B, T].
+        ref_logprobs: [B, T], log π_ref of the same tokens.
 
     Returns:
         [B, T], in nats.
@@ -70,11 +70,11 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate KL(π ‖ π_ref) of each token by exp(r) − 1 − r, r = log π_ref − log π: unbiased and never negative.
+    """Estimate KL(π ‖ π_ref) of each token by exp(r) − 1 − r with r = log π_ref − log π: unbiased and never negative.
 
     Args:
         logprobs: [B, T], log π of the sampled tokens.
-        ref_logprobs: [B, T].
+        ref_logprobs: [B, T], log π_ref of the same tokens.
 
     Returns:
         [B, T], in nats; r is clamped to at most 20.
@@ -94,8 +94,8 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """Compute KL(π ‖ π_ref) = Σₓ π(x) (log π(x) − log π_ref(x)) of next-token distributions over the vocabulary.
 
     Args:
-        logits: [..., V], already divided by the temperature; they need not be normalised.
-        ref_logits: [..., V].
+        logits: [..., V], the logits of π, already divided by the temperature; they need not be normalised.
+        ref_logits: [..., V], the logits of π_ref, in the same form.
 
     Returns:
         [...], in nats. A token outside the support of π (logit −∞) contributes 0.
@@ -114,7 +114,7 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
 
 class KLController(ABC):
-    """The coefficient of the KL to the reference, and the rule that updates it from the measured KL.
+    """The coefficient of the KL to the reference model, and the rule that adapts this coefficient to the measured KL.
 
     >>> class Halving(KLController):
     ...     coef = 0.1
@@ -141,10 +141,10 @@ class KLController(ABC):
 
 @dataclass(frozen=True)
 class FixedKL(KLController):
-    """A constant coefficient.
+    """A constant coefficient of the KL to the reference model.
 
     Args:
-        coef: The weight of the KL, in units of score per nat; 0 or more.
+        coef: The coefficient, in units of score per nat; 0 or more.
 
     Raises:
         ValueError: if coef is negative or not finite.
@@ -164,20 +164,20 @@ class FixedKL(KLController):
 
 
 class AdaptiveKL(nn.Module, KLController):
-    """A coefficient that keeps the KL to the reference near a target.
+    """A coefficient that is adapted so that the KL to the reference model stays near a target.
 
-    After an iteration of n responses: coef ← coef (1 + e min(n / horizon, 1)), e = clip(KL / target − 1, −0.2, 0.2).
-    The coefficient is saved in the checkpoint.
+    An iteration of n responses multiplies the coefficient by 1 + e min(n / horizon, 1), where e is the relative error
+    of the KL, clipped: e = clip(KL / target − 1, −0.2, 0.2). The coefficient is saved in the checkpoint.
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
 
     Args:
         coef: The initial coefficient, in units of score per nat; positive.
-        target: The KL to keep, in nats per *response* (not per token).
-        horizon: The number of responses within which the coefficient changes by a factor of at most about e^{0.2}.
+        target: The KL to aim for, in nats per *response* (not per token).
+        horizon: The number of responses within which the coefficient changes by a factor of at most about exp(0.2).
 
     Raises:
-        ValueError: if a number is not positive and finite.
+        ValueError: if coef, target or horizon is not positive and finite.
 
     >>> kl = AdaptiveKL(coef=0.2, target=6.0, horizon=640)
     >>> kl.update(12.0, n=64)
@@ -195,7 +195,7 @@ class AdaptiveKL(nn.Module, KLController):
         self.horizon = horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Move the coefficient towards the target, given the mean KL in nats per response over n responses."""
+        """Adapt the coefficient to ``kl``, the mean KL of n responses, in nats per response."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * min(n / self.horizon, 1.0)
 
@@ -210,23 +210,23 @@ class AdaptiveKL(nn.Module, KLController):
 
 @dataclass(frozen=True)
 class ReferenceKL:
-    """Where the KL to the reference enters the training, and how it is estimated.
+    """The use of the KL to the reference model in training: in the reward or in the loss, and by which estimator.
 
     The gradient of E[Σₜ KLₜ] has two parts: the effect of a token on the KL of the states after it, and the effect of
-    the policy on the KL of the token's own state. A reward carries the first part. k1 in the reward carries the second
-    part as well, because its own expected gradient is 0; k2 and k3 do not. ``full`` depends on the state alone, so its
-    second part is added to the loss, in the scale of the advantages. With ``where="loss"`` the coefficient is in units
-    of the advantages as the loss uses them, whitened or not.
+    the policy on the KL of the token's own state. Any estimator in the reward gives the first part. k1 in the reward
+    also gives the second part (k2 and k3 do not), because the expected gradient of k1 itself is 0. ``full`` depends on
+    the state alone, so the second part is added to the loss, on the scale of the advantages. With ``where="loss"``, the
+    coefficient is in units of advantage per nat, whether the advantages are whitened or not.
 
     Args:
         where: ``reward`` subtracts coef × estimate from the reward of every token; ``loss`` adds coef × estimate to the
-            loss of each token, so that a token is not charged for the KL of later ones.
-        estimator: ``k1``, ``k2`` or ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs a forward
-            pass of the reference in the update. Use k1 or full in the reward, and k2 or full in the loss; as a loss
-            term, k1 has no gradient on average and k3 has that of the reverse KL.
+            loss of each token, so that a token is not charged for the KL of later tokens.
+        estimator: ``k1``, ``k2`` or ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs further
+            forward passes of the reference model. Use k1 or full in the reward, and k2 or full in the loss; as a loss
+            term, k1 has no gradient on average, and k3 has the gradient of the reverse KL, KL(π_ref ‖ π).
 
     Raises:
-        ValueError: for k1 in the loss.
+        ValueError: if where is ``loss`` and estimator is ``k1``.
 
     >>> kl = ReferenceKL(where="loss", estimator="k2")
     >>> kl.estimate(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), full_kl=None)
@@ -257,8 +257,8 @@ class ReferenceKL:
 
         Args:
             logprobs: [B, T], log π of the sampled tokens.
-            ref_logprobs: [B, T].
-            full_kl: [B, T], the KL over the vocabulary; only ``full`` needs it.
+            ref_logprobs: [B, T], log π_ref of the same tokens.
+            full_kl: [B, T], the KL over the vocabulary; needed only if the estimator is ``full``.
 
         Returns:
             [B, T], in nats.

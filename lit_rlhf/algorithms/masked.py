@@ -1,6 +1,6 @@
-"""Statistics of the elements where a boolean mask is True.
+"""Statistics of the elements of a tensor where a boolean mask is True, and the weights of the tokens in a loss.
 
-Elements outside the mask, NaN included, change neither a value nor a gradient: they are replaced *before* any
+Elements outside the mask, NaN included, affect neither values nor gradients: they are replaced *before* any
 arithmetic, because ``NaN * 0`` is NaN, and so is its gradient.
 """
 
@@ -24,12 +24,12 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum the elements inside the mask, Σ mₜ xₜ.
 
     Args:
-        x: Any shape.
-        mask: Bool, the same shape as ``x``.
+        x: The elements, in any shape.
+        mask: Bool, of the same shape as ``x``, True at the elements that count.
         dim: The only dimension to sum over; None for all.
 
     Returns:
-        [], or the shape of ``x`` without ``dim``; 0 where the mask is empty.
+        [], or the shape of ``x`` without ``dim``; 0 where no element is inside the mask.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -46,12 +46,12 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Average the elements inside the mask, Σ mₜ xₜ / Σ mₜ.
 
     Args:
-        x: Any shape.
-        mask: Bool, the same shape as ``x``.
+        x: The elements, in any shape.
+        mask: Bool, of the same shape as ``x``, True at the elements that count.
         dim: The only dimension to average over; None for all.
 
     Returns:
-        [], or the shape of ``x`` without ``dim``; 0 where the mask is empty.
+        [], or the shape of ``x`` without ``dim``; 0 where no element is inside the mask.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -67,12 +67,12 @@ def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _no_reduction) -> Tenso
     """Compute the population variance of the elements inside the mask, Σ mₜ (xₜ − x̄)² / Σ mₜ.
 
     Args:
-        x: Any shape.
-        mask: Bool, the same shape as ``x``.
-        reduce: Function that sums a tensor over all ranks; by default the statistics are of this process alone.
+        x: The elements, in any shape.
+        mask: Bool, of the same shape as ``x``, True at the elements that count.
+        reduce: A function that sums a tensor over all ranks; by default, only this process is counted.
 
     Returns:
-        []; 0 for one element or none.
+        []; 0 if at most one element is inside the mask.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -85,7 +85,7 @@ def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _no_reduction) -> Tenso
 
 
 class Whitened(NamedTuple):
-    """The result of `masked_whiten`.
+    """The result of `masked_whiten`: the whitened elements, their variance before whitening, and their scale.
 
     >>> whitened = masked_whiten(torch.tensor([1.0, 5.0]), torch.tensor([True, True]))
     >>> whitened.values, whitened.var, whitened.scale
@@ -98,16 +98,16 @@ class Whitened(NamedTuple):
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = _no_reduction) -> Whitened:
-    """Scale the elements inside the mask to variance 1, (xₜ − x̄) / √(var + 1e-8).
+    """Shift the elements inside the mask to mean 0 and scale them to variance 1, (xₜ − x̄) / √(var + 1e-8).
 
     Args:
-        x: Any shape.
-        mask: Bool, the same shape as ``x``.
-        shift_mean: Whether the mean becomes 0; False adds x̄ back, which preserves the mean.
-        reduce: Function that sums a tensor over all ranks; by default the statistics are of this process alone.
+        x: The elements, in any shape.
+        mask: Bool, of the same shape as ``x``, True at the elements that count.
+        shift_mean: Whether to make the mean 0; if False, x̄ is added back, which preserves the mean.
+        reduce: A function that sums a tensor over all ranks; by default, only this process is counted.
 
     Returns:
-        The whitened elements, 0 outside the mask, with the variance and the scale.
+        The whitened elements, 0 outside the mask, with the variance before whitening and the scale.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -126,7 +126,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
 
 
 def _moments(x: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return mean and population variance, in two passes: E[x²] − E[x]² cancels when the mean is large."""
+    """Return the mean and the population variance, in two passes, since E[x²] − E[x]² is inexact for a large mean."""
     x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype)).clamp(min=1)
     mean = reduce(masked_sum(x, mask)) / count
@@ -141,27 +141,28 @@ def token_weights(
     total_sequences: Tensor | float,
     max_tokens: int,
 ) -> Tensor:
-    r"""Compute the weights w of a per-token loss, so that Σₜ wₜ lossₜ over an optimizer step is the step's loss.
+    r"""Compute the weight wₜ of each token, such that Σₜ wₜ lossₜ over an optimizer step is the loss of the step.
 
-    ====================  ==============================================  ===========================
-    aggregation           weight of a token inside the mask               the sum over the step
-    ====================  ==============================================  ===========================
+    ====================  ==============================================  ==================================
+    aggregation           weight of a token inside the mask               loss of the step
+    ====================  ==============================================  ==================================
     ``token``             1 / (tokens of the step)                        mean over tokens
-    ``sequence``          1 / (sequences of the step × its own length)    mean of sequence means
-    ``constant``          1 / (sequences of the step × max_tokens)        no length bias (Dr. GRPO)
-    ====================  ==============================================  ===========================
+    ``sequence``          1 / (sequences of the step × sequence length)   mean of sequence means
+    ``constant``          1 / (sequences of the step × max_tokens)        mean of sequence sums / max_tokens
+    ====================  ==============================================  ==================================
 
-    The totals are those of the whole step, so the result does not depend on the number of micro-batches or ranks.
+    ``constant`` has no length bias (Dr. GRPO). The totals are those of the whole step, so that the loss does not depend
+    on the number of micro-batches or ranks.
 
     Args:
-        mask: Bool [B, T].
-        aggregation: A row of the table.
+        mask: Bool [B, T], True at the tokens that count.
+        aggregation: ``token``, ``sequence`` or ``constant``, as in the table.
         total_tokens: The number of tokens inside the mask in the whole optimizer step, over all ranks.
         total_sequences: The number of sequences with at least one such token, in the whole step, over all ranks.
-        max_tokens: The fixed length of ``constant``, in tokens.
+        max_tokens: The fixed length by which ``constant`` divides, in tokens.
 
     Returns:
-        [B, T], 0 outside the mask.
+        The weights, [B, T] float32, 0 outside the mask.
 
     Raises:
         ValueError: if the mask is not [B, T], or the aggregation is not in the table.

@@ -1,10 +1,11 @@
-"""Policy objectives: per-token losses [B, T] of log-probabilities and advantages.
+"""Policy objectives, which compute the loss of each token, [B, T], from log-probabilities and advantages.
 
 Objectives do not average: the tokens are weighted once, for the whole optimizer step (`masked.token_weights`).
 
-At ratio 1, the first step after sampling, the gradient of each of them is −Aₜ ∇log π(aₜ|sₜ). They differ in the
-correction once the policy has moved: none (`VanillaPG`), importance weights (`Surrogate`), a KL penalty (`KLPenalty`),
-or no gradient beyond a bound (`Clip`).
+In the first step after sampling, all ratios are 1 and every objective with token-level ratios has the gradient
+−Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a policy that has moved since sampling: not at all
+(`VanillaPG`), by importance weights (`Surrogate`), by a KL penalty as well (`KLPenalty`), or by removing the gradient
+of ratios beyond a bound (`Clip`).
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from lit_rlhf.algorithms.masked import masked_mean
 from lit_rlhf.types import check_shapes
 
 MAX_BETA = 1e10
-"""The upper bound of an adaptive β, and its inverse the lower one; an infinite or zero β could never change again."""
+"""The upper bound of an adaptive β; the lower bound is 1 / MAX_BETA. An infinite or zero β could never change again."""
 
 Level = Literal["token", "sequence"]
 
@@ -39,7 +40,7 @@ class PolicyLoss(NamedTuple):
 
 
 class Objective(ABC):
-    """The interface of policy objectives: log-probabilities and advantages in, a loss to minimise per token out.
+    """The interface of policy objectives, which compute a loss to minimise for each token.
 
     >>> class CappedWeights(Objective):  # the policy gradient with constant importance weights of at most 5
     ...     def __call__(self, *, logprobs, old_logprobs, advantages, mask):
@@ -58,12 +59,12 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss, the ratio and the clipped tokens, each [B, T].
+        """Return the loss and the probability ratio of each token, and which tokens are clipped, each [B, T].
 
         Args:
             logprobs: [B, T], log π(aₜ|sₜ) of the current policy.
-            old_logprobs: [B, T], log π_old(aₜ|sₜ), at the start of the update; a constant.
-            advantages: [B, T]; a constant.
+            old_logprobs: [B, T], log π_old(aₜ|sₜ) at the start of the update; no gradient flows into them.
+            advantages: [B, T]; no gradient flows into them.
             mask: Bool [B, T], True at the tokens that count.
 
         Raises:
@@ -71,25 +72,25 @@ class Objective(ABC):
         """
 
     def update(self, measured_kl: float) -> None:  # noqa: B027 (most objectives have no state to update)
-        """Adapt the objective after an iteration's update to the mean KL(π_old ‖ π), in nats per token."""
+        """Adapt the objective to the mean KL(π_old ‖ π), measured after an iteration's update, in nats per token."""
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: Level = "token") -> Tensor:
-    """Compute the importance ratio ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ), with the log-ratio clamped to ±20.
+    """Compute the importance ratio ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ), with the log-ratio clamped to [−20, 20].
 
-    With ``level="sequence"`` all tokens of a row have the length-normalised ratio of the response,
+    With ``level="sequence"``, all tokens of a row have the length-normalised ratio of the response,
     (π(y|x) / π_old(y|x))^{1/|y|}, which is the exponential of the mean log-ratio.
 
     Source of the sequence level: Zheng et al. 2025 (GSPO, arXiv 2507.18071), equation 7.
 
     Args:
         logprobs: [B, T], log π(aₜ|sₜ) of the current policy.
-        old_logprobs: [B, T], log π_old(aₜ|sₜ); a constant.
+        old_logprobs: [B, T], log π_old(aₜ|sₜ) of the old policy; no gradient flows into them.
         mask: Bool [B, T], True at the tokens that count.
-        level: ``token`` or ``sequence``.
+        level: ``token`` for the ratio of each token, or ``sequence`` for the ratio of the whole response.
 
     Returns:
-        [B, T], 1 outside the mask.
+        The ratios, [B, T], 1 outside the mask.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -109,10 +110,10 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
 
 @dataclass(frozen=True)
 class VanillaPG(Objective):
-    """The policy gradient itself: lossₜ = −Aₜ log π(aₜ|sₜ).
+    """The plain policy gradient: lossₜ = −Aₜ log π(aₜ|sₜ).
 
-    It is correct on-policy only: use one epoch and one minibatch, since nothing corrects later steps, which are
-    off-policy.
+    This loss is correct on-policy only: use one epoch and one minibatch, since later steps are off-policy and nothing
+    corrects for that.
 
     Source: Williams 1992 (REINFORCE); Sutton & Barto 2018, equation 13.11.
 
@@ -140,7 +141,7 @@ class Surrogate(Objective):
         ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response (see `probability_ratio`).
 
     Raises:
-        ValueError: if ratio is neither.
+        ValueError: if ratio is neither ``token`` nor ``sequence``.
 
     >>> mask = torch.tensor([[True]])
     >>> Surrogate()(logprobs=torch.tensor([[0.5]]), old_logprobs=torch.tensor([[0.5]]),
@@ -163,23 +164,24 @@ class Surrogate(Objective):
 class KLPenalty(nn.Module, Objective):
     """The surrogate with a penalty on the KL from the old policy: lossₜ = −ρₜ Aₜ + β KLₜ(π_old ‖ π).
 
-    KLₜ is estimated at tokens of the old policy by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are unbiased in
-    this direction. With ``adaptive``, β follows the KL measured after each iteration's update: it is multiplied by
-    ``factor`` above ``high`` × target, and divided by it below target / ``low``. β is saved in the checkpoint.
+    KLₜ is estimated at tokens sampled from the old policy by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are
+    unbiased for KL(π_old ‖ π). With ``adaptive``, β follows the KL measured after each iteration's update: β is
+    multiplied by ``factor`` if the KL is above ``high`` × target, and divided by ``factor`` if the KL is below
+    target / ``low``. β is saved in the checkpoint.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 8 and section 4.
 
     Args:
         beta: The initial β, in units of advantage per nat.
         target: The mean KL to the old policy that an iteration should reach, in nats per token.
-        adaptive: Whether β is adapted; False keeps it constant.
-        high: Factor above the target at which β grows, 1 or more.
-        low: Factor below the target at which β shrinks, 1 or more.
+        adaptive: Whether β is adapted; if False, β is constant.
+        high: The factor by which the KL must exceed the target for β to grow, 1 or more.
+        low: The factor by which the KL must fall below the target for β to shrink, 1 or more.
         factor: The factor by which β grows or shrinks, greater than 1.
         ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response; the KL is always per token.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or ratio is neither ``token`` nor ``sequence``.
 
     >>> objective = KLPenalty(beta=1.0, target=0.01)
     >>> objective.update(0.02)
@@ -216,7 +218,7 @@ class KLPenalty(nn.Module, Objective):
 
     @property
     def follows_kl(self) -> bool:
-        """Whether β is adaptive."""
+        """Whether β is adaptive, so that ``update`` uses the KL to the old policy."""
         return self.adaptive
 
     def forward(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
@@ -228,7 +230,7 @@ class KLPenalty(nn.Module, Objective):
         return surrogate._replace(loss=surrogate.loss + self.beta * kl_to_old)
 
     def update(self, measured_kl: float) -> None:
-        """Adapt β to the mean KL(π_old ‖ π) after an iteration's update, in nats per token."""
+        """Adapt β to the mean KL(π_old ‖ π), measured after an iteration's update, in nats per token."""
         if not self.adaptive:
             return
         if measured_kl > self.high * self.target:
@@ -247,23 +249,23 @@ class KLPenalty(nn.Module, Objective):
 
 @dataclass(frozen=True)
 class Clip(Objective):
-    """PPO's clipped surrogate.
+    """The clipped surrogate objective of PPO.
 
-    lossₜ = −min(ρₜ Aₜ, clip(ρₜ, 1 − ε, 1 + ε_high) Aₜ). With ``dual`` = c > 1 the loss of a token with Aₜ < 0 is at
+    lossₜ = −min(ρₜ Aₜ, clip(ρₜ, 1 − ε, 1 + ε_high) Aₜ). With ``dual`` = c > 1, the loss of a token with Aₜ < 0 is at
     most −c Aₜ, so that a single very large ratio cannot dominate a step.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; dual clip: Ye et al. 2020 (arXiv 1912.09729),
     equation 5; asymmetric bounds: Yu et al. 2025 (arXiv 2503.14476); sequence-level ratio: Zheng et al. 2025 (GSPO,
-    arXiv 2507.18071), equation 5, with bounds of the order of 1e-4.
+    arXiv 2507.18071), equation 5, with ε of the order of 1e-4.
 
     Args:
         eps: ε, the distance of the lower bound from 1, in (0, 1).
         eps_high: ε_high, the distance of the upper bound from 1; None for the value of ``eps``.
-        dual: c > 1; None for no dual clip.
+        dual: c > 1, the factor of the dual clip; None for no dual clip.
         ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response (see `probability_ratio`).
 
     Raises:
-        ValueError: if a bound is out of range.
+        ValueError: if a number is out of range, or ratio is neither ``token`` nor ``sequence``.
 
     >>> mask = torch.tensor([[True]])
     >>> Clip(0.2)(logprobs=torch.tensor([[0.5]]), old_logprobs=torch.tensor([[0.0]]),
@@ -286,9 +288,10 @@ class Clip(Objective):
         _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the clipped loss of each token.
+        """Return the clipped loss and the ratio of each token, and which tokens are clipped, each [B, T].
 
-        A token is clipped if its ratio is outside the bounds in the direction of its advantage.
+        A token is clipped if its advantage is positive and its ratio is above the upper bound, or if its advantage is
+        negative and its ratio is below the lower bound or above ``dual``.
         """
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)

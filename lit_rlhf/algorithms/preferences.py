@@ -1,7 +1,7 @@
-"""Preference losses: for pairs (the better of two responses) and for rankings of several.
+"""Preference losses for pairs of responses, one better than the other, and for rankings of several responses.
 
-Both are negative log-likelihoods under a model that gives each response a score, which is the output of a reward model
-or the implicit reward of a policy (DPO). They depend on differences of scores only.
+Both losses are negative log-likelihoods under a model in which each response has a score: the output of a reward model,
+or the implicit reward of a policy (DPO). The losses depend on differences of scores only.
 """
 
 import torch
@@ -16,7 +16,7 @@ def bradley_terry(
 ) -> Tensor:
     """Compute the Bradley–Terry loss of pairs, −log σ(d) with d = s_chosen − s_rejected − margin.
 
-    With label smoothing ε it is −(1 − ε) log σ(d) − ε log σ(−d): a label is assumed wrong with probability ε.
+    With label smoothing ε, the loss is −(1 − ε) log σ(d) − ε log σ(−d): a label is assumed wrong with probability ε.
 
     Source: Bradley & Terry 1952; margin: Touvron et al. 2023 (Llama 2, arXiv 2307.09288), equation 2; label smoothing:
     Mitchell 2023, "A note on DPO with noisy preferences" (cDPO).
@@ -24,14 +24,14 @@ def bradley_terry(
     Args:
         chosen: [B], scores of the better responses.
         rejected: [B], scores of the worse responses.
-        margin: [B], the score difference that the better response should have; None for 0.
-        label_smoothing: ε in [0, 0.5).
+        margin: [B], the amount by which the better score should exceed the worse one; None for 0.
+        label_smoothing: ε, the assumed probability of a wrong label, in [0, 0.5).
 
     Returns:
-        [B], in nats.
+        The loss of each pair, [B], in nats.
 
     Raises:
-        ValueError: if the shapes do not match, or label_smoothing is out of range.
+        ValueError: if the shapes do not match, or label_smoothing is outside [0, 0.5).
 
     >>> bradley_terry(torch.tensor([0.0]), torch.tensor([0.0]))
     tensor([0.6931])
@@ -47,20 +47,20 @@ def bradley_terry(
 def plackett_luce(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the Plackett–Luce loss of rankings, −log P with P = Π_k exp(s_k) / Σ_{j≥k} exp(s_j).
 
-    P is the probability of the ranking if the best response is drawn by a softmax over the scores, then the best of the
-    remaining ones, and so on. For K = 2 it is Bradley–Terry.
+    P is the probability of the ranking if the best response is drawn from a softmax over the scores, then the best of
+    the remaining responses, and so on. For K = 2, the loss is that of Bradley and Terry.
 
     Source: Plackett 1975; Rafailov et al. 2023 (DPO, arXiv 2305.18290), equation 18 with scores as rewards.
 
     Args:
-        scores: [B, K], best first.
-        mask: Bool [B, K], True where there is a response, since rankings may have different lengths; None for all True.
+        scores: [B, K], the scores of the responses in each ranking, the best response first.
+        mask: Bool [B, K], True where there is a response; rankings may differ in length. None if all have K responses.
 
     Returns:
-        [B], in nats; 0 for a ranking of one response or none.
+        The loss of each ranking, [B], in nats; 0 for a ranking of one response or none.
 
     Raises:
-        ValueError: if scores and mask are not both [B, K].
+        ValueError: if scores is not [B, K], or mask has another shape.
 
     >>> plackett_luce(torch.tensor([[0.0, 0.0, 0.0]]))  # log 3!
     tensor([1.7918])
@@ -81,18 +81,18 @@ def plackett_luce(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 def implicit_reward(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
     """Compute the implicit reward r(x, y) = β (log π(y|x) − log π_ref(y|x)) of a policy.
 
-    π is the optimal policy for r at a KL coefficient of β, and r is unique up to a constant per prompt. DPO applies the
-    two losses above to r.
+    π is the optimal policy for r at a KL coefficient of β, and r is unique up to a constant per prompt. DPO applies
+    `bradley_terry` or `plackett_luce` to r.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 5.
 
     Args:
-        logprobs: [B], of whole responses under the policy.
-        ref_logprobs: [B], of whole responses under the reference.
+        logprobs: [B], the log-probabilities of whole responses under the policy.
+        ref_logprobs: [B], the log-probabilities of the same responses under the reference model.
         beta: β > 0, in units of reward per nat.
 
     Returns:
-        [B].
+        The implicit rewards, [B].
 
     Raises:
         ValueError: if the shapes do not match.

@@ -1,4 +1,4 @@
-"""Per-token rewards, computed from the score of a response and the KL to the reference."""
+"""Per-token rewards, computed from the score of a response and the KL to the reference model."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from lit_rlhf.types import check_shapes
 
 
 def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, coef: float = 0.0) -> Tensor:
-    """Compute the reward of each token: minus coef × KL, and the score on the last token inside the mask.
+    """Compute the reward of each token: −coef × KL, plus the score at the last token inside the mask.
 
     rₜ = score · 1[t is the last token inside the mask] − coef · KLₜ
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2.
 
     Args:
-        scores: [B].
+        scores: [B], the score of each response.
         mask: Bool [B, T], True at the tokens of the response.
         kl: [B, T], KL(π ‖ π_ref) of each token in nats; None for no KL in the reward.
         coef: The coefficient of the KL, in units of score per nat.

@@ -6,7 +6,7 @@ largest first-order improvement of the surrogate L is along the natural gradient
     s = √(2 δ / xᵀ F x) x
 
 The Fisher matrix F has one row per parameter of the model and is never formed: the conjugate gradient method needs only
-its products with vectors. The line search then ensures that the measured KL is within the bound and the surrogate
+products of F with vectors. The line search then ensures that the measured KL is within the bound and that the surrogate
 improves.
 
 Inner products use `torch.dot`: under autocast, ``@`` would round both vectors and the result to half precision.
@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
-"""v [N] ↦ A v [N], the product of a matrix with a vector."""
+"""A function v [N] ↦ A v [N], which multiplies a matrix A by a vector."""
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate all elements of the tensors into one vector.
 
     Args:
-        tensors: Of any shapes, with N elements in total.
+        tensors: Tensors of any shapes, with N elements in total.
 
     Returns:
-        [N].
+        The vector, [N].
 
     >>> flatten([torch.ones(1, 2), torch.zeros(1)])
     tensor([1., 1., 0.])
@@ -40,14 +40,14 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
-    """Copy a vector into the parameters in place, the inverse of `flatten`.
+    """Copy the elements of a vector into the parameters in place, as the inverse of `flatten`.
 
     Args:
-        parameters: Of any shapes, with N elements in total.
-        vector: [N].
+        parameters: Parameters of any shapes, with N elements in total.
+        vector: [N], the new values.
 
     Raises:
-        ValueError: if the numbers of elements differ.
+        ValueError: if the vector and the parameters differ in their number of elements.
 
     >>> parameters = [torch.zeros(2), torch.zeros(1)]
     >>> assign(parameters, torch.tensor([1.0, 2.0, 3.0]))
@@ -64,17 +64,18 @@ def assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
 def hessian_product(loss: Tensor, parameters: Sequence[Tensor], vector: Tensor) -> Tensor:
     """Compute the product of the loss's Hessian with a vector, ∇(∇loss · v), without forming the Hessian.
 
-    If the loss is the mean KL(π_θ ‖ sg π_θ) of the policy to a constant copy of itself, the result is F v with the
-    Fisher matrix F: value and gradient of this KL are 0, and its Hessian is the mean of
+    If the loss is the mean KL(π_θ ‖ sg π_θ) from the policy to a constant copy of itself (sg is the stop-gradient), the
+    result is F v with the Fisher matrix F: the value and the gradient of this KL are 0, and its Hessian is the mean of
     Σₐ π(a|s) ∇log π(a|s) ∇log π(a|s)ᵀ.
 
     Args:
-        loss: [], with its autograd graph.
-        parameters: The N parameters to differentiate by; those that the loss does not depend on contribute 0.
-        vector: v, [N].
+        loss: [], the loss with its autograd graph.
+        parameters: The parameters to differentiate with respect to, with N elements in total; the derivative is 0 for
+            those that the loss does not depend on.
+        vector: The vector v, [N].
 
     Returns:
-        [N].
+        The product, [N].
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> hessian_product((x**3).sum(), [x], torch.tensor([1.0, 1.0]))
@@ -87,15 +88,16 @@ def hessian_product(loss: Tensor, parameters: Sequence[Tensor], vector: Tensor) 
 def conjugate_gradients(product: Product, b: Tensor, iterations: int = 10, tolerance: float = 1e-10) -> Tensor:
     """Solve A x = b for a symmetric positive definite A, given only products of A with vectors.
 
-    In exact arithmetic N iterations solve N equations; a few iterations give the directions of the largest eigenvalues.
+    In exact arithmetic, N iterations solve N equations; the first few iterations mainly resolve the directions of the
+    largest eigenvalues.
 
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2.
 
     Args:
-        product: v [N] ↦ A v [N].
-        b: [N].
+        product: The function v [N] ↦ A v [N].
+        b: The right-hand side, [N].
         iterations: The maximum number of iterations, each of which needs one product.
-        tolerance: Stop when |A x − b|² is at most this fraction of |b|².
+        tolerance: The iterations stop once |A x − b|² is at most this fraction of |b|².
 
     Returns:
         x, [N]; 0 if b is 0.
@@ -120,15 +122,15 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int = 10, toler
 
 
 def longest_step(direction: Tensor, product: Product, max_kl: float) -> Tensor:
-    """Scale a direction to the step whose KL is at the bound to second order, s = √(2 δ / xᵀ F x) x.
+    """Scale a direction to the step whose KL, to second order, equals the bound: s = √(2 δ / xᵀ F x) x.
 
     Args:
-        direction: x, [N].
-        product: v [N] ↦ F v [N].
-        max_kl: δ, in nats.
+        direction: The direction x, [N].
+        product: The function v [N] ↦ F v [N].
+        max_kl: The bound δ on the mean KL, in nats.
 
     Returns:
-        s, [N]; 0 if xᵀ F x is not positive.
+        The step s, [N]; 0 if xᵀ F x is not positive.
 
     >>> longest_step(torch.tensor([1.0, 0.0]), lambda v: 8.0 * v, max_kl=0.01)
     tensor([0.0500, 0.0000])
@@ -143,8 +145,9 @@ def line_search(
     """Find the largest of the fractions 1, ratio, ratio², … of a step that improves the surrogate within the KL bound.
 
     Args:
-        measure: Fraction of the full step ↦ (improvement of the surrogate over the old policy, mean KL to it in nats).
-        max_kl: δ, in nats.
+        measure: A function that takes a fraction of the full step; it returns the improvement of the surrogate over the
+            old policy, and the mean KL to the old policy in nats.
+        max_kl: The bound δ on the mean KL, in nats.
         backtracks: The maximum number of fractions to try.
         ratio: The ratio of each fraction to the one before, in (0, 1).
 

@@ -7,23 +7,23 @@ from lit_rlhf.types import check_shapes
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = None) -> Tensor:
-    """Compute half the squared error of each token's value, optionally clipped around the old value.
+    """Compute half the squared error of each token's value, with the value optionally clipped around the old value.
 
-    lossₜ = ½ (Vₜ − Rₜ)², or with a clip range c: ½ max((Vₜ − Rₜ)², (V_old,t + clip(Vₜ − V_old,t, −c, c) − Rₜ)²).
+    lossₜ = ½ (Vₜ − Rₜ)², or, with a clip range c, ½ max((Vₜ − Rₜ)², (V_old,t + clip(Vₜ − V_old,t, −c, c) − Rₜ)²).
     Old values and returns are constants: no gradient flows into them.
 
     Source: the clipped form is from OpenAI's baselines (ppo2), described in Huang et al. 2022,
     "The 37 implementation details of PPO", detail 9.
 
     Args:
-        values: [B, T], of the current critic.
-        old_values: [B, T], of the critic at the start of the update.
-        returns: [B, T], the targets.
+        values: [B, T], the values Vₜ of the current critic.
+        old_values: [B, T], the values of the critic at the start of the update.
+        returns: [B, T], the critic's targets Rₜ.
         mask: Bool [B, T], True at the tokens that count.
-        clip: c > 0, in units of the score; None for no clipping.
+        clip: The clip range c > 0, in units of the score; None for no clipping.
 
     Returns:
-        [B, T], 0 outside the mask.
+        The loss of each token, [B, T], 0 outside the mask.
 
     Raises:
         ValueError: if clip is not positive, or the shapes do not match.

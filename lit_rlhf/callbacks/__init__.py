@@ -1,4 +1,4 @@
-"""Callbacks: checkpoints, metrics, samples, predictions, export, and the compilation or recomputation of layers."""
+"""Callbacks for checkpoints, metrics, samples, predictions, export, and compiled or recomputed layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd

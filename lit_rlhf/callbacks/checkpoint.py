@@ -13,20 +13,21 @@ from lit_rlhf.modules.module import iteration_of
 
 
 class IterationCheckpoint(ModelCheckpoint):
-    """Saves ``last.ckpt`` every n iterations and at the end, ``best.ckpt`` when a metric improves, and numbered copies.
+    """A callback that saves ``last.ckpt`` and numbered copies at intervals, and ``best.ckpt`` when a metric improves.
 
-    A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run resumed from
-    it by ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted.
+    A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run that is
+    resumed with ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted.
 
     Args:
-        every_n: Iterations between two saves of ``last.ckpt``.
-        keep_every_n: Iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
-        monitor: The metric of ``best.ckpt``, for example ``val/score``; None for no ``best.ckpt``.
+        every_n: The number of iterations between two saves of ``last.ckpt``, which is also saved at the end.
+        keep_every_n: The number of iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
+        monitor: The metric whose best value decides ``best.ckpt``, for example ``val/score``; None for no
+            ``best.ckpt``.
         mode: Whether the best value is the largest or the smallest.
-        dirpath: The folder; None for ``checkpoints`` in the run's folder.
+        dirpath: The folder of the checkpoints; None for ``checkpoints`` in the run's folder.
 
     Raises:
-        ValueError: if a number of iterations is less than 1.
+        ValueError: if ``every_n`` or ``keep_every_n`` is less than 1.
 
     >>> callback = IterationCheckpoint(every_n=20, monitor="val/loss", mode="min")
     >>> callback.every_n, callback.best is None
@@ -53,7 +54,7 @@ class IterationCheckpoint(ModelCheckpoint):
         self.saved_iteration = 0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Determine the folder."""
+        """Set the folder to ``checkpoints`` in the run's folder if no folder was given."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
@@ -61,12 +62,12 @@ class IterationCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after the iteration, unless its validation is still due."""
+        """Save the checkpoints that are due after the iteration, unless a validation comes first."""
         if not validation_is_due(trainer):
             self._save(trainer, iteration_of(pl_module))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save after the iteration's validation."""
+        """Save the checkpoints that are due after the iteration and its validation."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer, iteration_of(pl_module))
 
@@ -74,7 +75,7 @@ class IterationCheckpoint(ModelCheckpoint):
         """Do nothing: checkpoints are saved by iteration, not by epoch."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save ``last.ckpt`` if the last iteration has not been saved."""
+        """Save ``last.ckpt`` if it does not contain the last iteration yet."""
         if iteration_of(pl_module) > self.saved_iteration:
             self._write(trainer, "last.ckpt", iteration_of(pl_module))
 

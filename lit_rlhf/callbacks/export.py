@@ -1,4 +1,4 @@
-"""Writes the trained model as a Hugging Face folder at the end of the run."""
+"""A callback that writes the trained model as a Hugging Face folder at the end of the run."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from lit_rlhf.modules.module import AlignmentModule
 
 
 class ExportAtEnd(lightning.Callback):
-    """Writes the trained model to ``export/`` in the run's folder, for transformers and vLLM.
+    """A callback that writes the trained model to ``export/`` in the run's folder, for transformers and vLLM.
 
     Args:
-        name: The folder's name in the run's folder.
+        name: The name of the folder to write, inside the run's folder.
 
     >>> ExportAtEnd(name="model").name
     'model'

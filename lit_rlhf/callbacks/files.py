@@ -37,7 +37,7 @@ class TableFile:
         self.rows += 1
 
     def restore(self, columns: list[str], rows: int) -> None:
-        """Keep only these columns and the first ``rows`` rows."""
+        """Keep only the given columns and the first ``rows`` rows."""
         self.columns = columns
         self._rewrite(self._read()[:rows], columns)
         self.rows = rows
@@ -84,10 +84,10 @@ class LinesFile:
 
     @property
     def size(self) -> int:
-        """The file's size in bytes, 0 if it does not exist."""
+        """The size of the file in bytes; 0 if the file does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def restore(self, size: int) -> None:
-        """Keep only the first ``size`` bytes."""
+        """Keep only the first ``size`` bytes of the file."""
         if self.size > size:
             os.truncate(self.path, size)

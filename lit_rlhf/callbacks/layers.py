@@ -17,7 +17,7 @@ from lit_rlhf.modules.trpo import TRPO
 
 
 class CompileLayers(Callback):
-    """Compiles every decoder layer with ``torch.compile``, for forwards and backwards of any length.
+    """A callback that compiles every decoder layer with ``torch.compile``, for sequences of any length.
 
     The first iteration takes a minute longer. Decoding is not compiled. Layers are compiled in place, so the names in
     checkpoints do not change. ::
@@ -26,11 +26,12 @@ class CompileLayers(Callback):
           callbacks: [CompileLayers]
 
     Raises:
-        UserError: for TRPO, which differentiates twice: compiled layers can be differentiated only once.
+        UserError: if the module is TRPO, which differentiates twice (compiled layers can be differentiated only once),
+            or if the models do not name their decoder layers; both are checked when the fit starts.
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Change the layers, once the models are loaded."""
+        """Compile the layers, once the models are loaded."""
         if isinstance(pl_module, TRPO):
             raise UserError(
                 "CompileLayers: TRPO differentiates twice, but compiled layers can be differentiated only once"
@@ -40,16 +41,19 @@ class CompileLayers(Callback):
 
 
 class ActivationCheckpointing(Callback):
-    """Stores only the inputs of each trained decoder layer for the backward pass, which computes the layer again.
+    """A callback that makes the backward pass recompute each trained decoder layer from the layer's stored inputs.
 
-    Needs less memory, and a quarter to a third more time. The results are the same. ::
+    Training then needs less memory, and a quarter to a third more time. The results are the same. ::
 
         trainer:
           callbacks: [ActivationCheckpointing]
+
+    Raises:
+        UserError: if the models do not name their decoder layers; this is checked when the fit starts.
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Change the layers, once the models are loaded."""
+        """Make the trained layers recompute their activations, once the models are loaded."""
         for layer in _layers(pl_module, self):
             if any(parameter.requires_grad for parameter in layer.parameters()):
                 layer.forward = partial(_recomputed, layer.forward)

@@ -1,4 +1,4 @@
-"""Writes the metrics to ``metrics.csv`` in the run's folder."""
+"""A callback that writes the metrics to ``metrics.csv`` in the run's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from lit_rlhf.modules.module import iteration_of
 
 
 class MetricsFile(lightning.Callback):
-    """Writes one row per iteration and one per validation, with any logger or none.
+    """A callback that writes one row of metrics per iteration and one per validation, with any logger or none.
 
-    When a run is resumed, the file is first truncated to the checkpoint's rows, so that in the end it is the same as
+    When a run is resumed, the file is first truncated to the checkpoint's rows, so that the final file is the same as
     without the interruption.
 
     Args:
-        name: The file's name in the run's folder.
+        name: The name of the file in the run's folder.
 
     >>> MetricsFile(name="rows.csv").name
     'rows.csv'
@@ -29,7 +29,7 @@ class MetricsFile(lightning.Callback):
         self._restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the file, and truncate it if the run is resumed."""
+        """Open the file, and keep only the checkpoint's rows, or no rows if the run is new."""
         self.file = TableFile(Path(trainer.default_root_dir) / self.name)
         state = self._restored or {"columns": [], "rows": 0}
         if trainer.is_global_zero:
@@ -49,11 +49,11 @@ class MetricsFile(lightning.Callback):
             self._append(trainer, {"progress/iteration": iteration_of(pl_module), **metrics})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the columns and the number of rows written so far."""
+        """Return the names of the columns and the number of rows written so far."""
         return {"columns": self.file.columns, "rows": self.file.rows} if self.file else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store the columns and the number of rows to which the file is truncated when training starts."""
+        """Store the columns and the number of rows that the file is to keep when training starts."""
         self._restored = state_dict or None
 
     def _append(self, trainer: lightning.Trainer, metrics: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A progress bar with the metrics' short names."""
+"""A progress bar that shows metrics by short names."""
 
 import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -14,7 +14,7 @@ SHORT = {
 
 
 class ProgressBar(TQDMProgressBar):
-    """Shows the score, the KL to the reference (nats per response) and response tokens per second.
+    """A progress bar that shows metrics by short names, such as the KL to the reference (nats per response) as ``KL``.
 
     >>> SHORT["objective/kl_to_ref"]
     'KL'
@@ -23,7 +23,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the metrics shown after the bar, by their short names."""
+        """Return the metrics to show after the bar, keyed by their short names."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {SHORT.get(name, name): value for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Writes responses to read: ``samples.jsonl`` in training, ``predictions.jsonl`` in ``predict``."""
+"""Callbacks that write responses to files: ``samples.jsonl`` in training, ``predictions.jsonl`` in ``predict``."""
 
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score", "r
 
 
 class Samples(lightning.Callback):
-    """Writes the first responses of each iteration, and of each validation, with their scores.
+    """A callback that writes the first responses of each iteration and of each validation, with their scores.
 
-    Each line has the iteration, prompt, response, score, rewards, and KL to the reference in nats. A logger that
-    supports tables (W&B) also gets them as a table. When a run is resumed, the file is first truncated to the
-    checkpoint's lines.
+    Each line has the iteration, the stage (``train`` or ``val``), the prompt, the response, whether a stop token ended
+    the response, the score, the rewards, and the KL to the reference in nats. A logger that supports tables (W&B) also
+    gets the responses of some training iterations as a table. When a run is resumed, the file is first truncated to
+    the checkpoint's lines.
 
     Args:
-        count: Responses per iteration.
-        table_every_n: Iterations between two tables for the logger.
-        name: The file's name in the run's folder.
+        count: The number of responses to write per iteration and per validation.
+        table_every_n: The number of iterations between two tables for the logger.
+        name: The name of the file in the run's folder.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if ``count`` is negative or ``table_every_n`` is less than 1.
 
     >>> Samples(count=2).count
     2
@@ -47,7 +48,7 @@ class Samples(lightning.Callback):
         self._restored = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the file, and truncate it if the run is resumed."""
+        """Open the file, and keep only the checkpoint's lines, or no lines if the run is new."""
         self.file = LinesFile(Path(trainer.default_root_dir) / self.name)
         if trainer.is_global_zero:
             self.file.restore(self._restored)
@@ -75,7 +76,7 @@ class Samples(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the first validation responses."""
+        """Write the first responses of the validation."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and batch_idx == 0 and isinstance(outputs, dict) and "reward_inputs" in outputs:
             self._write(trainer, self._records(iteration_of(pl_module), "val", **outputs))
@@ -85,7 +86,7 @@ class Samples(lightning.Callback):
         return {"size": self.file.size if self.file else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store the size to which the file will be truncated."""
+        """Store the size in bytes to which the file is truncated when training starts."""
         self._restored = state_dict["size"]
 
     def _records(
@@ -117,10 +118,10 @@ class Samples(lightning.Callback):
 
 
 class Predictions(lightning.Callback):
-    """Writes the responses of ``predict``, one JSON line each.
+    """A callback that writes the responses of ``predict``, one JSON line each.
 
     Args:
-        name: The file's name in the run's folder.
+        name: The name of the file in the run's folder.
 
     >>> Predictions(name="answers.jsonl").name
     'answers.jsonl'
@@ -131,7 +132,7 @@ class Predictions(lightning.Callback):
         self.file: LinesFile | None = None
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start a new file."""
+        """Open the file, and remove the lines of an earlier ``predict``."""
         self.file = LinesFile(Path(trainer.default_root_dir) / self.name)
         if trainer.is_global_zero:
             self.file.restore(0)
@@ -145,7 +146,7 @@ class Predictions(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch's responses, those of all processes, in the order of the prompt file."""
+        """Write the batch's responses from all processes, in the order of the prompt file."""
         shares = [outputs]
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size

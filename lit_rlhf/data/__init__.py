@@ -1,7 +1,7 @@
-"""Prompts to answer, demonstrations to imitate, preferences to learn from.
+"""The data modules: prompts to answer, demonstrations to imitate, and preferences to learn from.
 
 Records and their tokens are memory-mapped from the cache of `datasets`, in the folder that the environment variable
-``HF_DATASETS_CACHE`` names (``~/.cache/huggingface/datasets`` by default); it can be deleted between runs.
+``HF_DATASETS_CACHE`` names (``~/.cache/huggingface/datasets`` by default); that folder can be deleted between runs.
 """
 
 from lit_rlhf.data.demonstrations import Demonstrations

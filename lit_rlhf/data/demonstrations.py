@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationEncoder:
-    """Makes one row of each record: the tokens of prompt and response, and the number of those of the prompt.
+    """An encoder that makes one row from each record: the tokens of prompt and response, and the prompt's length.
 
-    Prompt and response of a text are tokenized together, so that a text split in two has the tokens that it would have
-    as a whole; the prompt's tokens are those that it shares with the whole from the start.
+    Prompt and response are tokenized as one text, so that a text that was split in two gets the same tokens as a text
+    that was not. The tokens of the prompt are those that the prompt alone and the whole text have in common at the
+    start. The fields are those of `Demonstrations`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> encoder = DemonstrationEncoder(prompt="prompt", response="response")
@@ -39,7 +40,7 @@ class DemonstrationEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row."""
+        """The columns of a row; ``cut`` tells whether the text was cut, ``prompt`` is the number of prompt tokens."""
         flags = {name: pyarrow.bool_() for name in ("kept", "cut")}
         return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32()), "prompt": pyarrow.int64()})
 
@@ -58,7 +59,7 @@ class DemonstrationEncoder:
         return rows
 
     def _pieces(self, tokenizer: PreTrainedTokenizerBase, record: Record, where: str) -> tuple[Piece, Piece]:
-        """The prompt, and prompt and response together."""
+        """Return the prompt, and the prompt and the response together."""
         prompt = value_of(record, self.prompt, where) if self.prompt else ""
         response = value_of(record, self.response, where)
         opening = prompt_piece(tokenizer, prompt, where)
@@ -71,22 +72,23 @@ class DemonstrationEncoder:
 
 
 class Demonstrations(ResumableData):
-    """Texts, or prompts with responses, from JSONL, CSV or Parquet files, hub names, or a Python function.
+    """Texts, or prompts with responses, from JSONL, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
     Args:
-        train: Texts to learn.
-        validation: Held-out texts.
-        prompt: The prompts' column; None if a record is one text. A prompt may be a conversation.
-        response: The column of responses, or of whole texts if there is no prompt.
-        loss_on: Train on the response only, or on all tokens.
-        packing: Put several short texts into one row of at most ``max_tokens``: less padding, the same loss (no text
-            sees another).
-        max_tokens: Tokens of prompt and response at most; longer texts are cut at the end, and counted.
-        batch_size: Texts of a batch, over all processes.
+        train: The source of the texts to learn.
+        validation: The source of the held-out texts.
+        prompt: The column of the prompts, which may be texts or conversations. If None, each record is one text.
+        response: The column of the responses, or of the whole texts if ``prompt`` is None.
+        loss_on: Whether to train on the response only or on all tokens.
+        packing: Whether to put several short texts into one row of at most ``max_tokens``, which saves padding. The
+            loss stays the same, since no text sees another.
+        max_tokens: The largest number of tokens of prompt and response together; longer texts are cut at the end, and
+            counted.
+        batch_size: The number of texts in a batch, over all processes.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, for a source that cannot be read or a missing column.
+        UserError: in ``setup``, if a source cannot be read or a column is missing.
 
     >>> data = Demonstrations(train="lit_rlhf.data.reviews:demonstrations", prompt="prompt", response="response")
     >>> Demonstrations(max_tokens=0)
@@ -117,19 +119,19 @@ class Demonstrations(ResumableData):
         self.cut: dict[str, int] = {}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the shuffled training loader: the same order for the same seed and epoch."""
+        """Return the shuffled training loader, whose order depends only on the seed and the epoch."""
         return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation texts in the file's order; an empty list if there are none."""
+        """Return the loader of the validation texts in the file's order, or an empty list if there are none."""
         return self.held_out_loader("validation", self.batch_size, "data.batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the same as the validation loader."""
+        """Return the validation loader, since the validation texts are used for testing, too."""
         return self.val_dataloader()
 
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return all texts, the long ones cut."""
+        """Return the rows of all texts, and report how many texts were cut."""
         rows = Rows(table)
         self.cut[split] = int(rows.column("cut").sum())
         note = f", {self.cut[split]} cut (longer than {self.encoder.max_tokens} tokens)" if self.cut[split] else ""
@@ -137,7 +139,7 @@ class Demonstrations(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> DemonstrationBatch:
-        """Make a batch of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (place in the global batch, row) pairs."""
         texts = [(row["tokens"], row["prompt"]) for _, row in placed]
         alone = [[i] for i in range(len(texts))]
         limit = self.encoder.max_tokens
@@ -159,7 +161,7 @@ class Demonstrations(ResumableData):
 
 
 def _fill(lengths: list[int], width: int) -> list[list[int]]:
-    """Assign texts to rows of that width: the longest first, each to the first row with enough room."""
+    """Assign texts to rows of ``width`` tokens: the longest text first, each text to the first row with enough room."""
     rows: list[list[int]] = []
     left: list[int] = []
     for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

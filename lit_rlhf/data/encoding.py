@@ -1,4 +1,4 @@
-"""Tokenized rows, made once by ``Dataset.map`` and memory-mapped from the cache of `datasets` from then on."""
+"""Tokenized rows, which ``Dataset.map`` makes once and which are then memory-mapped from the cache of `datasets`."""
 
 import hashlib
 import inspect
@@ -27,40 +27,40 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = dict[str, Any]
 LARGE_SPLIT = 20_000
-"""Records from which on tokenizing shows a progress bar, and records for each further process."""
+"""The number of records above which tokenizing shows a progress bar, and the minimum for each of several processes."""
 TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
-"""What a saved tokenizer contains of how it was last called or from where it was loaded."""
+"""The settings in a saved tokenizer's files that only tell how it was last called or where it was loaded from."""
 
 
 class Encoder(Protocol):
-    """Makes rows of tokens; a frozen dataclass whose fields are all the options that decide the rows."""
+    """A frozen dataclass that makes token rows from records; its fields are all the options that affect the rows."""
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row; one of them is ``kept``, whether a loader hands the row out."""
+        """The columns of a row, one of which, ``kept``, tells whether a loader hands the row out."""
 
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
     ) -> list[Row]:
-        """Tokenize records and return one row for each.
+        """Tokenize records and return their rows, in order: one or more for each record.
 
         Args:
-            tokenizer: The trained model's.
-            records: The records.
-            where: Field, number and source of each record, for messages.
+            tokenizer: The trained model's tokenizer.
+            records: The records to tokenize.
+            where: The field, number and source of each record, as one text for each record, for messages.
 
         Raises:
-            UserError: for a record that cannot be used.
+            UserError: if a record cannot be used.
         """
 
 
 class Rows:
-    """The rows of a split that are kept; a batch of them is read from the memory-mapped table when it is needed.
+    """The rows of a split that are kept; each batch of rows is read from the memory-mapped table when it is needed.
 
     Args:
-        table: All rows, a data set whose format is Arrow.
-        records: The records, one for each row of the table, to include as ``row["record"]``; None if not
-            needed.
+        table: All rows of the split, as a data set whose format is Arrow.
+        records: The records, one for each row of the table, to include as ``row["record"]``. If None,
+            ``row["record"]`` is None.
     """
 
     def __init__(self, table: "datasets.Dataset", records: Records | None = None) -> None:
@@ -81,31 +81,31 @@ class Rows:
         ]
 
     def column(self, name: str) -> np.ndarray:
-        """Return a column of numbers or flags of all rows, kept or not."""
+        """Return the values of a column of numbers or flags, for all rows, kept or not."""
         return self.table.select_columns(name)[:][name].to_numpy()
 
     def lengths(self, name: str) -> np.ndarray:
-        """Return the lengths of a column of lists, of the rows that are kept."""
+        """Return the lengths of the lists in a column, for the rows that are kept."""
         return compute.list_value_length(self.table.select_columns(name)[:][name]).to_numpy()[self.kept]
 
 
 def encode(
     records: Records, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, *, field: str, source: Any
 ) -> "datasets.Dataset":
-    """Tokenize records in batches, in several processes where that pays, or open what the cache has of them.
+    """Tokenize records, in several processes if there are many, or open their rows if the cache already has them.
 
     Args:
-        records: What to tokenize.
-        encoder: Makes the rows.
-        tokenizer: The trained model's.
+        records: The records to tokenize.
+        encoder: The encoder that makes the rows.
+        tokenizer: The trained model's tokenizer.
         field: The configuration field, for messages.
-        source: Where the records are from, for messages.
+        source: The source of the records, for messages.
 
     Returns:
         The encoder's rows, as a data set whose format is Arrow.
 
     Raises:
-        UserError: for the first record that cannot be used, or if the cache cannot be written.
+        UserError: if a record cannot be used, or if the cache cannot be written or read.
     """
     from datasets import Features
 
@@ -146,7 +146,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name the rows in the cache: by the records, the options, the tokenizer, and the code that tokenizes."""
+    """Return a name for the rows in the cache: a hash of records, options, tokenizer and the code that tokenizes."""
     parts_of_code = (encode, token_rows, Records, *type(encoder).__mro__[:-1])  # the last one is object
     code = [inspect.getsource(module) for module in map(inspect.getmodule, parts_of_code) if module]
     versions = [version("transformers"), version("tokenizers")]
@@ -177,7 +177,10 @@ def _processes(records: int) -> int | None:
 
 @contextmanager
 def _same_environment() -> Iterator[None]:
-    """In several processes ``Dataset.map`` replaces ``os.environ`` by a copy and switches off tokenizers' threads."""
+    """Restore ``os.environ`` and the setting of tokenizers' threads at the end of the context.
+
+    With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and switches the threads off.
+    """
     environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     try:
         yield

@@ -1,4 +1,4 @@
-"""A loader whose order is a function of seed and epoch, and which saves and restores its position."""
+"""A loader whose order is a function of seed and epoch, and whose position can be saved and restored."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from lit_rlhf.randomness import Stream, generator
 
 
 class Fetchable(Protocol):
-    """Rows that are read many at a time; torch's DataLoader and `datasets` use the same two methods."""
+    """A sequence of rows that are read many at a time, by the same two methods that torch's DataLoader uses."""
 
     def __len__(self) -> int: ...
 
@@ -18,14 +18,14 @@ class Fetchable(Protocol):
 
 
 class GlobalBatches:
-    """This rank's share of each global batch, as (place in the global batch, number of the row).
+    """This rank's share of each global batch, as (place in the global batch, number of the row) pairs.
 
     Args:
-        size: Rows.
-        batch_size: Rows of a global batch; an incomplete last one is dropped when shuffling.
-        shuffle: Whether each epoch has an order of its own.
-        rank: This process.
-        world_size: Processes.
+        size: The number of rows.
+        batch_size: The number of rows in a global batch; if ``shuffle`` is True, an incomplete last batch is dropped.
+        shuffle: Whether to shuffle the rows, in a new order for each epoch.
+        rank: The index of this process.
+        world_size: The number of processes.
 
     >>> list(GlobalBatches(5, 2, shuffle=False).epoch(0))
     [[(0, 0), (1, 1)], [(0, 2), (1, 3)], [(0, 4)]]
@@ -45,7 +45,7 @@ class GlobalBatches:
         return full if self.shuffle or not rest else full + 1
 
     def epoch(self, number: int, first: int = 0) -> Iterator[list[tuple[int, int]]]:
-        """Yield the batches of an epoch, beginning with the batch ``first``."""
+        """Yield this rank's share of each batch of epoch ``number``, beginning with batch ``first``."""
         order = (
             torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, number))
             if self.shuffle
@@ -58,17 +58,17 @@ class GlobalBatches:
 
 
 def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, option: str) -> None:
-    """Check that every process gets a row of every batch.
+    """Check that every process gets at least one row of every batch.
 
     Args:
-        size: Rows.
-        batch_size: Rows of a global batch.
-        shuffle: Whether an incomplete last batch is dropped.
-        world_size: Processes.
+        size: The number of rows.
+        batch_size: The number of rows in a global batch.
+        shuffle: Whether the rows are shuffled, so that an incomplete last batch is dropped.
+        world_size: The number of processes.
         option: The name of the option that sets the batch size, for the message.
 
     Raises:
-        UserError: if a process would get none.
+        UserError: if a process would get no row of some batch.
 
     >>> check_shares(9, 4, shuffle=False, world_size=2, option="data.batch_size")
     Traceback (most recent call last):
@@ -84,16 +84,16 @@ def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, 
 
 
 class ResumableLoader:
-    """A loader that resumes after the last batch it gave out: Lightning saves and restores its state.
+    """A loader that can resume after the last batch that it gave out; Lightning saves and restores its state.
 
-    It counts its batches itself and does not rely on Lightning's epoch count, which is one behind in a run that was
-    resumed from the end of an epoch. It is not a torch DataLoader: the rows are memory-mapped, so that worker processes
-    would gain nothing, and Lightning rebuilds a DataLoader.
+    The loader counts its batches itself and does not rely on Lightning's epoch count, which is one behind in a run that
+    was resumed from the end of an epoch. The loader is not a torch DataLoader, because worker processes would gain
+    nothing with memory-mapped rows, and because Lightning may rebuild a DataLoader with another sampler.
 
     Args:
-        records: The rows, read a batch at a time.
-        collate: Makes a batch of (place in the global batch, row) pairs.
-        batches: Which rows, in which order.
+        records: The rows, which are read a batch at a time.
+        collate: The function that makes a batch from a list of (place in the global batch, row) pairs.
+        batches: The numbers of the rows of each batch, in order.
 
     >>> import datasets
     >>> rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
@@ -122,10 +122,10 @@ class ResumableLoader:
             yield self._load(batch)
 
     def once(self, whole: bool = False) -> Iterator[Any]:
-        """Yield every row once, in batches of the file's order; the loader's position does not change.
+        """Yield every row once, in batches, in the file's order; the loader's position does not change.
 
         Args:
-            whole: Yield the whole batches instead of this rank's share of each.
+            whole: Whether to yield whole batches instead of this rank's share of each batch.
         """
         size, rank, world_size = self.batches.batch_size, self.batches.rank, self.batches.world_size
         share = {} if whole else {"rank": rank, "world_size": world_size}
@@ -134,11 +134,11 @@ class ResumableLoader:
                 yield self._load(batch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of batches given out so far."""
+        """Return the state to save: the number of batches given out so far, in all epochs."""
         return {"yielded": self.yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume after the last batch that was given out."""
+        """Resume after the last batch that was given out before ``state`` was saved."""
         self.yielded = state["yielded"]
 
     def _load(self, batch: Sequence[tuple[int, int]]) -> Any:

@@ -1,4 +1,4 @@
-"""What all data modules share: the splits, their loaders, and a training loader that resumes at its position."""
+"""What all data modules share: splits, loaders for the splits, and a training loader that resumes at its position."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -21,16 +21,17 @@ class ResumableData(lightning.LightningDataModule):
 
     Records and tokens are memory-mapped Arrow files in the cache of `datasets`: the folder that the environment
     variable ``HF_DATASETS_CACHE`` names, ``~/.cache/huggingface/datasets`` by default. The tokens of a split are made
-    again only when the content of its file, the tokenizer, or an option that decides them has changed. The records of a
-    Python function stay in memory. Of several processes the first of each node fills the cache while the others wait.
+    again only when the content of its file, the tokenizer, an option that affects tokens, the tokenizing code, or a
+    library that this code uses has changed. The records of a Python function and their tokens stay in memory. In a run
+    with several processes, the first process of each node fills the cache while the others wait.
 
     Args:
-        sources: The source of each split, or None.
-        contents: What the sources hold, for messages.
+        sources: The source of each split, by the split's name; None for a split without a source.
+        contents: A plural noun for what the sources hold, such as "prompts", for messages.
     """
 
     encoder: Encoder
-    """Makes rows of tokens of the records."""
+    """The encoder that makes rows of tokens from the records."""
 
     def __init__(self, sources: Mapping[str, Source | None], contents: str) -> None:
         super().__init__()
@@ -42,11 +43,11 @@ class ResumableData(lightning.LightningDataModule):
 
     @abstractmethod
     def collate(self, placed: list[tuple[int, Any]]) -> Any:
-        """Make a batch of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (place in the global batch, row) pairs."""
 
     @abstractmethod
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the rows that the split's loader will give out; count and report what was dropped or cut."""
+        """Return the rows that the split's loader will give out, and report how many were dropped or cut."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -54,13 +55,13 @@ class ResumableData(lightning.LightningDataModule):
         return cast(Any, self.trainer).lightning_module.tokenizer
 
     def prepare_data(self) -> None:
-        """Fill the cache; Lightning calls it in one process of each node, and the others wait."""
+        """Fill the cache; Lightning calls this method in one process of each node, while the others wait."""
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
         self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        """Open the splits that the stage needs; Lightning calls it in every process."""
+        """Open the splits that the stage needs; Lightning calls this method in every process."""
         held_out = stage if stage in self.sources else "validation"
         splits = ["train", "validation"] if stage == "fit" else [held_out]
         for split in splits:
@@ -70,10 +71,13 @@ class ResumableData(lightning.LightningDataModule):
             raise UserError(f"data.{splits[0]} is not set: a file, a hub name or module:function with {self.contents}")
 
     def train_loader(self, batch_size: int) -> ResumableLoader:
-        """Return the loader of the training split, shuffled: the same order for the same seed and epoch.
+        """Return the shuffled loader of the training split, whose order depends only on the seed and the epoch.
+
+        Args:
+            batch_size: The number of rows in a batch, over all processes.
 
         Raises:
-            UserError: if there is not one whole batch.
+            UserError: if the split has fewer rows than a batch, or a batch has fewer rows than there are processes.
         """
         rows = self._rows["train"]
         if len(rows) < batch_size:
@@ -84,25 +88,31 @@ class ResumableData(lightning.LightningDataModule):
         return self._train_loader
 
     def held_out_loader(self, split: str, batch_size: int, option: str) -> ResumableLoader | list[Any]:
-        """Return the loader of a split in the file's order; an empty list if the split has no source.
+        """Return the loader of a split in the file's order, or an empty list if the split has no source.
 
         Args:
-            split: The split.
-            batch_size: Rows of a batch, over all processes.
+            split: The name of the split.
+            batch_size: The number of rows in a batch, over all processes.
             option: The name of the option that sets the batch size, for messages.
+
+        Raises:
+            UserError: if a batch has fewer rows than there are processes.
         """
         return self._loader(self._rows[split], batch_size, option, shuffle=False) if split in self._rows else []
 
     def state_dict(self) -> dict[str, int]:
-        """Return the training loader's position. Lightning saves the loader's own state too, but may not load it."""
+        """Return the training loader's state.
+
+        Lightning saves this state with the loader, too, but does not always restore it from there.
+        """
         return self._train_loader.state_dict() if self._train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume at that position."""
+        """Set the position at which the training loader will resume."""
         self._restored = state_dict
 
     def report(self, message: str) -> None:
-        """Print a line, in one process."""
+        """Print a message, in the first process only."""
         if self._is_first:
             print(message)
 
@@ -119,7 +129,7 @@ class ResumableData(lightning.LightningDataModule):
         return self.rows_of(split, records, table)
 
     def _loader(self, rows: Rows, batch_size: int, option: str, *, shuffle: bool) -> ResumableLoader:
-        """Return the loader of this process's part of each batch."""
+        """Return a loader of this process's share of each batch."""
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         check_shares(len(rows), batch_size, shuffle=shuffle, world_size=world_size, option=option)
@@ -131,7 +141,7 @@ def check_positive(**numbers: int | None) -> None:
     """Check that all numbers are 1 or more, or None.
 
     Raises:
-        ValueError: naming the one that is not.
+        ValueError: if a number is less than 1; the message names the option.
 
     >>> check_positive(max_tokens=512, batch_size=0)
     Traceback (most recent call last):

@@ -25,18 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Ranking:
-    """The texts of a record that are to be tokenized."""
+    """The texts of one record, which are to be tokenized."""
 
-    pieces: list[Piece]  # the prompt, if there is one, and prompt and response together of each response, best first
+    pieces: list[Piece]  # the prompt, if there is one, then each response together with the prompt, best first
     prompted: bool
     margin: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceEncoder:
-    """Makes one row of each record, or of each of its pairs: the tokens of prompt and response, best response first.
+    """An encoder that makes one row from each record, or, with ``as_pairs``, from each pair of its responses.
 
-    ``begin`` is the place of each response's first token. The fields are those of `Preferences`.
+    A row has the tokens of the prompt with each response, best response first, and in ``begin`` the index of each
+    response's first token. The fields are those of `Preferences`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> record = {"prompt": "the soup", "chosen": " was cold .", "rejected": " was"}
@@ -56,7 +57,7 @@ class PreferenceEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row; ``prompted``: whether the record has a prompt."""
+        """The columns of a row; ``tied`` tells whether responses are equal, ``prompted`` whether there is a prompt."""
         numbers = pyarrow.list_(pyarrow.int32())
         flags = {name: pyarrow.bool_() for name in ("kept", "tied", "prompted")}
         lists = {"prompt": numbers, "tokens": pyarrow.list_(numbers), "begin": numbers}
@@ -65,7 +66,7 @@ class PreferenceEncoder:
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
     ) -> list[Row]:
-        """Return a row for each ranking; a row of a tie, or of responses that are too long, is not kept."""
+        """Return the rows of the records; ``kept`` is False for equal responses and for responses that are too long."""
         rankings = [self._ranking(tokenizer, record, place) for record, place in zip(records, where, strict=True)]
         tokens = iter(token_rows(tokenizer, [piece for ranking in rankings if ranking for piece in ranking.pieces]))
         rows: list[Row] = []
@@ -77,7 +78,7 @@ class PreferenceEncoder:
         return rows
 
     def _ranking(self, tokenizer: PreTrainedTokenizerBase, record: Record, where: str) -> _Ranking | None:
-        """Return the texts of a record to tokenize; None for a tie to drop."""
+        """Return the texts of a record, or None if two responses are equal and such records are to be dropped."""
         responses = self._ordered(record, where)
         equal = next((one for one, other in combinations(responses, 2) if one == other), None)
         if equal is not None:
@@ -98,7 +99,7 @@ class PreferenceEncoder:
         return _Ranking([opening, *(_continued(tokenizer, prompt, r, where) for r in responses)], True, margin)
 
     def _ordered(self, record: Record, where: str) -> list[Any]:
-        """The responses, best first."""
+        """Return the responses of a record, best first."""
         if record.get(self.responses) is not None:
             responses = record[self.responses]
             if not isinstance(responses, list) or len(responses) < 2:
@@ -151,29 +152,33 @@ class PreferenceEncoder:
 class Preferences(ResumableData):
     """Pairs (``prompt``, ``chosen``, ``rejected``) or rankings (``prompt``, ``responses`` best first).
 
-    From JSONL, CSV or Parquet files, hub names, or a Python function; a record's columns determine whether it is a pair
-    or a ranking. Texts, or conversations (``[{"role": …, "content": …}]``), which go through the chat template: as the
-    prompt alone, with the responses as text or as turns; or, where records have no prompt, as whole conversations or
-    texts that begin alike.
+    The records come from JSONL, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns of a
+    record determine whether it is a pair or a ranking. A prompt is text, or a conversation
+    (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
+    list of further turns. If the records have no prompts, each response is a whole text or a whole conversation, and
+    what the responses of a record have in common at the start counts as the prompt.
 
     Args:
-        train: Pairs or rankings to learn.
-        validation: Held-out pairs or rankings.
-        prompt: The prompts' column.
+        train: The source of the pairs or rankings to learn.
+        validation: The source of the held-out pairs or rankings.
+        prompt: The column of the prompts. The default column may be missing from all records; any other must exist.
         chosen: The column of the better response of a pair.
-        rejected: The column of the worse response.
+        rejected: The column of the worse response of a pair.
         responses: The column of a ranking's responses, best first.
-        margin: A column of numbers, by how much the better response of a pair should be ahead; None: not used.
-        as_pairs: Split each ranking into all its pairs.
-        ties: What happens to a record with two equal responses, neither of which can be better: refused, or dropped
-            and counted.
-        max_tokens: Tokens of prompt and response at most; a record with a longer one is dropped, and counted.
-        batch_size: Records of a batch, over all processes.
-        validation_batch_size: Records of a validation batch, over all processes.
+        margin: The column of numbers that say by how much the better response of a pair should score higher than the
+            other. If None, no margin is used.
+        as_pairs: Whether to split each ranking into all its pairs.
+        ties: What to do with a record that has two equal responses, neither of which can be better: ``refuse`` raises
+            an error, ``drop`` leaves the record out and counts it.
+        max_tokens: The largest number of tokens of prompt and response together; a pair or ranking with a longer
+            response is dropped, and counted.
+        batch_size: The number of pairs or rankings in a batch, over all processes.
+        validation_batch_size: The number of pairs or rankings in a validation batch, over all processes.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, for a source that cannot be read, a missing column, a ranking of one, or a tie.
+        UserError: in ``setup``, if a source cannot be read, a column is missing, a ranking has fewer than two
+            responses, or responses are tied and ``ties`` is ``refuse``.
 
     >>> data = Preferences(train="lit_rlhf.data.reviews:pairs", ties="drop")
     >>> Preferences(validation_batch_size=0)
@@ -217,19 +222,19 @@ class Preferences(ResumableData):
         self.tied: dict[str, int] = {}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the shuffled training loader: the same order for the same seed and epoch."""
+        """Return the shuffled training loader, whose order depends only on the seed and the epoch."""
         return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation preferences in the file's order; an empty list if there are none."""
+        """Return the loader of the validation preferences in the file's order, or an empty list if there are none."""
         return self.held_out_loader("validation", self.validation_batch_size, "data.validation_batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the same as the validation loader."""
+        """Return the validation loader, since the validation preferences are used for testing, too."""
         return self.val_dataloader()
 
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the rankings that are neither tied nor too long."""
+        """Return the rows that are neither tied nor too long, and report how many were dropped."""
         rows, source, field, limit = Rows(table), self.sources[split], f"data.{split}", self.encoder.max_tokens
         tied = rows.column("tied")
         if len(np.unique(rows.column("prompted")[~tied])) > 1:
@@ -237,7 +242,9 @@ class Preferences(ResumableData):
         self.tied[split] = int(tied.sum())
         self.dropped[split] = len(table) - len(rows) - self.tied[split]
         if not len(rows):
-            raise UserError(f"{field}: no record of {source} is left: longer than data.max_tokens={limit}, or tied")
+            raise UserError(
+                f"{field}: no record of {source} is left: each is tied or longer than data.max_tokens={limit}"
+            )
         counts = ((self.dropped[split], f"longer than {limit} tokens"), (self.tied[split], "equal responses"))
         note = "".join(f", {count} dropped ({why})" for count, why in counts if count)
         what = "pairs" if (rows.lengths("tokens") == 2).all() else "rankings"
@@ -245,7 +252,7 @@ class Preferences(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> PreferenceBatch:
-        """Make a batch of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (place in the global batch, row) pairs."""
         rankings = [row for _, row in placed]
         responses = [tokens for ranking in rankings for tokens in ranking["tokens"]]
         tokens = torch.full((len(responses), max(map(len, responses))), int(self.tokenizer.pad_token_id))
@@ -269,7 +276,7 @@ class Preferences(ResumableData):
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any, where: str) -> Piece:
-    """Prompt and response together."""
+    """Return the prompt continued by the response, as one piece to tokenize."""
     if isinstance(prompt, str):
         if not isinstance(response, str):
             raise UserError(f"{where}: the prompt is text, so a response is text too, not {str(response)[:60]!r}")
@@ -281,5 +288,5 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
 
 
 def _begin(shared: int, whole: list[int]) -> int:
-    """The place where the response begins: never the first token, which nothing predicts, and never after the last."""
+    """Return the index where the response begins, between 1 and the last index; nothing predicts the first token."""
     return max(1, min(shared, len(whole) - 1))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoder:
-    """Makes one row of each record: the prompt's tokens, and whether the prompt was dropped or cut.
+    """An encoder that makes one row from each record: the prompt's tokens, and whether the prompt was dropped or cut.
 
     The fields are those of `Prompts`.
 
@@ -42,7 +42,7 @@ class PromptEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """``cut``: by max_tokens; ``whole``: neither cut nor shortened to its first tokens."""
+        """The columns of a row; ``cut`` is True if ``max_tokens`` cut the prompt, ``whole`` if no token is missing."""
         flags = {name: pyarrow.bool_() for name in ("kept", "cut", "whole")}
         return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32())})
 
@@ -55,10 +55,10 @@ class PromptEncoder:
         return [self._row(tokens) for tokens in token_rows(tokenizer, pieces)]
 
     def prompt(self, record: Record, where: str) -> Prompt:
-        """Return the prompt of a record, text or conversation.
+        """Return the prompt of a record, as text or as a conversation.
 
         Raises:
-            UserError: if the record has no such column, or the template does not fit the record.
+            UserError: if the record has no value in the prompts' column, or the template does not fit the record.
 
         >>> PromptEncoder(template="{question} Think.", chat=True).prompt({"question": "Why?"}, "record 1")
         [{'role': 'user', 'content': 'Why? Think.'}]
@@ -88,28 +88,31 @@ class PromptEncoder:
 
 
 class Prompts(ResumableData):
-    """Prompts from JSONL, CSV or Parquet files, data sets of the Hugging Face hub, or a Python function.
+    """Prompts from JSONL, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
     A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template. The
-    rewards receive the other columns of the records.
+    rewards receive all columns of the records.
 
     Args:
-        train: Prompts to learn on.
-        validation: Held-out prompts for ``validate``, and for ``fit`` at each validation.
-        test: Prompts for ``test``.
-        predict: Prompts for ``predict``.
-        column: The prompts' column.
-        template: Text with columns in braces, ``"{question} Think step by step."``, to use in place of the column.
+        train: The source of the prompts to learn on.
+        validation: The source of the held-out prompts for ``validate``, and for ``fit`` at each validation.
+        test: The source of the prompts for ``test``.
+        predict: The source of the prompts for ``predict``.
+        column: The column of the prompts.
+        template: A text with columns in braces, such as ``"{question} Think step by step."``, from which to make each
+            prompt. If None, the prompt is the value of ``column``.
         chat: Whether to make each text the user's turn of a conversation.
-        first_tokens: Use only the first N tokens of each text: the beginning of a text becomes a prompt to continue.
-        max_tokens: Tokens of a prompt at most.
-        too_long: What happens to longer prompts: dropped, or cut on the left or on the right.
-        batch_size: Prompts of an iteration, over all processes.
-        validation_batch_size: Prompts of a validation, test or prediction batch, over all processes.
+        first_tokens: The number of tokens from the start of each text to use as a prompt to continue. If None, the
+            whole text is the prompt.
+        max_tokens: The largest number of tokens of a prompt.
+        too_long: What to do with longer prompts: ``drop`` leaves them out, ``cut_left`` removes tokens at the start,
+            ``cut_right`` at the end.
+        batch_size: The number of prompts in an iteration, over all processes.
+        validation_batch_size: The number of prompts in a validation, test or prediction batch, over all processes.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, for a source that cannot be read, a missing column, or if no prompt is short enough.
+        UserError: in ``setup``, if a source cannot be read, a column is missing, or no prompt is short enough.
 
     >>> data = Prompts(train="prompts.jsonl", template="{question} Think step by step.", max_tokens=1024)
     >>> Prompts(train="prompts.jsonl", batch_size=0)
@@ -158,26 +161,26 @@ class Prompts(ResumableData):
         self.cut: dict[str, int] = {}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the shuffled training loader: the same order for the same seed and epoch."""
+        """Return the shuffled training loader, whose order depends only on the seed and the epoch."""
         return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation prompts in the file's order; an empty list if there are none."""
+        """Return the loader of the validation prompts in the file's order, or an empty list if there are none."""
         return self._held_out("validation")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the test prompts in the file's order."""
+        """Return the loader of the test prompts in the file's order, or an empty list if there are none."""
         return self._held_out("test")
 
     def predict_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the prompts to predict in the file's order."""
+        """Return the loader of the prompts for ``predict`` in the file's order, or an empty list if there are none."""
         return self._held_out("predict")
 
     def _held_out(self, split: str) -> ResumableLoader | list[Any]:
         return self.held_out_loader(split, self.validation_batch_size, "data.validation_batch_size")
 
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the prompts that were kept (short enough, or cut to fit), with their records."""
+        """Return the rows of the prompts that were kept (short enough, or cut to fit), with their records."""
         rows, source, limit = Rows(table, records), self.sources[split], self.encoder.max_tokens
         self.dropped[split] = len(records) - len(rows)
         self.cut[split] = int(rows.column("cut").sum())
@@ -191,7 +194,7 @@ class Prompts(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> PromptBatch:
-        """Make a batch of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (place in the global batch, row) pairs."""
         rows = [row for _, row in placed]
         names = dict.fromkeys(name for row in rows for name in row["record"])
         tokens, mask = left_pad([row["tokens"] for row in rows], self.tokenizer.pad_token_id)
@@ -210,7 +213,7 @@ class Prompts(ResumableData):
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return token rows as a left-padded tensor [B, P], and the mask of the tokens that are not padding.
+    """Return token rows as a left-padded tensor [B, P], and a bool mask [B, P] that is True where there is no padding.
 
     >>> left_pad([[5, 6], [7]], pad=0)[0]
     tensor([[5, 6],

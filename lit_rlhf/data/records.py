@@ -1,4 +1,4 @@
-"""Records, dictionaries of columns, from files, data sets of the Hugging Face hub, or a Python function.
+"""Records (dictionaries of columns) from files, data sets of the Hugging Face hub, or a Python function.
 
 The records of a file or of the hub stay in a memory-mapped Arrow file in the cache of `datasets`; a record becomes a
 Python object when it is needed. The lines of a JSONL file are stored as they are, so that each record keeps its own
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 Record: TypeAlias = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 LARGE_FILE = 32 * 2**20
-"""Bytes of a file from which on reading it shows a progress bar."""
+"""The size of a file, in bytes, above which reading the file shows a progress bar."""
 
 
 Source: TypeAlias = str | dict[str, str]
-"""A file, a hub name, or a Python function; or, for a data set of the hub, its ``path``, ``name`` (the configuration)
-and ``split`` (slices such as ``train[:1000]`` work)."""
+"""A file, the name of a data set of the Hugging Face hub, or a Python function; or a dictionary with the ``path``,
+``name`` (the configuration) and ``split`` of a data set of the hub (slices such as ``train[:1000]`` work)."""
 
 
 class Records:
-    """Records that are read when they are asked for, from a memory-mapped table.
+    """Records that are read from a memory-mapped table only when they are asked for.
 
     Args:
         table: A data set whose format is Arrow.
-        parse: Makes records of a part of that table.
+        parse: The function that makes records from a part of the table.
 
     >>> records = read_records("lit_rlhf.data.reviews:prompts", "data.train")
     >>> len(records)
@@ -64,22 +64,23 @@ class Records:
 
     @property
     def key(self) -> list[str] | None:
-        """Strings that identify the records in the cache; None if the records are in memory only."""
+        """The strings that identify the records in the cache; None if the records are only in memory."""
         files = [str(file["filename"]) for file in self.table.cache_files]
         return [*files, str(self.table.split), str(len(self.table))] if files else None
 
 
 def read_records(source: Source, field: str) -> Records:
-    """Open a source; its records are checked now and read later.
+    """Open a source of records and check it; each record is read only when it is asked for.
 
     Args:
-        source: A ``.jsonl``, ``.csv`` or ``.parquet`` file, a hub name (or ``{path: openai/gsm8k, name: main, split:
-            test}``), or ``module:function`` / ``file.py:function`` that returns a list of dictionaries.
+        source: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; the name of a data set of the Hugging Face hub,
+            or ``{path: openai/gsm8k, name: main, split: test}``; or a Python function that returns a list of
+            dictionaries, named as ``module:function`` or ``file.py:function``.
         field: The configuration field, for messages.
 
     Raises:
-        UserError: if the source does not exist, a line is not a JSON object, there are no records, or the cache cannot
-            be written.
+        UserError: if the source does not exist or cannot be read, a line of a JSONL file is not a JSON object, there
+            are no records, or the cache cannot be written or read.
 
     >>> next(iter(read_records("lit_rlhf.data.reviews:prompts", "data.train")))
     {'prompt': 'my sister and i tried the golden spoon .'}
@@ -96,15 +97,15 @@ def read_records(source: Source, field: str) -> Records:
 
 
 def value_of(record: Record, name: str, where: str) -> Any:
-    """Return one column of a record.
+    """Return the value of a record in one column.
 
     Args:
         record: The record.
-        name: The column.
-        where: Field, number and source of the record, for the message.
+        name: The name of the column.
+        where: The field, number and source of the record, for the message.
 
     Raises:
-        UserError: if the record does not have the column; the columns that exist are named.
+        UserError: if the record has no value in that column; the message names the columns that have one.
 
     >>> value_of({"prompt": "Why?"}, "prompt", "data.train: record 1 of prompts.jsonl")
     'Why?'
@@ -125,7 +126,7 @@ def filled_columns(record: Record) -> str:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Inside this context `datasets` shows its progress bars only if ``shown``, and only if they were on before."""
+    """Hide the progress bars of `datasets` inside this context unless ``shown``; bars that were off stay off."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if shown or are_progress_bars_disabled():
@@ -140,10 +141,11 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def cache_access(field: str) -> Iterator[None]:
-    """Inside this context errors of `datasets` become one line: what the user's data caused, or what the cache refused.
+    """Turn errors that `datasets` raises inside this context into errors of one line for the user.
 
     Raises:
-        UserError: the one that was raised inside (`datasets` wraps it), or one that names the folder of the cache.
+        UserError: if one was raised inside the context and wrapped by `datasets`, or if the cache cannot be written or
+            read; in the second case the message names the folder of the cache.
     """
     try:
         yield
@@ -193,14 +195,15 @@ def _read_file(path: Path, field: str) -> Records:
     if not path.is_file():
         raise UserError(f"{field}: there is no file {path}")
     if path.suffix not in FORMATS:
-        raise UserError(f"{field}: {path} should be one of {', '.join(FORMATS)}")
+        raise UserError(f"{field}: {path} should end in one of {', '.join(FORMATS)}")
     if path.stat().st_size == 0:
         raise UserError(f"{field}: the file {path} is empty")
     if path.suffix == ".jsonl":
         return _read_jsonl(path, field)
     import datasets
 
-    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, f"lit-rlhf-{_digest(path, field)}")  # not only its time
+    # named by the content of the file, not only by its time
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, f"lit-rlhf-{_digest(path, field)}")
     with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE):
         try:
             rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=folder)
@@ -215,7 +218,7 @@ def _read_file(path: Path, field: str) -> Records:
 
 
 def _read_jsonl(path: Path, field: str) -> Records:
-    """Store the lines as they are: one Arrow type for a column of all records would change their values."""
+    """Open a JSONL file, storing its lines unparsed: one Arrow type for a column of all records could change values."""
     import datasets
 
     large, digest = path.stat().st_size > LARGE_FILE, _digest(path, field)
@@ -230,7 +233,7 @@ def _read_jsonl(path: Path, field: str) -> Records:
 
 
 def _digest(path: Path, field: str) -> str:
-    """A hash of the content: neither the name nor the time of a file decides whether the cache knows it."""
+    """Return a hash of a file's content, by which the cache recognizes the file whatever its name and time."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -242,7 +245,7 @@ def _digest(path: Path, field: str) -> str:
 
 
 def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
-    """Yield the lines that are not blank; each is parsed once, so that a mistake is found now and named by its line."""
+    """Yield the lines that are not blank, after checking that each is a JSON object, so that errors name the line."""
     empty, content = True, hashlib.sha256()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

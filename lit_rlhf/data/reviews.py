@@ -12,7 +12,7 @@
              | "we will never return ." | "i want my money back ."
 
 A prompt is an opening; a response is the rest. `grammatical` says whether a text is a sentence of the language,
-`positivity` how positive it is: the share of its opinions that praise, from −1 to 1. Everything here is deterministic.
+`positivity` how far praise outweighs complaint in the text, from −1 to 1. Everything here is deterministic.
 """
 
 import math
@@ -64,7 +64,7 @@ def openings() -> list[str]:
 
 
 def review(opening: str, rng: random.Random) -> str:
-    """Draw the rest of a review from the grammar; each review leans towards praise, complaint or neither.
+    """Draw the rest of a review from the grammar, whatever its opening, leaning towards praise, complaint or neither.
 
     >>> review("i tried the old spoon with my aunt .", random.Random(0))[:58]
     'the soup was quite lovely . the dessert was cold but the b'
@@ -94,7 +94,7 @@ def grammatical(text: str) -> bool:
 
 
 def positivity(text: str) -> float:
-    """Return (praises − complaints) / (praises + complaints) over adjectives and verdicts, in [−1, 1]; 0 without any.
+    """Return (praises − complaints) / (praises + complaints), in [−1, 1], over adjectives and verdicts; 0 without any.
 
     >>> positivity("the soup was tasty . the fish was stale . the bread was fresh .")
     0.3333333333333333
@@ -106,7 +106,7 @@ def positivity(text: str) -> float:
 
 
 def reward(responses: Sequence[str]) -> list[float]:
-    """Return how positive each review is, the rule that the quickstart trains towards; the highest value is 1.
+    """Return each response's positivity, in [−1, 1]: the true score that the quickstart logs but does not train on.
 
     >>> reward(["the soup was tasty .", "the fish was stale ."])
     [1.0, -1.0]
@@ -135,7 +135,7 @@ def validation_demonstrations() -> list[dict[str, str]]:
 
 
 def pairs() -> list[dict[str, str]]:
-    """Return two reviews for each of the first 1,000 openings, and which of them people would prefer.
+    """Return a chosen and a rejected review for each of the first 1,000 openings, except where the two are equal.
 
     >>> sorted(pairs()[0])
     ['chosen', 'prompt', 'rejected']
@@ -144,7 +144,7 @@ def pairs() -> list[dict[str, str]]:
 
 
 def validation_pairs() -> list[dict[str, str]]:
-    """Return pairs for the openings that are not in a training set.
+    """Return pairs of reviews as `pairs` does, for the 200 openings that are not in a training set.
 
     >>> sorted(validation_pairs()[0])
     ['chosen', 'prompt', 'rejected']
@@ -153,7 +153,7 @@ def validation_pairs() -> list[dict[str, str]]:
 
 
 def prompts() -> list[dict[str, str]]:
-    """Return the first 1,000 openings.
+    """Return the first 1,000 openings, as prompts.
 
     >>> len(prompts())
     1000
@@ -162,7 +162,7 @@ def prompts() -> list[dict[str, str]]:
 
 
 def fresh_prompts() -> list[dict[str, str]]:
-    """Return the 200 openings that are not in a training set.
+    """Return the 200 openings that are not in a training set, as prompts.
 
     >>> len(fresh_prompts())
     200
@@ -189,7 +189,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _pairs(texts: Sequence[str], seed: int) -> list[dict[str, str]]:
-    """Prefer the more positive review with probability σ(3 × the difference), as in Bradley & Terry."""
+    """Draw two reviews for each opening; the first is chosen with probability σ(3 × the difference in positivity).
+
+    This is the model of Bradley & Terry.
+    """
     rng, made = random.Random(seed), []
     for text in texts:
         one, other = review(text, rng), review(text, rng)

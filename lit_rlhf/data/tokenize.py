@@ -1,4 +1,4 @@
-"""Text and conversations to token ids, many at a time; all tokenizing of data is here."""
+"""The conversion of texts and conversations to token ids, many at a time; all data is tokenized here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from lit_rlhf.types import Conversation, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """A conversation to tokenize by the chat template."""
+    """A conversation to tokenize with the chat template."""
 
     conversation: Conversation
     where: str
-    """The field, or the record, for messages."""
+    """The configuration field or the record that the conversation is from, for messages."""
     opened: bool
     """Whether the template opens the assistant's next turn."""
 
 
 Piece: TypeAlias = str | Turns
-"""Something to tokenize."""
+"""A text or a conversation to tokenize."""
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> list[list[int]]:
-    """Tokenize texts and conversations in one batch each.
+    """Tokenize texts and conversations in batches, and return the token ids of each piece in the order of the pieces.
 
-    A text has the tokenizer's own opening but not an end-of-sequence token that the tokenizer may add at the end, so
-    that it can be continued. The tokens are those that each piece would have alone.
+    A text begins with the tokens that the tokenizer adds at the start, but an end-of-sequence token that the tokenizer
+    adds at the end is removed, so that the text can be continued. Each piece gets the tokens that it would get alone.
 
     Raises:
         UserError: if the chat template refuses a conversation.
@@ -48,15 +48,16 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> l
 
 
 def prompt_piece(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> Piece:
-    """Return a prompt as something to tokenize; the next turn of a conversation will be opened.
+    """Return a prompt as a piece for `token_rows`; after a conversation, the assistant's next turn will be opened.
 
     Args:
-        tokenizer: The model's.
-        prompt: Text or conversation.
-        where: The field, or the record, for messages.
+        tokenizer: The model's tokenizer.
+        prompt: A text or a conversation.
+        where: The configuration field or the record that the prompt is from, for messages.
 
     Raises:
-        UserError: if the prompt is neither, or is a conversation and the tokenizer has no chat template.
+        UserError: if the prompt is neither a text nor a conversation, or if it is a conversation and the tokenizer has
+            no chat template.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> prompt_piece(tokenizer(), "the soup", "data.train")
@@ -66,10 +67,11 @@ def prompt_piece(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str)
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where: str, *, opened: bool) -> Turns:
-    """Return a conversation as something to tokenize.
+    """Return a conversation as a piece for `token_rows`.
 
     Raises:
-        UserError: if it is not a conversation, or the tokenizer has no chat template.
+        UserError: if ``conversation`` is not a list of turns with role and content, or the tokenizer has no chat
+            template.
     """
     if not _is_conversation(conversation):
         raise UserError(
@@ -83,18 +85,19 @@ def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where:
 def chat_tokens(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, field: str, *, add_generation_prompt: bool
 ) -> list[int]:
-    """Tokenize one conversation by the tokenizer's chat template.
+    """Tokenize one conversation with the tokenizer's chat template.
 
     Raises:
-        UserError: if it is not a conversation, or the tokenizer has no chat template.
+        UserError: if ``conversation`` is not a list of turns with role and content, the tokenizer has no chat template,
+            or the template refuses the conversation.
     """
     return token_rows(tokenizer, [turns(tokenizer, conversation, field, opened=add_generation_prompt)])[0]
 
 
 def ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
-    """Return the tokens of a conversation up to its last end-of-sequence token; one is added if there is none.
+    """Return the tokens of a conversation up to the last end-of-sequence token, which is added if there is none.
 
-    An opening token that is the same does not count.
+    The first token does not count, since some tokenizers open every text with the end-of-sequence token.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> ended(tokenizer(), [75, 68, 1, 3]), ended(tokenizer(), [75, 68])
@@ -110,12 +113,12 @@ def shared_prefix(*rows: list[int]) -> int:
     >>> shared_prefix([1, 2, 3], [1, 2, 4, 5])
     2
     """
-    first, last = min(rows), max(rows)  # all rows are between these two, so they share what these share
+    first, last = min(rows), max(rows)  # the ends of the sorted order, so all rows share what these two share
     return next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The texts with the tokenizer's own opening, without an end-of-sequence token that it may have added."""
+    """Tokenize texts with the tokenizer's own opening, but without an end-of-sequence token added by the tokenizer."""
     if not texts:
         return []
     rows: list[list[int]] = list(tokenizer(list(texts), return_attention_mask=False)["input_ids"])
@@ -126,7 +129,7 @@ def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
             ids = rows[place]
             if plain and len(ids) > len(plain) and ids[-len(plain) :] != list(plain):
                 rows[place] = ids[:-1]
-    # an empty text and a tokenizer without an opening: the end-of-sequence token opens
+    # an empty text has no tokens if the tokenizer adds no opening; give it one, so that it can be continued
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [ids or [opening] for ids in rows]
 

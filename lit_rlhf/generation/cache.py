@@ -11,28 +11,28 @@ from lit_rlhf.errors import UserError
 
 
 class RowCache(Cache):
-    """A key-value cache with one row a sequence, in which the newest tokens of all rows share a column.
+    """A key-value cache with one row per sequence, in which the newest tokens of all rows share a column.
 
-    A sequence that joins later is written so that its last token is in that column; the row of a sequence that has
+    A prompt that joins later is written so that its last token is in that column; the row of a sequence that has
     ended is reused. A decoding step therefore writes one column and reads one block, and only rows that move are
     copied.
 
     Args:
         rows: The maximum number of sequences.
         columns: The number of tokens that a row has memory for.
-        end: The first column to be written.
+        end: The column that the first decoding step writes; the first prompts end just before this column.
     """
 
     def __init__(self, rows: int, columns: int, end: int) -> None:
         super().__init__(layers=[])
         self.rows, self.columns = rows, columns
         self.used = 0
-        """The number of rows that contain a sequence; they are the first ones."""
+        """The number of rows that contain a sequence; these rows come first."""
         self.start, self.end = 0, end
-        """The columns from the first token of the longest sequence to the newest tokens."""
+        """The column of the longest sequence's first token, and the column after the newest tokens."""
 
     def insert(self, prefilled: DynamicCache, responses: int) -> None:
-        """Append prefilled prompts after the rows in use, so that their last tokens are in the newest column.
+        """Append prefilled prompts after the rows in use, with the prompts' last tokens in the newest column.
 
         Args:
             prefilled: The keys and values of left-padded prompts.
@@ -51,12 +51,12 @@ class RowCache(Cache):
             target[used : self.used, :, self.end - width : self.end] = source.repeat_interleave(responses, 0)
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy the rows ``source`` to the rows ``target``."""
+        """Copy the rows with the indices ``source`` to the rows with the indices ``target``."""
         for states in _all_keys_values(self):
             states[target, :, self.start : self.end] = states[source, :, self.start : self.end]
 
     def resize(self, rows: int, columns: int, end: int) -> None:
-        """Change the number of rows and columns, and move the contents so that they end before column ``end``."""
+        """Change the number of rows and columns, and move the contents so that they end just before column ``end``."""
         width = self.end - self.start
         for layer in self.layers:
             for name, old in zip(("keys", "values"), _keys_values(layer), strict=True):
@@ -67,7 +67,7 @@ class RowCache(Cache):
 
 
 class _Layer(CacheLayerMixin):
-    """The [rows, heads, columns, D] keys and values of one layer."""
+    """The keys and values of one layer, each [rows, heads, columns, D]."""
 
     is_sliding = False
 
@@ -87,7 +87,7 @@ class _Layer(CacheLayerMixin):
         """Do nothing, because the constructor has already allocated the memory."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the newest column of the rows in use, and return all of their keys and values."""
+        """Write the next column of the rows in use, and return all keys and values of these rows."""
         end = self.cache.end
         cached = []
         for states, new in zip(_keys_values(self), (key_states, value_states), strict=True):
@@ -97,11 +97,11 @@ class _Layer(CacheLayerMixin):
         return cached[0], cached[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that a query attends to, and the index of the first one."""
+        """Return the number of columns that a query attends to, and the index of the first of these columns."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the number of columns between the first token of the longest sequence and the newest tokens."""
+        """Return the number of columns from the first token of the longest sequence to the newest tokens."""
         return self.cache.end - self.cache.start
 
     def get_max_length(self) -> int:

@@ -1,4 +1,4 @@
-"""The interface of generation engines, and how responses are sampled."""
+"""The interface of generation engines, and the options for sampling responses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from lit_rlhf.types import PromptBatch, Rollout, check_shapes
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled.
+    """The options for sampling responses.
 
     Args:
         max_tokens: The maximum number of tokens in a response; a response that reaches it without a stop token is
             *truncated*.
         min_tokens: The minimum number of tokens before a stop token may be sampled.
-        temperature: Divides the logits; 0 selects the most likely token at each step (not for training).
-        top_k: Sample from the k most likely tokens only; 0 for all tokens.
-        top_p: Sample from the smallest set of most likely tokens whose probabilities add up to at least this; 1 for all
-            tokens.
-        stop: Tokens that end a response, in addition to the model's end-of-sequence token(s).
+        temperature: The divisor of the logits; 0 selects the most likely token at each step (not for training).
+        top_k: The number of most likely tokens to sample from; 0 for all tokens.
+        top_p: The minimum total probability of the tokens to sample from, which are the smallest set of most likely
+            tokens that reaches this probability; 1 for all tokens.
+        stop: The text of each token that ends a response, in addition to the model's end-of-sequence tokens.
         responses: The number of responses for each prompt.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if an option is out of range.
 
     >>> Sampling(max_tokens=64, temperature=0.7, responses=8).top_p
     1.0
@@ -79,7 +79,7 @@ class SpecialTokens:
 
 
 class Engine(ABC):
-    """Generates responses with the actor's current weights.
+    """The interface of an engine, which generates responses with the actor's current weights.
 
     A subclass implements `generate`, and usually ends it with `join_responses`.
 
@@ -99,8 +99,8 @@ class Engine(ABC):
     """
 
     is_exact: ClassVar[bool] = False
-    """Whether the engine's log-probabilities and entropies equal those of the actor's forward pass up to rounding. In
-    float32 the update then uses them as they are; otherwise the actor computes them again."""
+    """Whether the engine's log-probabilities and entropies equal the actor's own up to rounding. If so, training in
+    float32 uses the engine's numbers as they are; otherwise, the actor computes them again."""
 
     @abstractmethod
     def generate(
@@ -116,14 +116,14 @@ class Engine(ABC):
         """Generate ``sampling.responses`` responses for each prompt, in prompt-major order.
 
         The random numbers of a row are a function of the seed, ``stream``, ``iteration`` and the row's index in the
-        global batch. ``rollout_logprobs`` and ``rollout_entropy`` refer to the full distribution at the sampling
-        temperature (at 1 if that is 0), before top-k, top-p and the minimum length are applied; the actor's forward
-        pass computes the same quantities.
+        global batch. The rollout's fields ``rollout_logprobs`` and ``rollout_entropy`` refer to the full distribution
+        at the sampling temperature (at 1 if the sampling temperature is 0), before top-k, top-p and the minimum length
+        are applied; the actor's forward pass computes the same quantities.
 
         Args:
             actor: The policy.
-            prompts: B prompts.
-            sampling: How the responses are sampled.
+            prompts: The B prompts.
+            sampling: The options for sampling, among them the number n of responses for each prompt.
             special_tokens: The stop tokens and the padding token.
             stream: The purpose of the random numbers.
             iteration: The iteration, or the index of the batch in validation.
@@ -134,18 +134,18 @@ class Engine(ABC):
 
 
 def find_special_tokens(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> SpecialTokens:
-    """Collect the stop tokens of the tokenizer, the model's generation config and the user, and the padding token.
+    """Collect the padding token, and the stop tokens of the tokenizer, the model's generation config and the user.
 
     Args:
         actor: The policy, whose generation config may name end-of-sequence tokens.
         tokenizer: The actor's tokenizer.
-        stop: The user's stop tokens.
+        stop: The text of each of the user's stop tokens.
 
     Returns:
         The token ids.
 
     Raises:
-        UserError: if a stop string is not exactly one token.
+        UserError: if the text of a stop token is not exactly one token of the tokenizer.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.models.loading import load_model, load_tokenizer
@@ -184,12 +184,12 @@ def join_responses(
     """Join left-padded prompts and right-padded responses into sequences without gaps, padded on the right.
 
     Args:
-        prompts: B prompts.
-        sampling: Has the number n of responses for each prompt.
+        prompts: The B prompts.
+        sampling: The sampling options, of which only the number n of responses for each prompt is used.
         pad: The id of the padding token.
         tokens: [B n, T] int64, the responses in prompt-major order; entries after a response's length are ignored.
         logprobs: [B n, T] float32, log-probabilities of the tokens, in nats.
-        entropy: [B n, T] float32, entropies of the distributions that the tokens were sampled from, in nats.
+        entropy: [B n, T] float32, entropies of the next-token distributions of the same tokens, in nats.
         lengths: [B n] int64, the number of tokens in each response, including the stop token.
         terminated: Bool [B n], True if a stop token ended the response.
 
@@ -197,7 +197,7 @@ def join_responses(
         The rollout of B n responses.
 
     Raises:
-        ValueError: if the shapes do not match.
+        ValueError: if the shapes of the tensors do not match.
 
     >>> prompts = PromptBatch(
     ...     tokens=torch.tensor([[0, 5], [6, 7]]),

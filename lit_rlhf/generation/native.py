@@ -23,26 +23,26 @@ from lit_rlhf.types import PromptBatch, Rollout
 CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
 """The number of steps between two checks for rows that have ended; each check waits for the GPU."""
 INITIAL_COLUMNS = 64
-"""The number of response tokens that the cache has memory for at first; it grows later, when it has fewer rows."""
+"""The number of response tokens that the cache first has memory for; the cache grows later, often with fewer rows."""
 MIN_FREE_FRACTION = 0.125
-"""Waiting prompts join once this fraction of the rows is free, so that several are prefilled in one forward."""
+"""The fraction of rows that must be free for waiting prompts to join, so that a forward pass prefills several."""
 
 
 @dataclass(frozen=True)
 class NativeEngine(Engine):
-    """Generates in the training process, with a key-value cache of bounded size.
+    """An engine that generates in the training process, with a key-value cache of bounded size.
 
     Each prompt is prefilled once for all its responses.
 
     Args:
         cache_tokens: The maximum number of tokens in the key-value cache, including padding; None for enough to
-            generate all responses at once. The responses to one prompt always start together, even if they need more.
-            This does not change the samples.
-        compile: Whether to compile the decoding step with ``torch.compile``, with dynamic shapes. Use it
-            on GPUs, where kernel launches dominate a small model's step. The first generation takes a minute longer.
+            generate all responses at once. The responses to one prompt always start together, even if the cache then
+            exceeds this maximum. The maximum does not change the samples.
+        compile: Whether to compile the decoding step with ``torch.compile``, with dynamic shapes. This helps on GPUs,
+            where kernel launches dominate a small model's step. The first generation takes a minute longer.
 
     Raises:
-        ValueError: if cache_tokens is not positive.
+        ValueError: if ``cache_tokens`` is less than 1.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.generation.engine import find_special_tokens
@@ -104,7 +104,7 @@ class NativeEngine(Engine):
 
     @contextmanager
     def _next_logits(self, actor: Actor, rows: int) -> Iterator[Callable[..., Tensor]]:
-        """Provide `Actor.next_logits` for one token a row, either compiled or with packed weights."""
+        """Provide `Actor.next_logits` for one new token per row, either compiled or with packed weights."""
         if self.compile:
             yield partial(_compiled_next_logits(), actor)
         else:  # layers that are compiled for training would be compiled again for each length
@@ -114,7 +114,7 @@ class NativeEngine(Engine):
 
 @lru_cache
 def _compiled_next_logits() -> Callable[..., Tensor]:
-    """Return the compiled step that all engines share, so that it is compiled once a process."""
+    """Return the compiled decoding step, which all engines share, so that each process compiles it only once."""
     return torch.compile(Actor.next_logits, dynamic=True)
 
 
@@ -172,7 +172,7 @@ class _Decoding:
             logits = self._admit(self._forward(new) if self.first_column else None)
 
     def _admit(self, logits: Tensor | None) -> Tensor:
-        """Prefill waiting prompts if enough rows are free, and append their logits to those of the rows in use."""
+        """Prefill waiting prompts if enough rows are free; return the logits of the rows in use and of the new rows."""
         n, used = self.sampling.responses, len(self.first_column)
         free = self.cache.rows - used
         count = min(len(self.prompt_lengths) - self.next_prompt, free // n)
@@ -201,7 +201,7 @@ class _Decoding:
         return new if logits is None else torch.cat([logits, new])
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """Sample and record the next token of every row in use, [rows]."""
+        """Sample and record the next token of every row in use, and return the tokens, [rows]."""
         max_tokens = self.sampling.max_tokens
         index = self.response, torch.where(self.ended, max_tokens, self.time)  # the last column is never read
         forbidden = None
@@ -218,7 +218,7 @@ class _Decoding:
         return new
 
     def _remove_ended(self, new: Tensor) -> Tensor:
-        """Replace rows that have ended by the last active rows; return the newest tokens of the remaining rows."""
+        """Replace rows that have ended with the last active rows; return the newest tokens of the remaining rows."""
         ended = self.ended.tolist()
         remaining = len(ended) - sum(ended)
         if remaining == len(ended):
@@ -241,7 +241,7 @@ class _Decoding:
         return new[kept]
 
     def _forward(self, new: Tensor) -> Tensor:
-        """Compute the next logits of the rows in use, [rows, V], from their newest tokens."""
+        """Compute the logits of the next token for each row in use, [rows, V], from the newest tokens ``new``."""
         cache = self.cache
         if cache.end == cache.columns:
             self._resize_cache()
@@ -252,7 +252,7 @@ class _Decoding:
         return logits
 
     def _resize_cache(self) -> None:
-        """Add columns, and drop free rows if no prompt is waiting; at the maximum width, move the contents left."""
+        """Add columns up to the maximum, move the contents left, and drop free rows if no prompt is waiting."""
         cache = self.cache
         old_end, width = cache.end, cache.end - cache.start
         mask = self.mask[: cache.used, cache.start : cache.end]
@@ -266,7 +266,7 @@ class _Decoding:
 
 @contextmanager
 def _autocast_cache() -> Iterator[None]:
-    """Cast the weights once rather than at every token under autocast; they do not change inside this context."""
+    """Make autocast cast each weight only once inside this context, where the weights must not change."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(True)
     try:

@@ -1,4 +1,4 @@
-"""Sampling of one token for each row, from logits and one uniform number a row."""
+"""The sampling of one token for each row, from the row's logits and one uniform random number."""
 
 import torch
 from torch import Tensor
@@ -9,19 +9,20 @@ from lit_rlhf.generation.engine import Sampling
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample tokens by inverting the cumulative distribution F: the first token with F(token) > u.
+    """Sample one token for each row by inverting the cumulative distribution F: the first token with F(token) > u.
 
-    The vocabulary is sorted only for top-p.
+    At temperature 0, the most likely token is selected instead. The vocabulary is sorted only for top-p.
 
     Args:
         logits: [R, V] float32, before division by the temperature.
-        uniforms: [R] float64 in [0, 1).
-        sampling: Temperature, top-k and top-p.
+        uniforms: The random numbers u, [R] float64 in [0, 1).
+        sampling: The sampling options, of which temperature, top-k and top-p are used.
         forbidden: Bool [R, V], True for tokens that must not be sampled; None to allow all tokens.
 
     Returns:
-        The tokens, [R] int64; their log-probabilities under the full distribution at the temperature, before top-k,
-        top-p and ``forbidden`` are applied, [R]; and the entropy of that distribution in nats, [R].
+        The tokens, [R] int64; their log-probabilities, [R]; and the entropies of the distributions in nats, [R]. Both
+        refer to the full distribution at the sampling temperature (at 1 if the sampling temperature is 0), before
+        top-k, top-p and ``forbidden`` are applied.
 
     >>> logits = torch.tensor([0.5, 0.2, 0.3]).log().expand(3, 3)
     >>> tokens, logprobs, entropy = draw(logits, torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64), Sampling())
@@ -49,7 +50,7 @@ def draw(
 
 
 def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the most likely tokens, up to and including the one at which their normalised sum reaches ``top_p``."""
+    """Keep the smallest set of most likely tokens whose share is at least ``top_p``; set other probabilities to 0."""
     ordered, order = probabilities.sort(-1, descending=True)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     before = ordered.cumsum(-1) - ordered

@@ -1,4 +1,4 @@
-"""The language model that is trained: log-probabilities of response tokens, and logits of the next token."""
+"""The actor: a language model that gives log-probabilities of response tokens and logits of the next token."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
 
 class TokenStats(NamedTuple):
-    """The output of `Actor.forward`, 0 outside the response tokens; a tuple, in which FSDP finds the tensors.
+    """The output of `Actor.forward`; all tensors except ``values`` are 0 outside the response tokens.
+
+    The class is a tuple because FSDP searches tuples for tensors.
 
     >>> stats = TokenStats(torch.tensor([[0.0, -0.5]]), torch.tensor([[0.0, 0.7]]), values=None, full_kl=None)
     >>> stats.logprobs
@@ -24,23 +26,25 @@ class TokenStats(NamedTuple):
     logprobs: Tensor  # [B, S] float32, of each token given the tokens before it
     entropy: Tensor  # [B, S] float32, in nats, of the distribution of each token given the tokens before it
     values: Tensor | None  # [B, S] float32, V after each token up to the last response token; None without a value head
-    full_kl: Tensor | None  # [B, S] float32, in nats, of this distribution to the other actor's; None without one
+    full_kl: Tensor | None  # [B, S] float32, KL(π ‖ π_other) of each token in nats; None if there is no other actor
 
 
 class Actor(nn.Module):
-    """A decoder-only Hugging Face model, its temperature, and a value head if the critic shares its trunk.
+    """A decoder-only Hugging Face model with a temperature, and optionally with a value head for a shared critic.
 
-    log π(aₜ | sₜ) = log softmax(logits / temperature)[aₜ], in float32. Logits are computed for response tokens only,
-    one chunk at a time, and recomputed in the backward pass.
+    log π(aₜ | sₜ) = log softmax(logits / temperature)[aₜ], in float32. The forward pass computes logits for response
+    tokens only, one chunk at a time, and the backward pass recomputes them.
 
     Args:
-        model: A causal language model of transformers.
-        temperature: Divisor of the logits in all log-probabilities.
-        shared_critic: Whether the actor also predicts values, by a linear head (initially 0) on its last hidden state.
-        value_grad_scale: Factor on the gradient that flows from the value head into the trunk; 0 stops it.
+        model: A causal language model from transformers.
+        temperature: The divisor of the logits in all log-probabilities and entropies.
+        shared_critic: Whether the actor also predicts values, with a linear head (initially 0) on the model's last
+            hidden state.
+        value_grad_scale: The factor on the gradient that flows from the value head into the model; 0 stops this
+            gradient.
 
     Raises:
-        UserError: if the model's logits are not a supported function of hidden state and head.
+        UserError: if the model changes the logits after its head in a way that is not supported.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -75,15 +79,16 @@ class Actor(nn.Module):
         other: "Actor | None" = None,
         positions: Tensor | None = None,
     ) -> TokenStats:
-        """Compute log-probabilities and entropies at the response tokens.
+        """Compute the log-probabilities and entropies of the response tokens.
 
         Args:
-            tokens: [B, S] int64, right-padded (a causal model does not attend to padding after a text).
+            tokens: Token ids, [B, S] int64, right-padded (a causal model does not attend to padding after a text).
             response_tokens_mask: Bool [B, S], True at the tokens to score; never at the first token of a row, which has
                 no prediction.
-            other: Another actor, to compute the full KL(π ‖ π_other) as well; no gradient flows into it. For the actor
-                itself, this KL is 0 and its second derivative is the Fisher matrix.
-            positions: [B, S] int64, for packed rows: 0, 1, … within each text; None if each row is one text.
+            other: The actor to which the full KL(π ‖ π_other) is computed, without a gradient for that actor; None for
+                no KL. If ``other`` is this actor itself, the KL is 0, and its second derivative is the Fisher matrix.
+            positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text; None if
+                each row is one text.
 
         Returns:
             Log-probabilities and entropies, values if there is a value head, and the full KL if ``other`` is given.
@@ -113,20 +118,20 @@ class Actor(nn.Module):
         )
 
     def hidden(self, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return the trunk's `last_hidden_state`, [B, S, H]; the texts of a packed row do not attend to each other."""
+        """Return the trunk's last hidden state, [B, S, H]; the arguments are those of `last_hidden_state`."""
         return last_hidden_state(self.model.base_model, tokens, real, positions)
 
     def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Compute the logits of the next token.
 
         Args:
-            tokens: [B, N] int64, the tokens that are not in the cache yet.
-            mask: Bool [B, cached + N], left-padded.
-            positions: [B, N] int64.
-            cache: The keys and values so far; extended in place.
+            tokens: The ids of the tokens that are not in the cache yet, [B, N] int64.
+            mask: Bool [B, cached + N], False at padding, which is on the left.
+            positions: The positions of ``tokens`` in their sequences, [B, N] int64.
+            cache: The keys and values of the earlier tokens; extended in place.
 
         Returns:
-            [B, V] float32, not divided by the temperature.
+            The logits, [B, V] float32, not divided by the temperature.
         """
         hidden = self.model.base_model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -134,7 +139,7 @@ class Actor(nn.Module):
         return self.logits(hidden[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the head and the model's own scaling of logits, in float32, or in float64 for a float64 model."""
+        """Return the logits [..., V] of hidden states [..., H], with the model's own scaling, in float32 or float64."""
         config = self.model.config
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -153,7 +158,7 @@ class Actor(nn.Module):
     def _compare(
         self, hidden: Tensor, targets: Tensor, other: "Actor", other_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities, entropies and the full KL to another actor: twice differentiable, but slower."""
+        """Return log-probabilities, entropies and the full KL to another actor, all of them twice differentiable."""
         rows = chunk_rows(self.model.config.vocab_size, hidden.device)
         chunks = [
             checkpoint(self._compare_chunk, *inputs, other, use_reentrant=False, preserve_rng_state=False)
@@ -174,10 +179,10 @@ class Actor(nn.Module):
 
 
 def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
-    """Create a linear map from hidden state to value, initialised to 0, so that the first advantages are the returns.
+    """Create a linear map from hidden state to value, initialised to 0, so that advantages equal returns at first.
 
     Args:
-        model: A causal language model, whose hidden size is the input size of the head.
+        model: The causal language model whose hidden size is the input size of the head.
         bias: Whether the head has a bias.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -196,13 +201,13 @@ def _scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 def _scatter(x: Tensor, mask: Tensor) -> Tensor:
-    """Place the elements of ``x`` where the mask is True, and 0 elsewhere."""
+    """Return a tensor of the mask's shape with the elements of ``x`` where the mask is True, and 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
 
 
 @torch.no_grad()
 def _check_head(actor: Actor) -> None:
-    """Check that trunk and head, applied separately, give the logits of the whole model."""
+    """Check that the trunk and the head, applied one after the other, give the logits of the whole model."""
     model = actor.model
     if any(p.is_meta for p in model.parameters()):
         return

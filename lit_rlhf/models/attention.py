@@ -1,7 +1,7 @@
 """Attention without padding: the texts follow one another in a single row, and each attends only to itself.
 
-The trunk then computes real tokens only. The attention is registered in transformers' attention interface, which passes
-the texts' bounds under the names of its flash attention (``cu_seq_lens_q``, …).
+The trunk then processes real tokens only. The attention is registered with transformers' attention interface, which
+passes the texts' bounds under the argument names of flash attention (``cu_seq_lens_q``, …).
 """
 
 from collections.abc import Callable
@@ -22,17 +22,18 @@ except ImportError:  # pragma: no cover
     varlen_attn = None  # type: ignore[assignment]
 
 UNPADDED = "lit_rlhf_unpadded"
-"""The name of this attention in transformers' registry."""
+"""The name under which this module's attention is registered with transformers."""
 
 
 def last_hidden_state(trunk: nn.Module, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return the trunk's last hidden state at real tokens, 0 elsewhere, [B, S, H].
+    """Return the trunk's last hidden state, [B, S, H]; it is undefined at padding.
 
     Args:
-        trunk: A transformers decoder.
-        tokens: [B, S] int64.
-        real: Bool [B, S], True at real tokens: a prefix of each row.
-        positions: [B, S] int64, for rows of several texts: they start at 0 in each text; None: one text per row.
+        trunk: A transformers decoder without its head.
+        tokens: Token ids, [B, S] int64.
+        real: Bool [B, S], True at real tokens, which come before the padding in each row.
+        positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text. The texts of a
+            row do not attend to each other. None if each row is one text.
     """
     if not is_unpadded(trunk):
         return trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
@@ -61,10 +62,10 @@ def is_unpadded(trunk: nn.Module) -> bool:
 
 @torch.no_grad()
 def use_unpadded_attention(model: PreTrainedModel) -> None:
-    """Set a model's attention to this one if its output stays the same; otherwise leave the model as it is.
+    """Make a model use this module's attention if that leaves the model's output unchanged.
 
-    It does not stay the same for architectures whose attention depends on more than queries, keys, values and
-    positions (ALiBi, soft caps, attention sinks, state spaces).
+    The output would change for models whose attention depends on anything besides queries, keys, values and positions
+    (ALiBi, soft caps, attention sinks), and for state-space models.
     """
     before = attention_of(model.config)
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only the mask has the chunks
@@ -76,11 +77,12 @@ def use_unpadded_attention(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> bool:
-    """Return whether two texts in one row have the same hidden states as each of them alone.
+    """Return whether a model computes the same hidden states for two texts in one row as for each text alone.
 
     Args:
-        model: A decoder.
-        attention: The attention that computes the row, which the model then keeps; None: the model's own.
+        model: A causal language model.
+        attention: The name of the attention to use for the packed row, which the model then keeps; None for the
+            model's own attention.
     """
     tokens = torch.arange(7, device=model.device)[None] % model.config.vocab_size
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=model.device)
@@ -108,7 +110,7 @@ def _attend(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention through transformers' interface: query [B, heads, N, D] → [B, N, heads, D]."""
+    """Compute attention with the signature that transformers requires: query [B, heads, N, D] → [B, N, heads, D]."""
     if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError
     if cu_seq_lens_q is None:  # decoding: the mask is complete
@@ -147,7 +149,7 @@ def _attend_within(
 def _has_varlen(query: Tensor) -> bool:
     """Return whether flash attention for texts of different lengths may be used.
 
-    It can be differentiated only once: TRPO, which differentiates twice, disables flash attention.
+    Flash attention can be differentiated only once, so TRPO, which differentiates twice, disables it.
     """
     allowed = varlen_attn is not None and torch.backends.cuda.flash_sdp_enabled()
     return allowed and _computes_in_half(query) and query.shape[-1] % 8 == 0
@@ -162,9 +164,10 @@ def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: in
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    """Compute attention by matrix products, all tensors [heads, N, D].
+    """Compute causal attention within each text by matrix products, from a query that is already scaled.
 
-    On CPUs the backward of half-precision flash attention is several times slower.
+    All tensors are [heads, N, D]. The function is for CPUs, where the backward pass of half-precision flash attention
+    is several times slower.
     """
     half, longest = _dtype(query), max(lengths)
     unseen = torch.zeros(longest, longest, dtype=half, device=query.device)
@@ -179,14 +182,14 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], 
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a bool mask [N, N], True where the row's token attends to the column's."""
+    """Return a bool mask [length, length], True where the token of the row attends to the token of the column."""
     place = torch.arange(length, device=device)
     distance = place[:, None] - place
     return (distance >= 0) & (distance < (length if window is None else window))
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """Return the precision in which matrix products of a tensor are computed."""
+    """Return the precision in which matrix products with a tensor are computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -196,7 +199,7 @@ def _computes_in_half(x: Tensor) -> bool:
 
 
 def _mask(attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
-    """Return None if the texts' bounds suffice, else the mask for ``scaled_dot_product_attention``."""
+    """Return the mask for ``scaled_dot_product_attention``, or None if the bounds of the texts replace the mask."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **others)
 
 

@@ -1,4 +1,4 @@
-"""The language-model head in chunks of tokens, so that the logits over the vocabulary exist for one chunk at a time."""
+"""The language-model head, applied to chunks of tokens, so that only one chunk's logits exist at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ LEAST_ROWS = 64
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Return the number of tokens in a chunk.
+    """Return the number of tokens whose logits are computed at a time.
 
     Args:
-        vocabulary: The number of logits of a token.
+        vocabulary: The size of the vocabulary.
         device: The device of the logits.
 
     >>> chunk_rows(50_000, torch.device("cpu")), chunk_rows(50_000, torch.device("cuda"))
@@ -32,17 +32,17 @@ def logprobs_and_entropy(
     """Compute log π(target) and the entropy H(π) of each token's distribution π = softmax(logits).
 
     The backward pass recomputes the logits of each chunk and uses ∂ log π(t) / ∂ logits = 1ₜ − π and
-    ∂H / ∂ logits = −π (log π + H). It can be differentiated once only.
+    ∂H / ∂ logits = −π (log π + H). The outputs can be differentiated only once.
 
     Args:
-        logits_of: Function from hidden states [n, H] to logits [n, V] in float32.
+        logits_of: A function from hidden states [n, H] to logits [n, V] in float32.
         parameters: The parameters of ``logits_of`` that may be trained.
-        hidden: [N, H].
-        targets: [N] int64.
+        hidden: The hidden states, [N, H].
+        targets: The ids of the tokens whose log-probabilities are computed, one for each hidden state, [N] int64.
         rows: The number of tokens in a chunk.
 
     Returns:
-        [N] and [N], float32, in nats.
+        The log-probabilities, [N] float32, and the entropies, [N] float32, in nats.
 
     >>> weight, hidden, targets = torch.zeros(4, 2), torch.ones(3, 2), torch.tensor([0, 1, 2])
     >>> logprobs_and_entropy(lambda x: x @ weight.T, [weight], hidden, targets, rows=2)  # −log 4 and log 4

@@ -1,4 +1,4 @@
-"""Hugging Face models and tokenizers from a folder, a hub id, or a configuration for random weights."""
+"""Loading of Hugging Face models and tokenizers from a folder, a hub id, or a configuration for random weights."""
 
 import json
 import os
@@ -27,13 +27,13 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """A model with random weights, built from a configuration.
+    """The description of a model with random weights.
 
     Args:
-        config: The fields of a transformers configuration, including ``model_type``; vocabulary size and special token
-            ids are the tokenizer's unless given.
-        tokenizer: A folder, a hub id, or ``module:function`` that returns a tokenizer.
-        seed: The seed of the weights, which depend on it and the configuration only.
+        config: The fields of a transformers configuration, including ``model_type``. The vocabulary size and the
+            special token ids are the tokenizer's unless they are given here.
+        tokenizer: A folder, a hub id, or ``module:function`` for a function that returns a tokenizer.
+        seed: The seed of the weights, which depend only on the seed and the configuration.
 
     >>> shape = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}
     >>> model = load_model(RandomWeights(config=shape, tokenizer="lit_rlhf.data.reviews:tokenizer"))
@@ -53,14 +53,14 @@ _AUTO = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassifica
 
 
 def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedTokenizerBase:
-    """Load a tokenizer; without a padding token of its own, it pads with the end-of-sequence token.
+    """Load a tokenizer, and make it pad with the end-of-sequence token if it has no padding token.
 
     Args:
-        source: A folder, a hub id, or random weights, which name their tokenizer.
-        field: The configuration field, for messages.
+        source: A folder, a hub id, or a configuration for random weights, which names its tokenizer.
+        field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the folder does not exist or has no tokenizer, or the tokenizer has no end-of-sequence token.
+        UserError: if the tokenizer cannot be loaded, or has no end-of-sequence token.
     """
     path = source if isinstance(source, str) else source.tokenizer
     if is_reference(path):
@@ -85,17 +85,17 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
 def load_model(source: ModelSource, task: Task = "causal", field: str = "model") -> PreTrainedModel:
     """Load a model in float32 on the CPU and in eval mode, because dropout is off in every stage.
 
-    The CPU is used whatever the default device is, so that random weights are the same on every device, and because
-    transformers would use a default device as a ``device_map``, which requires the package accelerate. Lightning makes
-    its device the default in ``configure_model``, and moves the models there afterwards.
+    The CPU is used whatever the default device is. Random weights are therefore the same on every device, and
+    transformers does not use the default device as a ``device_map``, which would require the accelerate package.
+    Lightning makes its device the default in ``configure_model``, and moves the models there afterwards.
 
     Args:
-        source: A folder, a hub id, or random weights.
+        source: A folder, a hub id, or a configuration for random weights.
         task: ``causal`` for a language model, ``score`` for a sequence classifier with one label.
-        field: The configuration field, for messages.
+        field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the model cannot be loaded, or a reward model does not have exactly one label.
+        UserError: if the model cannot be loaded, or a sequence classifier does not have exactly one label.
     """
     with torch.device("cpu"):
         if isinstance(source, RandomWeights):
@@ -103,17 +103,17 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
         else:
             model = _pretrained_model(source, task, field)
         if task == "score" and model.config.num_labels != 1:
-            raise UserError(f"{field}: a reward model has one label, {source} has {model.config.num_labels}")
+            raise UserError(f"{field}: a reward model has one label, but {source} has {model.config.num_labels}")
         model.eval()
         use_unpadded_attention(model)
     return model
 
 
 def check_exists(path: str, field: str) -> None:
-    """Check that a path which cannot be a hub id is an existing folder.
+    """Check that a path is an existing folder, unless the path may be a hub id.
 
     Raises:
-        UserError: if it is not.
+        UserError: if the path is a file, or does not exist and cannot be a hub id.
     """
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
     if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
@@ -125,7 +125,7 @@ def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
     """Load the configuration of a model.
 
     Raises:
-        UserError: if it cannot be loaded, or if transformers does not know its model_type.
+        UserError: if the configuration cannot be loaded, or its ``model_type`` is missing or unknown to transformers.
     """
     if isinstance(source, str):
         check_exists(source, field)
@@ -145,9 +145,9 @@ def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
 
 
 def _tokenizer_class(path: str) -> Any:
-    """Return the generic tokenizer class if a folder names it, otherwise AutoTokenizer.
+    """Return the generic tokenizer class if the folder's tokenizer configuration names it, otherwise AutoTokenizer.
 
-    AutoTokenizer chooses by the type of the model: next to a Qwen model it would read any tokenizer.json as Qwen's.
+    AutoTokenizer chooses by model type: in the folder of a Qwen model, it would read any tokenizer.json as Qwen's.
     """
     config = Path(path) / "tokenizer_config.json"
     named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else None
@@ -201,6 +201,6 @@ def _unreachable(path: str, field: str, error: Exception) -> UserError:
 
 
 def _reason(error: Exception, longest: int = 300) -> str:
-    """Return the message of an error in one line."""
+    """Return the message of an error on one line, cut to ``longest`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"

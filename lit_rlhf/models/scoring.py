@@ -1,4 +1,4 @@
-"""Models with a scalar head: the critic (a value after each token) and the reward model (a score after the last)."""
+"""Models with a scalar head: the critic (a value after each token) and the reward model (a score for each text)."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,11 +15,11 @@ from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, read
 
 
 class ScalarModel(nn.Module):
-    """A decoder's trunk with a linear head, which gives one number at each token.
+    """A decoder's trunk with a linear head that gives one number after each token.
 
     Args:
         trunk: The decoder without its language-model head.
-        head: Linear map from hidden state to one number.
+        head: The linear map from a hidden state to one number.
 
     >>> from transformers import GPT2Config, GPT2Model
     >>> trunk = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
@@ -34,14 +34,14 @@ class ScalarModel(nn.Module):
         self.head = head
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Compute one number after each token.
+        """Compute the value or score after each token.
 
         Args:
-            tokens: [B, S] int64, right-padded.
-            lengths: [B] int64, the numbers of tokens without padding; None for no padding.
+            tokens: Token ids, [B, S] int64, right-padded.
+            lengths: The number of tokens in each row without padding, [B] int64; None if there is no padding.
 
         Returns:
-            [B, S] float32; undefined at padding.
+            The values or scores, [B, S] float32; undefined at padding.
         """
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if lengths is not None:
@@ -51,14 +51,14 @@ class ScalarModel(nn.Module):
 
 
 def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
-    """Take trunk and scalar head from a sequence classifier with one label, and a critic's bias from its configuration.
+    """Build a scalar model from a sequence classifier with one label, with the bias from its configuration, if any.
 
     Args:
-        model: A sequence classifier of transformers.
-        field: The configuration field, for messages.
+        model: A sequence classifier from transformers; an exported critic has its bias in ``config.value_bias``.
+        field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the classifier's head is not one linear layer, which it is in all decoders of transformers.
+        UserError: if the classifier's head is not a single linear layer named ``score``.
 
     >>> from transformers import GPT2Config, GPT2ForSequenceClassification
     >>> config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, num_labels=1)
@@ -78,8 +78,8 @@ def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel
     """Load a reward model, which is a sequence classifier with one label.
 
     Args:
-        source: Folder, hub id, or random weights.
-        field: The configuration field, for messages.
+        source: A folder, a hub id, or a configuration for random weights.
+        field: The name of the configuration field, for error messages.
 
     Raises:
         UserError: if the model cannot be loaded, or does not have exactly one label.
@@ -96,16 +96,16 @@ def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel
 
 
 def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -> ScalarModel:
-    """Load a critic, or the initial reward model, from a sequence classifier or from a language model with a new head.
+    """Load a critic or an initial reward model, from a sequence classifier or from a language model.
 
     Args:
-        source: Folder, hub id, or random weights. A classifier keeps its head; a language model gets a new one, which
-            is initialised to 0.
-        field: The configuration field, for messages.
-        bias: Whether a new head has a bias: True for a critic, False for a reward model, whose loss cannot train it.
+        source: A folder, a hub id, or a configuration for random weights. A classifier keeps its head; a language model
+            gets a new head, which is initialised to 0.
+        field: The name of the configuration field, for error messages.
+        bias: Whether a new head has a bias: True for a critic, False for a reward model, whose loss cannot train one.
 
     Raises:
-        UserError: if the model cannot be loaded.
+        UserError: if the model cannot be loaded, or a classifier does not have exactly one label.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -125,15 +125,15 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
 def to_classifier(
     scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """Convert a scalar model to a sequence classifier of transformers with one label, which scores the last token.
+    """Convert a scalar model to a transformers sequence classifier with one label, which scores the last token.
 
-    If padding and end of text are the same token, the classifier accepts only one unpadded row at a time. It has no
-    bias: that of a critic is stored in ``config.value_bias``, to be added to the classifier's output.
+    If the padding token is the end-of-sequence token, the classifier accepts only one unpadded row at a time. The
+    classifier has no bias: the bias of a critic is stored in ``config.value_bias``, to be added to the output.
 
     Args:
-        scalar: The model.
-        tokenizer: Its tokenizer.
-        weights: Its full ``state_dict``; None to read it from the model.
+        scalar: The critic or reward model.
+        tokenizer: The model's tokenizer.
+        weights: The full ``state_dict`` of a sharded model; None to use the model's own weights.
 
     Raises:
         UserError: if transformers has no sequence classifier of this architecture.

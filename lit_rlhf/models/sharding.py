@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.compat import decoder_layer_names
 
 FORWARD_METHODS = ("next_logits", "hidden")
-"""Methods of a model that compute with its weights, besides ``forward``."""
+"""The names of methods besides ``forward`` that compute with a model's weights."""
 
 
 def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
@@ -29,11 +29,11 @@ def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
-    """Shard a model by FSDP2, in place: each decoder layer is one unit, and the rest of the model another.
+    """Shard a model with FSDP2 in place: each decoder layer is one unit, and the rest of the model is another.
 
     Args:
         model: An actor, critic or reward model.
-        options: Options of `torch.distributed.fsdp.fully_shard`: mesh, precision, offloading.
+        options: Options of `torch.distributed.fsdp.fully_shard`, such as the mesh, the precision and offloading.
     """
     for layer in list(decoder_layers(model)):
         fully_shard(layer, **options)
@@ -45,7 +45,7 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def wrap(model: nn.Module, **options: Any) -> nn.Module:
-    """Shard a model by FSDP1: wrap each decoder layer and the model itself, and return the wrapped model.
+    """Shard a model with FSDP1: wrap each decoder layer and the model itself, and return the wrapped model.
 
     Args:
         model: An actor, critic or reward model.
@@ -60,12 +60,12 @@ def wrap(model: nn.Module, **options: Any) -> nn.Module:
 
 
 class ShardedByFSDP1(FullyShardedDataParallel):
-    """A module sharded by FSDP1 that can also compute within `unsharded`."""
+    """A module sharded with FSDP1 that can also compute with the full weights, inside `unsharded`."""
 
     holds_full_weights = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the wrapped module's output; without communication if the full weights are here."""
+        """Return the wrapped module's output, without communication if this process holds the full weights."""
         if self.holds_full_weights:
             return self.module(*args, **kwargs)
         return super().forward(*args, **kwargs)
@@ -73,11 +73,11 @@ class ShardedByFSDP1(FullyShardedDataParallel):
 
 @contextmanager
 def unsharded(*models: nn.Module | None) -> Iterator[None]:
-    """Within this context every process holds the full weights of these models.
+    """Hold the full weights of these models on every process, inside this context.
 
-    A forward then needs no communication, so the processes may run different numbers of them. Only for forwards without
-    gradient: decoding, scoring, validation. All processes must enter together. Models that are not sharded stay as they
-    are.
+    Forward passes then need no communication, so each process may run a different number of them. Only forward passes
+    without gradient are allowed, such as decoding, scoring and validation. All processes must enter the context
+    together. Models that are not sharded stay as they are.
     """
     with ExitStack() as stack:
         for model in models:
@@ -104,10 +104,11 @@ def _unsharded(model: FSDPModule) -> Iterator[None]:
 
 @contextmanager
 def _summoned(model: FullyShardedDataParallel) -> Iterator[None]:
-    """Gather the weights of FSDP1, rounded as in its own forwards, so that actors judge with the weights they train.
+    """Gather the full weights of an FSDP1 model, rounded as FSDP1 rounds them for its own forward passes.
 
-    This also keeps autocast from rounding them: its cache recognises a parameter, but not that its weights changed.
-    Inside, a process holds the gathered weights and their rounded copies, 6 bytes per parameter in half precision.
+    Autocast then has nothing left to round; otherwise, its cache would keep rounded weights after an update.
+    Inside the context, a process holds the gathered weights and their rounded copies: 6 bytes per parameter in half
+    precision.
     """
     dtype, parts = (
         model.mixed_precision.param_dtype,
@@ -126,14 +127,15 @@ def _summoned(model: FullyShardedDataParallel) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether each process holds only a shard of the weights."""
+    """Return whether each process holds only a shard of the model's weights."""
     return isinstance(model, FSDPModule | FullyShardedDataParallel)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's ``state_dict`` with full weights.
 
-    A sharded model's is in CPU memory on process 0 and empty on the others. All processes must call this together.
+    For a sharded model, the result is in CPU memory on process 0 and empty on the other processes, and all processes
+    must call this function together.
     """
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False, rank0_only=True):

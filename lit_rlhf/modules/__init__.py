@@ -1,4 +1,4 @@
-"""The LightningModules."""
+"""The LightningModules of the training methods, and their options."""
 
 from lit_rlhf.modules.dpo import DPO
 from lit_rlhf.modules.policy_gradient import PolicyGradient

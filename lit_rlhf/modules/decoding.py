@@ -1,4 +1,4 @@
-"""Rollouts as text: the inputs of rewards, and records of responses."""
+"""Rollouts as text: inputs for the rewards, and records of the responses."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
 
 def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> RewardInputs:
-    """Decode the responses, and repeat the prompts and their columns for each response.
+    """Return the inputs of the rewards: the decoded responses, each with its prompt and the columns of that prompt.
 
     Args:
-        rollout: n responses for each prompt of the batch, prompt-major.
-        batch: The prompts.
+        rollout: n responses for each prompt of the batch, in prompt-major order.
+        batch: The prompts that the rollout answers, with their columns.
         tokenizer: The tokenizer of the actor.
     """
     n = len(rollout.tokens) // len(batch.prompts)
@@ -27,7 +27,7 @@ def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerB
 
 
 def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
-    """Return one record per response: the columns, the prompt, the response, and whether a stop token ended it."""
+    """Return one record per response: its prompt's columns, its prompt, its text, and whether a stop token ended it."""
     return [
         {
             **{name: values[i] for name, values in reward_inputs.columns.items()},
@@ -40,10 +40,10 @@ def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:
-    """Decode the prompt and the response together and remove the prompt's text.
+    """Decode the prompt and the response together, and return the text without the prompt.
 
     A tokenizer may drop the space before the first token of a text, so the response is decoded alone only if the joint
-    text does not start with the prompt's.
+    text does not start with the text of the prompt.
     """
     prompt = str(tokenizer.decode(tokens[:start], skip_special_tokens=True))
     both = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Direct preference optimization: the policy itself is the reward model."""
+"""Direct preference optimization (DPO): the policy itself is the reward model."""
 
 from __future__ import annotations
 
@@ -29,33 +29,34 @@ from lit_rlhf.types import PreferenceBatch, PromptBatch
 
 
 class DPO(PreferenceModule):
-    """Raises the likelihood of better responses relative to worse ones, regularised towards a reference.
+    """Makes better responses more likely relative to worse ones, and keeps the policy close to a reference.
 
-    The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)); the loss on pairs is
-    −log σ(score_chosen − score_rejected), on rankings Plackett–Luce's. The held-out metrics are those of reward
-    modelling on implicit rewards, and the KL to the reference, in nats a response, on responses to the held-out prompts
-    that the actor samples.
+    The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)). The loss of a pair is
+    −log σ(score_chosen − score_rejected − margin), where the margin is 0 unless the data has one; the loss of a ranking
+    is Plackett–Luce's. The held-out metrics are those of reward modelling, computed from the implicit rewards; the
+    length and the KL to the reference, in nats per response, are measured on responses that the actor samples.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
-        reference: The frozen model; None for the initial actor.
-        beta: β > 0, in units of reward a nat; a larger one keeps the policy closer to the reference.
-        label_smoothing: ε in [0, 0.5), the assumed fraction of pairs in the wrong order.
+        reference: The frozen reference model, given in the same ways as the actor; None for the initial actor.
+        beta: β > 0, in units of reward per nat; a larger value keeps the policy closer to the reference.
+        label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         cache_reference: Whether to compute the reference's log-probabilities of all training responses once, before the
             first step, instead of in every epoch.
-        sampling: How responses to held-out prompts are sampled; the temperature divides all logits.
-        engine: The engine that samples them.
-        max_tokens: The largest number of padded tokens of a micro-batch; it changes memory and speed, never the result.
-        clip_grad_norm: The largest gradient norm; None for no clipping.
+        sampling: How responses to held-out prompts are sampled. The temperature divides the logits in training too.
+        engine: The engine that samples the responses to held-out prompts.
+        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+        clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the actor.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if the actor is not named, and in ``configure_model`` for models that cannot be loaded.
+        UserError: if the actor is not named or iterations is less than 1; in ``configure_model``, if a model cannot be
+            loaded.
 
     >>> DPO(actor="runs/sft/export", beta=0.05).beta
     0.05
@@ -100,7 +101,7 @@ class DPO(PreferenceModule):
         keep_out_of_checkpoints(self, ("reference.",))
 
     def configure_model(self) -> None:
-        """Load actor and reference; Lightning calls this more than once."""
+        """Load the actor and the reference; Lightning calls this more than once, but only the first call loads them."""
         if self.is_configured:
             return
         roles = load_roles(
@@ -126,7 +127,7 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PreferenceBatch) -> Tensor:
-        """Return the reference's log-probability of each response, [N], from the cache in training."""
+        """Return the reference's log-probability of each response, [N]; in training, use the cache if there is one."""
         if self._cached is not None and self.trainer.training:
             return self._cached[batch.number, : batch.mask.shape[1]][batch.mask]
         return self._reference_forward(batch)
@@ -136,9 +137,11 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def on_train_start(self) -> None:
-        """Fill the cache in batches of the file's order: the same bits on any number of ranks and after a resume.
+        """Compute the reference's log-probabilities of all training responses, if ``cache_reference`` is set.
 
-        It is computed in the precision of the training step, which Lightning does not set for this hook.
+        The batches are whole and in the order of the file, so that the results are the same, bit for bit, on any number
+        of ranks and after a resume. Lightning does not set the precision of the training step for this hook, so this
+        method sets it.
         """
         if not self.cache_reference:
             return
@@ -157,7 +160,10 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Add a batch to the held-out metrics, with the KL on responses to its prompts that the actor samples."""
+        """Add a batch to the held-out metrics, including the KL to the reference on responses that the actor samples.
+
+        No responses are sampled for a batch in which a record, on any rank, has no prompt.
+        """
         super().validation_step(batch, batch_idx)
         (without_prompt,) = self.max_over_ranks(sum(not prompt for prompt in batch.prompts))
         if without_prompt:

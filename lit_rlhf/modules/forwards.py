@@ -1,7 +1,7 @@
-"""Forwards of actor, reference and critic over a whole rollout, without gradient and in micro-batches.
+"""Forward passes of actor, reference and critic over a whole rollout, without gradients and in micro-batches.
 
-All processes must call these functions together: sharded weights are gathered first, and the forwards then need no
-other process, so that their number may differ between processes.
+All processes must call these functions together: sharded weights are gathered first. The forward passes then need no
+communication, so that the number of micro-batches may differ between processes.
 """
 
 from functools import partial
@@ -18,14 +18,14 @@ from lit_rlhf.types import Rollout
 
 
 class StateValues(NamedTuple):
-    """The critic's values of a rollout."""
+    """The critic's values for a rollout."""
 
     before_tokens: Tensor  # [B, T], of the state before each response token
-    after_last: Tensor  # [B], of the state after the last one
+    after_last: Tensor  # [B], of the state after the last response token
 
 
 class ActorOutputs(NamedTuple):
-    """The actor's outputs for a rollout; None where they are not computed."""
+    """The actor's outputs for a rollout; an output that was not computed is None."""
 
     logprobs: Tensor  # [B, T]
     entropy: Tensor  # [B, T], in nats
@@ -36,13 +36,13 @@ class ActorOutputs(NamedTuple):
 
 @torch.no_grad()
 def actor_outputs(actor: Actor, rollout: Rollout, max_tokens: int, other: Actor | None = None) -> ActorOutputs:
-    """Compute the actor's log-probabilities, entropies, full KL to another actor, and a shared critic's values.
+    """Compute the actor's log-probabilities and entropies, its full KL to another actor, and a shared critic's values.
 
     Args:
-        actor: The actor.
-        rollout: B rows.
-        max_tokens: The largest number of padded tokens of a micro-batch.
-        other: The actor to which the full KL is computed; None for no full KL.
+        actor: The actor, whose value head gives the values if it has one.
+        rollout: The rollout, with B rows.
+        max_tokens: The maximum number of tokens in a micro-batch, including padding.
+        other: The actor to which the KL over the vocabulary (the full KL) is computed; None to leave it out.
     """
     with unsharded(actor, other):
         return by_micro_batch(rollout, max_tokens, partial(_actor_outputs, actor, other))
@@ -56,7 +56,7 @@ def response_logprobs(actor: Actor, rollout: Rollout, max_tokens: int) -> Tensor
 
 @torch.no_grad()
 def critic_values(critic: ScalarModel, rollout: Rollout, max_tokens: int) -> StateValues:
-    """Compute the critic's values; the other arguments are as in `actor_outputs`."""
+    """Compute the critic's values for a rollout; the other arguments are as in `actor_outputs`."""
 
     def values(rows: Rollout) -> StateValues:
         return _state_values(rows, critic(rows.tokens, rows.lengths))
@@ -77,5 +77,5 @@ def _actor_outputs(actor: Actor, other: Actor | None, rollout: Rollout) -> Actor
 
 
 def _state_values(rollout: Rollout, values: Tensor) -> StateValues:
-    """Select the values of the states before and after the response's tokens from those after each token, [b, s]."""
+    """Return the values before each response token and after the last one, given those after every token, [b, s]."""
     return StateValues(rollout.before_responses(values), rollout.at_end(values))

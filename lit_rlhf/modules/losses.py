@@ -1,4 +1,4 @@
-"""The loss of an optimizer step: the actor's and the critic's, and the metrics of both."""
+"""The losses of the actor and the critic in an optimizer step, and their metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from lit_rlhf.types import Experience
 
 
 class StepLoss(NamedTuple):
-    """A micro-batch's part of an optimizer step."""
+    """A micro-batch's contribution to the loss of an optimizer step, and its KL to the old policy."""
 
-    loss: Tensor  # [], its part of the step's loss; the parts of all micro-batches and ranks add up to it
+    loss: Tensor  # []; the losses of all micro-batches on all ranks add up to the loss of the step
     kl_to_old: Tensor  # [], Σₜ KLₜ(π_old ‖ π) in nats, without gradient
 
 
 class PolicyTerms(NamedTuple):
-    """The policy loss of each token, with what it was computed from."""
+    """The policy loss of each token, with the outputs of the objective and the actor that it was computed from."""
 
-    loss: Tensor  # [b, t], of the objective, entropy bonus and KL to the reference
+    loss: Tensor  # [b, t], the objective's loss with the entropy bonus and the KL to the reference
     objective: PolicyLoss
     stats: TokenStats
 
@@ -36,22 +36,25 @@ class PolicyTerms(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """The losses of actor and critic on the models as they are now; no Trainer.
+    """The losses of the actor and the critic, computed with the models' current weights and without a Trainer.
 
     loss = Σₜ wₜ (policyₜ + value_coef · valueₜ), with the weights wₜ of `token_weights` over the whole optimizer step,
 
-    policyₜ = objectiveₜ − entropy_coef · H(π(·|sₜ)) [+ coef · KLₜ(π ‖ π_ref)] and
-    valueₜ = ½ (V(sₜ) − Rₜ)², clipped around the old value.
+    policyₜ = objectiveₜ − entropy_coef · H(π(·|sₜ)) [+ c · KLₜ(π ‖ π_ref)] and
+    valueₜ = ½ (V(sₜ) − Rₜ)², where Rₜ is the return and V(sₜ) may be clipped around its old value.
+
+    The term in brackets applies if the loss has a KL term; c is kl_coef, rescaled like the advantages if the KL is also
+    part of the reward.
 
     Args:
         actor: The policy π, with the value head of a shared critic.
         critic: The critic; None if there is none, or if it is the actor's value head.
-        reference: π_ref.
-        objective: The objective of the policy.
-        reference_kl: Where the KL to the reference enters.
-        kl_coef: Its coefficient now, in units of score a nat.
+        reference: The reference model π_ref.
+        objective: The objective, which gives each token's policy loss.
+        reference_kl: Where the KL to the reference enters the training, and how it is estimated.
+        kl_coef: The current coefficient of the KL to the reference, in units of score per nat.
         update: The coefficients, the clip range of the value loss, and the aggregation.
-        max_tokens: The longest response allowed, for ``aggregation: constant``.
+        max_tokens: The maximum number of tokens in a response, for ``aggregation: constant``.
     """
 
     actor: Actor
@@ -64,12 +67,12 @@ class Losses:
     max_tokens: int
 
     def __call__(self, micro_batch: Experience, totals: Tensor, metrics: Metrics) -> StepLoss:
-        """Return the loss of a micro-batch, and record its metrics.
+        """Return the loss of a micro-batch and its KL to the old policy, and record its metrics.
 
         Args:
-            micro_batch: b rows of the step.
-            totals: [2], tokens and sequences of the whole step; see `step_totals`.
-            metrics: Receives ``policy/…`` and ``value/…``.
+            micro_batch: b rows of the step's minibatch.
+            totals: [2], the numbers of tokens and sequences in the whole step: the sum of `step_totals` over all ranks.
+            metrics: Receives the metrics ``policy/…`` and ``value/…``.
 
         Raises:
             UserError: if a loss is not finite.
@@ -92,7 +95,7 @@ class Losses:
         return StepLoss(loss, kl_to_old.sum())
 
     def policy(self, micro_batch: Experience, metrics: Metrics) -> PolicyTerms:
-        """Return the policy loss of each token."""
+        """Compute the policy loss of each token, [b, t], and record the objective's loss and the entropy."""
         rollout, mask, kl = micro_batch.rollout, micro_batch.rollout.response_mask, self.reference_kl
         stats = self.actor(rollout.tokens, rollout.response_tokens_mask, self.reference if kl.is_full else None)
         logprobs, entropy = rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy)
@@ -111,12 +114,12 @@ class Losses:
         return PolicyTerms(loss, objective, stats)
 
     def value(self, micro_batch: Experience, stats: TokenStats | None, metrics: Metrics) -> Tensor:
-        """Return the value loss of each token, [b, t].
+        """Return the value loss of each token, [b, t], and record its metrics.
 
         Args:
             micro_batch: b rows with the critic's old values.
             stats: The actor's outputs, which hold a shared critic's values; None if the critic has its own weights.
-            metrics: Receives ``value/…``.
+            metrics: Receives the metrics ``value/…``.
         """
         rollout, mask, clip = micro_batch.rollout, micro_batch.rollout.response_mask, self.update.value_clip
         if self.critic is not None:
@@ -131,7 +134,7 @@ class Losses:
         return loss
 
     def weighted_sum(self, loss: Tensor, micro_batch: Experience, totals: Tensor) -> Tensor:
-        """Return Σₜ wₜ lossₜ over a micro-batch, [], for a loss of each token, [b, t]."""
+        """Return Σₜ wₜ lossₜ over a micro-batch, [], given per-token losses, [b, t], and the step's totals, [2]."""
         mask = micro_batch.rollout.response_mask
         weights = token_weights(
             mask,
@@ -144,6 +147,6 @@ class Losses:
 
 
 def step_totals(minibatch: Sequence[Experience]) -> Tensor:
-    """Count the tokens, and the sequences with at least one token, of this process's micro-batches, [2] float32."""
+    """Count the response tokens, and the rows that have any, in this process's micro-batches, [2] float32."""
     masks = [micro_batch.rollout.response_mask for micro_batch in minibatch]
     return torch.stack([torch.stack([mask.sum(), mask.any(1).sum()]) for mask in masks]).sum(0).float()

@@ -1,4 +1,4 @@
-"""Metrics over micro-batches, epochs and ranks; logged once an iteration."""
+"""Metrics that are collected over micro-batches, epochs and ranks, and the timing of an iteration's phases."""
 
 import resource
 import sys
@@ -17,10 +17,10 @@ from lit_rlhf.types import Rollout, ScoredRollout, Trajectory
 
 
 class WeightedMean(Metric):
-    """Σ wᵢ xᵢ / Σ wᵢ over everything seen, on all ranks.
+    """The weighted mean Σ wᵢ xᵢ / Σ wᵢ of all values that were added, on all ranks.
 
-    It is computed in float64, and is NaN if a value is NaN; torchmetrics' MeanMetric is float32, and passes NaN through
-    only without weights.
+    The mean is computed in float64, and is NaN if any value is NaN. torchmetrics' MeanMetric computes in float32, and
+    ignores the weights if its NaN check is disabled.
 
     >>> mean = WeightedMean()
     >>> mean.update(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]))
@@ -37,21 +37,21 @@ class WeightedMean(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, value: Tensor, weight: Tensor) -> None:
-        """Add values, each with its weight, or all with the same weight."""
+        """Add values to the mean, each with its own weight or all with the same one."""
         value, weight = torch.broadcast_tensors(value.double(), weight.double())
         self.total += (value * weight).sum()
         self.weight += weight.sum()
 
     def compute(self) -> Tensor:
-        """Return the mean; NaN without values."""
+        """Return the mean, or NaN if no value was added."""
         return self.total / self.weight
 
 
 class Metrics:
-    """Metrics by name: means and maxima that are reduced over all ranks when they are computed.
+    """A collection of named means and maxima, which are reduced over all ranks when they are computed.
 
     Args:
-        device: The device of their tensors; the communication backend may require it.
+        device: The device of the metrics' tensors, which must be one that the communication backend supports.
 
     >>> metrics = Metrics(torch.device("cpu"))
     >>> metrics.add("loss", torch.tensor([1.0, 2.0]))
@@ -65,39 +65,39 @@ class Metrics:
         self._metrics: dict[str, Metric] = {}
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
-        """Add values to a mean, each with its weight, or all with the same weight."""
+        """Add values to the mean of this name, each with its own weight or all with the same one."""
         value = torch.as_tensor(value, device=self.device)
         if name not in self._metrics:
             self._metrics[name] = WeightedMean().to(self.device)
         self._metrics[name].update(value.detach(), torch.as_tensor(weight, device=self.device))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Add the values that the mask counts to a mean."""
+        """Add the values at which the mask is True to the mean of this name."""
         self.add(name, values.detach()[mask])
 
     def maximum(self, name: str, value: Tensor) -> None:
-        """Add a value to a maximum."""
+        """Include a value, [], in the maximum of this name."""
         if name not in self._metrics:
             self._metrics[name] = MaxMetric(nan_strategy="disable").to(self.device)
         self._metrics[name].update(value.detach().to(self.device))
 
     def weight(self, name: str) -> float:
-        """Return the total weight of the values of a mean on this rank."""
+        """Return the total weight of the values that this rank added to a mean."""
         metric = self._metrics[name]
         assert isinstance(metric, WeightedMean)
         return float(metric.weight)
 
     def state(self) -> list[Tensor]:
-        """Return the tensors that the ranks reduce."""
+        """Return this rank's tensors of all metrics, which are reduced over the ranks."""
         return [cast(Tensor, value) for metric in self._metrics.values() for value in metric.metric_state.values()]
 
     def compute(self) -> dict[str, float]:
-        """Return all metrics over all ranks; every rank must call this with the same names in the same order."""
+        """Return all metrics, reduced over the ranks; every rank must have added the same names in the same order."""
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 
 def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
-    """Record the properties of an iteration's responses: scores, rewards, KL to the reference, entropy, lengths."""
+    """Record an iteration's scores, rewards, KL to the reference, KL coefficient, entropies and response lengths."""
     rollout, mask = scored.rollout, trajectory.mask
     metrics.add("objective/score", scored.scores)
     metrics.add("objective/reward", trajectory.rewards.sum(1))
@@ -118,18 +118,18 @@ def measure_held_out(
     rewards: Mapping[str, Tensor],
     kl_to_ref: Tensor,
 ) -> None:
-    """Record the properties of responses to held-out prompts.
+    """Record the scores, rewards, KL to the reference, lengths and win rate of responses to held-out prompts.
 
-    The win rate is the fraction of responses whose score is above that of the reference's response sampled with the
-    same random numbers; a tie counts half.
+    The win rate is the fraction of responses that score higher than the reference's response to the same prompt,
+    sampled with the same random numbers; a tie counts half.
 
     Args:
         metrics: Receives the metrics.
-        rollout: B responses.
-        scores: [B].
-        reference_scores: [B], of the reference's responses.
-        rewards: [B] for each reward.
-        kl_to_ref: [B], in nats a response.
+        rollout: The actor's responses, B rows.
+        scores: [B], the scores of the actor's responses.
+        reference_scores: [B], the scores of the reference's responses.
+        rewards: The unweighted rewards of the actor's responses by name, [B] each.
+        kl_to_ref: [B], the KL to the reference in nats per response.
     """
     for name, value in {
         "score": scores,
@@ -145,10 +145,10 @@ def measure_held_out(
 
 
 def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, float]:
-    """Add the standard deviation of the scores, and the win rate's 95 % confidence interval.
+    """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval.
 
     Args:
-        means: The means of `measure_held_out`.
+        means: The means of the metrics that `measure_held_out` records; the mean of the squared scores is removed.
         prompts: The number of prompts, which are the independent trials of the win rate.
     """
     low, high = wilson_interval(means["win_rate"], prompts)
@@ -156,14 +156,14 @@ def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, flo
 
 
 def pop_standard_deviation(means: dict[str, float]) -> float:
-    """Return the standard deviation of the scores, and remove the mean of their squares."""
+    """Return the standard deviation of the scores, and remove the mean of the squared scores from ``means``."""
     return max(0.0, means.pop("score_squared") - means["score"] ** 2) ** 0.5
 
 
 def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a fraction of ``count`` independent trials.
+    """Return the confidence interval of a fraction p of n = ``count`` independent trials; z = 1.96 gives 95 %.
 
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, equation 4.
+    The bounds are (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, equation 4.
 
     >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
     (0.404, 0.596)
@@ -174,14 +174,14 @@ def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[flo
 
 
 class Stopwatch:
-    """Measures the seconds of named phases."""
+    """Measures how many seconds each of several named phases takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a phase; on a GPU the host waits for it before and after."""
+        """Add the duration of a ``with`` block to a phase; the host waits for the GPU before and after the block."""
         _synchronize()
         start = time.perf_counter()
         yield
@@ -189,7 +189,7 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def summary(self, tokens: float, responses: float) -> dict[str, float]:
-        """Return the seconds of each phase, the throughput over all phases, and the peak memory."""
+        """Return the seconds of each phase, the tokens and responses per second overall, and the peak memory in GiB."""
         seconds = sum(self.seconds.values())
         return {f"time/{phase}": value for phase, value in self.seconds.items()} | {
             "perf/tokens_per_second": tokens / seconds,
@@ -199,7 +199,7 @@ class Stopwatch:
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory so far: allocated on the GPU, or resident in this process on a CPU."""
+    """Return the peak memory so far, in GiB: allocated on the GPU or, without a GPU, resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

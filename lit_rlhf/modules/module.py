@@ -1,4 +1,4 @@
-"""The base of all modules: the trained model, its tokenizer, optimizers, the iteration count, held-out metrics."""
+"""The base of all modules: the trained model and its tokenizer, optimizers, iteration count and held-out metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
 
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By name, the function that makes an optimizer of parameters, and the one that makes its learning-rate schedule."""
+"""For each optimizer, by name: a function that makes it from parameters, and one that makes its schedule, or None."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -34,17 +34,17 @@ class AlignmentModule(lightning.LightningModule):
     Args:
         source: The model to train: a folder, a hub id, or a configuration for random weights.
         iterations: The number of iterations; None to leave the limit to the Trainer.
-        optimizers: The optimizers and their schedules by name.
+        optimizers: The functions that make the optimizers and their learning-rate schedules, by optimizer name.
 
     Raises:
-        UserError: if the model is not named.
+        UserError: if the model is not named, or if iterations is less than 1.
     """
 
     role: ClassVar[str] = "actor"
-    """The name of the trained model: that of its option, and of the attribute that configure_model sets."""
+    """The name of the trained model, which is also the name of its option and of the attribute that holds it."""
 
     batch_type: ClassVar[type]
-    """The type of its batches."""
+    """The type of the batches that the module accepts."""
 
     actor: Actor
     iteration: Tensor  # [] int64, saved in the checkpoint
@@ -70,7 +70,7 @@ class AlignmentModule(lightning.LightningModule):
 
     @property
     def is_configured(self) -> bool:
-        """Whether the models are loaded; Lightning calls ``configure_model`` more than once."""
+        """Whether the models are loaded, so that later calls of ``configure_model`` have nothing to do."""
         return hasattr(self, self.role)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -82,14 +82,14 @@ class AlignmentModule(lightning.LightningModule):
         return self.actor.model, strip_prefix("model.", weights)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of this module; the models stay in eval mode, because dropout is off in every stage."""
+        """Set the mode of this module; the models in it stay in eval mode, because dropout is off in every stage."""
         super().train(mode)
         for child in self.children():
             child.eval()
         return self
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trained parameters by the names of their optimizers."""
+        """Return the trained parameters, keyed by the name of their optimizer."""
         (name,) = self.optimizer_factories
         return {name: list(self.get_submodule(self.role).parameters())}
 
@@ -105,14 +105,14 @@ class AlignmentModule(lightning.LightningModule):
         return configured
 
     def optimizers_by_name(self) -> dict[str, Any]:
-        """Return the optimizers under the names of ``trained_parameters``."""
+        """Return the optimizers, keyed by the names that ``trained_parameters`` uses."""
         optimizers: Any = self.optimizers()
         return dict(
             zip(self.trained_parameters(), optimizers if isinstance(optimizers, list) else [optimizers], strict=True)
         )
 
     def step_schedulers(self) -> None:
-        """Step all learning-rate schedules; manual optimization leaves that to the module."""
+        """Step all learning-rate schedules; with manual optimization, Lightning leaves this to the module."""
         schedulers: Any = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:
@@ -124,18 +124,21 @@ class AlignmentModule(lightning.LightningModule):
             self.trainer.fit_loop.max_epochs = -1
 
     def log_iteration(self, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
-        """Log an iteration's metrics, some of them on the progress bar."""
+        """Log the metrics of an iteration; those named in ``shown`` also appear on the progress bar."""
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
 
     def count_iteration(self) -> None:
-        """Count an iteration; ``training_step`` calls this, so that this iteration's checkpoint holds the new count."""
+        """Count an iteration, and stop the Trainer after the last one.
+
+        Each ``training_step`` calls this method, so that the checkpoint of the iteration holds the new count.
+        """
         self.iteration += 1
         if self.iterations is not None and int(self.iteration) >= self.iterations:
             self.trainer.should_stop = True
 
     def check_batch(self, batch: Any) -> None:
-        """Refuse a batch from a data module that is meant for another kind of training.
+        """Check that a batch does not come from a data module for another kind of training.
 
         Raises:
             UserError: if the batch has the wrong type; the message names both types.
@@ -157,7 +160,7 @@ class AlignmentModule(lightning.LightningModule):
         self.check_batch(batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Refuse to predict; modules that generate responses override this.
+        """Refuse to predict; modules that generate responses override this method.
 
         Raises:
             UserError: always.
@@ -165,7 +168,7 @@ class AlignmentModule(lightning.LightningModule):
         raise UserError(f"{type(self).__name__} predicts nothing: use PolicyGradient with the exported model's folder")
 
     def is_last_step(self) -> bool:
-        """Whether the current training step is the last one by the limits on iterations, steps and epochs."""
+        """Return whether the limits on iterations, steps and epochs make the current training step the last one."""
         trainer, loop = self.trainer, self.trainer.fit_loop
         if trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
             return True
@@ -175,23 +178,23 @@ class AlignmentModule(lightning.LightningModule):
         return trainer.is_last_batch and last_epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Start new metrics."""
+        """Reset the held-out metrics."""
         self.held_out = Metrics(self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Start new metrics."""
+        """Reset the held-out metrics."""
         self.held_out = Metrics(self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics as ``val/…``."""
+        """Log the held-out metrics with the prefix ``val/``."""
         self._log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics as ``test/…``."""
+        """Log the held-out metrics with the prefix ``test/``."""
         self._log_held_out("test")
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Return the held-out metrics to log; derived modules add to the means."""
+        """Return the held-out metrics to log: their means, and what derived modules compute from the means."""
         return means
 
     def _log_held_out(self, stage: str) -> None:
@@ -199,10 +202,10 @@ class AlignmentModule(lightning.LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
     def shard(self, model: nn.Module) -> Any:
-        """Shard a model as the strategy requires; other strategies leave it as it is.
+        """Return a model sharded as the strategy requires, or unchanged if the strategy does not shard models.
 
         Raises:
-            UserError: for a sharding strategy that is not supported, and in inference mode.
+            UserError: if a strategy that shards models is not supported, or is used with inference mode.
         """
         strategy = strategy_of(self)
         if isinstance(strategy, FSDP2 | FSDP):
@@ -214,7 +217,7 @@ class AlignmentModule(lightning.LightningModule):
         return model
 
     def profile(self, phase: str) -> AbstractContextManager[Any]:
-        """Measure a phase under its name in ``--trainer.profiler``."""
+        """Return a context in which the profiler of ``--trainer.profiler`` measures a phase under its name."""
         return cast(Any, self.trainer).profiler.profile(phase)
 
     def on_rank(self) -> tuple[int, int]:
@@ -222,17 +225,21 @@ class AlignmentModule(lightning.LightningModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Synchronize gradients over the ranks: under DDP with the last micro-batch only, under sharding with each."""
+        """Return a context for the backward pass of a micro-batch; ``last`` marks the last micro-batch of a step.
+
+        In this context DDP averages gradients over the ranks only if ``last`` is True; strategies that shard models
+        always do.
+        """
         return nullcontext() if last else no_gradient_sync(self.trainer.strategy)
 
     def clip(self, optimizer: Any, max_norm: float | None) -> Tensor:
-        """Clip the gradient norm of an optimizer's parameters over all ranks, and return the norm before, []."""
+        """Clip the norm of an optimizer's gradients, taken over all ranks, and return the norm before clipping, []."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         plain_shards = isinstance(self.trainer.strategy, FSDP)
         return clip_gradients(parameters, max_norm, self.sum_over_ranks if plain_shards else None)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """Return the sum over all processes."""
+        """Return the sum of a tensor over all processes."""
         return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
@@ -242,7 +249,7 @@ class AlignmentModule(lightning.LightningModule):
 
 
 def iteration_of(module: lightning.LightningModule) -> int:
-    """Return the number of iterations a module has done; for callbacks, which receive a LightningModule."""
+    """Return the number of iterations that a module has done; for callbacks, which receive a LightningModule."""
     assert isinstance(module, AlignmentModule)
     return int(module.iteration)
 
@@ -250,7 +257,8 @@ def iteration_of(module: lightning.LightningModule) -> int:
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
 
-    The hooks are on the module itself, because every path to a checkpoint (a file, a distributed folder) calls them.
+    The hooks are on the module itself, because they then run for every kind of checkpoint (a file, a distributed
+    folder).
 
     Args:
         module: The LightningModule.

@@ -1,4 +1,4 @@
-"""On-policy reinforcement learning up to the update: generate, judge, reward, estimate; and held-out prompts."""
+"""On-policy reinforcement learning: everything up to the update, and the evaluation on held-out prompts."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from lit_rlhf.types import Experience, PromptBatch, RewardInputs, Rollout, Score
 
 
 class OnPolicy(AlignmentModule):
-    """The part of an iteration that all on-policy methods share; derived modules define how to `learn`.
+    """The base of on-policy methods: every stage of an iteration except `learn`, which derived modules define.
 
     Each stage is a method: `generate`, `judge`, `reward`, `estimate`, `learn`. The arguments are those of
     `PolicyGradient`.
 
     Raises:
-        UserError: for settings that contradict each other, and in ``configure_model`` for models that cannot be loaded.
+        UserError: if settings are missing, wrong or contradictory; in ``configure_model``, if a model cannot be loaded.
     """
 
     batch_type = PromptBatch
@@ -94,7 +94,7 @@ class OnPolicy(AlignmentModule):
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Update the models.
+        """Update the models with the experience of an iteration.
 
         Args:
             experience: The rows of all processes; each process learns from its part of every minibatch.
@@ -126,7 +126,7 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Forget the reference's scores of an earlier run's held-out prompts; Lightning calls this for every run."""
+        """Discard the scores of the reference's responses from an earlier run; Lightning calls this in every run."""
         self.reference_scores.clear()
 
     @cached_property
@@ -135,7 +135,7 @@ class OnPolicy(AlignmentModule):
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def configure_model(self) -> None:
-        """Load the roles and shard them as the strategy requires; Lightning calls this more than once."""
+        """Load and shard the models; Lightning calls this method more than once, but only the first call loads them."""
         if self.is_configured:
             return
         self.scores.prepare(self.tokenizer)
@@ -175,7 +175,7 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def generate(self, batch: PromptBatch, actor: Actor, stream: Stream, iteration: int) -> Rollout:
-        """Sample responses to a batch of prompts."""
+        """Sample responses to a batch of prompts, with random numbers that depend on the stream and the iteration."""
         with self.profile("generate"):
             return self.engine.generate(
                 actor, batch, self.sampling, self.special_tokens, stream=stream, iteration=iteration
@@ -183,7 +183,7 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def judge(self, rollout: Rollout, batch: PromptBatch) -> ScoredRollout:
-        """Compute the outputs of rewards, actor, reference and critic for a rollout."""
+        """Compute the outputs of the rewards, the actor, the reference and the critic for a rollout."""
         with self.profile("judge"):
             inputs = decode(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(inputs)
@@ -211,7 +211,7 @@ class OnPolicy(AlignmentModule):
         )
 
     def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
-        """The actor's outputs; the engine's own log-probabilities and entropies if these suffice and are exact."""
+        """Return the actor's outputs, from the engine if its log-probabilities and entropies suffice and are exact."""
         rounded = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounded
         if exact and other is None and self.actor.value_head is None:
@@ -220,7 +220,7 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def reward(self, scored: ScoredRollout) -> Trajectory:
-        """Combine scores and the KL to the reference into the rewards of the tokens."""
+        """Combine the scores and the KL to the reference into a reward for each token."""
         mask, kl = scored.rollout.response_mask, None
         if self.reference_kl.where == "reward":
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)
@@ -234,7 +234,7 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def estimate(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics) -> Experience:
-        """Estimate advantages and returns, whitened where ``update`` says so."""
+        """Estimate advantages and returns; the options of `Update` say whether rewards and advantages are whitened."""
         mask, reduce, scale = trajectory.mask, self.sum_over_ranks, torch.ones_like(trajectory.rewards)
         if self.update.whiten_rewards:
             whitened = masked_whiten(trajectory.rewards, mask, shift_mean=False, reduce=reduce)
@@ -259,13 +259,13 @@ class OnPolicy(AlignmentModule):
         )
 
     def all_ranks(self, experience: Experience) -> Experience:
-        """Return the experience of all processes."""
+        """Gather the experience of all processes on every process."""
         if self.trainer.world_size == 1:
             return experience
         return gather_experience(experience, self.sampling.responses, self.sum_over_ranks, self.max_over_ranks)
 
     def minibatches(self, experience: Experience) -> Iterator[list[Experience]]:
-        """Yield the minibatches of all epochs, each as this process's micro-batches."""
+        """Yield the minibatches of all epochs, each as a list of this process's micro-batches."""
         update, (rank, world_size) = self.update, self.on_rank()
         if update.minibatches > len(experience.advantages):
             raise UserError(
@@ -279,7 +279,7 @@ class OnPolicy(AlignmentModule):
             )
 
     def losses(self) -> Losses:
-        """Return the losses with this iteration's coefficient of the KL."""
+        """Return the losses of the actor and the critic, with the current coefficient of the KL to the reference."""
         return Losses(
             actor=self.actor,
             critic=self.critic,
@@ -292,7 +292,7 @@ class OnPolicy(AlignmentModule):
         )
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
-        """Advance everything that this iteration's checkpoint must hold: callbacks save before other hooks run."""
+        """Log the metrics and update all saved state here, since callbacks save checkpoints before later hooks run."""
         mask = trajectory.mask
         measure_experience(scored, trajectory, self.kl.coef, metrics)
         for name, optimizer in self.optimizers_by_name().items():
@@ -320,7 +320,7 @@ class OnPolicy(AlignmentModule):
         return self._evaluate(batch, batch_idx)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return the responses, one record each, with the prompt's columns."""
+        """Return one record per response, including the columns of its prompt."""
         rollout = self.generate(batch, self.actor, Stream.PREDICTION, batch_idx)
         return as_records(decode(rollout, batch, self.tokenizer))
 
@@ -338,7 +338,7 @@ class OnPolicy(AlignmentModule):
         return {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the standard deviation of the scores, and the win rate's 95 % confidence interval."""
+        """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval."""
         prompts = self.sum_over_ranks(torch.tensor(self.held_out.weight("score"), device=self.device))
         return summarize_held_out(means, float(prompts) / self.sampling.responses)
 

@@ -26,35 +26,36 @@ from lit_rlhf.types import Experience
 
 
 class PolicyGradient(OnPolicy):
-    """Trains an actor towards rewards; each training step is one iteration: generate, judge, reward, estimate, learn.
+    """Trains an actor to get higher rewards; each training step is one iteration.
 
     The stages of an iteration are methods: `generate`, `judge`, `reward`, `estimate` (of `OnPolicy`), and `learn`.
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
         rewards: The rewards of a response; at least one.
-        critic: ``actor`` or ``reward`` to start from that model's weights; ``shared`` for a head on the actor's trunk;
-            a folder or hub id (``./actor`` for a folder of that name); None for no critic.
-        reference: The frozen model to which the KL is measured; None for the initial actor.
+        critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; ``shared`` for
+            a head on the actor's trunk; otherwise a model to start from (``./actor`` for a folder of that name); None
+            for no critic.
+        reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
-        engine: The engine that samples them.
+        engine: The engine that samples the responses.
         scores: How scores are normalised and clipped before they enter the reward.
-        kl: The coefficient of the KL to the reference; ``FixedKL(coef=0)`` only measures it.
-        reference_kl: Where that KL enters, and its estimator.
+        kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
+        reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
         objective: The loss of the policy.
-        bootstrap_truncated: Whether the critic's value after the last token is the expected rest of a truncated
-            response; otherwise that rest is 0.
-        update: Epochs, minibatches, clipping, and the other terms of the loss.
-        value_grad_scale: With a shared critic, the factor on the gradient of the value loss into the trunk.
+        bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
+            rewards that would have followed; if False, those count as 0.
+        update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
+        value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs.
         actor_optimizer: The optimizer of the actor.
         critic_optimizer: The optimizer of the critic.
-        actor_scheduler: The learning-rate schedule of the actor, stepped once an iteration; None for a constant rate.
-        critic_scheduler: The same for the critic.
+        actor_scheduler: The actor's learning-rate schedule, stepped once per iteration; None for a constant rate.
+        critic_scheduler: The critic's learning-rate schedule, stepped once per iteration; None for a constant rate.
 
     Raises:
-        UserError: for settings that contradict each other, and in ``configure_model`` for models that cannot be loaded.
+        UserError: if settings are missing, wrong or contradictory; in ``configure_model``, if a model cannot be loaded.
 
     >>> from lit_rlhf import GroupNormalized, RewardFunction
     >>> reward = RewardFunction("lit_rlhf.data.reviews:reward")
@@ -114,14 +115,14 @@ class PolicyGradient(OnPolicy):
         )
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the actor's parameters and, with a critic, the critic's; a shared trunk is the actor's."""
+        """Return the parameters of the actor and, if there is one, of the critic; a shared trunk is the actor's."""
         head = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
         actor = [p for p in self.actor.parameters() if not any(p is h for h in head)]
         critic = head if self.critic is None else list(self.critic.parameters())
         return {"policy": actor, "value": critic} if critic else {"policy": actor}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Do the epochs of minibatches, one optimizer step each, until the KL to the old policy exceeds its target."""
+        """Do one optimizer step per minibatch in each epoch; stop if the KL to the old policy exceeds its target."""
         losses, optimizers = self.losses(), self.optimizers_by_name()
         for minibatch in self.minibatches(experience):
             if not self._step(minibatch, losses, optimizers, metrics):
@@ -132,7 +133,7 @@ class PolicyGradient(OnPolicy):
     def _step(
         self, minibatch: Sequence[Experience], losses: Losses, optimizers: dict[str, Any], metrics: Metrics
     ) -> bool:
-        """Do one optimizer step; return False, without a step, if the KL to the old policy exceeds its target."""
+        """Step all optimizers and return True; if the KL to the old policy exceeds its target, only return False."""
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         totals, kl_to_old = self.sum_over_ranks(step_totals(minibatch)), torch.zeros((), device=self.device)

@@ -1,4 +1,4 @@
-"""The base of reward modelling and DPO: responses have scores, and better responses should have higher ones."""
+"""The base of reward modelling and DPO: responses have scores, and better responses should have higher scores."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from lit_rlhf.types import PreferenceBatch
 
 
 class PreferenceModule(AlignmentModule):
-    """Minimises the Bradley–Terry loss on pairs and the Plackett–Luce loss on rankings; one optimizer step a batch.
+    """Minimises the Bradley–Terry loss on pairs or the Plackett–Luce loss on rankings.
 
-    Derived modules define the score of a response; the arguments are documented there.
+    Each batch takes one optimizer step. Derived modules define the score of a response and document the arguments.
 
     Raises:
         ValueError: if a number is out of range.
+        UserError: if the model is not named, or if iterations is less than 1.
     """
 
     batch_type = PreferenceBatch
@@ -101,17 +102,17 @@ class PreferenceModule(AlignmentModule):
         self.step_schedulers()
 
     def after_step(self) -> None:
-        """Do what else must be in the checkpoint of this iteration; nothing by default."""
+        """Update whatever else the checkpoint of this iteration must hold; by default, do nothing."""
 
     def loss(self, scores: Tensor, batch: PreferenceBatch) -> Tensor:
         """Return the loss of each ranking, [B].
 
         Args:
-            scores: [B, K], best first, 0 where a ranking has fewer responses.
+            scores: [B, K], best response first, 0 where a ranking has fewer than K responses.
             batch: The rankings.
 
         Raises:
-            UserError: for label smoothing on rankings of more than two.
+            UserError: if label smoothing is used with rankings of more than two responses.
         """
         if batch.margin is not None or self.label_smoothing:
             if scores.shape[1] > 2:
@@ -122,19 +123,26 @@ class PreferenceModule(AlignmentModule):
     # -------------------------------------------------------------- measuring
 
     def measure(self, scores: Tensor, loss: Tensor, batch: PreferenceBatch, metrics: Metrics) -> None:
-        """Record the loss and, over all pairs, how often and by how much the better response is ahead."""
+        """Record the loss and, over all pairs, how often and by how much the better response scores higher.
+
+        Args:
+            scores: [B, K], best response first.
+            loss: [B], the loss of each ranking.
+            batch: The rankings.
+            metrics: Receives ``loss``, ``accuracy`` and ``margin``.
+        """
         ahead, _ = pairs(scores, batch)
         metrics.add("loss", loss)
         metrics.add("accuracy", _won(ahead))
         metrics.add("margin", ahead)
 
     def on_validation_epoch_start(self) -> None:
-        """Start new metrics."""
+        """Reset the held-out metrics."""
         super().on_validation_epoch_start()
         self.calibration.reset()
 
     def on_test_epoch_start(self) -> None:
-        """Start new metrics."""
+        """Reset the held-out metrics."""
         super().on_test_epoch_start()
         self.calibration.reset()
 
@@ -144,8 +152,8 @@ class PreferenceModule(AlignmentModule):
 
         ``accuracy_of_length`` is the accuracy of the rule "the longer response wins" on the same pairs;
         ``accuracy_if_longer`` and ``accuracy_if_shorter`` are the model's accuracies on the pairs whose better response
-        is the longer or the shorter one; ``ece`` is the expected calibration error of the probability that the response
-        with the higher score wins.
+        is the longer or the shorter one; ``ece`` is the expected calibration error of the predicted probability that
+        the response with the higher score is the better one.
         """
         with unsharded(*self.children()):
             for micro_batch in preference_micro_batches(batch, self.max_tokens):
@@ -169,21 +177,21 @@ class PreferenceModule(AlignmentModule):
         self.validation_step(batch, batch_idx)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the standard deviation of the scores and the calibration error, and drop the metrics that are NaN."""
+        """Return the means that are not NaN, with the standard deviation of the scores and the calibration error."""
         means["score_std"] = pop_standard_deviation(means)
         means["ece"] = float(self.calibration.compute())
         return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN without such pairs
 
 
 def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-    """Return the differences of score and of length, better minus worse, over all pairs in all rankings.
+    """Return the differences in score and in length, better minus worse, of all pairs in all rankings.
 
     Args:
-        scores: [B, K], best first.
+        scores: [B, K], best response first.
         batch: The rankings.
 
     Returns:
-        Two [P] tensors.
+        The differences in score and those in response length, in tokens; [P] each, for P pairs.
     """
     length = batch.by_ranking((batch.lengths - batch.prompt_lengths).to(scores.dtype))
     better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1, device=scores.device)
@@ -192,7 +200,7 @@ def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
 
 
 def _won(ahead: Tensor) -> Tensor:
-    """Return 1 where the better response is ahead, ½ for a tie."""
+    """Return 1 for each pair whose better response is ahead, ½ for a tie, and 0 otherwise."""
     return (ahead > 0).float() + 0.5 * (ahead == 0)
 
 

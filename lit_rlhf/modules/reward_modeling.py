@@ -1,4 +1,4 @@
-"""Reward models, which learn from preferences to score a response to a prompt."""
+"""Training of reward models, which learn from preferences to score a response to a prompt."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from lit_rlhf.types import PreferenceBatch
 
 
 class RewardModeling(PreferenceModule):
-    """Trains a scalar head on the last token of a decoder so that better responses get higher scores.
+    """Trains a decoder with a scalar head to give better responses higher scores at their last token.
 
     On pairs the loss is Bradley–Terry's, −log σ(r_chosen − r_rejected − margin); on rankings it is Plackett–Luce's.
     The mean and the standard deviation of the scores of the training set are measured after the last step and stored
-    with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise.
+    with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise its scores.
 
     Args:
-        reward: The initial model: a language model (such as the export of an SFT run; its head is new) or a sequence
-            classifier with one label; a folder, a hub id, or a configuration for random weights.
-        label_smoothing: ε in [0, 0.5), the assumed fraction of pairs in the wrong order.
-        max_tokens: The largest number of padded tokens of a micro-batch; it changes memory and speed, never the result.
-        clip_grad_norm: The largest gradient norm; None for no clipping.
+        reward: The initial model: a language model (such as the export of an SFT run), which gets a new head, or a
+            sequence classifier with one label; given as a folder, a hub id, or a configuration for random weights.
+        label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
+        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+        clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if the model is not named, and in ``configure_model`` if it cannot be loaded.
+        UserError: if the model is not named or iterations is less than 1; in ``configure_model``, if the model cannot
+            be loaded.
 
     >>> RewardModeling(reward="runs/sft/export", label_smoothing=0.1).max_tokens
     8192
@@ -68,13 +69,13 @@ class RewardModeling(PreferenceModule):
             self.register_buffer(name, torch.tensor(torch.nan, dtype=torch.float64))
 
     def configure_model(self) -> None:
-        """Load the model; Lightning calls this more than once."""
+        """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
         if not self.is_configured:
             self.reward = self.shard(load_critic(self.source, "model.reward", bias=False))
             self.train(self.training)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-        """Return a sequence classifier whose config holds the mean and the standard deviation of its scores."""
+        """Return a sequence classifier that stores the mean and standard deviation of its scores, and its weights."""
         model = to_classifier(self.reward, self.tokenizer, weights)
         if torch.isfinite(self.score_mean):
             model.config.score_mean, model.config.score_std = float(self.score_mean), float(self.score_std)

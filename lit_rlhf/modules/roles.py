@@ -1,4 +1,4 @@
-"""The models of an iteration: actor, critic and reference, each from its source."""
+"""The models of an iteration (actor, critic and reference), and how they are loaded."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -17,7 +17,7 @@ from lit_rlhf.rewards import RewardModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
-    """The models of an iteration, except those inside rewards."""
+    """The models of an iteration, except the reward models."""
 
     actor: Actor
     critic: ScalarModel | None  # None without a critic, and for a head on the actor's trunk
@@ -33,19 +33,20 @@ def load_roles(
     temperature: float,
     value_grad_scale: float,
 ) -> Roles:
-    """Load actor, critic and reference.
+    """Load the actor, the critic and the reference.
 
     Args:
         actor: The source of the actor.
-        critic: ``actor``, ``reward``, ``shared``, a source, or None for no critic.
-        reference: The source of the reference; None for the actor's.
-        rewards: The prepared reward models; ``critic: reward`` starts from the first.
-        temperature: The divisor of the logits of actor and reference.
-        value_grad_scale: With ``shared``, the factor on the gradient of the value loss into the trunk.
+        critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; ``shared`` for
+            a head on the actor's trunk; otherwise the source of the critic; None for no critic.
+        reference: The source of the reference; None for the source of the actor.
+        rewards: The reward models, which ``prepare`` has loaded.
+        temperature: The number by which the actor's and the reference's logits are divided.
+        value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
 
     Raises:
-        UserError: if a model cannot be loaded, if ``reward`` is asked for without a reward model, or if the vocabulary
-            of critic or reference differs in size from the actor's.
+        UserError: if a model cannot be loaded, if the critic is ``reward`` but there is no reward model, or if the
+            critic's or the reference's vocabulary differs in size from the actor's.
     """
     trained = Actor(load_model(actor, "causal", "model.actor"), temperature, critic == "shared", value_grad_scale)
     frozen = Actor(load_model(reference or actor, "causal", "model.reference"), temperature)
@@ -77,7 +78,7 @@ def _load_critic(critic: ModelSource | None, actor: ModelSource, rewards: Sequen
 
 
 def _rescaled_copy(reward: RewardModel) -> ScalarModel:
-    """Copy the reward model, rescaled to its term of the score: weight × (r − mean) / deviation."""
+    """Copy a reward model, with its output r rescaled to its term in the score, weight × (r − mean) / deviation."""
     critic = deepcopy(reward.model)
     assert critic is not None
     mean, deviation = reward.scale
@@ -91,5 +92,5 @@ def _rescaled_copy(reward: RewardModel) -> ScalarModel:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Return the number of rows of the model's input embedding."""
+    """Return the size of a model's vocabulary, which is the number of rows of its input embedding."""
     return model.get_input_embeddings().num_embeddings  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, the start of everything else."""
+"""Supervised fine-tuning (SFT) of a language model on demonstrations."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from lit_rlhf.types import DemonstrationBatch
 
 
 class SFT(AlignmentModule):
-    """Maximum likelihood on demonstrations: loss = −mean of log π(token | tokens before) over the tokens that count.
+    """Maximises the likelihood of demonstrations.
 
-    The loss is in nats a token; ``perplexity`` is its exponential.
+    The loss is the mean of −log π(token | tokens before it) over the tokens to imitate, in nats per token; the metric
+    ``perplexity`` is the exponential of the loss.
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
         optimizer: The optimizer of the model.
-        scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
+        scheduler: The learning-rate schedule, stepped after each optimizer step; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs or max_steps.
 
     Raises:
-        UserError: if the actor is not named, and in ``configure_model`` if it cannot be loaded.
+        UserError: if the actor is not named or iterations is less than 1; in ``configure_model``, if the actor cannot
+            be loaded.
 
     >>> SFT(actor="Qwen/Qwen2.5-0.5B", iterations=100).iterations
     100
@@ -50,7 +52,7 @@ class SFT(AlignmentModule):
         self._separates_packed_texts = False  # set by configure_model
 
     def configure_model(self) -> None:
-        """Load the model; Lightning calls this more than once."""
+        """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
         if not self.is_configured:
             actor = Actor(load_model(self.source, "causal", "model.actor"))
             self._separates_packed_texts = keeps_texts_apart(actor.model)  # before a strategy rounds the weights
@@ -58,10 +60,10 @@ class SFT(AlignmentModule):
             self.train(self.training)
 
     def check_batch(self, batch: Any) -> None:
-        """Check the type of the batch, and that the model can be trained on packed texts if it holds some.
+        """Check the type of the batch and, if its rows may hold several texts, that the model keeps those texts apart.
 
         Raises:
-            UserError: if it is another kind of batch, or if a packed text attends to another one in this architecture.
+            UserError: if the batch has the wrong type, or if the model does not keep the texts of a row apart.
         """
         super().check_batch(batch)
         if batch.positions is not None and not self._separates_packed_texts:
@@ -70,7 +72,7 @@ class SFT(AlignmentModule):
             )
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
-        """Return the mean loss of the batch, in nats a token."""
+        """Return this rank's loss in nats; the mean over the ranks is the mean loss of the tokens of all ranks."""
         logprobs = self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
         tokens = batch.mask.sum().float()
         if self.trainer.world_size > 1:  # the mean is over the tokens of all ranks
@@ -87,10 +89,10 @@ class SFT(AlignmentModule):
         return loss
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
-        """Add a batch to the held-out loss."""
+        """Add the loss of a batch to the held-out metrics."""
         loss = -self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
         self.held_out.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the perplexity to the metrics."""
+        """Return the means with the perplexity, which is the exponential of the mean loss."""
         return means | {"perplexity": math.exp(min(means["loss"], 50.0))}

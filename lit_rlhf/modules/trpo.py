@@ -1,4 +1,4 @@
-"""Trust region policy optimization: one natural-gradient step an iteration, with a hard bound on its KL."""
+"""Trust region policy optimization (TRPO): one natural-gradient step per iteration, with a bound on its KL."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ from lit_rlhf.types import Experience
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """The size of the actor's step, and how exactly it is computed.
+    """The size of the actor's step, and the accuracy with which the step is computed.
 
     Args:
-        max_kl: δ, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats a token.
-        cg_iterations: Conjugate-gradient iterations; each takes one Fisher-vector product.
-        cg_tolerance: Stop the iterations once the squared residual is this fraction of the squared gradient.
-        damping: A constant added to the diagonal of the Fisher matrix; a larger one moves the step towards the plain
-            gradient and makes it more robust.
-        fisher_every: Average the Fisher matrix over the responses to every n-th prompt: 1 uses all prompts, 4 a quarter
-            of them in a quarter of the time. The gradient, the line search and the bound always use all.
-        backtracks: The largest number of steps that the line search tries.
-        backtrack_ratio: The ratio of each step to the one before, in (0, 1).
+        max_kl: δ, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
+        cg_iterations: The maximum number of conjugate-gradient iterations; each takes one Fisher-vector product.
+        cg_tolerance: The fraction of the gradient's squared norm at which the squared norm of the residual is small
+            enough for the iterations to stop.
+        damping: The constant that is added to the diagonal of the Fisher matrix; a larger value moves the step towards
+            the plain gradient and makes the step more robust.
+        fisher_every: The Fisher matrix is averaged over the responses to every n-th prompt: 1 uses all prompts, 4 a
+            quarter of them in a quarter of the time. The gradient, the line search and the bound use all prompts.
+        backtracks: The maximum number of steps that the line search tries.
+        backtrack_ratio: The ratio of each step that the line search tries to the step before, in (0, 1).
 
     Raises:
         ValueError: if a number is out of range.
@@ -85,45 +86,48 @@ class TrustRegion:
 class TRPO(OnPolicy):
     """Moves the actor along the surrogate's natural gradient, as far as a bound on the KL to the old policy allows.
 
-    With g the gradient of the surrogate over all responses of the iteration, and F the Fisher matrix of the actor's
-    next-token distributions: x = F⁻¹ g by conjugate gradients, s = √(2 δ / xᵀ F x) x, and a backtracking line search
-    from s until the measured full KL is at most δ and the surrogate has improved; if no step achieves both, the actor
-    does not move. The critic learns as in `PolicyGradient`.
+    Let g be the gradient of the surrogate over all responses of the iteration, and F the Fisher matrix of the actor's
+    next-token distributions. Conjugate gradients give x = F⁻¹ g, and s = √(2 δ / xᵀ F x) x is the full step. A
+    backtracking line search shortens s until the measured full KL is at most δ and the surrogate has improved; if no
+    step achieves both, the actor does not move. The critic learns as in `PolicyGradient`.
 
-    Cost: g takes one forward and one backward over the responses of the iteration. A product F v takes a forward, its
-    backward, and the backward of both, which is as long as 14 forwards (measured on a Llama of 5 layers, 180 tokens, on
-    a CPU). There are ``cg_iterations`` + 1 products, over 1 / ``fisher_every`` of the responses. Each step of the line
-    search takes 3 forwards. With the defaults this is about 50 forwards an iteration; PPO's 4 epochs of the actor take
-    14. Memory: there is no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size;
-    under fsdp2 every process holds all of these in full, and its shard of the other models. The products use
-    PyTorch's plain attention (the fused kernels cannot be differentiated twice), so that a micro-batch holds
-    [heads, S, S] for each row and layer: reduce ``update.max_tokens`` if that is too much.
+    Cost: g takes one forward and one backward pass over the responses of the iteration. A product F v takes a forward
+    pass, its backward pass, and the backward pass of both: together as long as 14 forward passes (measured on a Llama
+    of 5 layers with 180 tokens on a CPU). There are ``cg_iterations`` + 1 products, over 1 / ``fisher_every`` of the
+    responses. Each step of the line search takes 3 forward passes. With the defaults an iteration takes as long as
+    about 50 forward passes, while PPO's 4 epochs of the actor take as long as 14.
+
+    Memory: there is no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size.
+    Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of each other model. The
+    products use PyTorch's plain attention, since the fused kernels cannot be differentiated twice; a micro-batch then
+    holds [heads, S, S] numbers for each row and layer. If that is too much, reduce ``update.max_tokens``.
 
     Source: Schulman et al. 2015 (arXiv 1502.05477), section 6 and appendix C.
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
         rewards: The rewards of a response; at least one.
-        critic: ``actor`` or ``reward`` to start from that model's weights; a folder or hub id; None for no critic.
-        reference: The frozen model to which the KL is measured; None for the initial actor.
+        critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; otherwise a
+            model to start from (``./actor`` for a folder of that name); None for no critic.
+        reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
-        engine: The engine that samples them.
+        engine: The engine that samples the responses.
         scores: How scores are normalised and clipped before they enter the reward.
-        kl: The coefficient of the KL to the reference; ``FixedKL(coef=0)`` only measures it.
-        reference_kl: Where that KL enters, and its estimator.
+        kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
+        reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
-        region: The step of the actor.
-        bootstrap_truncated: Whether the critic's value after the last token is the expected rest of a truncated
-            response; otherwise that rest is 0.
-        update: For the critic: epochs, minibatches, clipping. For both: micro-batches, aggregation, whitening, and the
-            entropy bonus, which is added to the surrogate.
+        region: The size of the actor's step, and how the step is computed.
+        bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
+            rewards that would have followed; if False, those count as 0.
+        update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
+            is added to the actor's surrogate; micro-batches, aggregation and whitening apply to both.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs (max_steps counts the
             critic's steps).
         critic_optimizer: The optimizer of the critic; the actor has none.
-        critic_scheduler: The learning-rate schedule of the critic, stepped once an iteration; None for a constant rate.
+        critic_scheduler: The critic's learning-rate schedule, stepped once per iteration; None for a constant rate.
 
     Raises:
-        UserError: for settings that contradict each other, and in ``configure_model`` for models that cannot be loaded.
+        UserError: if settings are missing, wrong or contradictory; in ``configure_model``, if a model cannot be loaded.
 
     >>> from lit_rlhf import RewardFunction
     >>> trpo = TRPO(actor="Qwen/Qwen2.5-0.5B", rewards=[RewardFunction("lit_rlhf.data.reviews:reward")])
@@ -179,7 +183,7 @@ class TRPO(OnPolicy):
         keep_out_of_checkpoints(self, ("old.",))
 
     def configure_model(self) -> None:
-        """Load the roles, and a second copy of the actor."""
+        """Load the models, and a second copy of the actor, which holds the old policy."""
         if self.is_configured:
             return
         super().configure_model()
@@ -230,7 +234,7 @@ class TRPO(OnPolicy):
     def _gradient(
         self, batches: Sequence[Experience], totals: Tensor, losses: Losses, metrics: Metrics
     ) -> tuple[Tensor, Tensor]:
-        """The loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N]."""
+        """Return the loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N]."""
         parameters = list(self.actor.parameters())
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
         for micro_batch in batches:
@@ -242,7 +246,7 @@ class TRPO(OnPolicy):
         return loss, gradient
 
     def _fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
-        """v ↦ (F + damping) v, with F the mean over tokens of the Fisher matrix of the actor's distributions."""
+        """Return the function v ↦ (F + damping) v, where F is the actor's Fisher matrix, averaged over tokens."""
         rows = (experience.rollout.group % self.region.fisher_every == 0).nonzero().squeeze(1)
         batches = self._micro_batches(experience.select(rows))
         tokens = self.sum_over_ranks(step_totals(batches))[0]
@@ -262,7 +266,7 @@ class TRPO(OnPolicy):
 
     @torch.no_grad()
     def _loss_and_kl(self, batches: Sequence[Experience], totals: Tensor, losses: Losses) -> Tensor:
-        """The loss of the actor as it is now, and its mean KL from the old policy in nats a token, [2]."""
+        """Return the current actor's loss, and the mean KL(π_old ‖ π) in nats per token, as one tensor, [2]."""
         total = torch.zeros(2, device=self.device)
         for micro_batch in batches:
             loss = losses.weighted_sum(losses.policy(micro_batch, Metrics(self.device)).loss, micro_batch, totals)
@@ -272,7 +276,7 @@ class TRPO(OnPolicy):
 
     @torch.no_grad()
     def _measure_policy(self, batches: Sequence[Experience], metrics: Metrics) -> None:
-        """Record the KL and the ratios after the step."""
+        """Record KL(π_old ‖ π) and the largest probability ratio after the step."""
         for micro_batch in batches:
             rollout, mask = micro_batch.rollout, micro_batch.rollout.response_mask
             metrics.add_masked("policy/kl_to_old", self._kl_to_old(micro_batch), mask)
@@ -280,7 +284,7 @@ class TRPO(OnPolicy):
             metrics.maximum("policy/ratio_max", probability_ratio(logprobs, micro_batch.old_logprobs, mask).max())
 
     def _kl_to_old(self, micro_batch: Experience) -> Tensor:
-        """KL(π_old ‖ π) over the vocabulary, [b, t], in nats."""
+        """Return KL(π_old ‖ π) over the vocabulary, [b, t], in nats."""
         rollout = micro_batch.rollout
         return rollout.at_responses(self.old(rollout.tokens, rollout.response_tokens_mask, self.actor).full_kl)
 

@@ -13,21 +13,24 @@ from lit_rlhf.errors import UserError
 
 @dataclass(frozen=True)
 class Update:
-    """How the models learn from an iteration's experience. The defaults are those of PPO.
+    """The options of the update, in which the models learn from an iteration's experience; the defaults are PPO's.
 
     Args:
-        epochs: Passes over the experience.
-        minibatches: Optimizer steps in each pass.
-        max_tokens: The largest number of padded tokens of a micro-batch; it changes memory and speed, never the result.
+        epochs: The number of passes over the experience.
+        minibatches: The number of minibatches in each pass; each takes one optimizer step.
+        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
         aggregation: How the losses of the tokens are averaged: ``token``, ``sequence`` or ``constant``.
-        whiten_advantages: Whether to scale the iteration's advantages to mean 0 and variance 1, over all ranks.
-        whiten_rewards: Whether to scale its rewards to variance 1 before the advantages; their mean is kept.
-        value_clip: The clip range of the value loss around the old value; None for no clip.
+        whiten_advantages: Whether to normalise the iteration's advantages to mean 0 and variance 1, over all ranks.
+        whiten_rewards: Whether to scale the iteration's rewards to variance 1, over all ranks, before advantages are
+            estimated; the mean of the rewards is kept.
+        value_clip: The largest distance from the old value, in units of score, to which the value loss clips a value;
+            None for no clipping.
         value_coef: The factor of the value loss.
         entropy_coef: The factor of the entropy bonus.
-        clip_grad_norm: The largest gradient norm of each optimizer's parameters; None for no clipping.
-        target_kl: Stop the epochs once the KL of a minibatch to the old policy exceeds this, in nats a token;
-            None for no such stop.
+        clip_grad_norm: The maximum gradient norm of each optimizer's parameters, to which a larger gradient is scaled
+            down; None for no clipping.
+        target_kl: The largest KL to the old policy, in nats per token; the first minibatch that exceeds it ends the
+            update, without a step. None for no limit.
 
     Raises:
         ValueError: if a number is out of range.
@@ -59,13 +62,13 @@ class Update:
 
 
 def check_finite(**values: Tensor) -> None:
-    """Stop before the step if a loss or a gradient norm is not finite; the host waits once for all of them.
+    """Check that losses and gradient norms are finite before a step; the host waits for the device only once.
 
     Args:
-        values: [] tensors of one device, by the names that the message uses.
+        values: Tensors of shape [] on one device, keyed by the names to use in the message.
 
     Raises:
-        UserError: naming the first that is not finite.
+        UserError: if a value is not finite; the message names the first such value.
 
     >>> check_finite(policy_loss=torch.tensor(0.5), value_loss=torch.tensor(float("nan")))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -82,12 +85,13 @@ def check_finite(**values: Tensor) -> None:
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None, reduce: Reduce | None = None) -> Tensor:
-    """Clip the norm of the parameters' gradients in place, and return the norm before, [].
+    """Clip the norm of the parameters' gradients in place, and return the norm before clipping, [].
 
     Args:
         parameters: The parameters of one optimizer.
-        max_norm: The largest norm; None for no clipping.
-        reduce: Sums a tensor over all ranks; needed where each rank holds a share that is a plain tensor (FSDP1).
+        max_norm: The norm to which a larger gradient is scaled down; None for no clipping.
+        reduce: A function that sums a tensor over all ranks; needed if each rank holds its shards of the gradients as
+            plain tensors (FSDP1).
 
     Raises:
         UserError: if the norm is not finite.

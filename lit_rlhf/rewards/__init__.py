@@ -1,4 +1,4 @@
-"""Rewards: reward models, Python functions and checkable answers, and how they are combined into one score."""
+"""Rewards (reward models, Python functions and checkable answers) and their combination into one score."""
 
 from lit_rlhf.rewards.answers import ExactAnswer, NumericAnswer
 from lit_rlhf.rewards.function import RewardFunction

@@ -16,7 +16,7 @@ NUMBER = re.compile(r"(?:(?<!\w)-)?\$?\d[\d,]*(?:\.\d+)?")
 
 
 class ExactAnswer(Reward):
-    """1 if the response equals the answer, ignoring surrounding white space, and 0 otherwise.
+    """A reward of 1 if the response equals the answer, ignoring surrounding white space, and 0 otherwise.
 
     Args:
         column: The column of the prompts that contains the correct answer.
@@ -34,10 +34,10 @@ class ExactAnswer(Reward):
         self.ignore_case = ignore_case
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """Compare each response with its answer; return 0 or 1, [B].
+        """Return 1 for each response that equals its answer, and 0 for each of the others, [B].
 
         Raises:
-            UserError: if the column does not exist.
+            UserError: if the prompts do not have the column.
         """
         answers = [str(answer).strip() for answer in _column(reward_inputs, self.column)]
         responses = [response.strip() for response in reward_inputs.responses]
@@ -48,16 +48,17 @@ class ExactAnswer(Reward):
 
 
 class NumericAnswer(Reward):
-    """1 if the response's final number is correct, ``format_score`` if only its format is, and 0 otherwise.
+    """A reward of 1 if the response's final number is correct, ``format_score`` if only the format is, and 0 otherwise.
 
-    The final number is the one after the last marker (``#### 72``). Thousands separators and a dollar sign are ignored,
-    and 72 equals 72.0.
+    The final number is the number after the last marker (``#### 72``). Thousands separators and a dollar sign are
+    ignored, and 72 equals 72.0.
 
     Args:
-        column: The column of the prompts that contains the correct answer: a number, or a text with the marker.
+        column: The column of the prompts that contains the correct answer: a number, or a text in which the number
+            follows the marker or is the last number.
         marker: The text before the final number.
-        anywhere: Whether to use the last number of a response that has no marker.
-        format_score: The score of a response with a marker and a wrong number.
+        anywhere: Whether to use the last number of a response in which no number follows a marker.
+        format_score: The reward of a response in which a wrong number follows the marker.
         weight: The factor of this reward in the score.
 
     >>> from lit_rlhf.rewards import make_reward_inputs
@@ -81,10 +82,10 @@ class NumericAnswer(Reward):
         self.format_score = format_score
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """Compare the final number of each response with its answer; return one number a response, [B].
+        """Compare the final number of each response with the correct answer, and return the rewards, [B].
 
         Raises:
-            UserError: if the column does not exist, or an answer in it has no number.
+            UserError: if the prompts do not have the column, or an answer in the column contains no number.
         """
         scores = []
         for response, answer in zip(reward_inputs.responses, _column(reward_inputs, self.column), strict=True):
@@ -113,7 +114,7 @@ def final_number(text: str, marker: str = "####") -> Decimal | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number of a text, or None if it has none.
+    """Return the last number in a text, or None if the text contains no number.
 
     >>> last_number("between 3 and 4,000 apples")
     Decimal('4000')

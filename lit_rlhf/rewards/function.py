@@ -18,16 +18,16 @@ from lit_rlhf.types import RewardInputs
 class RewardFunction(Reward):
     """A Python function that scores a batch of responses.
 
-    The function receives, as keyword arguments, those of the following that its signature names: ``prompts`` (text or
-    conversations), ``responses`` (text), ``terminated`` (bools, True if a stop token ended the response), and any
-    column of the prompts. Each is a list with one entry a response. The function returns one finite number a
-    response::
+    The function receives as keyword arguments those of the following that its signature names, or all of them if it
+    accepts ``**columns``: ``prompts`` (text or conversations), ``responses`` (text), ``terminated`` (bools, True if a
+    stop token ended the response), and any column of the prompts. Each argument is a list with one entry per response.
+    The function returns one finite number per response::
 
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]
 
     Args:
-        function: ``path/to/file.py:name`` or ``package.module:name``.
+        function: The location of the function: ``path/to/file.py:name`` or ``package.module:name``.
         weight: The factor of this reward in the score.
 
     >>> from lit_rlhf.rewards import make_reward_inputs
@@ -44,7 +44,7 @@ class RewardFunction(Reward):
 
     @property
     def name(self) -> str:
-        """The function's name, without its module."""
+        """The function's name, without the module or the file."""
         return self.function.rpartition(":")[2]
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,11 +53,11 @@ class RewardFunction(Reward):
             self._call = load_reference(self.function, "rewards.function")
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """Call the function; return its scores, [B].
+        """Call the function and return its scores, [B].
 
         Raises:
-            UserError: if the function raises an exception, has a parameter that is not a column, or does not return one
-                finite number a response.
+            UserError: if the function requires an argument that is not available, raises an exception, or does not
+                return one finite number per response.
         """
         assert self._call is not None, "call prepare() first"
         available: dict[str, Sequence[Any]] = {
@@ -110,7 +110,7 @@ class RewardFunction(Reward):
 
 
 def _error_location(function: Callable[..., Any], error: Exception) -> str:
-    """Return the innermost line of the traceback that is in the function's file, or else its last line."""
+    """Return file and line of the innermost frame that is in the function's file, or else of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     user_frames = [frame for frame in frames if frame.filename == inspect.getsourcefile(function)]
     frame = (user_frames or frames)[-1]

@@ -18,20 +18,21 @@ from lit_rlhf.types import Prompt, RewardInputs
 
 
 class RewardModel(Reward):
-    """A Hugging Face sequence classifier with one label, read at the last token of the response.
+    """A Hugging Face sequence classifier with one label, whose output at the last token of a response is the reward.
 
-    If a stop token ended the response, that is its last token. With the actor's vocabulary the model reads the actor's
-    tokens; otherwise the text is tokenized again.
+    If a stop token ended the response, that token is the last one. A model with the actor's vocabulary reads the
+    actor's tokens; for any other model, the text is tokenized again.
 
     Args:
-        model: A folder or hub id, or a configuration for random weights.
+        model: A folder, a hub id, or a configuration for random weights.
         weight: The factor of this reward in the score.
-        max_tokens: The maximum number of tokens in a forward pass, including padding.
+        max_tokens: The maximum number of tokens in a forward pass, including padding; a longer row is passed alone.
         normalize: Whether to subtract the mean and divide by the standard deviation of the scores on the reward model's
-            training set, which `RewardModeling` stores in its configuration.
+            training set, both of which `RewardModeling` stores in the model's configuration.
 
     Raises:
-        UserError: in ``prepare``, if the model cannot be loaded, or stores no mean and standard deviation.
+        UserError: in ``prepare``, if the model cannot be loaded, or if ``normalize`` is set and the model's
+            configuration has no mean and standard deviation.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.testing import make_tiny_model
@@ -54,7 +55,7 @@ class RewardModel(Reward):
         self.retokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load and freeze the model, and keep its tokenizer if that differs from the actor's.
+        """Load and freeze the model, and keep the model's tokenizer if its vocabulary differs from the actor's.
 
         Args:
             tokenizer: The actor's tokenizer.
@@ -93,10 +94,12 @@ class RewardModel(Reward):
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, reward_inputs: RewardInputs) -> tuple[Tensor, Tensor]:
-    """Tokenize prompts and responses, with an end token where the actor's response has one.
+    """Tokenize the prompts with their responses.
+
+    A text gets an end-of-sequence token if a stop token ended the response; a conversation always ends with one.
 
     Returns:
-        The tokens, [B, S] int64, right-padded, and the length of each row, [B] int64.
+        The tokens, [B, S] int64, right-padded; and the length of each row, [B] int64.
     """
     rows: list[list[int]] = []
     pairs: Sequence[tuple[Prompt, str]] = list(zip(reward_inputs.prompts, reward_inputs.responses, strict=True))

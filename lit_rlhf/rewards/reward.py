@@ -1,4 +1,4 @@
-"""The interface of rewards."""
+"""The interface of rewards, and a function that makes inputs for trying them out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ from lit_rlhf.types import Prompt, RewardInputs, Rollout
 
 
 class Reward(nn.Module, ABC):
-    """Assigns a number to each response; its weights are neither trained nor stored in checkpoints.
+    """The interface of rewards, which assign a number to each response.
+
+    The parameters of a reward are neither trained nor stored in checkpoints.
 
     Args:
-        weight: The factor of this reward in the score.
+        weight: The factor of this reward in the score, which is the weighted sum of all rewards.
 
     >>> class Brevity(Reward):
     ...     def forward(self, reward_inputs):
@@ -34,7 +36,7 @@ class Reward(nn.Module, ABC):
         return type(self).__name__
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load models and files, before the reward is first used.
+        """Load models and files before the reward is first used.
 
         Args:
             tokenizer: The actor's tokenizer.
@@ -48,7 +50,7 @@ class Reward(nn.Module, ABC):
 def make_reward_inputs(
     responses: Sequence[str], prompts: Sequence[Prompt] | None = None, **columns: Sequence[Any]
 ) -> RewardInputs:
-    """Return the inputs of a reward for these texts, to try a reward without a run.
+    """Return reward inputs made from the given texts, to try out a reward without a training run.
 
     Args:
         responses: B responses; all of them count as terminated, and their tokens are 0.
@@ -56,7 +58,7 @@ def make_reward_inputs(
         columns: Further columns of the prompts, B values each.
 
     Returns:
-        The inputs, for rewards that read the text.
+        The inputs, for rewards that do not use the tokens.
 
     >>> make_reward_inputs(["72", "7"], answer=[72, 72]).columns
     {'answer': [72, 72]}

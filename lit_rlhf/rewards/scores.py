@@ -1,4 +1,4 @@
-"""How several rewards are combined into one score, and how the score is shaped."""
+"""The combination of several rewards into one score, and the shaping of this score."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from lit_rlhf.types import RewardInputs
 
 @dataclass(frozen=True)
 class ScoreShaping:
-    """The operations that are applied to the score, in this order.
+    """The operations that are applied to the score, in the order of the arguments.
 
     Args:
         normalize: Whether to subtract the running mean and divide by the running standard deviation of all scores of
             the run so far.
-        clip: Clip the score to [−clip, clip]; None for no limit.
-        truncation_penalty: Subtracted from the score of truncated responses; 0 or more.
+        clip: The limit of the score, which is clipped to [−clip, clip]; None for no limit.
+        truncation_penalty: The amount that is subtracted from the score of a truncated response; 0 or more.
 
     Raises:
-        ValueError: if clip is not positive, or the penalty is negative.
+        ValueError: if clip is not positive, or truncation_penalty is negative.
 
     >>> shaping = ScoreShaping(clip=5.0, truncation_penalty=1.0)
     >>> scores, terminated = torch.tensor([7.0, 7.0]), torch.tensor([True, False])
@@ -47,11 +47,11 @@ class ScoreShaping:
 
 
 class Scores(nn.Module):
-    """Computes the rewards and their weighted sum, whose running statistics are stored in checkpoints.
+    """The rewards of a run and their weighted sum, the score, whose running statistics are stored in checkpoints.
 
     Args:
         rewards: The rewards; a run needs at least one.
-        shaping: The operations that are applied to their weighted sum.
+        shaping: The operations that are applied to the weighted sum.
 
     >>> from lit_rlhf.rewards import ExactAnswer, NumericAnswer, make_reward_inputs
     >>> scores = Scores([ExactAnswer(weight=0.5), NumericAnswer()], ScoreShaping())
@@ -74,7 +74,7 @@ class Scores(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Prepare and freeze the rewards on the CPU; Lightning moves them to its device afterwards.
+        """Prepare and freeze the rewards on the CPU; Lightning moves them to the process's device afterwards.
 
         Args:
             tokenizer: The actor's tokenizer.
@@ -107,14 +107,17 @@ class Scores(nn.Module):
 
     @torch.no_grad()
     def shape(self, scores: Tensor, terminated: Tensor, reduce: Reduce) -> Tensor:
-        """Normalise and clip the scores, and penalise truncated responses; return the shaped scores, [B].
+        """Normalise and clip the scores, and penalise truncated responses, as ``shaping`` specifies.
 
-        The running statistics are updated with these scores first.
+        Normalisation first updates the running statistics with these scores.
 
         Args:
-            scores: [B].
+            scores: [B], the score of each response.
             terminated: Bool [B], True if a stop token ended the response.
-            reduce: Sums a tensor over all ranks.
+            reduce: A function that sums a tensor over all ranks.
+
+        Returns:
+            The shaped scores, [B].
         """
         if self.shaping.normalize:
             self._update_statistics(scores.double(), reduce)
@@ -130,8 +133,8 @@ class Scores(nn.Module):
     def _update_statistics(self, scores: Tensor, reduce: Reduce) -> None:
         """Merge the scores of all ranks into the running statistics.
 
-        Source: Chan, Golub and LeVeque 1983, «Algorithms for computing the sample variance: analysis and
-        recommendations», for merging the means and sums of squared deviations of two samples.
+        Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance: analysis and
+        recommendations", for merging the means and sums of squared deviations of two samples.
         """
         count = reduce(torch.tensor(float(len(scores)), dtype=torch.float64, device=scores.device))
         mean = reduce(scores.sum()) / count

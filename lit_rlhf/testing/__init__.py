@@ -1,7 +1,7 @@
-"""For pytest: tiny models in a folder, and a callback that records what a run did.
+"""Tools for tests with pytest: tiny models, and a callback that records the metrics and weights of a run.
 
-Installed as a pytest plugin: the fixtures are there wherever lit-rlhf is. pytest imports this module in each of its
-sessions, whatever they test, so torch and Lightning are imported at the first use of what needs them. ::
+The module is a pytest plugin, so the fixture ``tiny_model`` is available wherever lit-rlhf is installed. Every pytest
+session imports the module, whatever it tests; torch and Lightning are therefore imported only at their first use. ::
 
     def test_my_reward(tiny_model, tmp_path):
         recorder = Recorder()
@@ -24,7 +24,7 @@ Special = Literal["distinct", "bos_is_eos", "pad_is_eos"]
 MakeModel = Callable[..., Path]
 
 WORDS = 32
-"""Words w0 … w31 of the tiny models' tokenizer, one token each."""
+"""The number of words w0 … w31 in the tiny models' tokenizer; each word is one token."""
 _SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "max_position_embeddings": 128},
@@ -44,16 +44,17 @@ def make_tiny_model(
     seed: int = 0,
     chat: bool = False,
 ) -> Path:
-    """Write a random model of about 20,000 parameters and its tokenizer.
+    """Write a model with about 20,000 random weights (GPT-2: 30,000) and its tokenizer to a folder.
 
-    Its logits are spread, so that greedy responses end at different lengths.
+    The weights are large, so that the logits differ enough for greedy responses to end at different lengths.
 
     Args:
-        folder: Where.
-        architecture: The shape.
-        task: A language model, or a sequence classifier with one label.
-        special: Whether beginning, end and padding tokens are three, or two of them one.
-        seed: Of the weights.
+        folder: The folder to write.
+        architecture: The ``model_type`` of the model.
+        task: ``causal`` for a language model, ``score`` for a sequence classifier with one label.
+        special: ``distinct`` for different beginning, end and padding tokens; ``bos_is_eos`` or ``pad_is_eos`` to use
+            the end token as the beginning or the padding token as well.
+        seed: The seed of the weights.
         chat: Whether the tokenizer has a chat template.
 
     Returns:
@@ -97,7 +98,11 @@ def _tokenizer(special: Special, chat: bool) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """``tiny_model("llama", task="score", special="pad_is_eos")``: the folder, made once a test session."""
+    """Return a function that writes a tiny model, once per test session, and returns the model's folder.
+
+    The function takes the arguments of `make_tiny_model` except ``folder``, for example
+    ``tiny_model("llama", task="score", special="pad_is_eos")``.
+    """
     made: dict[Any, Path] = {}
 
     def make(architecture: Architecture = "llama", **options: Any) -> Path:

@@ -1,4 +1,4 @@
-"""A callback that records what a run did."""
+"""A callback that records the metrics, outputs and weights of a run."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Recorder(lightning.Callback):
-    """Keeps the metrics of each iteration, what its ``training_step`` returned, and the trained weights."""
+    """A callback that keeps each iteration's metrics and ``training_step`` output, and the trained weights."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -19,12 +19,12 @@ class Recorder(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the iteration's metrics, and what its ``training_step`` returned."""
+        """Keep the iteration's metrics and the output of its ``training_step``."""
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
         self.outputs.append(outputs)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep a copy of the weights, excluding frozen models."""
+        """Keep a copy of the weights, without those of frozen models."""
         self.weights = {
             name: value.full_tensor() if isinstance(value, DTensor) else torch.clone(value)
             for name, value in pl_module.state_dict().items()
