@@ -1,0 +1,221 @@
+"""The bytes that each process needs in each phase of an iteration, at the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lit_rlhf.generation.native import CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU
+from lit_rlhf.planning.dry_run import Rounding, Shape, footprint, prefill
+from lit_rlhf.planning.roles import FLOAT, Role, weight_bytes
+from lit_rlhf.planning.setting import Setting
+
+HALF = 2
+"""The bytes of a bfloat16 number."""
+PREFILL_TOKENS = 8192
+"""The largest number of padded tokens in a forward pass over prompts."""
+PROCESSES_ON_A_HOST = 8
+
+
+class Part(NamedTuple):
+    """One of the things that a phase holds in memory."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What a process holds at the peak of a phase.
+
+    >>> Phase("load", (Part("weights", 3.0), Part("optimizer", 4.0))).bytes
+    7.0
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> float:
+        """The sum of the parts."""
+        return sum(part.bytes for part in self.parts)
+
+
+def phases(setting: Setting) -> tuple[Phase, ...]:
+    """Return the phases of a run in their order."""
+    found = [Phase("load", tuple(_held(setting))[:1])]
+    if setting.generation is not None:
+        found.append(Phase("decode", (*_held(setting), *_decoding(setting))))
+    if setting.judged:
+        found.append(Phase("judge", (*_held(setting), *_judging(setting))))
+    return (*found, Phase("update", (*_held(setting, gradients=True), *_updating(setting))))
+
+
+def host_bytes(setting: Setting) -> float:
+    """Return the bytes that the models need in the memory of a host with eight GPUs, at the peak of loading or later.
+
+    Models are loaded one after the other. A process reads its share of a model that is sharded, and otherwise the whole
+    model, in float32. Shards that are offloaded stay on the host.
+    """
+    here = min(setting.processes, PROCESSES_ON_A_HOST)
+    loading = max(FLOAT * role.parameters for role in setting.roles) * here / setting.shards
+    if not setting.offload:
+        return loading
+    shards = _weights(setting) + sum(role.parameters * ((role.state or 0.0) + FLOAT) for role in setting.trained())
+    return loading + shards * here / setting.shards
+
+
+def gradient_bytes(setting: Setting) -> float:
+    """Return the bytes of a process's gradients, which are in float32."""
+    return sum(role.parameters * FLOAT for role in setting.trained()) / setting.shards
+
+
+def optimizer_bytes(setting: Setting) -> float:
+    """Return the bytes of a process's optimizer state."""
+    return sum(role.parameters * (role.state or 0.0) for role in setting.trained()) / setting.shards
+
+
+def held_weight_bytes(setting: Setting) -> float:
+    """Return the bytes of the weights that a process holds in every phase."""
+    return _weights(setting) / setting.shards
+
+
+def _weights(setting: Setting) -> float:
+    return sum(weight_bytes(role, _stored(setting, role)) for role in setting.roles)
+
+
+def _stored(setting: Setting, role: Role) -> Rounding:
+    """Return which weights of a role are held in bfloat16: of frozen models, those that would be rounded in each use."""
+    if not setting.half or role.is_trained:
+        return "none"
+    return "all" if setting.sharded else "linear"
+
+
+def _held(setting: Setting, gradients: bool = False) -> Iterator[Part]:
+    """Yield what a process holds in every phase; DDP's gradients are parts of its buffers, which exist in all phases."""
+    if not setting.offload:
+        yield Part("weights", held_weight_bytes(setting))
+        yield Part("optimizer", optimizer_bytes(setting))
+        if gradients or setting.spread == "ddp":
+            yield Part("gradients", gradient_bytes(setting))
+
+
+def _gathered(setting: Setting, role: Role) -> float:
+    """Return the bytes of a model that is gathered to decode or to judge; FSDP1 also holds the weights in float32."""
+    if setting.spread == "fsdp2":
+        return role.parameters * (HALF if setting.half else FLOAT)
+    if setting.spread == "fsdp":
+        return role.parameters * (FLOAT + HALF if setting.half else FLOAT)
+    return 0.0
+
+
+def _multiplied(setting: Setting) -> Rounding:
+    """Return which weights are in bfloat16 when a trained model is used: all that FSDP gathers in this precision."""
+    return "all" if setting.half and setting.sharded else "none"
+
+
+def _decoding(setting: Setting) -> Iterator[Part]:
+    """Yield what decoding holds besides: copies of weights, keys and values, and the logits or a prefill."""
+    assert (generation := setting.generation) is not None
+    actor, gpu = setting.role("actor"), not setting.device.is_cpu
+    yield Part("gathered weights", _gathered(setting, actor))
+    yield Part("weights for decoding", 0.0 if setting.sharded else _copied_weights(setting, actor))
+    width = generation.prompt_tokens
+    chunk = Shape(
+        rows=max(1, PREFILL_TOKENS // width), length=width, scored=0, half=setting.half, gpu=gpu
+    )
+    elements, prefilling = prefill(actor.model, chunk)
+    rows, columns = cache_size(setting)
+    yield Part("keys and values", rows * columns * elements * (HALF if setting.half and gpu else FLOAT))
+    yield Part("logits", max(prefilling, rows * _bytes_of_logits(setting) * actor.model.config.vocab_size))
+
+
+def cache_size(setting: Setting) -> tuple[int, int]:
+    """Return the rows and the columns of the cache of keys and values if all responses are as long as allowed.
+
+    As in `lit_rlhf.generation.native`: a limit on the cache's tokens leaves a quarter of the columns free.
+    """
+    assert (generation := setting.generation) is not None
+    check_every = CHECK_ENDED_EVERY_CPU if setting.device.is_cpu else CHECK_ENDED_EVERY_GPU
+    rows, columns, limit = setting.own_rows, setting.length + check_every, generation.cache_tokens
+    if limit is not None and rows * columns > limit:
+        columns += columns // 4
+        responses = generation.sampling.responses
+        rows = min(rows, max(1, limit // (columns * responses)) * responses)
+    return rows, columns
+
+
+def _copied_weights(setting: Setting, actor: Role) -> float:
+    """Return the bytes of the actor's linear weights in the form in which they are multiplied.
+
+    A CPU holds copies in blocks; a GPU holds copies in bfloat16 if products are computed in bfloat16.
+    """
+    if setting.half:
+        return HALF * (actor.multiplied + actor.head)
+    return FLOAT * (actor.multiplied + actor.head) if setting.device.is_cpu and not _compiled(setting) else 0.0
+
+
+def _compiled(setting: Setting) -> bool:
+    return setting.generation is not None and setting.generation.compiled
+
+
+def _bytes_of_logits(setting: Setting) -> int:
+    """Return the bytes of each logit while a token is drawn.
+
+    The logits, their quotients by a temperature other than 1, log-probabilities, probabilities and their products are
+    in float32; the cumulative sums are in float64.
+    """
+    assert setting.generation is not None
+    tempered = setting.generation.sampling.temperature not in (0, 1)
+    return FLOAT * (5 if tempered else 4) + 8
+
+
+def _judging(setting: Setting) -> Iterator[Part]:
+    """Yield what the largest of the forward passes before the update holds besides."""
+    judges = [role for role in setting.roles if role.name in setting.judged]
+    passes = []
+    for role in judges:
+        rounding = "all" if setting.half and setting.sharded else _stored(setting, role)
+        shape = setting.shape(role.max_tokens, setting.own_rows)
+        passes.append((_gathered(setting, role), footprint(role.model, role.outputs, shape, rounding=rounding).rest))
+    gathered, activations = max(passes, key=sum)
+    both = setting.full_kl and setting.sharded
+    yield Part("gathered weights", gathered * (2 if both else 1))
+    yield Part("activations", activations)
+
+
+def _updating(setting: Setting) -> Iterator[Part]:
+    """Yield what the largest of the forward and backward passes holds besides; models learn one after the other."""
+    rows = -(-setting.own_rows // setting.minibatches)
+    shape = setting.shape(setting.max_tokens, rows)
+    gathered, activations = max((_learning(setting, role, shape) for role in setting.trained()), key=sum)
+    if setting.full_kl:
+        gathered += _gathered(setting, setting.role("reference"))
+    yield Part("gathered weights", gathered)
+    yield Part("activations", activations)
+
+
+def _learning(setting: Setting, role: Role, shape: Shape) -> tuple[float, float]:
+    """Return the bytes of gathered weights and of activations at the peak of a forward and a backward pass.
+
+    FSDP2 gathers the weights outside the layers during the whole pass, and two layers at a time, one of them in
+    advance. Of a layer, and at the end of what is outside the layers, the whole gradient is held in the precision of
+    the weights and, to be reduced, in float32.
+    """
+    taken = footprint(
+        role.model,
+        role.outputs,
+        shape,
+        rounding=_multiplied(setting),
+        train=True,
+        recompute=setting.recompute,
+        sharded=setting.sharded,
+    )
+    if not setting.sharded:
+        return 0.0, taken.peak(role.layers)
+    each, layer = HALF if setting.half else FLOAT, role.largest_layer
+    outside = role.parameters - role.layers * layer
+    in_layers = (each * outside + (3 * each + FLOAT) * layer, role.layers * taken.layer + taken.rest)
+    at_end = ((2 * each + FLOAT) * outside, taken.end)
+    return max(in_layers, at_end, key=sum)
