@@ -7,6 +7,7 @@ one library.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -63,10 +64,12 @@ def tensors_without_memory() -> AbstractContextManager[Any]:
     """Return a context in which operations compute the shapes and data types of their results, but no values.
 
     Uses ``FakeTensorMode``. The public meta device would not do: it has no autocast, and no attention kernels but the
-    one that stores the scores of all pairs of tokens.
+    one that stores the scores of all pairs of tokens. The mode's logger is silenced: it reports errors that are raised
+    as well.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.compat import attention_can_be_set, tensors_without_memory, watch_results
@@ -28,7 +26,8 @@ from lit_rlhf.models.attention import UNPADDED
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 from lit_rlhf.models.sharding import decoder_layers
 
-LAYERS = 2
+LAYERS, CHUNKS = 2, 3
+"""The numbers of decoder layers, and of chunks of the head's tokens, that run."""
 FLASH = "lit_rlhf_flash"
 """The name under which the stand-in for flash attention is registered with transformers."""
 
@@ -89,9 +88,10 @@ class LiveBytes:
             self.peak = max(self.peak, self.now)
             finalize(storage, self._forget, key, size)
 
-    def reset(self) -> None:
-        """Begin to look for a new peak."""
-        self.peak = self.now
+    def take_peak(self) -> int:
+        """Return the peak, and begin to look for a new one."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -153,7 +153,7 @@ def footprint(
     if attention_can_be_set(model) and not chunked:
         try:
             return run(attention)
-        except (NotImplementedError, TypeError, ValueError):  # the same errors as in `use_unpadded_attention`
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # not supported
             pass
     with _refused(model):
         return run(None)
@@ -174,7 +174,8 @@ def prefill(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
         weights = _weights(short.base_model, live, train=False, sharded=False)
         with watch_results(live.see), torch.no_grad():
             functional_call(short.base_model, weights, (), {**inputs, "past_key_values": cache})
-        cached = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        layers: list[Any] = cache.layers
+        cached: list[Tensor] = [states for layer in layers for states in (layer.keys, layer.values)]
         elements = sum(states.numel() for states in cached) / shape.tokens / len(cache.layers)
         return round(elements * _layer_count(model)), live.peak - sum(states.nbytes for states in cached)
 
@@ -200,7 +201,7 @@ def _run(
     def start_first(layer: nn.Module, args: Any, kwargs: Any) -> None:
         states = args[0] if args else kwargs["hidden_states"]
         if states.requires_grad:  # when its gradient is known, no layer keeps anything
-            states.register_hook(lambda gradient: moments.update(layers=live.peak) or live.reset())
+            states.register_hook(lambda gradient: moments.update(layers=live.take_peak()))
 
     layers[0].register_forward_pre_hook(start_first, with_kwargs=True)
     layers[-1].register_forward_pre_hook(lambda *_: moments.update(before=live.now))
@@ -214,8 +215,8 @@ def _run(
             functional_call(whole, weights, (shape,))
     if not train:
         return Footprint(layer=0, rest=live.peak, end=0)
-    layer = moments["after"] - moments["before"]
-    return Footprint(layer, moments["layers"] - len(layers) * layer, live.peak)
+    kept = moments["after"] - moments["before"]
+    return Footprint(kept, moments["layers"] - len(layers) * kept, live.peak)
 
 
 class _Pass(nn.Module):
@@ -251,10 +252,11 @@ class _Pass(nn.Module):
     def logprobs(self, hidden: Tensor, shape: Shape) -> Tensor:
         """As in `Actor.forward`."""
         head: Any = self.head
-        targets = torch.zeros(shape.rows * shape.scored, dtype=torch.long)
-        states = hidden.flatten(0, 1).index_select(0, targets)
+        states = hidden.flatten(0, 1).index_select(0, torch.zeros(shape.rows * shape.scored, dtype=torch.long))
         weights = [x for x in (head.weight, getattr(head, "bias", None)) if x is not None]
         rows = chunk_rows(head.weight.shape[0], torch.device("cuda" if shape.gpu else "cpu"))
+        states = states[: CHUNKS * rows]  # of the same memory; further chunks would take time, but no more bytes
+        targets = torch.zeros(len(states), dtype=torch.long)
         return logprobs_and_entropy(lambda x: head(x).float(), weights, states, targets, rows)[0]
 
 
@@ -337,9 +339,9 @@ def _products(shape: Shape) -> torch.autocast:
 
 @contextmanager
 def _refused(model: PreTrainedModel) -> Iterator[None]:
-    """Raise a `UserError` for what happens if an operation needs values."""
+    """Raise a `UserError` if the passes cannot be run."""
     try:
         yield
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except Exception as error:  # of many types: an operation needs values, or does not know tensors without memory
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"plan: {type(model).__name__} cannot be run without weights: {reason}") from error

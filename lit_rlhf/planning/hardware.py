@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -34,13 +36,17 @@ class Device:
 GPUS = (
     Device("h200", 141 * GB, 4.8e12, 989e12, 494e12),
     Device("h100", 80 * GB, 3.35e12, 989e12, 494e12),
-    Device("a100-80", 80 * GB, 2.039e12, 312e12, 156e12),
-    Device("a100-40", 40 * GB, 1.555e12, 312e12, 156e12),
+    Device("h100-pcie", 80 * GB, 2.0e12, 756e12, 378e12),
+    Device("a100-80gb", 80 * GB, 2.039e12, 312e12, 156e12),
+    Device("a100-40gb", 40 * GB, 1.555e12, 312e12, 156e12),
     Device("l40s", 48 * GB, 0.864e12, 362e12, 183e12),
     Device("l4", 24 * GB, 0.3e12, 121e12, 60e12),
     Device("rtx-4090", 24 * GB, 1.008e12, 165e12, 82.6e12),
 )
-"""NVIDIA's data sheets; H100, H200 and A100 are the SXM modules, and rates with sparsity are halved."""
+"""Memory and rates of NVIDIA's data sheets; rates with sparsity are halved.
+
+H200, H100 and A100 are the SXM modules, except ``h100-pcie``.
+"""
 
 
 def find_gpu(name: str) -> Device:
@@ -58,28 +64,40 @@ def find_gpu(name: str) -> Device:
 def this_gpu() -> Device:
     """Return this process's GPU: its own name and memory, with the rates of the table if the table has the GPU."""
     name, memory = torch.cuda.get_device_name(), float(torch.cuda.get_device_properties().total_memory)
-    words = name.lower().replace("geforce ", "").replace(" ", "-")
-    # of two GPUs with the same first word, the one whose memory is nearest
-    known = [gpu for gpu in GPUS if gpu.name.split("-80")[0].split("-40")[0] in words.split("-") or gpu.name in words]
-    if not known:
-        return Device(name, memory, None, None, None)
-    return replace(min(known, key=lambda gpu: abs(gpu.memory - memory)), name=name, memory=memory)
+    return replace(known_rates(name), name=name, memory=memory)
+
+
+def known_rates(name: str) -> Device:
+    """Return the GPU of the table with the most words in common with a name that CUDA reports, all of its own words.
+
+    >>> known_rates("NVIDIA A100-SXM4-80GB").name, known_rates("NVIDIA H100 80GB HBM3").name
+    ('a100-80gb', 'h100')
+    >>> known_rates("NVIDIA T4").half is None
+    True
+    """
+    words = set(name.lower().replace("-", " ").split())
+    known = [gpu for gpu in GPUS if words.issuperset(gpu.name.split("-"))]
+    return max(known, key=lambda gpu: len(gpu.name.split("-")), default=Device(name, 0.0, None, None, None))
 
 
 def this_cpu() -> Device:
     """Return this machine's CPU, with the rates that a product of matrices and a copy reach now, in half a second."""
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     source = torch.ones(2**24)
     target = torch.empty_like(source)
-    seconds = _fastest(lambda: target.copy_(source))
+    seconds = _fastest(partial(target.copy_, source))
     rates = []
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.ones(1024, 1024, dtype=dtype)
-        rates.append(2 * 1024**3 / _fastest(lambda matrix=matrix: matrix @ matrix))
-    return Device("cpu", memory, 2 * source.nbytes / seconds, *rates)
+        rates.append(2 * 1024**3 / _fastest(partial(torch.mm, matrix, matrix)))
+    return Device("cpu", memory_of_host(), 2 * source.nbytes / seconds, *rates)
 
 
-def _fastest(work, repetitions: int = 4) -> float:
+def memory_of_host() -> float:
+    """Return the bytes of this machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _fastest(work: Callable[[], object], repetitions: int = 4) -> float:
     times = []
     for _ in range(repetitions):
         start = time.perf_counter()

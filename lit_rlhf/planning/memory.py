@@ -13,8 +13,6 @@ from lit_rlhf.planning.setting import Setting
 
 HALF = 2
 """The bytes of a bfloat16 number."""
-PREFILL_TOKENS = 8192
-"""The largest number of padded tokens in a forward pass over prompts."""
 PROCESSES_ON_A_HOST = 8
 
 
@@ -44,61 +42,50 @@ class Phase:
 
 def phases(setting: Setting) -> tuple[Phase, ...]:
     """Return the phases of a run in their order."""
-    found = [Phase("load", tuple(_held(setting))[:1])]
+    held = tuple(_held(setting))
+    found = [Phase("load", held[:1])]
     if setting.generation is not None:
-        found.append(Phase("decode", (*_held(setting), *_decoding(setting))))
-    if setting.judged:
-        found.append(Phase("judge", (*_held(setting), *_judging(setting))))
+        found.append(Phase("decode", (*held, *_decoding(setting))))
+    if setting.judged:  # texts that are data are judged once, before the first step of the optimizer
+        found.append(Phase("judge", (*(held[:1] if setting.generation is None else held), *_judging(setting))))
     return (*found, Phase("update", (*_held(setting, gradients=True), *_updating(setting))))
 
 
+class Held(NamedTuple):
+    """What a process holds of a model in every phase; gradients exist in the update only, except under DDP."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def held(setting: Setting, role: Role) -> Held:
+    """Return the bytes that a process holds of a role: its share of the weights, float32 gradients and the state."""
+    weights = weight_bytes(role, _rounding(setting, role, used=False))
+    gradients, state = (FLOAT, role.stepping.state) if role.stepping is not None else (0, 0.0)
+    return Held(*(size / setting.shards for size in (weights, gradients * role.parameters, state * role.parameters)))
+
+
 def host_bytes(setting: Setting) -> float:
-    """Return the bytes that the models need in the memory of a host with eight GPUs, at the peak of loading or later.
+    """Return the bytes that the models need in the memory of a host with eight GPUs.
 
     Models are loaded one after the other. A process reads its share of a model that is sharded, and otherwise the whole
     model, in float32. Shards that are offloaded stay on the host.
     """
     here = min(setting.processes, PROCESSES_ON_A_HOST)
     loading = max(FLOAT * role.parameters for role in setting.roles) * here / setting.shards
-    if not setting.offload:
-        return loading
-    shards = _weights(setting) + sum(role.parameters * ((role.state or 0.0) + FLOAT) for role in setting.trained())
-    return loading + shards * here / setting.shards
-
-
-def gradient_bytes(setting: Setting) -> float:
-    """Return the bytes of a process's gradients, which are in float32."""
-    return sum(role.parameters * FLOAT for role in setting.trained()) / setting.shards
-
-
-def optimizer_bytes(setting: Setting) -> float:
-    """Return the bytes of a process's optimizer state."""
-    return sum(role.parameters * (role.state or 0.0) for role in setting.trained()) / setting.shards
-
-
-def held_weight_bytes(setting: Setting) -> float:
-    """Return the bytes of the weights that a process holds in every phase."""
-    return _weights(setting) / setting.shards
-
-
-def _weights(setting: Setting) -> float:
-    return sum(weight_bytes(role, _stored(setting, role)) for role in setting.roles)
-
-
-def _stored(setting: Setting, role: Role) -> Rounding:
-    """Return which weights of a role are held in bfloat16: of frozen models, those that would be rounded in each use."""
-    if not setting.half or role.is_trained:
-        return "none"
-    return "all" if setting.sharded else "linear"
+    return loading + (here * sum(sum(held(setting, role)) for role in setting.roles) if setting.offload else 0.0)
 
 
 def _held(setting: Setting, gradients: bool = False) -> Iterator[Part]:
-    """Yield what a process holds in every phase; DDP's gradients are parts of its buffers, which exist in all phases."""
-    if not setting.offload:
-        yield Part("weights", held_weight_bytes(setting))
-        yield Part("optimizer", optimizer_bytes(setting))
-        if gradients or setting.spread == "ddp":
-            yield Part("gradients", gradient_bytes(setting))
+    """Yield what a process holds in every phase, and the gradients, which exist in every phase under DDP."""
+    if setting.offload:
+        return
+    each = [held(setting, role) for role in setting.roles]
+    yield Part("weights", sum(role.weights for role in each))
+    yield Part("optimizer", sum(role.optimizer for role in each))
+    if gradients or setting.spread == "ddp":
+        yield Part("gradients", sum(role.gradients for role in each))
 
 
 def _gathered(setting: Setting, role: Role) -> float:
@@ -110,23 +97,24 @@ def _gathered(setting: Setting, role: Role) -> float:
     return 0.0
 
 
-def _multiplied(setting: Setting) -> Rounding:
-    """Return which weights are in bfloat16 when a trained model is used: all that FSDP gathers in this precision."""
-    return "all" if setting.half and setting.sharded else "none"
+def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
+    """Return which weights of a role are in bfloat16, where products are computed in bfloat16.
+
+    FSDP gathers all weights in bfloat16 to use them. Otherwise, trained weights are in float32, and frozen models hold
+    in bfloat16 what would be rounded in each use: linear layers, or everything if FSDP gathers it.
+    """
+    if not setting.half or (role.is_trained and not (used and setting.sharded)):
+        return "none"
+    return "all" if setting.sharded else "linear"
 
 
 def _decoding(setting: Setting) -> Iterator[Part]:
     """Yield what decoding holds besides: copies of weights, keys and values, and the logits or a prefill."""
-    assert (generation := setting.generation) is not None
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
     yield Part("weights for decoding", 0.0 if setting.sharded else _copied_weights(setting, actor))
-    width = generation.prompt_tokens
-    chunk = Shape(
-        rows=max(1, PREFILL_TOKENS // width), length=width, scored=0, half=setting.half, gpu=gpu
-    )
-    elements, prefilling = prefill(actor.model, chunk)
     rows, columns = cache_size(setting)
+    elements, prefilling = prefill(actor.model, setting.prefilled())
     yield Part("keys and values", rows * columns * elements * (HALF if setting.half and gpu else FLOAT))
     yield Part("logits", max(prefilling, rows * _bytes_of_logits(setting) * actor.model.config.vocab_size))
 
@@ -136,7 +124,8 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 
     As in `lit_rlhf.generation.native`: a limit on the cache's tokens leaves a quarter of the columns free.
     """
-    assert (generation := setting.generation) is not None
+    generation = setting.generation
+    assert generation is not None
     check_every = CHECK_ENDED_EVERY_CPU if setting.device.is_cpu else CHECK_ENDED_EVERY_GPU
     rows, columns, limit = setting.own_rows, setting.length + check_every, generation.cache_tokens
     if limit is not None and rows * columns > limit:
@@ -176,7 +165,7 @@ def _judging(setting: Setting) -> Iterator[Part]:
     judges = [role for role in setting.roles if role.name in setting.judged]
     passes = []
     for role in judges:
-        rounding = "all" if setting.half and setting.sharded else _stored(setting, role)
+        rounding = _rounding(setting, role, used=True)
         shape = setting.shape(role.max_tokens, setting.own_rows)
         passes.append((_gathered(setting, role), footprint(role.model, role.outputs, shape, rounding=rounding).rest))
     gathered, activations = max(passes, key=sum)
@@ -192,8 +181,16 @@ def _updating(setting: Setting) -> Iterator[Part]:
     gathered, activations = max((_learning(setting, role, shape) for role in setting.trained()), key=sum)
     if setting.full_kl:
         gathered += _gathered(setting, setting.role("reference"))
-    yield Part("gathered weights", gathered)
-    yield Part("activations", activations)
+    stepping = 0.0 if setting.device.is_cpu else max(_temporary(role) for role in setting.trained()) / setting.shards
+    if gathered + activations > stepping:
+        yield Part("gathered weights", gathered)
+        yield Part("activations", activations)
+    else:
+        yield Part("temporaries of the optimizer", stepping)
+
+
+def _temporary(role: Role) -> float:
+    return role.parameters * role.stepping.temporary if role.stepping is not None else 0.0
 
 
 def _learning(setting: Setting, role: Role, shape: Shape) -> tuple[float, float]:
@@ -207,7 +204,7 @@ def _learning(setting: Setting, role: Role, shape: Shape) -> tuple[float, float]
         role.model,
         role.outputs,
         shape,
-        rounding=_multiplied(setting),
+        rounding=_rounding(setting, role, used=True),
         train=True,
         recompute=setting.recompute,
         sharded=setting.sharded,

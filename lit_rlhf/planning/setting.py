@@ -18,6 +18,8 @@ from lit_rlhf.planning.hardware import Device
 from lit_rlhf.planning.roles import Role, roles_of
 from lit_rlhf.strategies import FSDP, FSDP2
 
+PREFILL_TOKENS = 8192
+"""The largest number of padded tokens in a forward pass over prompts."""
 Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
 """How models are distributed: one process, a copy in each process, or shards."""
 
@@ -50,6 +52,7 @@ class Setting:
         length: The tokens of each row, at most.
         scored: The tokens of each row that are scored, at most.
         max_tokens: The largest number of padded tokens in a micro-batch of the update.
+        max_tokens_option: The name of the option that sets it.
         epochs: The passes over the texts of an iteration.
         minibatches: The optimizer steps in each pass.
         judged: The roles that judge the texts before the update.
@@ -70,6 +73,7 @@ class Setting:
     length: int
     scored: int
     max_tokens: int
+    max_tokens_option: str
     epochs: int
     minibatches: int
     judged: tuple[str, ...]
@@ -98,6 +102,13 @@ class Setting:
     def trained(self) -> list[Role]:
         """Return the roles that have gradients."""
         return [role for role in self.roles if role.is_trained]
+
+    def prefilled(self) -> Shape:
+        """Return the shape of the largest forward pass over prompts."""
+        assert self.generation is not None
+        length, responses = self.generation.prompt_tokens, self.generation.sampling.responses
+        rows = min(max(1, PREFILL_TOKENS // length), -(-self.own_rows // responses))
+        return Shape(rows=rows, length=length, scored=0, half=self.half, gpu=not self.device.is_cpu)
 
     def shape(self, max_tokens: int, rows: int) -> Shape:
         """Return the shape of a micro-batch out of a number of rows, all as long as they may be."""
@@ -147,9 +158,10 @@ def setting_of(
         length=length,
         scored=length,
         max_tokens=module.max_tokens,
+        max_tokens_option="model.max_tokens",
         epochs=1,
         minibatches=1,
-        judged=("reference",) if isinstance(module, DPO) else (),
+        judged=("reference",) if isinstance(module, DPO) and module.cache_reference else (),
         full_kl=False,
         generation=None,
         **common,
@@ -169,6 +181,7 @@ def _of_responses(module: OnPolicy, data: Prompts, prompt_tokens: int | None, co
         length=prompt + sampling.max_tokens,
         scored=sampling.max_tokens,
         max_tokens=module.update.max_tokens,
+        max_tokens_option="model.update.max_tokens",
         epochs=module.update.epochs,
         minibatches=module.update.minibatches,
         judged=(*(["actor"] if needed else []), "critic", "reference", "reward"),
