@@ -32,9 +32,8 @@ class PlanCLI(lightning_cli.CLI):
         kwargs["run"] = False  # the parser then has no subcommands
         super().__init__(*args, **kwargs)
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the plan to those of ``fit``."""
-        super().add_arguments_to_parser(parser)
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the plan before those of ``fit``."""
         parser.add_argument("--gpu", type=str | None, help="h100, a100-80gb, … or cpu; by default, this machine's")
         parser.add_argument("--gpus", type=int | None, help="the number of GPUs; by default, trainer.devices")
         parser.add_argument(
@@ -42,6 +41,7 @@ class PlanCLI(lightning_cli.CLI):
         )
         for name in ("--ckpt_path", "--weights_only"):  # a run's config.yaml has them
             parser.add_argument(name, type=Any, help=argparse.SUPPRESS)
+        super().add_default_arguments_to_parser(parser)
 
     def before_instantiate_classes(self) -> None:
         """Do nothing, because a plan leaves the run's folder as it is."""

@@ -53,15 +53,11 @@ class Shape:
 
 
 class Footprint(NamedTuple):
-    """The bytes that a pass takes besides weights, gradients and gathered weights."""
+    """The bytes that a pass takes besides the weights."""
 
     layer: int  # that each decoder layer keeps for the backward pass
     rest: int  # at the peak, besides what the layers keep
-    end: int  # at the end of the backward pass, when the layers keep nothing any more
-
-    def peak(self, layers: int) -> int:
-        """Return the bytes at the peak of a model with this number of layers."""
-        return max(layers * self.layer + self.rest, self.end)
+    end: int  # at the end of the backward pass, when the layers keep nothing any more, besides the gradients
 
 
 class LiveBytes:
@@ -100,6 +96,8 @@ class LiveBytes:
 
 Rounding: TypeAlias = Literal["none", "linear", "all"]
 """Which weights are held in bfloat16."""
+Gradients: TypeAlias = Literal["new", "kept", "shards"]
+"""Whether a backward pass makes the gradients, adds to gradients that exist already, or reduces each to a shard."""
 
 
 def round_weights(model: nn.Module, rounding: Rounding) -> None:
@@ -129,9 +127,8 @@ def footprint(
     shape: Shape,
     *,
     rounding: Rounding = "none",
-    train: bool = False,
+    gradients: Gradients | None = None,
     recompute: bool = False,
-    sharded: bool = False,
 ) -> Footprint:
     """Count the bytes that a pass takes.
 
@@ -140,16 +137,15 @@ def footprint(
         outputs: What the pass computes.
         shape: The rows and the precision.
         rounding: Which weights are held in bfloat16.
-        train: Whether a backward pass follows, which adds to gradients that exist already.
+        gradients: What happens to the gradients of a backward pass; None for a forward pass alone.
         recompute: Whether each layer keeps its inputs only, as with `ActivationCheckpointing`.
-        sharded: Whether each gradient is freed at once, because it is reduced to the rank's shard.
 
     Raises:
         UserError: if the model's operations depend on the values of tensors.
     """
     attention = FLASH if shape.half and shape.gpu else UNPADDED
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
-    run = partial(_run, model, outputs, shape, rounding, train, recompute, sharded)
+    run = partial(_run, model, outputs, shape, rounding, gradients, recompute)
     if attention_can_be_set(model) and not chunked:
         try:
             return run(attention)
@@ -171,7 +167,7 @@ def prefill(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
     with _refused(model), tensors_without_memory(), _products(shape):
         tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
         inputs = {"input_ids": tokens, "position_ids": tokens, "attention_mask": tokens == 0, "use_cache": True}
-        weights = _weights(short.base_model, live, train=False, sharded=False)
+        weights = _weights(short.base_model, live, None)
         with watch_results(live.see), torch.no_grad():
             functional_call(short.base_model, weights, (), {**inputs, "past_key_values": cache})
         layers: list[Any] = cache.layers
@@ -185,9 +181,8 @@ def _run(
     outputs: Outputs,
     shape: Shape,
     rounding: Rounding,
-    train: bool,
+    gradients: Gradients | None,
     recompute: bool,
-    sharded: bool,
     attention: str | None,
 ) -> Footprint:
     short, live = _shortened(model), LiveBytes()
@@ -210,13 +205,14 @@ def _run(
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     with tensors_without_memory(), _products(shape):
-        weights = _weights(whole, live, train, sharded)
-        with watch_results(live.see), nullcontext() if train else torch.no_grad():
+        weights = _weights(whole, live, gradients)
+        with watch_results(live.see), torch.no_grad() if gradients is None else nullcontext():
             functional_call(whole, weights, (shape,))
-    if not train:
+    if gradients is None:
         return Footprint(layer=0, rest=live.peak, end=0)
     kept = moments["after"] - moments["before"]
-    return Footprint(kept, moments["layers"] - len(layers) * kept, live.peak)
+    made = sum(x.nbytes for x in whole.parameters()) if gradients == "new" else 0
+    return Footprint(kept, moments["layers"] - len(layers) * kept, live.peak - made)
 
 
 class _Pass(nn.Module):
@@ -317,19 +313,20 @@ def _shortened(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(config).eval()
 
 
-def _weights(module: nn.Module, live: LiveBytes, train: bool, sharded: bool) -> dict[str, Tensor]:
+def _weights(module: nn.Module, live: LiveBytes, gradients: Gradients | None) -> dict[str, Tensor]:
     """Return parameters and buffers without memory; neither they nor gradients that exist already are counted."""
     weights = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         weights[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         live.see(weights[name], 0)
-        if train and isinstance(tensor, nn.Parameter):
-            weight = weights[name].requires_grad_()
-            if sharded:
-                weight.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
-            else:
-                weight.grad = torch.empty_like(weight)
-                live.see(weight.grad, 0)
+        if gradients is None or not isinstance(tensor, nn.Parameter):
+            continue
+        weight = weights[name].requires_grad_()
+        if gradients == "shards":
+            weight.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
+        if gradients == "kept":
+            weight.grad = torch.empty_like(weight)
+            live.see(weight.grad, 0)
     return weights
 
 

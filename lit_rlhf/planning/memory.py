@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lit_rlhf.generation.native import CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU
-from lit_rlhf.planning.dry_run import Rounding, Shape, footprint, prefill
+from lit_rlhf.planning.dry_run import Rounding, footprint, prefill
 from lit_rlhf.planning.roles import FLOAT, Role, weight_bytes
 from lit_rlhf.planning.setting import Setting
 
@@ -42,13 +42,14 @@ class Phase:
 
 def phases(setting: Setting) -> tuple[Phase, ...]:
     """Return the phases of a run in their order."""
-    held = tuple(_held(setting))
-    found = [Phase("load", held[:1])]
+    weights, state, gradients = _held(setting)
+    found = [Phase("load", (weights,))]
     if setting.generation is not None:
-        found.append(Phase("decode", (*held, *_decoding(setting))))
+        found.append(Phase("decode", (weights, state, gradients, *_decoding(setting))))
     if setting.judged:  # texts that are data are judged once, before the first step of the optimizer
-        found.append(Phase("judge", (*(held[:1] if setting.generation is None else held), *_judging(setting))))
-    return (*found, Phase("update", (*_held(setting, gradients=True), *_updating(setting))))
+        before = (weights, gradients) if setting.generation is None else (weights, state, gradients)
+        found.append(Phase("judge", (*before, *_judging(setting))))
+    return (*found, Phase("update", (weights, state, *_updating(setting))))
 
 
 class Held(NamedTuple):
@@ -77,15 +78,12 @@ def host_bytes(setting: Setting) -> float:
     return loading + (here * sum(sum(held(setting, role)) for role in setting.roles) if setting.offload else 0.0)
 
 
-def _held(setting: Setting, gradients: bool = False) -> Iterator[Part]:
-    """Yield what a process holds in every phase, and the gradients, which exist in every phase under DDP."""
-    if setting.offload:
-        return
-    each = [held(setting, role) for role in setting.roles]
-    yield Part("weights", sum(role.weights for role in each))
-    yield Part("optimizer", sum(role.optimizer for role in each))
-    if gradients or setting.spread == "ddp":
-        yield Part("gradients", sum(role.gradients for role in each))
+def _held(setting: Setting) -> tuple[Part, Part, Part]:
+    """Return what a process holds in every phase; gradients exist outside the update in the buffers of DDP only."""
+    each = [] if setting.offload else [held(setting, role) for role in setting.roles]
+    buffers = [role.gradients for role in each] if setting.spread == "ddp" else []
+    weights, state = sum(role.weights for role in each), sum(role.optimizer for role in each)
+    return Part("weights", weights), Part("optimizer", state), Part("gradients", sum(buffers))
 
 
 def _gathered(setting: Setting, role: Role) -> float:
@@ -112,7 +110,7 @@ def _decoding(setting: Setting) -> Iterator[Part]:
     """Yield what decoding holds besides: copies of weights, keys and values, and the logits or a prefill."""
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
-    yield Part("weights for decoding", 0.0 if setting.sharded else _copied_weights(setting, actor))
+    yield Part("weights for decoding", _copied_weights(setting, actor))
     rows, columns = cache_size(setting)
     elements, prefilling = prefill(actor.model, setting.prefilled())
     yield Part("keys and values", rows * columns * elements * (HALF if setting.half and gpu else FLOAT))
@@ -136,17 +134,16 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 
 
 def _copied_weights(setting: Setting, actor: Role) -> float:
-    """Return the bytes of the actor's linear weights in the form in which they are multiplied.
+    """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
 
-    A CPU holds copies in blocks; a GPU holds copies in bfloat16 if products are computed in bfloat16.
+    A CPU holds copies in blocks; a GPU holds copies in bfloat16 if products are computed in bfloat16, unless FSDP
+    gathers them in this precision.
     """
-    if setting.half:
-        return HALF * (actor.multiplied + actor.head)
-    return FLOAT * (actor.multiplied + actor.head) if setting.device.is_cpu and not _compiled(setting) else 0.0
-
-
-def _compiled(setting: Setting) -> bool:
-    return setting.generation is not None and setting.generation.compiled
+    assert setting.generation is not None
+    weights = actor.multiplied + actor.head
+    if setting.device.is_cpu and not setting.generation.compiled:
+        return weights * (HALF if setting.half else FLOAT)
+    return weights * HALF if setting.half and not setting.sharded else 0.0
 
 
 def _bytes_of_logits(setting: Setting) -> int:
@@ -174,45 +171,64 @@ def _judging(setting: Setting) -> Iterator[Part]:
     yield Part("activations", activations)
 
 
-def _updating(setting: Setting) -> Iterator[Part]:
-    """Yield what the largest of the forward and backward passes holds besides; models learn one after the other."""
+class _Moment(NamedTuple):
+    """What a process holds at a moment of the update, besides weights and the optimizer's state."""
+
+    gradients: float
+    gathered: float
+    activations: float
+    temporaries: float = 0.0
+
+
+def _updating(setting: Setting) -> tuple[Part, ...]:
+    """Return what the update holds at its peak, besides weights and the optimizer's state."""
+    peak = max(_moments(setting), key=sum)
+    both = _gathered(setting, setting.role("reference")) if setting.full_kl else 0.0
+    return (
+        Part("gradients", 0.0 if setting.offload else peak.gradients),
+        Part("gathered weights", peak.gathered + both),
+        Part("activations", peak.activations),
+        Part("temporaries of the optimizer", peak.temporaries),
+    )
+
+
+def _moments(setting: Setting) -> Iterator[_Moment]:
+    """Yield the moments at which the peak may be: in each model's backward pass, after it, and in the step.
+
+    Models learn one after the other. In a step of one micro-batch, gradients are made by the backward passes, while
+    activations are freed; otherwise, all gradients exist from the second micro-batch on. Those of DDP always do.
+    """
     rows = -(-setting.own_rows // setting.minibatches)
     shape = setting.shape(setting.max_tokens, rows)
-    gathered, activations = max((_learning(setting, role, shape) for role in setting.trained()), key=sum)
-    if setting.full_kl:
-        gathered += _gathered(setting, setting.role("reference"))
-    stepping = 0.0 if setting.device.is_cpu else max(_temporary(role) for role in setting.trained()) / setting.shards
-    if gathered + activations > stepping:
-        yield Part("gathered weights", gathered)
-        yield Part("activations", activations)
-    else:
-        yield Part("temporaries of the optimizer", stepping)
+    everything = sum(held(setting, role).gradients for role in setting.roles)
+    fresh = shape.rows == rows and setting.spread == "one"
+    made = 0.0 if fresh else everything
+    for role in setting.trained():
+        taken = footprint(
+            role.model,
+            role.outputs,
+            shape,
+            rounding=_rounding(setting, role, used=True),
+            gradients="new" if fresh else "shards" if setting.sharded else "kept",
+            recompute=setting.recompute,
+        )
+        in_layers, at_end = _gathered_in_training(setting, role)
+        yield _Moment(made, in_layers, role.layers * taken.layer + taken.rest)
+        made = min(everything, made + held(setting, role).gradients)
+        yield _Moment(made, at_end, taken.end)
+        if role.stepping is not None and not setting.device.is_cpu:
+            yield _Moment(everything, 0.0, 0.0, role.parameters * role.stepping.temporary / setting.shards)
 
 
-def _temporary(role: Role) -> float:
-    return role.parameters * role.stepping.temporary if role.stepping is not None else 0.0
-
-
-def _learning(setting: Setting, role: Role, shape: Shape) -> tuple[float, float]:
-    """Return the bytes of gathered weights and of activations at the peak of a forward and a backward pass.
+def _gathered_in_training(setting: Setting, role: Role) -> tuple[float, float]:
+    """Return the bytes of gathered weights and gradients while the layers compute their gradients, and at the end.
 
     FSDP2 gathers the weights outside the layers during the whole pass, and two layers at a time, one of them in
     advance. Of a layer, and at the end of what is outside the layers, the whole gradient is held in the precision of
     the weights and, to be reduced, in float32.
     """
-    taken = footprint(
-        role.model,
-        role.outputs,
-        shape,
-        rounding=_rounding(setting, role, used=True),
-        train=True,
-        recompute=setting.recompute,
-        sharded=setting.sharded,
-    )
     if not setting.sharded:
-        return 0.0, taken.peak(role.layers)
+        return 0.0, 0.0
     each, layer = HALF if setting.half else FLOAT, role.largest_layer
     outside = role.parameters - role.layers * layer
-    in_layers = (each * outside + (3 * each + FLOAT) * layer, role.layers * taken.layer + taken.rest)
-    at_end = ((2 * each + FLOAT) * outside, taken.end)
-    return max(in_layers, at_end, key=sum)
+    return each * outside + (3 * each + FLOAT) * layer, (2 * each + FLOAT) * outside

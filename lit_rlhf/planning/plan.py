@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lit_rlhf.planning.dry_run import Outputs
 from lit_rlhf.planning.hardware import GB
-from lit_rlhf.planning.memory import Phase, cache_size, host_bytes, phases
+from lit_rlhf.planning.memory import PROCESSES_ON_A_HOST, Phase, cache_size, host_bytes, phases
 from lit_rlhf.planning.setting import Setting
 from lit_rlhf.planning.speed import Work, iteration_tokens, work
 
@@ -88,8 +88,9 @@ def needs_checkpointing(setting: Setting) -> bool:
 
 
 def available(setting: Setting) -> float:
-    """Return the bytes of a device that are left to tensors."""
-    return setting.device.memory - RESERVED
+    """Return the bytes of a process's device that are left to tensors; processes on a CPU share its memory."""
+    sharing = min(setting.processes, PROCESSES_ON_A_HOST) if setting.device.is_cpu else 1
+    return setting.device.memory / sharing - RESERVED
 
 
 def peak_bytes(setting: Setting) -> float:

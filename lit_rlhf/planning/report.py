@@ -19,7 +19,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(f"{plan.setting.method} on {_place(plan.setting)}", style="bold", highlight=False)
     for table in (_models(plan), _phases(plan), _work(plan)):
         console.print(table)
-    console.print(f"Models in the memory of each host: {_gb(plan.host)} GB while they are loaded.", highlight=False)
+    console.print(f"Models in the memory of each host: {_size(plan.host)} while they are loaded.", highlight=False)
     console.print(_assumptions(plan.setting), highlight=False)
     console.print(verdict(plan), style="bold", highlight=False)
 
@@ -36,29 +36,27 @@ def summary(plan: Plan) -> tuple[str, str]:
 
 def verdict(plan: Plan) -> str:
     """Return whether the run fits, and the change that helps most if it does not."""
-    numbers = f"{_gb(plan.peak.bytes)} of {_gb(available(plan.setting))} GB at the peak ({plan.peak.name})"
+    numbers = f"{_size(plan.peak.bytes)} of {_size(available(plan.setting))} at the peak ({plan.peak.name})"
     if plan.checkpointing_added:
         numbers += " with ActivationCheckpointing, which fit turns on"
     if plan.advice is None:
         return f"It fits: {numbers}."
     after = "fits" if plan.advice.suffices else "does not fit either, but no other single change helps more"
-    return (
-        f"It does not fit: {numbers}. With {plan.advice.text} the peak is {_gb(plan.advice.bytes)} GB, which {after}."
-    )
+    return f"It does not fit: {numbers}. With {plan.advice.text} the peak is {_size(plan.advice.bytes)}, which {after}."
 
 
 def _models(plan: Plan) -> Table:
-    table = _table("model", "parameters", "weights GB", "gradients GB", "optimizer GB")
+    table = _table("model", "parameters", "weights", "gradients", "optimizer")
     for role in plan.setting.roles:
-        table.add_row(role.name, _number(role.parameters), *(_gb(part) for part in held(plan.setting, role)))
+        table.add_row(role.name, _number(role.parameters), *(_size(part) for part in held(plan.setting, role)))
     return table
 
 
 def _phases(plan: Plan) -> Table:
-    table = _table("phase", "GB a process", "of which")
+    table = _table("phase", "a process", "of which")
     for phase in plan.phases:
-        parts = ", ".join(f"{part.name} {_gb(part.bytes)}" for part in phase.parts if part.bytes >= GB / 20)
-        table.add_row(phase.name, _gb(phase.bytes), parts)
+        parts = ", ".join(f"{part.name} {_size(part.bytes)}" for part in phase.parts if part.bytes >= phase.bytes / 100)
+        table.add_row(phase.name, _size(phase.bytes), parts)
     return table
 
 
@@ -83,7 +81,7 @@ def _table(*columns: str) -> Table:
 def _place(setting: Setting) -> str:
     precision = "bf16-mixed" if setting.half else "32-true"
     spread = "" if setting.spread == "one" else f", {setting.spread}"
-    return f"{setting.processes} x {setting.device.name} of {_gb(setting.device.memory)} GB{spread}, {precision}"
+    return f"{setting.processes} x {setting.device.name} of {_size(setting.device.memory)}{spread}, {precision}"
 
 
 def _assumptions(setting: Setting) -> str:
@@ -97,7 +95,7 @@ def _assumptions(setting: Setting) -> str:
             f"GB/s, {LAUNCH_SECONDS * 1e6:.0f} µs to launch an operation on a GPU, and no time for communication."
         )
     length = f"Each text has {setting.length} tokens, {setting.scored} of them scored, the most that the options allow."
-    return f"{length} {speed} {_gb(RESERVED)} GB of a device are not planned for."
+    return f"{length} {speed} {_size(RESERVED)} of each device are left to CUDA, libraries and gaps between tensors."
 
 
 def _seconds(seconds: float | None) -> str:
@@ -109,8 +107,12 @@ def _total(seconds: Sequence[float | None]) -> float | None:
     return sum(known) if len(known) == len(seconds) else None
 
 
-def _gb(size: float) -> str:
-    return f"{size / GB:.1f}" if size >= GB else f"{size / GB:.2f}"
+def _size(size: float) -> str:
+    """Return bytes as text, in GB, MB or kB of 1,000 bytes each."""
+    for unit, name in ((GB, "GB"), (GB / 1e3, "MB"), (GB / 1e6, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return "0"
 
 
 def _number(x: float, billion: str = "B") -> str:
@@ -118,4 +120,4 @@ def _number(x: float, billion: str = "B") -> str:
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if x >= size:
             return f"{x / size:.3g} {prefix}"
-    return f"{x:.2g}"
+    return f"{x:.3g}" if x >= 1 else f"{x:.1g}"
