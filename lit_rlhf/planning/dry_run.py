@@ -6,7 +6,7 @@ to need as much as the second one.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,7 +28,7 @@ from lit_rlhf.models.sharding import decoder_layers
 
 LAYERS, CHUNKS = 2, 3
 """The numbers of decoder layers, and of chunks of the head's tokens, that run."""
-FLASH = "lit_rlhf_flash"
+PLANNED = "lit_rlhf_planned"
 """The name under which the stand-in for flash attention is registered with transformers."""
 
 
@@ -143,14 +143,12 @@ def footprint(
     Raises:
         UserError: if the model's operations depend on the values of tensors.
     """
-    attention = FLASH if shape.half and shape.gpu else UNPADDED
+    attention = PLANNED if shape.half and shape.gpu else UNPADDED
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
     run = partial(_run, model, outputs, shape, rounding, gradients, recompute)
     if attention_can_be_set(model) and not chunked:
-        try:
+        with suppress(NotImplementedError, TypeError):  # the model's attention depends on more, or takes no bounds
             return run(attention)
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # not supported
-            pass
     with _refused(model):
         return run(None)
 
@@ -293,8 +291,8 @@ def _attend(
     return _Flash.apply(*half)[None], None
 
 
-AttentionInterface.register(FLASH, _attend)
-AttentionMaskInterface.register(FLASH, lambda *_, **__: None)
+AttentionInterface.register(PLANNED, _attend)
+AttentionMaskInterface.register(PLANNED, lambda *_, **__: None)
 
 
 def _layer_count(model: PreTrainedModel) -> int:

@@ -110,7 +110,7 @@ def _decoding(setting: Setting) -> Iterator[Part]:
     """Yield what decoding holds besides: copies of weights, keys and values, and the logits or a prefill."""
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
-    yield Part("weights for decoding", _copied_weights(setting, actor))
+    yield Part("copies of weights", _copied_weights(setting, actor))
     rows, columns = cache_size(setting)
     elements, prefilling = prefill(actor.model, setting.prefilled())
     yield Part("keys and values", rows * columns * elements * (HALF if setting.half and gpu else FLOAT))

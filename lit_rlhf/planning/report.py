@@ -28,7 +28,7 @@ def summary(plan: Plan) -> tuple[str, str]:
     """Return what is planned, and the verdict, in a line each."""
     roles = ", ".join(f"{role.name} {_number(role.parameters)}" for role in plan.setting.roles)
     seconds = _total([work.seconds for work in plan.work])
-    time = "" if seconds is None else f", about {_number(seconds)} s"
+    time = "" if seconds is None else f", about {seconds:.2g} s"
     flops = _number(sum(work.flops for work in plan.work), "G")
     iteration = f"an iteration of at most {_number(plan.tokens)} tokens: {flops}FLOP{time}"
     return f"plan: {roles} parameters on {_place(plan.setting)}; {iteration}", f"plan: {verdict(plan)}"
@@ -120,4 +120,4 @@ def _number(x: float, billion: str = "B") -> str:
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if x >= size:
             return f"{x / size:.3g} {prefix}"
-    return f"{x:.3g}" if x >= 1 else f"{x:.1g}"
+    return f"{x:.3g}" if x >= 1 else f"{x:.2g}"
