@@ -45,6 +45,11 @@ class PrintPlan(Callback):
         if trainer.strategy.broadcast(added):
             ActivationCheckpointing().on_fit_start(trainer, pl_module)
 
+    def device(self, trainer: lightning.Trainer) -> Device:
+        """Return the device of this process; the speed of a CPU is not measured."""
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return this_gpu() if on_gpu else Device("cpu", memory_of_host(), None, None, None)
+
     def plan(self, trainer: lightning.Trainer, module: Any) -> Plan:
         """Return the plan of a Trainer's run.
 
@@ -54,11 +59,10 @@ class PrintPlan(Callback):
         if not isinstance(module, AlignmentModule):
             raise UserError(f"{type(module).__name__} is not a module of lit-rlhf")
         any_trainer: Any = trainer
-        on_gpu = trainer.strategy.root_device.type == "cuda"
         setting = setting_of(
             module,
             any_trainer.datamodule,
-            device=this_gpu() if on_gpu else Device("cpu", memory_of_host(), None, None, None),
+            device=self.device(trainer),
             processes=trainer.world_size,
             strategy=trainer.strategy,
             half=str(trainer.precision).startswith("bf16"),

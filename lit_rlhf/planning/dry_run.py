@@ -100,16 +100,18 @@ Gradients: TypeAlias = Literal["new", "kept", "shards"]
 """Whether a backward pass makes the gradients, adds to gradients that exist already, or reduces each to a shard."""
 
 
-def round_weights(model: nn.Module, rounding: Rounding) -> None:
-    """Change the data types of weights in place: those of linear layers alone, or all of them, to bfloat16.
+def rounded_weights(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
+    """Return the parameters that are held in bfloat16; a weight that an embedding shares is not one of a linear layer.
 
-    A weight that a linear layer shares with an embedding is not changed by ``linear``.
+    >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
+    >>> len(rounded_weights(model, "linear")), len(rounded_weights(model, "all"))
+    (1, 2)
     """
+    if rounding == "none":
+        return []
     others = [module for module in model.modules() if type(module) not in (nn.Linear, Conv1D)]
     kept = {id(x) for module in others for x in module.parameters(recurse=False)} if rounding == "linear" else set()
-    for parameter in model.parameters() if rounding != "none" else ():
-        if id(parameter) not in kept:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    return [parameter for parameter in model.parameters() if id(parameter) not in kept]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +189,8 @@ def _run(
     if attention is not None:
         short.set_attn_implementation(attention)
     whole = _Pass(short, outputs, unpadded=attention is not None)
-    round_weights(whole, rounding)
+    for parameter in rounded_weights(whole, rounding):
+        parameter.data = parameter.data.to(torch.bfloat16)
     layers = list(decoder_layers(short))
     moments: dict[str, int] = {}
 

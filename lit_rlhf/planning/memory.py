@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 from lit_rlhf.generation.native import CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU
 from lit_rlhf.planning.dry_run import Rounding, footprint, prefill
-from lit_rlhf.planning.roles import FLOAT, Role, weight_bytes
+from lit_rlhf.planning.roles import FLOAT, HALF, Role, weight_bytes
 from lit_rlhf.planning.setting import Setting
 
-HALF = 2
-"""The bytes of a bfloat16 number."""
 PROCESSES_ON_A_HOST = 8
 
 

@@ -69,14 +69,15 @@ def make_plan(setting: Setting, may_checkpoint: bool = True) -> Plan:
     added = may_checkpoint and needs_checkpointing(setting)
     if added:
         setting = replace(setting, recompute=True)
+    found = phases(setting)
     return Plan(
         setting=setting,
-        phases=phases(setting),
+        phases=found,
         host=host_bytes(setting),
         tokens=iteration_tokens(setting),
         work=work(setting),
         checkpointing_added=added,
-        advice=None if peak_bytes(setting) <= available(setting) else best_change(setting),
+        advice=None if max(phase.bytes for phase in found) <= available(setting) else best_change(setting),
     )
 
 
@@ -93,51 +94,62 @@ def available(setting: Setting) -> float:
     return setting.device.memory / sharing - RESERVED
 
 
-def peak_bytes(setting: Setting) -> float:
-    """Return the bytes of a process at the peak."""
-    return max(phase.bytes for phase in phases(setting))
-
-
 def best_change(setting: Setting) -> Change:
     """Return the first change with which the run fits, or else the one with the lowest peak.
 
     Changes are tried in the order of what they cost: time, quality, and further GPUs.
     """
-    tried = []
-    for text, changed in _changes(setting):
-        peak = peak_bytes(changed)
-        if peak <= available(changed):
-            return Change(text, peak, suffices=True)
-        tried.append(Change(text, peak, suffices=False))
-    return min(tried, key=lambda change: change.bytes)
+    insufficient = []
+    for ladder in filter(None, _changes(setting)):
+        strongest = _try(*ladder[-1])
+        if strongest.suffices:
+            return next(change for change in (_try(*step) for step in ladder) if change.suffices)
+        insufficient.append(strongest)
+    return min(insufficient, key=lambda change: change.bytes)
 
 
-def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
+def _try(text: str, changed: Setting) -> Change:
+    peak = max(phase.bytes for phase in phases(changed))
+    return Change(text, peak, suffices=peak <= available(changed))
+
+
+def _changes(setting: Setting) -> Iterator[list[tuple[str, Setting]]]:
+    """Yield changes, each with its weaker forms before it; those of a phase only if the phase has the peak."""
+    peak = max(phases(setting), key=lambda phase: phase.bytes).name
     if not setting.half:
-        yield "--trainer.precision bf16-mixed", replace(setting, half=True)
-    if not setting.recompute:
-        yield "--trainer.callbacks+=ActivationCheckpointing", replace(setting, recompute=True)
-    for tokens in _halved(setting.max_tokens, setting.length * setting.together):
-        yield f"--{setting.max_tokens_option} {tokens}", replace(setting, max_tokens=tokens)
-    if (generation := setting.generation) is not None:
+        yield [("--trainer.precision bf16-mixed", replace(setting, half=True))]
+    if peak == "update":
+        if not setting.recompute:
+            yield [("--trainer.callbacks+=ActivationCheckpointing", replace(setting, recompute=True))]
+        option, least = setting.max_tokens_option, setting.length * setting.together
+        smaller = _halved(setting.max_tokens, least)
+        yield [(f"--{option} {tokens}", replace(setting, max_tokens=tokens)) for tokens in smaller]
+    if peak == "decode" and setting.generation is not None:
         rows, columns = cache_size(setting)
-        for tokens in _halved(rows * columns, columns * generation.sampling.responses):
-            limited = replace(generation, cache_tokens=tokens)
-            yield f"--model.engine.cache_tokens {tokens}", replace(setting, generation=limited)
+        smaller = _halved(rows * columns, columns * setting.generation.sampling.responses)
+        yield [(f"--model.engine.cache_tokens {tokens}", _with_cache(setting, tokens)) for tokens in smaller]
     if setting.processes > 1 and not setting.sharded:
-        yield "--trainer.strategy fsdp2", replace(setting, spread="fsdp2")
+        yield [("--trainer.strategy fsdp2", replace(setting, spread="fsdp2"))]
     if any(role.name == "critic" for role in setting.roles):
-        yield "--model.critic shared", _with_shared_critic(setting)
-    for processes in MORE_PROCESSES:
-        if processes > setting.processes and not setting.device.is_cpu:
-            more = replace(setting, processes=processes, spread="fsdp2")
-            yield f"{processes} GPUs and --trainer.strategy fsdp2", more
+        yield [("--model.critic shared", _with_shared_critic(setting))]
+    if not setting.device.is_cpu:
+        more = [number for number in MORE_PROCESSES if number > setting.processes]
+        sharded = replace(setting, spread="fsdp2")
+        yield [(f"{n} GPUs and --trainer.strategy fsdp2", replace(sharded, processes=n)) for n in more]
 
 
-def _halved(number: int, least: int) -> Iterator[int]:
+def _halved(number: int, least: int) -> list[int]:
+    """Return the number halved once, twice, …, as long as it is not below the least one."""
+    found = []
     while number // 2 >= least:
         number //= 2
-        yield number
+        found.append(number)
+    return found
+
+
+def _with_cache(setting: Setting, tokens: int) -> Setting:
+    assert setting.generation is not None
+    return replace(setting, generation=replace(setting.generation, cache_tokens=tokens))
 
 
 def _with_shared_critic(setting: Setting) -> Setting:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +18,11 @@ from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules import DPO, SFT, TRPO, RewardModeling
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.planning.dry_run import LiveBytes, Outputs, Rounding, round_weights
+from lit_rlhf.planning.dry_run import LiveBytes, Outputs, Rounding, rounded_weights
 from lit_rlhf.rewards import RewardModel
 
-FLOAT = 4
-"""The bytes of a float32 number."""
+FLOAT, HALF = 4, 2
+"""The bytes of a number in float32 and in bfloat16."""
 
 
 class Stepping(NamedTuple):
@@ -85,13 +83,10 @@ class Role:
         return 0 if head is None else head.weight.numel()
 
 
-@lru_cache(maxsize=64)
 def weight_bytes(role: Role, rounding: Rounding) -> int:
     """Return the bytes of a role's weights, all in float32 except those that are held in bfloat16."""
-    used = deepcopy(_used(role))
-    round_weights(used, rounding)
-    counted = sum(parameter.nbytes for parameter in used.parameters())
-    return counted + FLOAT * (role.parameters - sum(parameter.numel() for parameter in used.parameters()))
+    rounded = sum(parameter.numel() for parameter in rounded_weights(_used(role), rounding))
+    return FLOAT * (role.parameters - rounded) + HALF * rounded
 
 
 def roles_of(module: AlignmentModule) -> tuple[Role, ...]:

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
-from lit_rlhf.modules import DPO
+from lit_rlhf.modules import DPO, SFT
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.planning.dry_run import Shape
@@ -146,11 +146,13 @@ def setting_of(
     spread, offload = _spread(strategy, processes)
     common: dict[str, Any] = {"method": type(module).__name__, "roles": roles_of(module), "device": device}
     common |= {"processes": processes, "spread": spread, "offload": offload, "half": half, "recompute": recompute}
-    if isinstance(module, OnPolicy) and isinstance(data, Prompts):
+    expected = Prompts if isinstance(module, OnPolicy) else Demonstrations if isinstance(module, SFT) else Preferences
+    if not isinstance(data, expected):
+        given = type(data).__name__
+        raise UserError(f"plan: {type(module).__name__} can be planned with {expected.__name__}, not with {given}")
+    if isinstance(module, OnPolicy):
         return _of_responses(module, data, prompt_tokens, common)
-    if not isinstance(data, Demonstrations | Preferences):
-        raise UserError(f"plan: the lengths of the texts of {type(data).__name__} are not known")
-    together = 2 if isinstance(data, Preferences) else 1
+    together = 1 if isinstance(module, SFT) else 2  # pairs
     length = data.encoder.max_tokens
     return Setting(
         rows=data.batch_size * together,
@@ -168,7 +170,7 @@ def setting_of(
     )
 
 
-def _of_responses(module: OnPolicy, data: Prompts, prompt_tokens: int | None, common: dict[str, Any]) -> Setting:
+def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common: dict[str, Any]) -> Setting:
     sampling, engine = module.sampling, module.engine
     longest = min(data.encoder.first_tokens or data.encoder.max_tokens, data.encoder.max_tokens)
     prompt = prompt_tokens or longest

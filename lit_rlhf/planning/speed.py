@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lit_rlhf.planning.dry_run import prefill
-from lit_rlhf.planning.memory import FLOAT, HALF, cache_size
-from lit_rlhf.planning.roles import Role
+from lit_rlhf.planning.memory import cache_size
+from lit_rlhf.planning.roles import FLOAT, HALF, Role
 from lit_rlhf.planning.setting import Setting
 
 UTILISATION = 0.4

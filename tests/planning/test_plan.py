@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from lit_rlhf.data import Demonstrations, Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.models.loading import RandomWeights
-from lit_rlhf.modules import SFT, TRPO, PolicyGradient, Update
+from lit_rlhf.modules import SFT, TRPO, PolicyGradient
 from lit_rlhf.planning.dry_run import Outputs, Shape, footprint
 from lit_rlhf.planning.hardware import GB, Device, find_gpu, this_cpu
 from lit_rlhf.planning.memory import cache_size, host_bytes, phases
@@ -31,21 +32,29 @@ LLAMA_8B = {
 LOGPROBS = Outputs(logprobs=True, values=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ppo(tiny_model):
-    """Return a function that makes the setting of PPO with four models of a shape on H100s."""
+    """Return a function that makes the setting of PPO with four models of a shape; by default on one H100."""
 
-    def make(shape, processes=1, strategy="auto", half=True, recompute=False, gpu="h100", batch_size=64, **options):
-        source = RandomWeights(config=shape, tokenizer=str(tiny_model()))
-        module = PolicyGradient(
-            actor=source, rewards=[RewardModel(source)], sampling=Sampling(max_tokens=160), **options
-        )
+    @cache
+    def on_one(shape):
+        source = RandomWeights(config=dict(shape), tokenizer=str(tiny_model()))
+        module = PolicyGradient(actor=source, rewards=[RewardModel(source)], sampling=Sampling(max_tokens=160))
         return setting_of(
-            module, Prompts(batch_size=batch_size * processes), device=find_gpu(gpu), processes=processes,
-            strategy=strategy, half=half, recompute=recompute,
+            module, Prompts(batch_size=64), device=find_gpu("h100"), processes=1,
+            strategy="auto", half=True, recompute=False,
         )  # fmt: skip
 
+    def make(shape, processes=1, **changes):
+        setting = on_one(tuple(shape.items()))
+        return replace(setting, processes=processes, rows=setting.rows * processes, **changes)
+
     return make
+
+
+def with_engine(setting, engine):
+    options = {"cache_tokens": engine.cache_tokens, "compiled": engine.compile}
+    return replace(setting, generation=replace(setting.generation, **options))
 
 
 def gb(plan):
@@ -53,11 +62,12 @@ def gb(plan):
 
 
 def test_half_a_billion_on_one_gpu(ppo):
-    """494,032,768 parameters: actor and critic in float32 with gradients and Adam; linear layers of the others halved."""
+    """Actor and critic in float32 with gradients and Adam; the linear layers of the others in bfloat16."""
     plan = make_plan(ppo(QWEN_05B))
     parameters, embedding = 494_032_768, 151936 * 896
     resident = 2 * 16 * parameters + 2 * (2 * (parameters - embedding) + 4 * embedding)
-    assert plan.fits and not plan.checkpointing_added
+    assert plan.fits
+    assert not plan.checkpointing_added
     assert [role.parameters for role in plan.setting.roles] == pytest.approx([parameters] * 4, abs=897)
     update = plan.phases[-1]
     assert sum(part.bytes for part in update.parts[:3]) == pytest.approx(resident, rel=1e-3)
@@ -66,7 +76,8 @@ def test_half_a_billion_on_one_gpu(ppo):
 
 def test_one_and_a_half_billion_fit_one_gpu_with_checkpointing(ppo):
     plan = make_plan(ppo(QWEN_15B))
-    assert plan.fits and plan.checkpointing_added
+    assert plan.fits
+    assert plan.checkpointing_added
     assert gb(plan)["update"] == pytest.approx(62, abs=3)
     assert "which fit turns on" in summary(plan)[1]
     refused = make_plan(ppo(QWEN_15B), may_checkpoint=False)
@@ -76,8 +87,9 @@ def test_one_and_a_half_billion_fit_one_gpu_with_checkpointing(ppo):
 
 
 def test_eight_billion_fit_eight_gpus(ppo):
-    plan = make_plan(ppo(LLAMA_8B, processes=8, strategy="fsdp2"))
-    assert plan.fits and plan.checkpointing_added
+    plan = make_plan(ppo(LLAMA_8B, processes=8, spread="fsdp2"))
+    assert plan.fits
+    assert plan.checkpointing_added
     # bytes of each parameter and GPU: 16 of the trained and 2 of the frozen models, a whole actor of 2 to decode
     actor, critic = 8_030_261_248, 8_030_261_248 - 128256 * 4096
     parts = {part.name: part.bytes for part in plan.phases[1].parts}
@@ -96,7 +108,7 @@ def test_eight_billion_on_one_gpu_need_eight(ppo):
 
 
 def test_copies_on_eight_gpus_should_be_shards(ppo):
-    plan = make_plan(ppo(QWEN_15B, processes=8, strategy="ddp", gpu="a100-40gb"))
+    plan = make_plan(ppo(QWEN_15B, processes=8, spread="ddp", device=find_gpu("a100-40gb")))
     assert plan.advice.text == "--trainer.strategy fsdp2"
     gradients = [{part.name: part.bytes for part in phase.parts}.get("gradients") for phase in plan.phases]
     assert gradients[1] == gradients[2] == gradients[3] > 0  # DDP's buffers
@@ -105,14 +117,14 @@ def test_copies_on_eight_gpus_should_be_shards(ppo):
 def test_a_smaller_micro_batch_is_advised_if_it_suffices(ppo):
     setting = ppo(QWEN_05B, recompute=True)
     needed = phases(setting)[-1].bytes
-    small = replace(setting, device=replace(setting.device, memory=needed + RESERVED - GB / 2))
+    small = replace(setting, device=replace(setting.device, memory=needed + RESERVED - GB / 4))
     advice = make_plan(small).advice
     assert advice.text == "--model.update.max_tokens 4096"
     assert needed - 2 * GB < advice.bytes <= available(small)
 
 
 def test_a_smaller_cache_is_advised_if_it_suffices(ppo):
-    setting = ppo(QWEN_05B, batch_size=16384, update=Update(max_tokens=1024))
+    setting = replace(ppo(QWEN_05B), rows=16384, max_tokens=1024)
     decode = phases(setting)[1].bytes
     small = replace(setting, device=replace(setting.device, memory=decode + RESERVED - GB))
     advice = make_plan(small).advice
@@ -121,7 +133,7 @@ def test_a_smaller_cache_is_advised_if_it_suffices(ppo):
 
 
 def test_the_cache_has_the_rows_that_the_engine_would_give_it(ppo):
-    setting = ppo(QWEN_05B, engine=NativeEngine(cache_tokens=10_000))
+    setting = with_engine(ppo(QWEN_05B), NativeEngine(cache_tokens=10_000))
     assert cache_size(setting) == (10_000 // 850, 850)  # 512 + 160 + 8, and a quarter
     assert cache_size(ppo(QWEN_05B)) == (64, 680)
 
@@ -152,7 +164,7 @@ def test_flops(ppo):
     role = ppo(LLAMA_8B).roles[0]
     head = 128256 * 4096
     trunk = 8_030_261_248 - 2 * head - (2 * 32 + 1) * 4096  # without embedding, head and norms
-    assert role.multiplied == trunk and role.head == head
+    assert (role.multiplied, role.head) == (trunk, head)
     one = forward_flops(role, rows=1, length=10, scored=4)
     assert one == 10 * 2 * trunk + 32 * 2 * 4096 * 10**2 + 4 * 2 * head
     assert training_flops(role, 1, 10, 0, recompute=False) == 3 * forward_flops(role, 1, 10, 0)
@@ -163,7 +175,7 @@ def test_seconds(ppo):
     decode, judge, update = work(ppo(QWEN_05B))
     assert update.seconds == pytest.approx(update.flops / (0.4 * 989e12))
     assert decode.seconds == pytest.approx(160 * 24 * 86 * 5e-6)  # the launches of operations
-    compiled = work(ppo(QWEN_05B, engine=NativeEngine(compile=True)))[0]
+    compiled = work(with_engine(ppo(QWEN_05B), NativeEngine(compile=True)))[0]
     cache = 64 * (512 + 80) * 24 * 2 * 2 * 64
     weights = 494_032_768 - 24 * (2 * 896 + 896 + 2 * 128) - 896  # without norms and biases
     assert compiled.seconds == pytest.approx(160 * 2 * (weights + cache) / (0.6 * 3.35e12), rel=1e-3)
@@ -172,15 +184,15 @@ def test_seconds(ppo):
     assert [phase.seconds for phase in work(unknown)] == [None] * 3
 
 
-def test_what_cannot_be_planned(tiny_model, ppo):
+def test_what_cannot_be_planned(tiny_model):
     options = {"device": find_gpu("h100"), "processes": 2, "half": True, "recompute": False}
     source = str(tiny_model())
     trpo = TRPO(actor=source, rewards=[RewardModel(source)])
     with pytest.raises(UserError, match="plan: TRPO"):
         setting_of(trpo, Prompts(), strategy="ddp", **options)
-    with pytest.raises(UserError, match="deepspeed"):
-        ppo(QWEN_05B, processes=2, strategy="deepspeed")
-    with pytest.raises(UserError, match="list are not known"):
+    with pytest.raises(UserError, match="'deepspeed' cannot be planned; use ddp or fsdp2"):
+        setting_of(SFT(actor=source), Demonstrations(), strategy="deepspeed", **options)
+    with pytest.raises(UserError, match="SFT can be planned with Demonstrations, not with list"):
         setting_of(SFT(actor=source), [], strategy="ddp", **options)
     with pytest.raises(UserError, match="'b200' is not in the table; it has h200, h100"):
         find_gpu("b200")
