@@ -13,6 +13,7 @@ import subprocess
 import sys
 import typing
 import warnings
+import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,25 @@ def test_torch_multiplies_by_weights_in_blocks():
         x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
         found = compat.multiply_by_blocks(compat.block_weight(weight, 3), bias, x)
         torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_computes_shapes_without_memory():
+    with contract("torch", "FakeTensorMode, with autocast, and storages that die with their tensors"):
+        seen, died = [], []
+        with compat.tensors_without_memory(), compat.watch_results(seen.append):
+            weight = torch.zeros(2**20, 2**20, requires_grad=True)  # 4 TiB
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                result = torch.zeros(1, 2**20) @ weight
+            result.sum().backward()
+        assert (result.shape, result.dtype, weight.grad.shape) == ((1, 2**20), torch.bfloat16, weight.shape)
+        assert any(x.shape == weight.shape and x.dtype == torch.bfloat16 for x in seen)
+        storage = result.untyped_storage()
+        assert storage is result[:, :1].untyped_storage()
+        assert storage.nbytes() == 2 * 2**20
+        weakref.finalize(storage, died.append, True)
+        seen.clear()
+        del storage, result
+        assert died == [True]
 
 
 def test_torch_reports_a_lost_gloo_peer(tmp_path):

@@ -19,7 +19,8 @@ def show(plan: Plan, console: Console) -> None:
     console.print(f"{plan.setting.method} on {_place(plan.setting)}", style="bold", highlight=False)
     for table in (_models(plan), _phases(plan), _work(plan)):
         console.print(table)
-    console.print(f"Models in the memory of each host: {_size(plan.host)} while they are loaded.", highlight=False)
+    if not plan.setting.device.is_cpu:
+        console.print(f"Models in the memory of each host, at most: {_size(plan.host)}.", highlight=False)
     console.print(_assumptions(plan.setting), highlight=False)
     console.print(verdict(plan), style="bold", highlight=False)
 

@@ -99,12 +99,12 @@ class Marks(lightning.Callback):
         self.state = sum(x.nbytes for state in states for x in state.values())
 
 
-def measure(module, data, make_trainer):
+def measure(module, data, make_trainer, precision):
     """Return the callback and the peak of each phase, in bytes that the allocator has given out."""
     gc.collect()
     marks = Marks()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        make_trainer([marks], max_epochs=-1, inference_mode=False).fit(module, datamodule=data)
+        make_trainer([marks], max_epochs=-1, inference_mode=False, precision=precision).fit(module, datamodule=data)
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     times, live = [time for time, _ in changes], [0]
@@ -124,12 +124,13 @@ def measure(module, data, make_trainer):
     return marks, peaks
 
 
-def check(method, shape, tiny_model, make_trainer, folder, rows=4):
+def check(method, shape, tiny_model, make_trainer, folder, rows=4, precision="32-true"):
     shape = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 4096} | shape
     module, data = make(method, RandomWeights(config=shape, tokenizer=str(tiny_model())), folder, rows)
-    setting = setting_of(module, data, device=CPU, processes=1, strategy="auto", half=False, recompute=False)
+    half = precision == "bf16-mixed"
+    setting = setting_of(module, data, device=CPU, processes=1, strategy="auto", half=half, recompute=False)
     planned = {phase.name: phase.bytes for phase in phases(setting)}
-    marks, peaks = measure(module, data, make_trainer)
+    marks, peaks = measure(module, data, make_trainer, precision)
     each = [held(setting, role) for role in setting.roles]
     assert sum(h.gradients for h in each) == pytest.approx(marks.gradients, rel=0.02)
     assert sum(h.optimizer for h in each) == pytest.approx(marks.state, rel=0.02)
@@ -145,3 +146,24 @@ def check(method, shape, tiny_model, make_trainer, folder, rows=4):
 def test_plan_and_truth(method, tiny_model, make_trainer, tmp_path):
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 10}
     check(method, shape, tiny_model, make_trainer, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 9},
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 15, "tie_word_embeddings": True},
+    ],
+    ids=["30M", "100M"],
+)
+def test_plan_and_truth_of_larger_models(method, shape, tiny_model, make_trainer, tmp_path):
+    check(method, shape, tiny_model, make_trainer, tmp_path, rows=16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+def test_plan_and_truth_in_half_precision(method, tiny_model, make_trainer, tmp_path):
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 10}
+    check(method, shape, tiny_model, make_trainer, tmp_path, rows=8, precision="bf16-mixed")
