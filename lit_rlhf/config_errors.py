@@ -1,4 +1,4 @@
-"""Explanations of jsonargparse's messages: one line, with the closest valid name.
+"""One-line explanations of jsonargparse's messages, with the closest valid name if there is one.
 
 The messages are nested: ``Parser key "model"`` contains ``Problem with given class_path '…PolicyGradient'``, which
 contains ``Parser key "advantages"`` and finally the mistake, with remarks on every type of a union. The keys give the

@@ -84,7 +84,7 @@ class PreferenceBatch:
         return torch.where(self.mask, x[self.ranking], 0.0)
 
     def select(self, rankings: Tensor) -> "PreferenceBatch":
-        """Return a batch of the rankings with the given indices, cut to their longest sequence and longest ranking."""
+        """Return the rankings at the given indices, [b] int64, cut to their longest sequence and longest ranking."""
         mask = self.mask[rankings]
         mask = mask[:, : int(mask.sum(1).max())]
         rows = self.ranking[rankings][:, : mask.shape[1]][mask]
@@ -159,7 +159,7 @@ class Rollout:
         return x.gather(1, self.lengths[:, None] - 1).squeeze(1)
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Return the rows with the given indices, cut to their longest sequence and longest response."""
+        """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""
         selected = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
         width, time = int(selected.lengths.max()), int(selected.response_lengths.max())
         return replace(
@@ -256,7 +256,7 @@ class Experience:
     reward_scale: Tensor  # [B, T], the factor by which whitening scaled the rewards in the advantages; 1 if off
 
     def select(self, rows: Tensor) -> "Experience":
-        """Return the rows with the given indices, cut to their longest sequence and longest response."""
+        """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""
         rollout = self.rollout.select(rows)
         time = rollout.response_mask.shape[1]
         others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollout"}

@@ -124,7 +124,7 @@ class VanillaPG(Objective):
     """
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the ratio of each token; no token is clipped."""
+        """Return the loss and the ratio of each token, both [B, T]; no token is clipped."""
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         loss = -torch.where(mask, advantages.detach(), 0.0) * torch.where(mask, logprobs, 0.0)
         return PolicyLoss(loss, probability_ratio(logprobs.detach(), old_logprobs, mask), torch.zeros_like(mask))
@@ -155,7 +155,7 @@ class Surrogate(Objective):
         _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the ratio of each token; no token is clipped."""
+        """Return the loss and the ratio of each token, both [B, T]; no token is clipped."""
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
         return PolicyLoss(-torch.where(mask, advantages.detach(), 0.0) * ratio, ratio, torch.zeros_like(mask))
@@ -222,7 +222,7 @@ class KLPenalty(nn.Module, Objective):
         return self.adaptive
 
     def forward(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the ratio of each token; no token is clipped."""
+        """Return the loss and the ratio of each token, both [B, T]; no token is clipped."""
         surrogate = Surrogate(self.ratio)(
             logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
         )

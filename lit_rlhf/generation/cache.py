@@ -51,7 +51,7 @@ class RowCache(Cache):
             target[used : self.used, :, self.end - width : self.end] = source.repeat_interleave(responses, 0)
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy the rows with the indices ``source`` to the rows with the indices ``target``."""
+        """Copy the rows at the indices ``source``, [N] int64, to the rows at the indices ``target``, [N] int64."""
         for states in _all_keys_values(self):
             states[target, :, self.start : self.end] = states[source, :, self.start : self.end]
 
@@ -87,7 +87,17 @@ class _Layer(CacheLayerMixin):
         """Do nothing, because the constructor has already allocated the memory."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the next column of the rows in use, and return all keys and values of these rows."""
+        """Write the next column of the rows in use, and return all keys and values of these rows.
+
+        Args:
+            key_states: [rows in use, heads, 1, D].
+            value_states: [rows in use, heads, 1, D].
+            args: Arguments of transformers' interface that are not used.
+            kwargs: Arguments of transformers' interface that are not used.
+
+        Returns:
+            The keys and the values, [rows in use, heads, columns, D].
+        """
         end = self.cache.end
         cached = []
         for states, new in zip(_keys_values(self), (key_states, value_states), strict=True):

@@ -119,7 +119,7 @@ def _compiled_next_logits() -> Callable[..., Tensor]:
 
 
 class _Decoding:
-    """The state of one call of `NativeEngine.generate`: the responses so far, and the rows of the cache in use."""
+    """The state of one call to `NativeEngine.generate`: the responses so far, and the rows of the cache in use."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class WeightedMean(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, value: Tensor, weight: Tensor) -> None:
-        """Add values to the mean, each with its own weight or all with the same one."""
+        """Add values of any shape to the mean, with weights of the same shape or one weight, [], for all of them."""
         value, weight = torch.broadcast_tensors(value.double(), weight.double())
         self.total += (value * weight).sum()
         self.weight += weight.sum()
@@ -65,14 +65,14 @@ class Metrics:
         self._metrics: dict[str, Metric] = {}
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
-        """Add values to the mean of this name, each with its own weight or all with the same one."""
+        """Add values of any shape to the mean of this name, with weights of the same shape or one weight for all."""
         value = torch.as_tensor(value, device=self.device)
         if name not in self._metrics:
             self._metrics[name] = WeightedMean().to(self.device)
         self._metrics[name].update(value.detach(), torch.as_tensor(weight, device=self.device))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Add the values at which the mask is True to the mean of this name."""
+        """Add the values at which the mask is True to the mean of this name; both have the same shape."""
         self.add(name, values.detach()[mask])
 
     def maximum(self, name: str, value: Tensor) -> None:

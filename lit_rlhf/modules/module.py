@@ -70,7 +70,7 @@ class AlignmentModule(lightning.LightningModule):
 
     @property
     def is_configured(self) -> bool:
-        """Whether the models are loaded, so that later calls of ``configure_model`` have nothing to do."""
+        """Whether the models are loaded, so that later calls to ``configure_model`` have nothing to do."""
         return hasattr(self, self.role)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -239,7 +239,7 @@ class AlignmentModule(lightning.LightningModule):
         return clip_gradients(parameters, max_norm, self.sum_over_ranks if plain_shards else None)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes."""
+        """Return the sum over all processes of a tensor, whose shape is the same on each of them."""
         return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
