@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import lightning
     import torch
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 # torch
@@ -56,6 +56,22 @@ def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor
     import torch
 
     return torch.ops.mkldnn._linear_pointwise.default(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give the tensors of a model that are on the meta device memory on another device, and move the others there.
+
+    Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also forget the
+    values of the tensors that are not on the meta device. Parameters are swapped, so that tied ones stay tied.
+    """
+    import torch
+
+    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapped)
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")

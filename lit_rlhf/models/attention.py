@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from lit_rlhf.compat import attention_can_be_set, attention_of
+from lit_rlhf.models.weights import with_weights
 
 try:  # flash attention over texts of different lengths, part of torch since 2.11
     from torch.nn.attention.varlen import varlen_attn
@@ -69,10 +70,10 @@ def use_unpadded_attention(model: PreTrainedModel) -> None:
     """
     before = attention_of(model.config)
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only the mask has the chunks
-    if chunked or not attention_can_be_set(model) or model.device.type == "meta":
+    if chunked or not attention_can_be_set(model):
         return
-    if not keeps_texts_apart(model, UNPADDED):
-        model.set_attn_implementation(before)
+    tried = with_weights(model)
+    model.set_attn_implementation(UNPADDED if keeps_texts_apart(tried, UNPADDED) else before)
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> b
     """Return whether a model computes the same hidden states for two texts in one row as for each text alone.
 
     Args:
-        model: A causal language model.
+        model: A causal language model or a sequence classifier.
         attention: The name of the attention to use for the packed row, which the model then keeps; None for the
             model's own attention.
     """

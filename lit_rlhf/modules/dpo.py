@@ -111,8 +111,9 @@ class DPO(PreferenceModule):
             rewards=[],
             temperature=self.sampling.temperature or 1.0,
             value_grad_scale=1.0,
+            place=self.place,
         )
-        self.actor, self.reference = self.shard(roles.actor), self.shard(roles.reference)
+        self.actor, self.reference = roles.actor, roles.reference
         self.train(self.training)
 
     @cached_property

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import lightning
 import torch
@@ -20,10 +20,12 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import strip_prefix
+from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
 
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
 """For each optimizer, by name: a function that makes it from parameters, and one that makes its schedule, or None."""
 
@@ -201,6 +203,29 @@ class AlignmentModule(lightning.LightningModule):
         for name, value in self.summary(self.held_out.compute()).items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
+    def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
+        """Build a model, shard it as the strategy requires, and move it to this process's device.
+
+        The host's memory holds what belongs on the host, and nothing more: of a model that is sharded by FSDP2 or
+        that goes to a GPU, each process reads its own part from the files. Models are placed one after the other.
+
+        Args:
+            build: Function that loads the model by `load_model`.
+            sharded: Whether a strategy that shards models may shard this one.
+        """
+        strategy = strategy_of(self)
+        shard = self.shard if sharded else _unchanged
+        if strategy is None or isinstance(strategy, FSDP):
+            return shard(build())
+        device = torch.device("cpu") if isinstance(strategy, FSDP2) and strategy.cpu_offload else strategy.root_device
+        if device.type == "cpu" and not isinstance(strategy, FSDP2):
+            return shard(build())
+        with unread_weights() as unread:
+            model = build()
+        model = shard(model)
+        unread.read(model, device)
+        return model
+
     def shard(self, model: nn.Module) -> Any:
         """Return a model sharded as the strategy requires, or unchanged if the strategy does not shard models.
 
@@ -252,6 +277,10 @@ def iteration_of(module: lightning.LightningModule) -> int:
     """Return the number of iterations that a module has done; for callbacks, which receive a LightningModule."""
     assert isinstance(module, AlignmentModule)
     return int(module.iteration)
+
+
+def _unchanged(model: Any) -> Any:
+    return model
 
 
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -138,8 +138,10 @@ class OnPolicy(AlignmentModule):
         """Load and shard the models; Lightning calls this method more than once, but only the first call loads them."""
         if self.is_configured:
             return
-        self.scores.prepare(self.tokenizer)
         reward_models = [reward for reward in self.scores.rewards if isinstance(reward, RewardModel)]
+        for reward in reward_models:
+            reward.model = self.place(reward.load)
+        self.scores.prepare(self.tokenizer)
         roles = load_roles(
             self.source,
             self.critic_source,
@@ -147,13 +149,10 @@ class OnPolicy(AlignmentModule):
             rewards=reward_models,
             temperature=self.sampling.temperature,
             value_grad_scale=self.value_grad_scale,
+            place=self.place,
+            place_actor=partial(self.place, sharded=self.shards_actor),
         )
-        self.actor = self.shard(roles.actor) if self.shards_actor else roles.actor
-        self.reference = self.shard(roles.reference)
-        self.critic = None if roles.critic is None else self.shard(roles.critic)
-        for reward in reward_models:
-            if reward.model is not None:
-                reward.model = self.shard(reward.model)
+        self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
         self.train(self.training)
 
     # ------------------------------------------------------------- an iteration

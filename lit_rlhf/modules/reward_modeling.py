@@ -71,7 +71,7 @@ class RewardModeling(PreferenceModule):
     def configure_model(self) -> None:
         """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
         if not self.is_configured:
-            self.reward = self.shard(load_critic(self.source, "model.reward", bias=False))
+            self.reward = self.place(lambda: load_critic(self.source, "model.reward", bias=False))
             self.train(self.training)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.attention import keeps_texts_apart
 from lit_rlhf.models.loading import ModelSource, load_model
+from lit_rlhf.models.weights import with_weights
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.update import check_finite
 from lit_rlhf.types import DemonstrationBatch
@@ -54,10 +55,13 @@ class SFT(AlignmentModule):
     def configure_model(self) -> None:
         """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
         if not self.is_configured:
-            actor = Actor(load_model(self.source, "causal", "model.actor"))
-            self._separates_packed_texts = keeps_texts_apart(actor.model)  # before a strategy rounds the weights
-            self.actor = self.shard(actor)
+            self.actor = self.place(self._load_actor)
             self.train(self.training)
+
+    def _load_actor(self) -> Actor:
+        actor = Actor(load_model(self.source, "causal", "model.actor"))
+        self._separates_packed_texts = keeps_texts_apart(with_weights(actor.model))  # before a strategy rounds weights
+        return actor
 
     def check_batch(self, batch: Any) -> None:
         """Check the type of the batch and, if its rows may hold several texts, that the model keeps those texts apart.

@@ -187,8 +187,12 @@ class TRPO(OnPolicy):
         if self.is_configured:
             return
         super().configure_model()
-        self.old = Actor(load_model(self.source, "causal", "model.actor"), self.sampling.temperature)
-        freeze(self.old)
+        self.old = self.place(self._load_old, sharded=False)
+
+    def _load_old(self) -> Actor:
+        old = Actor(load_model(self.source, "causal", "model.actor"), self.sampling.temperature)
+        freeze(old)
+        return old
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the critic's parameters, if there is a critic; the actor has no optimizer."""

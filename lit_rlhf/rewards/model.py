@@ -54,16 +54,24 @@ class RewardModel(Reward):
         self.model: ScalarModel | None = None
         self.retokenizer: PreTrainedTokenizerBase | None = None
 
+    def load(self) -> ScalarModel:
+        """Load and freeze the model.
+
+        Raises:
+            UserError: if the model cannot be loaded, or is not a sequence classifier with one label.
+        """
+        model = load_reward_model(self.source, "rewards.model")
+        freeze(model)
+        return model
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load and freeze the model, and keep the model's tokenizer if its vocabulary differs from the actor's.
+        """Load the model unless it is loaded, and keep its tokenizer if the vocabulary differs from the actor's.
 
         Args:
             tokenizer: The actor's tokenizer.
         """
-        if self.model is not None:
-            return
-        self.model = load_reward_model(self.source, "rewards.model")
-        freeze(self.model)
+        if self.model is None:
+            self.model = self.load()
         if self.normalize:
             config: Any = self.model.trunk.config
             if getattr(config, "score_std", None) is None:
