@@ -46,7 +46,7 @@ def load_roles(
     temperature: float,
     value_grad_scale: float,
     place: Place = _as_built,
-    place_actor: Place = _as_built,
+    place_actor: Place | None = None,
 ) -> Roles:
     """Load the actor, the reference and the critic, one after the other.
 
@@ -60,7 +60,7 @@ def load_roles(
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
         place: Function that calls its argument, which builds a model, and returns this model on the process's device,
             sharded if the strategy requires it; see `AlignmentModule.place`.
-        place_actor: The same function for the actor.
+        place_actor: The same function for the actor; None for ``place``.
 
     Raises:
         UserError: if a model cannot be loaded, if the critic is ``reward`` but there is no reward model, or if the
@@ -76,7 +76,7 @@ def load_roles(
         freeze(built)
         return built
 
-    trained, frozen = place_actor(build_actor), place(build_reference)
+    trained, frozen = (place_actor or place)(build_actor), place(build_reference)
     build_critic = _critic_builder(critic, actor, rewards)
     loaded_critic = None if build_critic is None else place(build_critic)
     size = vocabulary_size(trained.model)
