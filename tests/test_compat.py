@@ -129,6 +129,17 @@ def test_the_system_reports_a_connection_reset():
         assert os.strerror(errno.ECONNRESET) in compat.LOST_PEER
 
 
+def test_torch_gives_meta_tensors_memory_and_keeps_ties():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta"), torch.nn.Linear(2, 2, device="meta"))
+    model[1].weight = model[0].weight
+    model.register_buffer("known", torch.ones(3))
+    with contract("torch", "Module._apply swaps parameters, so that tied ones stay tied, and keeps what has a value"):
+        compat.materialize(model, torch.device("cpu"))
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert model[1].weight is model[0].weight
+        assert model.known.tolist() == [1, 1, 1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
 def test_nccl_reports_a_lost_peer():
     import ctypes

@@ -22,7 +22,7 @@ from transformers import (
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import use_unpadded_attention
-from lit_rlhf.models.weights import current_unread_weights, local_folder, parameters_on_meta
+from lit_rlhf.models.weights import current_unread_weights, local_folder, parameters_on_meta, with_weights
 from lit_rlhf.references import is_reference, load_reference
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
@@ -190,6 +190,7 @@ def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
         folder = local_folder(path)
         with parameters_on_meta():
             model = _AUTO[task].from_config(config, dtype=torch.float32)
+        with_weights(model)  # later checks of the architecture will need it
     except Exception:  # loading it with its weights will give the reason
         return None
     known_head = task == "causal" or isinstance(getattr(model, "score", None), nn.Linear)

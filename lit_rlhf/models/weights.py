@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.compat import materialize
 
+WEIGHT_FILES = "model*.safetensors"
 PROBE_VOCABULARY = 16
 
 
@@ -69,12 +70,14 @@ class UnreadWeights:
         places: dict[str, Place] = {}
         found: set[int] = set()
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) in found:  # tied: read under its first name only
+                continue
             if shapes.get(name) == tensor.shape:
                 places[name] = _place(model, name)
                 found.add(id(tensor))
             elif name in shapes:
                 return False
-        complete = all(id(parameter) in found for parameter in model.parameters())  # tied ones have one of their names
+        complete = all(id(parameter) in found for parameter in model.parameters())
         if complete:
             self._files.append((folder, places))
         return complete
@@ -152,13 +155,13 @@ def local_folder(path: str) -> Path:
     """Return a model's folder; files of a hub id are downloaded, if they are not in the cache already."""
     if Path(path).is_dir():
         return Path(path)
-    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(snapshot_download(path, allow_patterns=["*.json", WEIGHT_FILES]))
 
 
 def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
     """Return the shapes of all tensors in a folder's safetensors files, by name; the tensors are not read."""
     shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob(WEIGHT_FILES)):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 shapes[name] = torch.Size(file.get_slice(name).get_shape())
@@ -191,7 +194,7 @@ def with_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _read_tensor(folder: Path, name: str) -> Tensor:
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob(WEIGHT_FILES):
         with safe_open(path, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118 (not a mapping)
                 return file.get_tensor(name)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_rlhf import UserError
+from lit_rlhf.models import weights
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.attention import is_unpadded
 from lit_rlhf.models.loading import RandomWeights, load_model
@@ -71,6 +72,16 @@ def test_tied_embeddings_stay_tied(tiny_model, tmp_path, architecture):
     model = read_later(lambda: load_model(str(tmp_path)))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert_same(model, load_model(source))
+
+
+def test_a_hub_id_is_downloaded_without_other_formats(tiny_model, monkeypatch):
+    """The files of other libraries (consolidated.safetensors, pytorch_model.bin) would double the download."""
+    folder, asked = tiny_model(), []
+    monkeypatch.setattr(
+        weights, "snapshot_download", lambda *words, **options: asked.append((words, options)) or folder
+    )
+    assert weights.local_folder("Qwen/Qwen2.5-0.5B") == folder
+    assert asked == [(("Qwen/Qwen2.5-0.5B",), {"allow_patterns": ["*.json", "model*.safetensors"]})]
 
 
 def test_files_in_half_precision_and_in_several_parts(tiny_model, tmp_path):
