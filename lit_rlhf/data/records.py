@@ -141,11 +141,11 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def cache_access(field: str) -> Iterator[None]:
-    """Turn errors that `datasets` raises inside this context into errors of one line for the user.
+    """Turn a failure of the cache inside this context into a one-line error; any other error passes unchanged.
 
     Raises:
-        UserError: if one was raised inside the context and wrapped by `datasets`, or if the cache cannot be written or
-            read; in the second case the message names the folder of the cache.
+        UserError: if one was raised inside the context, even if `datasets` wrapped it in another error, or if the cache
+            cannot be written or read; in the second case, the message names the folder of the cache.
     """
     try:
         yield

@@ -257,8 +257,8 @@ def iteration_of(module: lightning.LightningModule) -> int:
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
 
-    The hooks are on the module itself, because they then run for every kind of checkpoint (a file, a distributed
-    folder).
+    The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder
+    with one shard per process.
 
     Args:
         module: The LightningModule.
