@@ -233,7 +233,7 @@ def _read_jsonl(path: Path, field: str) -> Records:
 
 
 def _digest(path: Path, field: str) -> str:
-    """Return a hash of a file's content, by which the cache recognizes the file whatever its name and time."""
+    """Return a hash of a file's content, under which the cache stores the file's records."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

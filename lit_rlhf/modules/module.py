@@ -160,7 +160,7 @@ class AlignmentModule(lightning.LightningModule):
         self.check_batch(batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Refuse to predict; modules that generate responses override this method.
+        """Refuse to predict; on-policy modules override this method.
 
         Raises:
             UserError: always.
