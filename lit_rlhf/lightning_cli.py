@@ -88,7 +88,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
 
     def before_instantiate_classes(self) -> None:
-        """Place W&B's files in the run's folder, and check that the checkpoint to resume from exists."""
+        """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists."""
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):

@@ -94,13 +94,14 @@ class TRPO(OnPolicy):
     Cost: g takes one forward and one backward pass over the responses of the iteration. A product F v takes a forward
     pass, its backward pass, and the backward pass of both; together these take as long as 14 forward passes (measured
     on a Llama of 5 layers with 180 tokens on a CPU). There are ``cg_iterations`` + 1 products, over
-    1 / ``fisher_every`` of the responses. Each step of the line search takes 3 forward passes. With the defaults an
-    iteration takes as long as about 50 forward passes, while PPO's 4 epochs of the actor take as long as 14.
+    1 / ``fisher_every`` of the responses. Each step of the line search takes 3 forward passes. With the defaults, the
+    actor's step takes as long as about 50 forward passes, while PPO's 4 epochs of the actor take as long as 14.
 
-    Memory: there is no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size.
-    Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of each other model. The
-    products use PyTorch's plain attention, since the fused kernels cannot be differentiated twice; a micro-batch then
-    holds [heads, S, S] numbers for each row and layer. If that is too much, reduce ``update.max_tokens``.
+    Memory: the actor has no optimizer state, but needs a frozen copy of itself (the old policy) and 8 vectors of its
+    size. Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of each other
+    model. The products use PyTorch's plain attention, since the fused kernels cannot be differentiated twice; a
+    micro-batch then holds [heads, S, S] numbers for each row and layer. If that is too much, reduce
+    ``update.max_tokens``.
 
     Source: Schulman et al. 2015 (arXiv 1502.05477), section 6 and appendix C.
 
