@@ -218,7 +218,7 @@ def _read_file(path: Path, field: str) -> Records:
 
 
 def _read_jsonl(path: Path, field: str) -> Records:
-    """Open a JSONL file, storing its lines unparsed: one Arrow type for a column of all records could change values."""
+    """Open a JSONL file, storing its lines unparsed, because a single Arrow type per column could change values."""
     import datasets
 
     large, digest = path.stat().st_size > LARGE_FILE, _digest(path, field)

@@ -239,7 +239,7 @@ class AlignmentModule(lightning.LightningModule):
         return clip_gradients(parameters, max_norm, self.sum_over_ranks if plain_shards else None)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """Return the sum over all processes of a tensor, whose shape is the same on each of them."""
+        """Return the sum over all processes of ``x``, which has the same shape on each; ``x`` may be overwritten."""
         return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
