@@ -96,7 +96,8 @@ def minibatches(
     Args:
         experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        max_tokens: The largest number of padded tokens of a micro-batch (a longer row becomes a micro-batch by itself).
+        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
+            micro-batch by itself.
         generator: A CPU generator, the only source of randomness.
         rank: The rank of this process.
         world_size: The number of processes.
@@ -112,7 +113,8 @@ def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, wor
 
     Args:
         experience: The rows of all processes, the same on every process.
-        max_tokens: The largest number of padded tokens of a micro-batch (a longer row becomes a micro-batch by itself).
+        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
+            micro-batch by itself.
         rank: The rank of this process.
         world_size: The number of processes.
 
@@ -137,8 +139,8 @@ def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[Pr
 
     Args:
         batch: The rankings.
-        max_tokens: The largest number of padded tokens of a micro-batch (a larger ranking becomes a
-            micro-batch by itself).
+        max_tokens: The maximum number of tokens in a micro-batch, including padding; a larger ranking becomes a
+            micro-batch by itself.
     """
     longest = batch.by_ranking(batch.lengths).amax(1).cpu()
     groups = pack(longest, max_tokens, batch.mask.sum(1).cpu())
@@ -150,7 +152,8 @@ def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout
 
     Args:
         rollout: The rollout, of B rows.
-        max_tokens: The largest number of padded tokens of a micro-batch (a longer row becomes a micro-batch by itself).
+        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
+            micro-batch by itself.
         compute: A function of a rollout of b rows. It returns a named tuple whose fields are [b, t] or [b] tensors or
             None, where t is the length of the longest response in these rows.
 

@@ -49,7 +49,7 @@ def block_weight(weight: Tensor, rows: int) -> Tensor:
 
 
 def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b as [..., O], for ``x`` [..., I] and a weight W that `block_weight` returned.
+    """Return x Wᵀ + b as [..., O], for ``x`` [..., I], a weight W from `block_weight`, and b [O] or None for 0.
 
     Uses the operator ``mkldnn::_linear_pointwise`` without a pointwise function.
     """
@@ -168,7 +168,7 @@ REFUSED_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 """A class whose options are refused; a message may name several such classes, the innermost last."""
 
 REFUSED_CALLABLE = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
-"""An optimizer or a schedule whose options are refused; the annotation of such an option is a callable."""
+"""An optimizer or a schedule whose options are refused; the option that takes it is annotated as a callable."""
 
 UNKNOWN_OPTION = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),

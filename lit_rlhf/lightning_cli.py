@@ -88,7 +88,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
 
     def before_instantiate_classes(self) -> None:
-        """Place W&B's files in the run's folder, and check that the checkpoint to resume from exists."""
+        """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists."""
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):
@@ -136,7 +136,9 @@ def run(args: Sequence[str] | None = None) -> None:
             always read the command line.
 
     Raises:
-        UserError: if a configuration file or a value is wrong, or another process of the run has ended.
+        UserError: if a configuration file is missing or is not a YAML mapping, a class refuses a value, or another
+            process of the run has ended.
+        SystemExit: if an option does not exist, or a value has the wrong type.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, "")  # so that class_path finds my_module.MyReward in the current folder

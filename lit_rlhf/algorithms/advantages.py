@@ -364,7 +364,7 @@ def _deltas(trajectory: Trajectory, gamma: float) -> Tensor:
 
 
 class _Group:
-    """The return of each response, and the difference from the mean return of non-empty responses to the same prompt.
+    """The return of each response, and its difference from the mean return of the non-empty responses to the prompt.
 
     The mean is taken in float64, so that the mean of equal float32 returns is exact and the differences are 0.
     """

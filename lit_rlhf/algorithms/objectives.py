@@ -172,7 +172,7 @@ class KLPenalty(nn.Module, Objective):
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 8 and section 4.
 
     Args:
-        beta: The initial β, in units of advantage per nat.
+        beta: The initial β, in units of advantage per nat; positive, or 0 for no penalty if ``adaptive`` is False.
         target: The mean KL to the old policy that an iteration should reach, in nats per token.
         adaptive: Whether β is adapted; if False, β is constant.
         high: The factor by which the KL must exceed the target for β to grow, 1 or more.

@@ -1,4 +1,4 @@
-"""Callbacks for checkpoints, metrics, samples, predictions, export, and compiled or recomputed layers."""
+"""Callbacks for checkpoints, metrics, progress, samples, predictions, export, and compiled or recomputed layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd

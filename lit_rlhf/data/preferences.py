@@ -152,14 +152,14 @@ class PreferenceEncoder:
 class Preferences(ResumableData):
     """Pairs (``prompt``, ``chosen``, ``rejected``) or rankings (``prompt``, ``responses`` best first).
 
-    The records come from JSONL, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns of a
-    record determine whether it is a pair or a ranking. A prompt is text, or a conversation
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns
+    of a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
     (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
     list of further turns. If the records have no prompts, each response is a whole text or a whole conversation, and
     what the responses of a record have in common at the start counts as the prompt.
 
     Args:
-        train: The source of the pairs or rankings to learn.
+        train: The source of the pairs or rankings to learn from.
         validation: The source of the held-out pairs or rankings.
         prompt: The column of the prompts. The default column may be missing from all records; any other must exist.
         chosen: The column of the better response of a pair.

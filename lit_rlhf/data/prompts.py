@@ -88,13 +88,13 @@ class PromptEncoder:
 
 
 class Prompts(ResumableData):
-    """Prompts from JSONL, CSV or Parquet files, the Hugging Face hub, or a Python function.
+    """Prompts from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
     A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template. The
     rewards receive all columns of the records.
 
     Args:
-        train: The source of the prompts to learn on.
+        train: The source of the prompts to train on.
         validation: The source of the held-out prompts for ``validate``, and for ``fit`` at each validation.
         test: The source of the prompts for ``test``.
         predict: The source of the prompts for ``predict``.

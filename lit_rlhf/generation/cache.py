@@ -96,7 +96,8 @@ class _Layer(CacheLayerMixin):
             kwargs: Arguments of transformers' interface that are not used.
 
         Returns:
-            The keys and the values, [rows in use, heads, columns, D].
+            The keys and the values in the n columns from the cache's ``start`` to the new column, each
+            [rows in use, heads, n, D].
         """
         end = self.cache.end
         cached = []

@@ -50,7 +50,7 @@ def actor_outputs(actor: Actor, rollout: Rollout, max_tokens: int, other: Actor 
 
 @torch.no_grad()
 def response_logprobs(actor: Actor, rollout: Rollout, max_tokens: int) -> Tensor:
-    """Compute the log-probabilities of the response tokens, [B, T]; the other arguments are as in `actor_outputs`."""
+    """Compute the log-probabilities of the response tokens, [B, T]; the arguments are those of `actor_outputs`."""
     return actor_outputs(actor, rollout, max_tokens).logprobs
 
 

@@ -88,7 +88,7 @@ class Metrics:
         return float(metric.weight)
 
     def state(self) -> list[Tensor]:
-        """Return this rank's tensors of all metrics, which are reduced over the ranks."""
+        """Return this rank's tensors of all metrics, before they are reduced over the ranks."""
         return [cast(Tensor, value) for metric in self._metrics.values() for value in metric.metric_state.values()]
 
     def compute(self) -> dict[str, float]:

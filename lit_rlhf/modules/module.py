@@ -162,7 +162,7 @@ class AlignmentModule(lightning.LightningModule):
         self.check_batch(batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Refuse to predict; modules that generate responses override this method.
+        """Refuse to predict; on-policy modules override this method.
 
         Raises:
             UserError: always.
@@ -264,7 +264,7 @@ class AlignmentModule(lightning.LightningModule):
         return clip_gradients(parameters, max_norm, self.sum_over_ranks if plain_shards else None)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """Return the sum over all processes of a tensor, whose shape is the same on each of them."""
+        """Return the sum over all processes of ``x``, which has the same shape on each; ``x`` may be overwritten."""
         return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
@@ -286,8 +286,8 @@ def _unchanged(model: Any) -> Any:
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
 
-    The hooks are on the module itself, because they then run for every kind of checkpoint (a file, a distributed
-    folder).
+    The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder
+    with one shard per process.
 
     Args:
         module: The LightningModule.

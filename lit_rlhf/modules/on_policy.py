@@ -41,7 +41,7 @@ class OnPolicy(AlignmentModule):
     """The base of on-policy methods: every stage of an iteration except `learn`, which derived modules define.
 
     Each stage is a method: `generate`, `judge`, `reward`, `estimate`, `learn`. The arguments are those of
-    `PolicyGradient`.
+    `PolicyGradient`, with ``optimizers`` (as in `AlignmentModule`) in place of its optimizers and schedules.
 
     Raises:
         UserError: if settings are missing, wrong or contradictory; in ``configure_model``, if a model cannot be loaded.

@@ -39,7 +39,7 @@ class PolicyGradient(OnPolicy):
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
-        scores: How scores are normalised and clipped before they enter the reward.
+        scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.

@@ -112,7 +112,7 @@ class PreferenceModule(AlignmentModule):
             batch: The rankings.
 
         Raises:
-            UserError: if label smoothing is used with rankings of more than two responses.
+            UserError: if label smoothing or a margin is used with rankings of more than two responses.
         """
         if batch.margin is not None or self.label_smoothing:
             if scores.shape[1] > 2:

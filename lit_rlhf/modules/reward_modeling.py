@@ -75,7 +75,10 @@ class RewardModeling(PreferenceModule):
             self.train(self.training)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-        """Return a sequence classifier that stores the mean and standard deviation of its scores, and its weights."""
+        """Return the model as a sequence classifier, and its weights.
+
+        The classifier's configuration stores the mean and standard deviation of the scores once they are measured.
+        """
         model = to_classifier(self.reward, self.tokenizer, weights)
         if torch.isfinite(self.score_mean):
             model.config.score_mean, model.config.score_std = float(self.score_mean), float(self.score_std)

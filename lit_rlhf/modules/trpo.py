@@ -53,7 +53,7 @@ class TrustRegion:
         fisher_every: The Fisher matrix is averaged over the responses to every n-th prompt: 1 uses all prompts, 4 a
             quarter of them in a quarter of the time. The gradient, the line search and the bound use all prompts.
         backtracks: The maximum number of steps that the line search tries.
-        backtrack_ratio: The ratio of each step that the line search tries to the step before, in (0, 1).
+        backtrack_ratio: The ratio of each step in the line search to the step before it, in (0, 1).
 
     Raises:
         ValueError: if a number is out of range.
@@ -92,15 +92,16 @@ class TRPO(OnPolicy):
     step achieves both, the actor does not move. The critic learns as in `PolicyGradient`.
 
     Cost: g takes one forward and one backward pass over the responses of the iteration. A product F v takes a forward
-    pass, its backward pass, and the backward pass of both: together as long as 14 forward passes (measured on a Llama
-    of 5 layers with 180 tokens on a CPU). There are ``cg_iterations`` + 1 products, over 1 / ``fisher_every`` of the
-    responses. Each step of the line search takes 3 forward passes. With the defaults an iteration takes as long as
-    about 50 forward passes, while PPO's 4 epochs of the actor take as long as 14.
+    pass, its backward pass, and the backward pass of both; together these take as long as 14 forward passes (measured
+    on a Llama of 5 layers with 180 tokens on a CPU). There are ``cg_iterations`` + 1 products, over
+    1 / ``fisher_every`` of the responses. Each step of the line search takes 3 forward passes. With the defaults, the
+    actor's step takes as long as about 50 forward passes, while PPO's 4 epochs of the actor take as long as 14.
 
-    Memory: there is no optimizer state, but a frozen copy of the actor (the old policy) and 8 vectors of its size.
-    Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of each other model. The
-    products use PyTorch's plain attention, since the fused kernels cannot be differentiated twice; a micro-batch then
-    holds [heads, S, S] numbers for each row and layer. If that is too much, reduce ``update.max_tokens``.
+    Memory: the actor has no optimizer state, but needs a frozen copy of itself (the old policy) and 8 vectors of its
+    size. Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of each other
+    model. The products use PyTorch's plain attention, since the fused kernels cannot be differentiated twice; a
+    micro-batch then holds [heads, S, S] numbers for each row and layer. If that is too much, reduce
+    ``update.max_tokens``.
 
     Source: Schulman et al. 2015 (arXiv 1502.05477), section 6 and appendix C.
 
@@ -112,7 +113,7 @@ class TRPO(OnPolicy):
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
-        scores: How scores are normalised and clipped before they enter the reward.
+        scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.

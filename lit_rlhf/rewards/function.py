@@ -110,7 +110,7 @@ class RewardFunction(Reward):
 
 
 def _error_location(function: Callable[..., Any], error: Exception) -> str:
-    """Return file and line of the innermost frame that is in the function's file, or else of the innermost frame."""
+    """Return the file and line of the innermost frame in the function's file, or else of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     user_frames = [frame for frame in frames if frame.filename == inspect.getsourcefile(function)]
     frame = (user_frames or frames)[-1]
