@@ -172,6 +172,7 @@ def test_rewards(folder, capsys, rewards, patterns):
         ({"checkpoint__every": 3}, "every_n", [r"checkpoint\.every'", "keep_every_n"]),
         ({"model__itreations": 3}, "iterations", ["itreations", "PolicyGradient|model"]),
         ({"model__update__epoch": 3}, "epochs", [r"update\.epoch'", "minibatches"]),
+        ({"model__updat__epochs": 3}, "epochs", [r"updat\.epochs'", r"did you mean 'model\.update\.epochs'"]),
         ({"model__sampling__temprature": 1}, "temperature", [r"sampling\.temprature", "max_tokens"]),
         ({"model__advantages": "GAE", "model__advantages__lamm": 0.9}, "lam", ["lamm", "GAE|advantages", "gamma"]),
         ({"model__advantages__lamm": 0.9}, "lam", ["lamm", "GAE|advantages", "gamma"]),
