@@ -23,6 +23,7 @@ from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
+from lit_rlhf.models.precision import check_precision
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -108,7 +109,11 @@ class CLI(LightningCLI):
             folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled."""
+        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
+
+        Raises:
+            UserError: if the precision is not supported.
+        """
         options = self.config_init[self.subcommand].trainer
         if options.enable_progress_bar is False:
             defaults = self.trainer_defaults["callbacks"]
@@ -116,6 +121,8 @@ class CLI(LightningCLI):
         plugins = [plugin for plugin in _one_or_more(options.plugins) if plugin is not None]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AnyCheckpoint())
+        if options.precision is not None:
+            check_precision(options.precision)
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:

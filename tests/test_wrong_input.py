@@ -250,6 +250,9 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"model__scores__clip": -1}, ["scores|ScoreShaping", "clip", "positive", "-1"]),
         ({"model__iterations": 0}, [r"model\.iterations", "1 or more", "0"]),
         ({"checkpoint__every_n": 0}, ["checkpoint|Checkpoint", "every_n", "1 or more", "0"]),
+        ({"trainer__precision": "bf16-true"}, [r"trainer\.precision", "32-true or bf16-mixed", "'bf16-true'"]),
+        ({"trainer__precision": "16-mixed", "trainer__strategy": "fsdp2"}, [r"trainer\.precision", "'16-mixed'"]),
+        ({"trainer__precision": "transformer-engine"}, [r"trainer\.precision", "'transformer-engine'"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):

@@ -19,6 +19,7 @@ from lit_rlhf.compat import no_gradient_sync, strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
+from lit_rlhf.models.precision import check_precision
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.update import clip_gradients
@@ -72,6 +73,14 @@ class AlignmentModule(lightning.LightningModule):
     def is_configured(self) -> bool:
         """Whether the models are loaded, so that later calls of ``configure_model`` have nothing to do."""
         return hasattr(self, self.role)
+
+    def setup(self, stage: str) -> None:
+        """Check the precision before the models are loaded; Lightning calls this method in every run.
+
+        Raises:
+            UserError: if ``trainer.precision`` is not supported.
+        """
+        check_precision(self.trainer.precision)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.

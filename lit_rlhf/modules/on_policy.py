@@ -126,7 +126,8 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Discard the scores of the reference's responses from an earlier run; Lightning calls this in every run."""
+        """Check the precision, and discard the scores of the reference's responses from an earlier run."""
+        super().setup(stage)
         self.reference_scores.clear()
 
     @cached_property
