@@ -213,7 +213,7 @@ class OnPolicy(AlignmentModule):
 
     def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
         """Return the actor's outputs, from the engine if its log-probabilities and entropies suffice and are exact."""
-        rounded = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        rounded = self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
         exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounded
         if exact and other is None and self.actor.value_head is None:
             return ActorOutputs(rollout.rollout_logprobs, rollout.rollout_entropy)
