@@ -19,7 +19,7 @@ from lit_rlhf.compat import no_gradient_sync, strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
-from lit_rlhf.models.precision import check_precision
+from lit_rlhf.models.precision import check_precision, is_frozen, store_in_bfloat16
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.update import clip_gradients
@@ -211,12 +211,16 @@ class AlignmentModule(lightning.LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
     def shard(self, model: nn.Module) -> Any:
-        """Return a model sharded as the strategy requires, or unchanged if the strategy does not shard models.
+        """Return a model sharded as the strategy requires, or unsharded if the strategy does not shard models.
+
+        With ``bf16-mixed``, a frozen model's weights are stored in bfloat16 where this does not change its output.
 
         Raises:
             UserError: if a strategy that shards models is not supported, or is used with inference mode.
         """
         strategy = strategy_of(self)
+        if strategy is not None and strategy.precision_plugin.precision == "bf16-mixed" and is_frozen(model):
+            store_in_bfloat16(model, all_weights=isinstance(strategy, FSDP2 | FSDP))
         if isinstance(strategy, FSDP2 | FSDP):
             if self.trainer.validate_loop.inference_mode:  # tensors made in inference mode cannot be trained later
                 raise UserError("trainer.inference_mode must be false with a strategy that shards models, not true")
