@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +26,7 @@ from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
+from lit_rlhf.models.precision import check_precision
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -108,7 +112,14 @@ class CLI(LightningCLI):
             folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled."""
+        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
+
+        The default precision depends on the device. It is stored in the configuration, so that a run that is resumed on
+        another device keeps its precision.
+
+        Raises:
+            UserError: if the precision is not supported.
+        """
         options = self.config_init[self.subcommand].trainer
         if options.enable_progress_bar is False:
             defaults = self.trainer_defaults["callbacks"]
@@ -116,6 +127,15 @@ class CLI(LightningCLI):
         plugins = [plugin for plugin in _one_or_more(options.plugins) if plugin is not None]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AnyCheckpoint())
+        on_gpus = _uses_gpus(options.accelerator)
+        if on_gpus and torch.backends.cuda.matmul.fp32_precision == "none":  # not set by the user's own modules
+            torch.set_float32_matmul_precision("high")
+        if options.precision is None and not any(isinstance(plugin, Precision) for plugin in plugins):
+            half = on_gpus and torch.cuda.is_bf16_supported(including_emulation=False)
+            options.precision = "bf16-mixed" if half else "32-true"
+            self.config[self.subcommand].trainer.precision = options.precision
+        if options.precision is not None:
+            check_precision(options.precision)
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:
@@ -214,6 +234,12 @@ def move_aside(folder: Path) -> None:
         number += 1
     folder.rename(aside)
     print(f"{folder} contained an older run, which is now in {aside}")
+
+
+def _uses_gpus(accelerator: Any) -> bool:
+    """Return whether the Trainer will use CUDA GPUs, given the option ``trainer.accelerator``."""
+    chosen = accelerator in ("auto", "gpu", "cuda") or isinstance(accelerator, CUDAAccelerator)
+    return chosen and torch.cuda.is_available()
 
 
 def _one_or_more(value: Any) -> list[Any]:

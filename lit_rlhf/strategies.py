@@ -150,9 +150,8 @@ class FSDP(FSDPStrategy):
         super().setup_environment()
         for name in ("convert_input", "convert_module"):
             setattr(self.precision_plugin, name, lambda it: it)
-        if self.precision_plugin.precision in ("bf16-mixed", "16-mixed"):
-            half = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else torch.float16
-            context = partial(torch.autocast, self.root_device.type, dtype=half, cache_enabled=False)
+        if self.precision_plugin.precision == "bf16-mixed":
+            context = partial(torch.autocast, self.root_device.type, dtype=torch.bfloat16, cache_enabled=False)
             vars(self.precision_plugin)["forward_context"] = context  # takes precedence over the class's
 
     def shard(self, model: nn.Module) -> nn.Module:

@@ -172,6 +172,7 @@ def test_rewards(folder, capsys, rewards, patterns):
         ({"checkpoint__every": 3}, "every_n", [r"checkpoint\.every'", "keep_every_n"]),
         ({"model__itreations": 3}, "iterations", ["itreations", "PolicyGradient|model"]),
         ({"model__update__epoch": 3}, "epochs", [r"update\.epoch'", "minibatches"]),
+        ({"model__updat__epochs": 3}, "epochs", [r"updat\.epochs'", r"did you mean 'model\.update\.epochs'"]),
         ({"model__sampling__temprature": 1}, "temperature", [r"sampling\.temprature", "max_tokens"]),
         ({"model__advantages": "GAE", "model__advantages__lamm": 0.9}, "lam", ["lamm", "GAE|advantages", "gamma"]),
         ({"model__advantages__lamm": 0.9}, "lam", ["lamm", "GAE|advantages", "gamma"]),
@@ -249,6 +250,9 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"model__scores__clip": -1}, ["scores|ScoreShaping", "clip", "positive", "-1"]),
         ({"model__iterations": 0}, [r"model\.iterations", "1 or more", "0"]),
         ({"checkpoint__every_n": 0}, ["checkpoint|Checkpoint", "every_n", "1 or more", "0"]),
+        ({"trainer__precision": "bf16-true"}, [r"trainer\.precision", "32-true or bf16-mixed", "'bf16-true'"]),
+        ({"trainer__precision": "16-mixed", "trainer__strategy": "fsdp2"}, [r"trainer\.precision", "'16-mixed'"]),
+        ({"trainer__precision": "transformer-engine"}, [r"trainer\.precision", "'transformer-engine'"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):

@@ -19,6 +19,7 @@ from lit_rlhf.compat import no_gradient_sync, strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
+from lit_rlhf.models.precision import check_precision, is_frozen, store_in_bfloat16
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.metrics import Metrics
@@ -74,6 +75,14 @@ class AlignmentModule(lightning.LightningModule):
     def is_configured(self) -> bool:
         """Whether the models are loaded, so that later calls to ``configure_model`` have nothing to do."""
         return hasattr(self, self.role)
+
+    def setup(self, stage: str) -> None:
+        """Check the precision before the models are loaded; Lightning calls this method in every run.
+
+        Raises:
+            UserError: if ``trainer.precision`` is not supported.
+        """
+        check_precision(self.trainer.precision)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
@@ -227,12 +236,16 @@ class AlignmentModule(lightning.LightningModule):
         return model
 
     def shard(self, model: nn.Module) -> Any:
-        """Return a model sharded as the strategy requires, or unchanged if the strategy does not shard models.
+        """Return a model sharded as the strategy requires, or unsharded if the strategy does not shard models.
+
+        With ``bf16-mixed``, a frozen model's weights are stored in bfloat16 where this does not change its output.
 
         Raises:
             UserError: if a strategy that shards models is not supported, or is used with inference mode.
         """
         strategy = strategy_of(self)
+        if strategy is not None and strategy.precision_plugin.precision == "bf16-mixed" and is_frozen(model):
+            store_in_bfloat16(model, all_weights=isinstance(strategy, FSDP2 | FSDP))
         if isinstance(strategy, FSDP2 | FSDP):
             if self.trainer.validate_loop.inference_mode:  # tensors made in inference mode cannot be trained later
                 raise UserError("trainer.inference_mode must be false with a strategy that shards models, not true")

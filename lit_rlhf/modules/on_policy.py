@@ -126,7 +126,8 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Discard the scores of the reference's responses from an earlier run; Lightning calls this in every run."""
+        """Check the precision, and discard the scores of the reference's responses from an earlier run."""
+        super().setup(stage)
         self.reference_scores.clear()
 
     @cached_property
@@ -211,7 +212,7 @@ class OnPolicy(AlignmentModule):
 
     def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
         """Return the actor's outputs, from the engine if its log-probabilities and entropies suffice and are exact."""
-        rounded = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        rounded = self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
         exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounded
         if exact and other is None and self.actor.value_head is None:
             return ActorOutputs(rollout.rollout_logprobs, rollout.rollout_entropy)

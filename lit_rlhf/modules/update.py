@@ -1,7 +1,9 @@
 """The options of the update phase, and the checks around an optimizer step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ class Update:
             update, without a step. None for no limit.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or aggregation is not one of the three.
 
     >>> Update(epochs=1, minibatches=1).clip_grad_norm
     1.0
@@ -53,12 +55,18 @@ class Update:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "max_tokens"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"update.{name} must be 1 or more, not {getattr(self, name)}")
+        if self.aggregation not in get_args(Aggregation):
+            choices = ", ".join(get_args(Aggregation))
+            raise ValueError(f"update.aggregation must be one of {choices}, not {self.aggregation!r}")
         for name in ("value_clip", "clip_grad_norm", "target_kl"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"update.{name} must be positive or null, not {value}")
+        for name in ("value_coef", "entropy_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"update.{name} must be a finite number, not {getattr(self, name)}")
 
 
 def check_finite(**values: Tensor) -> None:
