@@ -8,7 +8,8 @@ one library.
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
     from torch import Tensor, nn
+    from torch.distributed.fsdp import FSDPModule
     from transformers import PretrainedConfig, PreTrainedModel
 
 # torch
@@ -72,6 +74,30 @@ def materialize(model: nn.Module, device: torch.device) -> None:
         model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swapped)
+
+
+@contextmanager
+def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterator[None]:
+    """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
+
+    Removes from ``_forward_pre_hooks`` and ``_forward_hooks`` what belongs to the object that ``_get_fsdp_state``
+    returns, and from the module itself the ``methods`` that ``register_fsdp_forward_method`` has set; puts everything
+    back in the same order.
+    """
+    state, part = module._get_fsdp_state(), vars(module)
+    hooks = [(entries, dict(entries)) for entries in (part["_forward_pre_hooks"], part["_forward_hooks"])]
+    wrapped = {name: part.pop(name) for name in methods if name in part}
+    for entries, before in hooks:
+        for number, hook in before.items():
+            if getattr(hook, "__self__", None) is state:
+                del entries[number]
+    try:
+        yield
+    finally:
+        for entries, before in hooks:
+            entries.clear()
+            entries.update(before)
+        part.update(wrapped)
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")

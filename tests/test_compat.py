@@ -26,7 +26,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import lit_rlhf
 from lit_rlhf import compat
@@ -95,6 +96,19 @@ def test_torch_multiplies_by_weights_in_blocks():
         x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
         found = compat.multiply_by_blocks(compat.block_weight(weight, 3), bias, x)
         torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_hooks_into_the_forward_passes_of_fsdp2(distributed_checkpoint):
+    with contract("torch", "FSDP2's hooks are methods of its state, and its forward methods are set on the module"):
+        module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+        register_fsdp_forward_method(module, "extra_repr")
+        before = [*module._forward_pre_hooks, *module._forward_hooks, *vars(module)]
+        assert "extra_repr" in before
+        with compat.without_forward_hooks(module, ["extra_repr", "another"]):
+            assert not module._forward_pre_hooks
+            assert not module._forward_hooks
+            assert "extra_repr" not in vars(module)
+        assert [*module._forward_pre_hooks, *module._forward_hooks, *vars(module)] == before
 
 
 def test_torch_reports_a_lost_gloo_peer(tmp_path):
