@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -50,6 +52,30 @@ def test_compiled_layers_give_the_same(make_module, fit):
         assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
     assert compiled[1].keys() == plain[1].keys()
     torch.testing.assert_close(compiled[1], plain[1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["compiled first", "recomputed first"])
+def test_recomputed_layers_are_compiled_too(make_module, fit, monkeypatch, order):
+    """Count the graphs of passes with gradient, which `checkpoint` would hide from the compiler."""
+
+    def graphs_of(*callbacks):
+        torch.compiler.reset()
+        with_gradient = []
+
+        def backend(graph, inputs):
+            with_gradient.append(torch.is_grad_enabled())
+            return graph.forward
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+            metrics, weights = run(make_module, fit, *callbacks)
+        return sum(with_gradient), metrics, weights
+
+    alone, metrics, weights = graphs_of(CompileLayers())
+    both, again, same = graphs_of(*[CompileLayers(), ActivationCheckpointing()][::order])
+    assert both == alone > 0
+    assert again == metrics
+    torch.testing.assert_close(same, weights, atol=0, rtol=0)
 
 
 def test_trpo_cannot_be_compiled(make_module, fit):
