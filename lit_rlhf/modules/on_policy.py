@@ -94,7 +94,7 @@ class OnPolicy(AlignmentModule):
         self._check()
 
     @property
-    def max_tokens(self) -> int:  # type: ignore[override]
+    def max_tokens(self) -> int:
         """The maximum number of tokens in a micro-batch, including padding, of the update and of judging."""
         return self.update.max_tokens
 
