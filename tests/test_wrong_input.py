@@ -249,6 +249,8 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"model__scores__clip": -1}, ["scores|ScoreShaping", "clip", "positive", "-1"]),
         ({"model__iterations": 0}, [r"model\.iterations", "1 or more", "0"]),
         ({"checkpoint__every_n": 0}, ["checkpoint|Checkpoint", "every_n", "1 or more", "0"]),
+        ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"model\.update\.clip_grad_norm"]),
+        ({"trainer__accumulate_grad_batches": 2}, [r"trainer\.accumulate_grad_batches", "micro-batches", "batch_size"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):

@@ -87,20 +87,12 @@ class OnPolicy(AlignmentModule):
         self.objective = objective
         self.bootstrap_truncated = bootstrap_truncated
         self.update = update
+        self.max_tokens = update.max_tokens
         self.value_grad_scale = value_grad_scale
         self.scores = Scores(rewards or [], scores)
         self.reference_scores: dict[int, Tensor] = {}  # of each held-out batch: the reference does not change in a run
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
         self._check()
-
-    @property
-    def max_tokens(self) -> int:
-        """The maximum number of tokens in a micro-batch, including padding, of the update and of judging."""
-        return self.update.max_tokens
-
-    @max_tokens.setter
-    def max_tokens(self, value: int) -> None:
-        self.update = replace(self.update, max_tokens=value)
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:

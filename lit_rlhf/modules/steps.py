@@ -1,4 +1,4 @@
-"""An optimizer step: the gradients of its micro-batches, the checks before the optimizers step, and memory."""
+"""What optimizer steps share: gradients of micro-batches, checks before the step, and what to do without memory."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: T
         for name, optimizer in optimizers.items()
     }
     norms = {name: gradient_norm(parameters[name], reduce) for name in optimizers}
-    check_finite(**losses, **{f"{name}_gradient_norm": norm.to(module.device) for name, norm in norms.items()})
+    checked = {f"{name}_gradient_norm" if len(norms) > 1 else "gradient_norm": norm for name, norm in norms.items()}
+    check_finite(**losses, **{name: norm.to(module.device) for name, norm in checked.items()})
     for name, optimizer in optimizers.items():
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters[name], max_norm, norms[name])
@@ -149,7 +150,7 @@ def _check_can_halve(module: AlignmentModule, longest: int, error: torch.OutOfMe
     if value <= longest:
         raise UserError(
             f"{option} is {value}: the update ran out of memory, and the longest row alone has {longest} tokens; use "
-            "ActivationCheckpointing, shorter texts, a smaller model, or more GPUs with the strategy fsdp2"
+            "the callback ActivationCheckpointing, shorter texts, or more GPUs with the strategy fsdp2"
         ) from error
     if not isinstance(module.trainer.strategy, SingleDeviceStrategy):
         raise UserError(f"{option} is {value}: the update ran out of memory; set it to {value // 2}") from error
