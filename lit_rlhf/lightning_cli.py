@@ -106,6 +106,7 @@ class CLI(LightningCLI):
 
         Only process 0 renames the folder; the Trainer knows the rank, however the processes were started.
         """
+        _check_gradient_options(self.trainer)
         folder = Path(self.trainer.default_root_dir)
         if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
             move_aside(folder)
@@ -219,6 +220,20 @@ def _check_checkpoint(path: str | None) -> None:
         return
     if not Path(path).exists():
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
+
+
+def _check_gradient_options(trainer: lightning.Trainer) -> None:
+    """Refuse options that Lightning applies only to modules that leave the optimizer step to the Trainer."""
+    if trainer.gradient_clip_val is not None:
+        raise UserError(
+            "trainer.gradient_clip_val must be null: gradients are clipped by model.update.clip_grad_norm or, "
+            "in SFT, DPO and RewardModeling, by model.clip_grad_norm"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches must be 1: every batch is cut into micro-batches already; "
+            "a larger data.batch_size takes no more memory in the update"
+        )
 
 
 def move_aside(folder: Path) -> None:

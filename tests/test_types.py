@@ -45,7 +45,8 @@ def rows_of(experience):
 
 
 def minibatches(experience, count, max_tokens, seed=0):
-    return list(batching.minibatches(experience, count, max_tokens, torch.Generator().manual_seed(seed)))
+    cut = batching.minibatches(experience, count, torch.Generator().manual_seed(seed))
+    return [batching.micro_batches(minibatch, max_tokens) for minibatch in cut]
 
 
 def test_positions_of_a_rollout():

@@ -253,6 +253,8 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"trainer__precision": "bf16-true"}, [r"trainer\.precision", "32-true or bf16-mixed", "'bf16-true'"]),
         ({"trainer__precision": "16-mixed", "trainer__strategy": "fsdp2"}, [r"trainer\.precision", "'16-mixed'"]),
         ({"trainer__precision": "transformer-engine"}, [r"trainer\.precision", "'transformer-engine'"]),
+        ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"model\.update\.clip_grad_norm"]),
+        ({"trainer__accumulate_grad_batches": 2}, [r"trainer\.accumulate_grad_batches", "micro-batches", "batch_size"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):

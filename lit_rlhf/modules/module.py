@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from lit_rlhf.compat import no_gradient_sync, strategy_of
+from lit_rlhf.compat import strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
@@ -23,7 +23,6 @@ from lit_rlhf.models.precision import check_precision, is_frozen, store_in_bfloa
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -49,7 +48,11 @@ class AlignmentModule(lightning.LightningModule):
     batch_type: ClassVar[type]
     """The type of the batches that the module accepts."""
 
+    max_tokens_option: ClassVar[str] = "model.max_tokens"
+    """The name of the option that sets ``max_tokens``."""
+
     actor: Actor
+    max_tokens: int  # the maximum number of tokens in a micro-batch, including padding; halved if memory runs out
     iteration: Tensor  # [] int64, saved in the checkpoint
 
     def __init__(self, source: ModelSource, iterations: int | None, optimizers: OptimizerFactories) -> None:
@@ -261,20 +264,6 @@ class AlignmentModule(lightning.LightningModule):
     def on_rank(self) -> tuple[int, int]:
         """Return the rank of this process and the number of processes."""
         return self.trainer.global_rank, self.trainer.world_size
-
-    def synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Return a context for the backward pass of a micro-batch; ``last`` marks the last micro-batch of a step.
-
-        In this context DDP averages gradients over the ranks only if ``last`` is True; strategies that shard models
-        always do.
-        """
-        return nullcontext() if last else no_gradient_sync(self.trainer.strategy)
-
-    def clip(self, optimizer: Any, max_norm: float | None) -> Tensor:
-        """Clip the norm of an optimizer's gradients, taken over all ranks, and return the norm before clipping, []."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        plain_shards = isinstance(self.trainer.strategy, FSDP)
-        return clip_gradients(parameters, max_norm, self.sum_over_ranks if plain_shards else None)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all processes of ``x``, which has the same shape on each; ``x`` may be overwritten."""
