@@ -28,7 +28,7 @@ INITIAL_COLUMNS = 64
 MIN_FREE_FRACTION = 0.125
 """The fraction of rows that must be free for waiting prompts to join, so that a forward pass prefills several."""
 MIN_USED_FRACTION = 0.25
-"""The fraction of rows that must be in use for steps of fixed shape, which compute all rows, to keep their shape."""
+"""The fraction of rows in use at which the cache drops free rows if decoding steps compute all rows."""
 PREFILL_TOKENS = 8192
 """The maximum number of tokens in a forward pass over prompts, including padding; a longer prompt is computed alone."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -272,7 +272,7 @@ class _Decoding:
         mask = self.mask[: cache.used, cache.start : cache.end]
         rows = cache.rows
         if self.next_prompt == len(self.prompt_lengths):
-            rows = max(2, cache.used)  # for 1 row, torch.compile would compile the step again
+            rows = min(rows, max(2, cache.used))  # for 1 row, torch.compile would compile the step again
         columns = self._columns(max(2 * width, self.longest_prompt + INITIAL_COLUMNS))
         cache.resize(rows, columns, end=max(width, self.longest_prompt))
         self.mask = torch.zeros(rows, cache.columns, dtype=torch.bool, device=mask.device)

@@ -80,7 +80,7 @@ def test_fsdp2_does_nothing_in_forward_passes_with_gathered_weights(sharded):
 
     before = fsdp_events(compute)
     assert before > 0
-    with unsharded(sharded), unsharded(sharded.model, None):
+    with unsharded(sharded, None, sharded):
         assert fsdp_events(compute) == 0
     assert fsdp_events(compute) == before
     assert calls == [layer] * 6
