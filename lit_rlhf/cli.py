@@ -19,6 +19,7 @@ Align language models with human preferences by reinforcement learning.
 commands:
   quickstart   SFT, a reward model and PPO from scratch, on a small corpus that is included
   fit          train: lit-rlhf fit --config configs/ppo.yaml
+  plan         say what fit will need: memory, FLOPs, seconds; lit-rlhf plan --config configs/ppo.yaml --gpu h100
   validate     score held-out prompts
   test         score test prompts
   predict      write responses as JSONL
@@ -51,6 +52,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from lit_rlhf import export
 
             export.main(words[1:])
+        elif words[0] == "plan":
+            from lit_rlhf import plan_cli
+
+            plan_cli.main(words[1:])
         else:
             from lit_rlhf import lightning_cli
 

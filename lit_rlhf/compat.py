@@ -7,8 +7,9 @@ one library.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,39 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
             entries.clear()
             entries.update(before)
         part.update(wrapped)
+
+
+def tensors_without_memory() -> AbstractContextManager[Any]:
+    """Return a context in which operations compute the shapes and data types of their results, but no values.
+
+    Uses ``FakeTensorMode``. The public meta device would not do: it has no autocast, and no attention kernels but the
+    one that stores the scores of all pairs of tokens. The mode's logger is silenced: it reports errors that are raised
+    as well.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def watch_results(seen: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
+    """Return a context in which a function is called with every tensor that an operation returns.
+
+    Uses ``TorchDispatchMode``, which also sees the operations of the backward pass.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = func(*args, **(kwargs or {}))
+            for result in tree_leaves(results):
+                if isinstance(result, torch.Tensor):
+                    seen(result)
+            return results
+
+    return Watch()
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")

@@ -20,7 +20,15 @@ from transformers.utils import logging as transformers_logging
 
 import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolve)
 from lit_rlhf import compat
-from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint, MetricsFile, Predictions, ProgressBar, Samples
+from lit_rlhf.callbacks import (
+    ExportAtEnd,
+    IterationCheckpoint,
+    MetricsFile,
+    Predictions,
+    PrintPlan,
+    ProgressBar,
+    Samples,
+)
 from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
@@ -87,9 +95,10 @@ class CLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callbacks `IterationCheckpoint` and `Samples`, which every run uses, with their options."""
+        """Add the callbacks that every run uses, with their options."""
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(PrintPlan, "plan")
 
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists."""
@@ -149,12 +158,14 @@ class CLI(LightningCLI):
             raise UserError(explain(str(error))) from error
 
 
-def run(args: Sequence[str] | None = None) -> None:
+def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "lit-rlhf") -> None:
     """Run a subcommand of LightningCLI.
 
     Args:
         args: The subcommand and its options; None to read the command line. Use None under DDP, whose child processes
             always read the command line.
+        cli: The class that parses the arguments and does the work.
+        prog: The command, for messages.
 
     Raises:
         UserError: if a configuration file is missing or is not a YAML mapping, a class refuses a value, or another
@@ -168,7 +179,7 @@ def run(args: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     _quieten()
     with exit_with_peers():
-        CLI(
+        cli(
             lightning.LightningModule,
             lightning.LightningDataModule,
             subclass_mode_model=True,
@@ -181,7 +192,7 @@ def run(args: Sequence[str] | None = None) -> None:
             },
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lit-rlhf"},
+            parser_kwargs={"prog": prog},
             args=None if args is None else list(args),
         )
 

@@ -1,0 +1,146 @@
+"""A plan: whether a run fits its devices, and the change that helps most if it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lit_rlhf.planning.dry_run import Outputs
+from lit_rlhf.planning.hardware import GB
+from lit_rlhf.planning.memory import PROCESSES_ON_A_HOST, Phase, cache_size, host_bytes, phases
+from lit_rlhf.planning.setting import Setting
+from lit_rlhf.planning.speed import Work, iteration_tokens, work
+
+RESERVED = 2 * GB
+"""The bytes of a device that are left to CUDA, to its libraries and to gaps between tensors; on a CPU, to Python."""
+MORE_PROCESSES = (2, 4, 8, 16, 32, 64)
+"""The numbers of GPUs that are tried if a run does not fit."""
+
+
+class Change(NamedTuple):
+    """A change of the configuration, as an option or in words."""
+
+    text: str
+    bytes: float  # of a process at the peak, after the change
+    suffices: bool  # whether the run then fits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The memory, the work and the time of a run.
+
+    Args:
+        setting: The run, with the changes that ``fit`` makes by itself.
+        phases: What a process holds in each phase.
+        host: The bytes that the models need in the memory of a host.
+        tokens: The tokens of an iteration, over all processes.
+        work: The FLOPs and seconds of each phase.
+        checkpointing_added: Whether the run fits only because ``fit`` turns on `ActivationCheckpointing`.
+        advice: The change that helps most; None if the run fits.
+    """
+
+    setting: Setting
+    phases: tuple[Phase, ...]
+    host: float
+    tokens: int
+    work: tuple[Work, ...]
+    checkpointing_added: bool
+    advice: Change | None
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs the most memory."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all phases fit."""
+        return self.advice is None
+
+
+def make_plan(setting: Setting, may_checkpoint: bool = True) -> Plan:
+    """Plan a run.
+
+    Args:
+        setting: The run.
+        may_checkpoint: Whether `ActivationCheckpointing` may be turned on where the update needs it, as in ``fit``.
+    """
+    added = may_checkpoint and needs_checkpointing(setting)
+    if added:
+        setting = replace(setting, recompute=True)
+    return Plan(
+        setting=setting,
+        phases=phases(setting),
+        host=host_bytes(setting),
+        tokens=iteration_tokens(setting),
+        work=work(setting),
+        checkpointing_added=added,
+        advice=None if peak_bytes(setting) <= available(setting) else best_change(setting),
+    )
+
+
+def needs_checkpointing(setting: Setting) -> bool:
+    """Return whether the update on a GPU fits only with `ActivationCheckpointing`, or comes closer to it."""
+    if setting.device.is_cpu or setting.recompute:
+        return False
+    return phases(setting)[-1].bytes > available(setting)
+
+
+def available(setting: Setting) -> float:
+    """Return the bytes of a process's device that are left to tensors; processes on a CPU share its memory."""
+    sharing = min(setting.processes, PROCESSES_ON_A_HOST) if setting.device.is_cpu else 1
+    return setting.device.memory / sharing - RESERVED
+
+
+def peak_bytes(setting: Setting) -> float:
+    """Return the bytes of a process at the peak."""
+    return max(phase.bytes for phase in phases(setting))
+
+
+def best_change(setting: Setting) -> Change:
+    """Return the first change with which the run fits, or else the one with the lowest peak.
+
+    Changes are tried in the order of what they cost: time, quality, and further GPUs.
+    """
+    tried = []
+    for text, changed in _changes(setting):
+        peak = peak_bytes(changed)
+        if peak <= available(changed):
+            return Change(text, peak, suffices=True)
+        tried.append(Change(text, peak, suffices=False))
+    return min(tried, key=lambda change: change.bytes)
+
+
+def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    if not setting.half:
+        yield "--trainer.precision bf16-mixed", replace(setting, half=True)
+    if not setting.recompute:
+        yield "--trainer.callbacks+=ActivationCheckpointing", replace(setting, recompute=True)
+    for tokens in _halved(setting.max_tokens, setting.length * setting.together):
+        yield f"--{setting.max_tokens_option} {tokens}", replace(setting, max_tokens=tokens)
+    if (generation := setting.generation) is not None:
+        rows, columns = cache_size(setting)
+        for tokens in _halved(rows * columns, columns * generation.sampling.responses):
+            limited = replace(generation, cache_tokens=tokens)
+            yield f"--model.engine.cache_tokens {tokens}", replace(setting, generation=limited)
+    if setting.processes > 1 and not setting.sharded:
+        yield "--trainer.strategy fsdp2", replace(setting, spread="fsdp2")
+    if any(role.name == "critic" for role in setting.roles):
+        yield "--model.critic shared", _with_shared_critic(setting)
+    for processes in MORE_PROCESSES:
+        if processes > setting.processes and not setting.device.is_cpu:
+            more = replace(setting, processes=processes, spread="fsdp2")
+            yield f"{processes} GPUs and --trainer.strategy fsdp2", more
+
+
+def _halved(number: int, least: int) -> Iterator[int]:
+    while number // 2 >= least:
+        number //= 2
+        yield number
+
+
+def _with_shared_critic(setting: Setting) -> Setting:
+    roles = [role for role in setting.roles if role.name != "critic"]
+    actor = replace(setting.role("actor"), outputs=Outputs(logprobs=True, values=True))
+    return replace(setting, roles=(actor, *[role for role in roles if role.name != "actor"]))
