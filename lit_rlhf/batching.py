@@ -135,16 +135,15 @@ def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[Pr
 
 
 def demonstration_micro_batches(batch: DemonstrationBatch, max_tokens: int) -> list[DemonstrationBatch]:
-    """Cut a batch into micro-batches of rows of similar length, or leave it whole if it is small enough.
+    """Cut a batch into micro-batches of rows of similar length; in each, the rows have the order of the batch.
 
     Args:
         batch: The rows.
-        max_tokens: The largest number of padded tokens of a micro-batch (a longer row becomes a micro-batch by itself).
+        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
+            micro-batch by itself.
     """
     groups = pack(batch.lengths.cpu(), max_tokens)
-    if len(groups) == 1:
-        return [batch]
-    return [batch.select(group.to(batch.tokens.device)) for group in groups]
+    return [batch.select(group.sort().values.to(batch.tokens.device)) for group in groups]
 
 
 def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout], Outputs]) -> Outputs:

@@ -46,8 +46,8 @@ def add_gradients(
 ) -> Tensor:
     """Add the gradients of the micro-batches of a step, and return the sum of their losses, [], without gradient.
 
-    All ranks join in each collective of a sharded model, so that they must do equally many passes: a rank with fewer
-    micro-batches repeats its last one, with a loss of 0.
+    All ranks join in each collective of a sharded model, so they must all do the same number of passes: a rank with
+    fewer micro-batches repeats its last one, with a loss of 0.
 
     Args:
         module: The module that trains.
@@ -103,7 +103,8 @@ def drop_gradients(module: AlignmentModule) -> None:
     """Free the memory of the gradients, so that decoding and judging can use it.
 
     With ``gradient_as_bucket_view``, the gradients are parts of the buffers that DDP sends, which exist during the
-    whole run. They are set to 0 in this case, because new gradients would need memory besides the buffers.
+    whole run. They are set to 0 in this case, because new gradients would need memory besides the buffers. FSDP1 keeps
+    its shards of the gradients until the next forward pass with gradient.
     """
     model = module.trainer.model
     in_buffers = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view

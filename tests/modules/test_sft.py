@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lit_rlhf.callbacks import IterationCheckpoint
 from lit_rlhf.data import Demonstrations
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import RandomWeights, load_model
@@ -13,7 +14,7 @@ from lit_rlhf.testing import Recorder
 
 @pytest.fixture
 def fit_sft(tiny_model, make_trainer, tmp_path):
-    def run(*, lr=1e-2, iterations=None, **options):
+    def run(*, lr=1e-2, iterations=None, callbacks=(), ckpt_path=None, **options):
         file = tmp_path / "texts.jsonl"
         rows = [(f"w{i % 4} w5", " w7 w8 w9") for i in range(24)]
         file.write_text("\n".join(f'{{"prompt": "{p}", "response": "{r}"}}' for p, r in rows))
@@ -21,8 +22,8 @@ def fit_sft(tiny_model, make_trainer, tmp_path):
         optimizer = {"optimizer": lambda p: torch.optim.AdamW(p, lr=lr)}
         module = SFT(str(tiny_model("llama")), iterations=iterations, **optimizer | options)
         recorder = Recorder()
-        trainer = make_trainer([recorder], max_epochs=2)
-        trainer.fit(module, datamodule=data)
+        trainer = make_trainer([recorder, *callbacks], max_epochs=2)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return trainer, module, recorder
 
     return run
@@ -62,6 +63,18 @@ def test_the_scheduler_steps_after_every_batch(fit_sft):
         iterations=4, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step)
     )
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(fit_sft, tmp_path):
+    options = {"scheduler": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step), "max_tokens": 24}
+    _, _, whole = fit_sft(iterations=7, **options)
+    fit_sft(iterations=4, callbacks=[IterationCheckpoint(every_n=4)], **options)
+    (path,) = tmp_path.rglob("last.ckpt")
+    trainer, _, rest = fit_sft(iterations=7, ckpt_path=str(path), **options)
+    assert trainer.global_step == 7
+    for name in ("train/loss", "train/grad_norm", "progress/iteration"):
+        assert [m[name] for m in rest.metrics] == [m[name] for m in whole.metrics[4:]]
+    assert all(torch.equal(rest.weights[name], weight) for name, weight in whole.weights.items())
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens_not_batches(fit_sft, tmp_path):
