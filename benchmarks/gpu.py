@@ -32,6 +32,8 @@ from rich.table import Table
 
 NUMBERS, REASON = "numbers.jsonl", "reason.txt"
 """The files in which the process of a check leaves its numbers, and the reason for which it failed."""
+SECONDS_ON_CPU = 300
+"""The limit of each check on a CPU, whose speed and other work are not known."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -42,7 +44,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Check:
-    """A check: its name, the function that yields its numbers, and the largest number of seconds that it may take."""
+    """A check: its name, the function that yields its numbers, and the number of seconds that it may take on a GPU."""
 
     name: str
     run: Callable[[Setting], Iterator[Number]]
@@ -146,7 +148,8 @@ def run_all(setting: Setting, chosen: Sequence[Check], seconds: float, path: Pat
     for check in chosen:
         left = seconds - (time.perf_counter() - began)
         if left > 0:
-            results.append(measure(check.name, setting, min(check.seconds, left)))
+            limit = check.seconds if setting.device == "cuda" else SECONDS_ON_CPU
+            results.append(measure(check.name, setting, min(limit, left)))
         else:
             results.append(Result(check.name, error="not run: the time is used up"))
         last = results[-1]
