@@ -195,8 +195,9 @@ def update(
     layers = [*([ActivationCheckpointing()] if recomputed else []), *([CompileLayers()] if compiled else [])]
     folder = setting.folder / f"update-{size}-{compiled}-{recomputed}-{strategy}"
     options: dict[str, Any] = {"strategy": strategy, "precision": "bf16-mixed", "default_root_dir": folder}
-    data = Prompts(train=write_prompts(setting, 3 * batch, prompt, prompt), batch_size=batch)
-    trainer(setting, callbacks=[MetricsFile(), *layers], **options).fit(module, datamodule=data)
+    data = Prompts(train=write_prompts(setting, 3 * batch, prompt, prompt), batch_size=batch, max_tokens=prompt)
+    made = trainer(setting, callbacks=[MetricsFile(), *layers], **options)
+    made.fit(module, datamodule=data)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     rows = _metrics(folder)
@@ -207,7 +208,7 @@ def update(
     for name, value in seconds.items():
         yield Number(f"time of {name}", setting.on_gpu(value), unit="s")
     yield Number("update: MFU, of the measured rate", setting.on_gpu(share), 1, 0.2)
-    predicted = predicted_peak(size, compiled=compiled, recomputed=recomputed, strategy=strategy)
+    predicted = predicted_peak(made, module)
     bounds = (None, None) if predicted is None else (1.1 * predicted, 0.8 * predicted)
     yield Number("peak memory", setting.on_gpu(rows[-1]["perf/peak_memory_gib"]), *bounds, unit="GiB")
 
@@ -220,6 +221,6 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------------------------------- the plan's prediction
 
 
-def predicted_peak(size: str, *, compiled: bool, recomputed: bool, strategy: str) -> float | None:
-    """Return the peak memory, in GiB, that a plan predicts for `update`; None while nothing predicts it."""
+def predicted_peak(made: lightning.Trainer, module: PolicyGradient) -> float | None:
+    """Return the peak memory, in GiB, that a plan predicts for a run that has ended; None while nothing predicts it."""
     return None
