@@ -53,11 +53,12 @@ def gb(plan):
 
 
 def test_half_a_billion_on_one_gpu(ppo):
-    """494,032,768 parameters: actor and critic in float32 with gradients and Adam; linear layers of the others halved."""
+    """494,032,768 parameters: actor and critic in float32 with gradients and Adam, the others with halved products."""
     plan = make_plan(ppo(QWEN_05B))
     parameters, embedding = 494_032_768, 151936 * 896
     resident = 2 * 16 * parameters + 2 * (2 * (parameters - embedding) + 4 * embedding)
-    assert plan.fits and not plan.checkpointing_added
+    assert plan.fits
+    assert not plan.checkpointing_added
     assert [role.parameters for role in plan.setting.roles] == pytest.approx([parameters] * 4, abs=897)
     update = plan.phases[-1]
     assert sum(part.bytes for part in update.parts[:3]) == pytest.approx(resident, rel=1e-3)
@@ -66,7 +67,8 @@ def test_half_a_billion_on_one_gpu(ppo):
 
 def test_one_and_a_half_billion_fit_one_gpu_with_checkpointing(ppo):
     plan = make_plan(ppo(QWEN_15B))
-    assert plan.fits and plan.checkpointing_added
+    assert plan.fits
+    assert plan.checkpointing_added
     assert gb(plan)["update"] == pytest.approx(62, abs=3)
     assert "which fit turns on" in summary(plan)[1]
     refused = make_plan(ppo(QWEN_15B), may_checkpoint=False)
@@ -77,7 +79,8 @@ def test_one_and_a_half_billion_fit_one_gpu_with_checkpointing(ppo):
 
 def test_eight_billion_fit_eight_gpus(ppo):
     plan = make_plan(ppo(LLAMA_8B, processes=8, strategy="fsdp2"))
-    assert plan.fits and plan.checkpointing_added
+    assert plan.fits
+    assert plan.checkpointing_added
     # bytes of each parameter and GPU: 16 of the trained and 2 of the frozen models, a whole actor of 2 to decode
     actor, critic = 8_030_261_248, 8_030_261_248 - 128256 * 4096
     parts = {part.name: part.bytes for part in plan.phases[1].parts}
@@ -152,7 +155,8 @@ def test_flops(ppo):
     role = ppo(LLAMA_8B).roles[0]
     head = 128256 * 4096
     trunk = 8_030_261_248 - 2 * head - (2 * 32 + 1) * 4096  # without embedding, head and norms
-    assert role.multiplied == trunk and role.head == head
+    assert role.multiplied == trunk
+    assert role.head == head
     one = forward_flops(role, rows=1, length=10, scored=4)
     assert one == 10 * 2 * trunk + 32 * 2 * 4096 * 10**2 + 4 * 2 * head
     assert training_flops(role, 1, 10, 0, recompute=False) == 3 * forward_flops(role, 1, 10, 0)
