@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import lightning
     import torch
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.distributed.fsdp import FSDPModule
     from transformers import PretrainedConfig, PreTrainedModel
 
 # torch
@@ -51,13 +52,53 @@ def block_weight(weight: Tensor, rows: int) -> Tensor:
 
 
 def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b as [..., O], for ``x`` [..., I] and a weight W that `block_weight` returned.
+    """Return x Wᵀ + b as [..., O], for ``x`` [..., I], a weight W from `block_weight`, and b [O] or None for 0.
 
     Uses the operator ``mkldnn::_linear_pointwise`` without a pointwise function.
     """
     import torch
 
     return torch.ops.mkldnn._linear_pointwise.default(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give the tensors of a model that are on the meta device memory on another device, and move the others there.
+
+    Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also forget the
+    values of the tensors that are not on the meta device. Parameters are swapped, so that tied ones stay tied.
+    """
+    import torch
+
+    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapped)
+
+
+@contextmanager
+def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterator[None]:
+    """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
+
+    Removes from ``_forward_pre_hooks`` and ``_forward_hooks`` what belongs to the object that ``_get_fsdp_state``
+    returns, and from the module itself the ``methods`` that ``register_fsdp_forward_method`` has set; puts everything
+    back in the same order.
+    """
+    state, part = module._get_fsdp_state(), vars(module)
+    hooks = [(entries, dict(entries)) for entries in (part["_forward_pre_hooks"], part["_forward_hooks"])]
+    wrapped = {name: part.pop(name) for name in methods if name in part}
+    for entries, before in hooks:
+        for number, hook in before.items():
+            if getattr(hook, "__self__", None) is state:
+                del entries[number]
+    try:
+        yield
+    finally:
+        for entries, before in hooks:
+            entries.clear()
+            entries.update(before)
+        part.update(wrapped)
 
 
 def tensors_without_memory() -> AbstractContextManager[Any]:
@@ -187,7 +228,7 @@ REFUSED_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 """A class whose options are refused; a message may name several such classes, the innermost last."""
 
 REFUSED_CALLABLE = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
-"""An optimizer or a schedule whose options are refused; the annotation of such an option is a callable."""
+"""An optimizer or a schedule whose options are refused; the option that takes it is annotated as a callable."""
 
 UNKNOWN_OPTION = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),

@@ -51,14 +51,15 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
         checkpoint: ``last``, ``best``, or a path.
         out: The folder to write; None for ``export`` in the run's folder, or ``export_ROLE`` for a model that the run
             trained besides its main one.
-        role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modeling,
+        role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modelling,
             the actor for all other runs.
 
     Returns:
         The folder that was written.
 
     Raises:
-        UserError: if the run or the checkpoint does not exist, or the checkpoint is incomplete or lacks the model.
+        UserError: if the run or the checkpoint does not exist, the checkpoint is incomplete or lacks the model, or the
+            tokenizer or the model that the run started from cannot be loaded.
 
     >>> export(Path("runs/ppo"), role="critic")
     Traceback (most recent call last):
@@ -189,7 +190,7 @@ def main(args: Sequence[str]) -> None:
         "--role",
         choices=get_args(Role),
         default=None,
-        help="the model to export (default: reward for reward modeling, actor for other runs)",
+        help="the model to export (default: reward for reward modelling, actor for other runs)",
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="the folder to write (default: RUN/export or RUN/export_ROLE)"

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +34,7 @@ from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
+from lit_rlhf.models.precision import check_precision
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -97,7 +101,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(PrintPlan, "plan")
 
     def before_instantiate_classes(self) -> None:
-        """Place W&B's files in the run's folder, and check that the checkpoint to resume from exists."""
+        """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists."""
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):
@@ -111,13 +115,21 @@ class CLI(LightningCLI):
 
         Only process 0 renames the folder; the Trainer knows the rank, however the processes were started.
         """
+        _check_gradient_options(self.trainer)
         folder = Path(self.trainer.default_root_dir)
         if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
             move_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled."""
+        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
+
+        The default precision depends on the device. It is stored in the configuration, so that a run that is resumed on
+        another device keeps its precision.
+
+        Raises:
+            UserError: if the precision is not supported.
+        """
         options = self.config_init[self.subcommand].trainer
         if options.enable_progress_bar is False:
             defaults = self.trainer_defaults["callbacks"]
@@ -125,6 +137,15 @@ class CLI(LightningCLI):
         plugins = [plugin for plugin in _one_or_more(options.plugins) if plugin is not None]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AnyCheckpoint())
+        on_gpus = _uses_gpus(options.accelerator)
+        if on_gpus and torch.backends.cuda.matmul.fp32_precision == "none":  # not set by the user's own modules
+            torch.set_float32_matmul_precision("high")
+        if options.precision is None and not any(isinstance(plugin, Precision) for plugin in plugins):
+            half = on_gpus and torch.cuda.is_bf16_supported(including_emulation=False)
+            options.precision = "bf16-mixed" if half else "32-true"
+            self.config[self.subcommand].trainer.precision = options.precision
+        if options.precision is not None:
+            check_precision(options.precision)
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:
@@ -147,7 +168,9 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
         prog: The command, for messages.
 
     Raises:
-        UserError: if a configuration file or a value is wrong, or another process of the run has ended.
+        UserError: if a configuration file is missing or is not a YAML mapping, a class refuses a value, or another
+            process of the run has ended.
+        SystemExit: if an option does not exist, or a value has the wrong type.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, "")  # so that class_path finds my_module.MyReward in the current folder
@@ -210,6 +233,20 @@ def _check_checkpoint(path: str | None) -> None:
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
 
 
+def _check_gradient_options(trainer: lightning.Trainer) -> None:
+    """Refuse options that Lightning applies only to modules that leave the optimizer step to the Trainer."""
+    if trainer.gradient_clip_val is not None:
+        raise UserError(
+            "trainer.gradient_clip_val must be null: gradients are clipped by model.update.clip_grad_norm or, "
+            "in SFT, DPO and RewardModeling, by model.clip_grad_norm"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches must be 1: every batch is cut into micro-batches already; "
+            "a larger data.batch_size takes no more memory in the update"
+        )
+
+
 def move_aside(folder: Path) -> None:
     """Rename a folder that contains an older run to the first free name among ``NAME.1``, ``NAME.2``, ….
 
@@ -223,6 +260,12 @@ def move_aside(folder: Path) -> None:
         number += 1
     folder.rename(aside)
     print(f"{folder} contained an older run, which is now in {aside}")
+
+
+def _uses_gpus(accelerator: Any) -> bool:
+    """Return whether the Trainer will use CUDA GPUs, given the option ``trainer.accelerator``."""
+    chosen = accelerator in ("auto", "gpu", "cuda") or isinstance(accelerator, CUDAAccelerator)
+    return chosen and torch.cuda.is_available()
 
 
 def _one_or_more(value: Any) -> list[Any]:

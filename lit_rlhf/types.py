@@ -52,9 +52,24 @@ class DemonstrationBatch:
     mask: Tensor  # [B, S] bool, the tokens whose prediction is trained
     positions: Tensor | None  # [B, S] int64, 0, 1, … within each text of a row; None if each row is one text
 
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens in each row up to the last one that is trained, [B] int64, and at least 1."""
+        index = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
+        return torch.where(self.mask, index, 1).amax(1)
+
     def to(self, device: torch.device) -> "DemonstrationBatch":
         """Return the batch with its tensors on ``device``; Lightning calls this method."""
         return _to(self, device)
+
+    def select(self, rows: Tensor) -> "DemonstrationBatch":
+        """Return the rows with the given indices, cut after the last token that is trained in any of them."""
+        width = int(self.lengths[rows].max())
+        return DemonstrationBatch(
+            tokens=self.tokens[rows, :width],
+            mask=self.mask[rows, :width],
+            positions=None if self.positions is None else self.positions[rows, :width],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +99,7 @@ class PreferenceBatch:
         return torch.where(self.mask, x[self.ranking], 0.0)
 
     def select(self, rankings: Tensor) -> "PreferenceBatch":
-        """Return a batch of the rankings with the given indices, cut to their longest sequence and longest ranking."""
+        """Return the rankings at the given indices, [b] int64, cut to their longest sequence and longest ranking."""
         mask = self.mask[rankings]
         mask = mask[:, : int(mask.sum(1).max())]
         rows = self.ranking[rankings][:, : mask.shape[1]][mask]
@@ -159,7 +174,7 @@ class Rollout:
         return x.gather(1, self.lengths[:, None] - 1).squeeze(1)
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Return the rows with the given indices, cut to their longest sequence and longest response."""
+        """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""
         selected = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
         width, time = int(selected.lengths.max()), int(selected.response_lengths.max())
         return replace(
@@ -256,7 +271,7 @@ class Experience:
     reward_scale: Tensor  # [B, T], the factor by which whitening scaled the rewards in the advantages; 1 if off
 
     def select(self, rows: Tensor) -> "Experience":
-        """Return the rows with the given indices, cut to their longest sequence and longest response."""
+        """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""
         rollout = self.rollout.select(rows)
         time = rollout.response_mask.shape[1]
         others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollout"}

@@ -27,7 +27,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import lit_rlhf
 from lit_rlhf import compat
@@ -117,6 +118,19 @@ def test_torch_computes_shapes_without_memory():
         assert died == [True]
 
 
+def test_torch_hooks_into_the_forward_passes_of_fsdp2(distributed_checkpoint):
+    with contract("torch", "FSDP2's hooks are methods of its state, and its forward methods are set on the module"):
+        module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+        register_fsdp_forward_method(module, "extra_repr")
+        before = [*module._forward_pre_hooks, *module._forward_hooks, *vars(module)]
+        assert "extra_repr" in before
+        with compat.without_forward_hooks(module, ["extra_repr", "another"]):
+            assert not module._forward_pre_hooks
+            assert not module._forward_hooks
+            assert "extra_repr" not in vars(module)
+        assert [*module._forward_pre_hooks, *module._forward_hooks, *vars(module)] == before
+
+
 def test_torch_reports_a_lost_gloo_peer(tmp_path):
     program = """if True:
         import os, sys, time, torch
@@ -147,6 +161,17 @@ def test_torch_reports_a_lost_gloo_peer(tmp_path):
 def test_the_system_reports_a_connection_reset():
     with contract("gloo", "it passes on the system's message of ECONNRESET"):
         assert os.strerror(errno.ECONNRESET) in compat.LOST_PEER
+
+
+def test_torch_gives_meta_tensors_memory_and_keeps_ties():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta"), torch.nn.Linear(2, 2, device="meta"))
+    model[1].weight = model[0].weight
+    model.register_buffer("known", torch.ones(3))
+    with contract("torch", "Module._apply swaps parameters, so that tied ones stay tied, and keeps what has a value"):
+        compat.materialize(model, torch.device("cpu"))
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert model[1].weight is model[0].weight
+        assert model.known.tolist() == [1, 1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")

@@ -308,7 +308,7 @@ def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
         check_shapes(rows=mask.any(1), discount=discount)
     x = torch.where(mask, x, 0.0)
     total, sums = x.new_zeros(len(x)), torch.zeros_like(x)
-    for t in reversed(range(x.shape[1])):
+    for t in reversed(range(x.shape[1])):  # a few operations a token, where decoding takes hundreds a token
         total = torch.where(mask[:, t], x[:, t] + discount * total, total)
         sums[:, t] = total
     return torch.where(mask, sums, 0.0)
@@ -364,7 +364,7 @@ def _deltas(trajectory: Trajectory, gamma: float) -> Tensor:
 
 
 class _Group:
-    """The return of each response, and the difference from the mean return of non-empty responses to the same prompt.
+    """The return of each response, and its difference from the mean return of the non-empty responses to the prompt.
 
     The mean is taken in float64, so that the mean of equal float32 returns is exact and the differences are 0.
     """

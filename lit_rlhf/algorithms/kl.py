@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lit_rlhf.types import check_shapes
 
 MAX_LOG_RATIO = 20.0
-"""The bound on log-ratios: exp(20) ≈ 5e8 already means "far too large", and larger exponentials would overflow."""
+"""The bound on log-ratios: exp(20) ≈ 5e8 already means "far too large", and exp(89) would overflow in float32."""
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class ReferenceKL:
             loss of each token, so that a token is not charged for the KL of later tokens.
         estimator: ``k1``, ``k2`` or ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs further
             forward passes of the reference model. Use k1 or full in the reward, and k2 or full in the loss; as a loss
-            term, k1 has no gradient on average, and k3 has the gradient of the reverse KL, KL(π_ref ‖ π).
+            term, k1 has no gradient on average, and k3 has the gradient of the opposite KL, KL(π_ref ‖ π).
 
     Raises:
         ValueError: if where is ``loss`` and estimator is ``k1``.

@@ -124,7 +124,7 @@ class VanillaPG(Objective):
     """
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the ratio of each token; no token is clipped."""
+        """Return the loss and the ratio of each token, both [B, T]; no token is clipped."""
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         loss = -torch.where(mask, advantages.detach(), 0.0) * torch.where(mask, logprobs, 0.0)
         return PolicyLoss(loss, probability_ratio(logprobs.detach(), old_logprobs, mask), torch.zeros_like(mask))
@@ -155,7 +155,7 @@ class Surrogate(Objective):
         _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the ratio of each token; no token is clipped."""
+        """Return the loss and the ratio of each token, both [B, T]; no token is clipped."""
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)
         return PolicyLoss(-torch.where(mask, advantages.detach(), 0.0) * ratio, ratio, torch.zeros_like(mask))
@@ -172,7 +172,7 @@ class KLPenalty(nn.Module, Objective):
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 8 and section 4.
 
     Args:
-        beta: The initial β, in units of advantage per nat.
+        beta: The initial β, in units of advantage per nat; positive, or 0 for no penalty if ``adaptive`` is False.
         target: The mean KL to the old policy that an iteration should reach, in nats per token.
         adaptive: Whether β is adapted; if False, β is constant.
         high: The factor by which the KL must exceed the target for β to grow, 1 or more.
@@ -181,7 +181,7 @@ class KLPenalty(nn.Module, Objective):
         ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response; the KL is always per token.
 
     Raises:
-        ValueError: if a number is out of range, or ratio is neither ``token`` nor ``sequence``.
+        ValueError: if a number is out of range or infinite, or ratio is neither ``token`` nor ``sequence``.
 
     >>> objective = KLPenalty(beta=1.0, target=0.01)
     >>> objective.update(0.02)
@@ -200,15 +200,17 @@ class KLPenalty(nn.Module, Objective):
         ratio: Level = "token",
     ) -> None:
         super().__init__()
-        if not beta >= 0.0 or (adaptive and beta == 0.0):
-            raise ValueError(f"objective.beta must be positive (or 0 with adaptive: false, for no penalty), not {beta}")
-        if not target > 0.0:
-            raise ValueError(f"objective.target must be positive, not {target}")
+        infinity = float("inf")
+        if not 0.0 <= beta < infinity or (adaptive and beta == 0.0):
+            right = "positive and finite (or 0 with adaptive: false, for no penalty)"
+            raise ValueError(f"objective.beta must be {right}, not {beta}")
+        if not 0.0 < target < infinity:
+            raise ValueError(f"objective.target must be positive and finite, not {target}")
         for name, value in (("high", high), ("low", low)):
-            if not value >= 1.0:
-                raise ValueError(f"objective.{name} must be 1 or more, not {value}")
-        if not factor > 1.0:
-            raise ValueError(f"objective.factor must be greater than 1, not {factor}")
+            if not 1.0 <= value < infinity:
+                raise ValueError(f"objective.{name} must be 1 or more and finite, not {value}")
+        if not 1.0 < factor < infinity:
+            raise ValueError(f"objective.factor must be greater than 1 and finite, not {factor}")
         _check_level(ratio)
         self.beta = beta
         self.target = target
@@ -222,7 +224,7 @@ class KLPenalty(nn.Module, Objective):
         return self.adaptive
 
     def forward(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the ratio of each token; no token is clipped."""
+        """Return the loss and the ratio of each token, both [B, T]; no token is clipped."""
         surrogate = Surrogate(self.ratio)(
             logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
         )

@@ -72,7 +72,7 @@ class DemonstrationEncoder:
 
 
 class Demonstrations(ResumableData):
-    """Texts, or prompts with responses, from JSONL, CSV or Parquet files, the Hugging Face hub, or a Python function.
+    """Texts, or prompts with responses, from JSON(L), CSV or Parquet files, the Hugging Face hub, or a Python function.
 
     Args:
         train: The source of the texts to learn.

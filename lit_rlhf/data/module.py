@@ -22,8 +22,10 @@ class ResumableData(lightning.LightningDataModule):
     Records and tokens are memory-mapped Arrow files in the cache of `datasets`: the folder that the environment
     variable ``HF_DATASETS_CACHE`` names, ``~/.cache/huggingface/datasets`` by default. The tokens of a split are made
     again only when the content of its file, the tokenizer, an option that affects tokens, the tokenizing code, or a
-    library that this code uses has changed. The records of a Python function and their tokens stay in memory. In a run
-    with several processes, the first process of each node fills the cache while the others wait.
+    library that this code uses has changed; for a CSV, JSON or Parquet file, also when its path or modification time
+    has changed; and if the chat template contains the date, once a day. The records of a Python function and their
+    tokens stay in memory. In a run with several processes, the first process of each node fills the cache while the
+    others wait.
 
     Args:
         sources: The source of each split, by the split's name; None for a split without a source.

@@ -15,7 +15,7 @@ from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Records, Source, filled_columns
-from lit_rlhf.data.tokenize import Piece, ended, prompt_piece, shared_prefix, token_rows, turns
+from lit_rlhf.data.tokenize import Piece, finished, prompt_piece, shared_prefix, token_rows, turns
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import PreferenceBatch, Prompt
 
@@ -126,10 +126,7 @@ class PreferenceEncoder:
     def _rows(self, tokenizer: PreTrainedTokenizerBase, ranking: _Ranking, tokens: list[list[int]]) -> list[Row]:
         prompt, wholes = (tokens[0], tokens[1:]) if ranking.prompted else ([], tokens)
         pieces = ranking.pieces[-len(wholes) :]
-        wholes = [
-            [*whole, tokenizer.eos_token_id] if isinstance(piece, str) else ended(tokenizer, whole)
-            for piece, whole in zip(pieces, wholes, strict=True)
-        ]
+        wholes = [finished(tokenizer, piece, whole) for piece, whole in zip(pieces, wholes, strict=True)]
         shared = shared_prefix(*wholes)
         responses = [
             (whole, _begin(shared_prefix(prompt, whole) if ranking.prompted else shared, whole)) for whole in wholes
@@ -152,14 +149,14 @@ class PreferenceEncoder:
 class Preferences(ResumableData):
     """Pairs (``prompt``, ``chosen``, ``rejected``) or rankings (``prompt``, ``responses`` best first).
 
-    The records come from JSONL, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns of a
-    record determine whether it is a pair or a ranking. A prompt is text, or a conversation
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns
+    of a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
     (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
     list of further turns. If the records have no prompts, each response is a whole text or a whole conversation, and
     what the responses of a record have in common at the start counts as the prompt.
 
     Args:
-        train: The source of the pairs or rankings to learn.
+        train: The source of the pairs or rankings to learn from.
         validation: The source of the held-out pairs or rankings.
         prompt: The column of the prompts. The default column may be missing from all records; any other must exist.
         chosen: The column of the better response of a pair.

@@ -141,11 +141,11 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def cache_access(field: str) -> Iterator[None]:
-    """Turn errors that `datasets` raises inside this context into errors of one line for the user.
+    """Turn a failure of the cache inside this context into a one-line error; any other error passes unchanged.
 
     Raises:
-        UserError: if one was raised inside the context and wrapped by `datasets`, or if the cache cannot be written or
-            read; in the second case the message names the folder of the cache.
+        UserError: if one was raised inside the context, even if `datasets` wrapped it in another error, or if the cache
+            cannot be written or read; in the second case, the message names the folder of the cache.
     """
     try:
         yield
@@ -218,7 +218,7 @@ def _read_file(path: Path, field: str) -> Records:
 
 
 def _read_jsonl(path: Path, field: str) -> Records:
-    """Open a JSONL file, storing its lines unparsed: one Arrow type for a column of all records could change values."""
+    """Open a JSONL file, storing its lines unparsed, because a single Arrow type per column could change values."""
     import datasets
 
     large, digest = path.stat().st_size > LARGE_FILE, _digest(path, field)
@@ -233,7 +233,7 @@ def _read_jsonl(path: Path, field: str) -> Records:
 
 
 def _digest(path: Path, field: str) -> str:
-    """Return a hash of a file's content, by which the cache recognizes the file whatever its name and time."""
+    """Return a hash of a file's content, under which the cache stores the file's records."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -63,10 +63,10 @@ def openings() -> list[str]:
     return texts
 
 
-def review(opening: str, rng: random.Random) -> str:
-    """Draw the rest of a review from the grammar, whatever its opening, leaning towards praise, complaint or neither.
+def review(rng: random.Random) -> str:
+    """Draw the rest of a review, after its opening, which leans towards praise, complaint or neither.
 
-    >>> review("i tried the old spoon with my aunt .", random.Random(0))[:58]
+    >>> review(random.Random(0))[:58]
     'the soup was quite lovely . the dessert was cold but the b'
     """
     lean = rng.choice((0.2, 0.5, 0.8))
@@ -121,7 +121,7 @@ def demonstrations() -> list[dict[str, str]]:
     8000
     """
     rng = random.Random(1)
-    return [{"prompt": text, "response": " " + review(text, rng)} for text in openings()[:1000] for _ in range(8)]
+    return [{"prompt": text, "response": " " + review(rng)} for text in openings()[:1000] for _ in range(8)]
 
 
 def validation_demonstrations() -> list[dict[str, str]]:
@@ -131,7 +131,7 @@ def validation_demonstrations() -> list[dict[str, str]]:
     200
     """
     rng = random.Random(2)
-    return [{"prompt": text, "response": " " + review(text, rng)} for text in openings()[1000:]]
+    return [{"prompt": text, "response": " " + review(rng)} for text in openings()[1000:]]
 
 
 def pairs() -> list[dict[str, str]]:
@@ -195,7 +195,7 @@ def _pairs(texts: Sequence[str], seed: int) -> list[dict[str, str]]:
     """
     rng, made = random.Random(seed), []
     for text in texts:
-        one, other = review(text, rng), review(text, rng)
+        one, other = review(rng), review(rng)
         if one == other:
             continue
         chance = 1 / (1 + math.exp(-3 * (positivity(one) - positivity(other))))

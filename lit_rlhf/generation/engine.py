@@ -100,7 +100,8 @@ class Engine(ABC):
 
     is_exact: ClassVar[bool] = False
     """Whether the engine's log-probabilities and entropies equal the actor's own up to rounding. If so, training in
-    float32 uses the engine's numbers as they are; otherwise, the actor computes them again."""
+    full float32 uses the engine's numbers as they are, unless it also needs the actor's values or full KL. In all other
+    cases, the actor computes them again."""
 
     @abstractmethod
     def generate(
@@ -126,7 +127,7 @@ class Engine(ABC):
             sampling: The options for sampling, among them the number n of responses for each prompt.
             special_tokens: The stop tokens and the padding token.
             stream: The purpose of the random numbers.
-            iteration: The iteration, or the index of the batch in validation.
+            iteration: The training iteration or, in validation and prediction, the index of the batch.
 
         Returns:
             The rollout of B n responses.

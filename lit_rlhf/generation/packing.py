@@ -16,7 +16,8 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
     A decoding step with 64 rows is twice as fast as with PyTorch's own products, and one with 2 rows three times as
     fast. The copies are made each time the context is entered, in autocast's precision, and need as much memory as the
-    weights. No gradients are computed. Only CPU weights that are used in float32 or bfloat16 are copied.
+    weights would in that precision. No gradients are computed. Only CPU weights that are used in float32 or bfloat16
+    are copied.
 
     Args:
         model: The model, whose weights must not change inside the context.

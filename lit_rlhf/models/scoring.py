@@ -82,7 +82,8 @@ def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the model cannot be loaded, or does not have exactly one label.
+        UserError: if the model cannot be loaded, does not have exactly one label, or has a head that is not a single
+            linear layer named ``score``.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -105,7 +106,8 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
         bias: Whether a new head has a bias: True for a critic, False for a reward model, whose loss cannot train one.
 
     Raises:
-        UserError: if the model cannot be loaded, or a classifier does not have exactly one label.
+        UserError: if the model cannot be loaded, or a classifier does not have exactly one label or has a head that is
+            not a single linear layer named ``score``.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory

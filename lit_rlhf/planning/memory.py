@@ -128,7 +128,7 @@ def cache_size(setting: Setting) -> tuple[int, int]:
         columns += columns // 4
         responses = generation.sampling.responses
         rows = min(rows, max(1, limit // (columns * responses)) * responses)
-    return rows, columns
+    return rows, -(-columns // 8) * 8
 
 
 def _copied_weights(setting: Setting, actor: Role) -> float:

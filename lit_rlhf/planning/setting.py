@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
+from lit_rlhf.generation.native import PREFILL_TOKENS
 from lit_rlhf.modules import DPO, SFT
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
@@ -18,8 +19,6 @@ from lit_rlhf.planning.hardware import Device
 from lit_rlhf.planning.roles import Role, roles_of
 from lit_rlhf.strategies import FSDP, FSDP2
 
-PREFILL_TOKENS = 8192
-"""The largest number of padded tokens in a forward pass over prompts."""
 Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
 """How models are distributed: one process, a copy in each process, or shards."""
 

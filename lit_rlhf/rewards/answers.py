@@ -57,7 +57,7 @@ class NumericAnswer(Reward):
         column: The column of the prompts that contains the correct answer: a number, or a text in which the number
             follows the marker or is the last number.
         marker: The text before the final number.
-        anywhere: Whether to use the last number of a response in which no number follows a marker.
+        anywhere: Whether to use the last number of a response in which no number follows the last marker.
         format_score: The reward of a response in which a wrong number follows the marker.
         weight: The factor of this reward in the score.
 
