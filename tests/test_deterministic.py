@@ -32,7 +32,8 @@ class RaisingOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
-        if torch.are_deterministic_algorithms_enabled() and name.removesuffix("_backward").startswith(RAISING):
+        raises = name.startswith(RAISING) or (name == "cumsum" and args[0].is_floating_point())
+        if raises and torch.are_deterministic_algorithms_enabled():
             self.seen.add(name)
         return function(*args, **(kwargs or {}))
 

@@ -40,8 +40,9 @@ class PrintPlan(Callback):
                 plan = self.plan(trainer, pl_module)
                 added = plan.checkpointing_added
                 print(*summary(plan), sep="\n")
-            except UserError as error:
-                print(f"plan: none ({error})")
+            except Exception as error:  # a training must not fail for its plan, nor leave the other processes waiting
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                print(f"plan: none ({reason})")
         if trainer.strategy.broadcast(added):
             ActivationCheckpointing().on_fit_start(trainer, pl_module)
 

@@ -126,6 +126,10 @@ class SFT(AlignmentModule):
                 loss = masked_mean(-self._logprobs(micro_batch), micro_batch.mask)
                 self.held_out.add("loss", loss, micro_batch.mask.sum())
 
+    def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """Add the loss of a batch to the test metrics, in the same way as ``validation_step``."""
+        self.validation_step(batch, batch_idx)
+
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means with the perplexity, which is the exponential of the mean loss."""
         return means | {"perplexity": math.exp(min(means["loss"], 50.0))}

@@ -1,3 +1,5 @@
+import pytest
+
 from lit_rlhf.callbacks import ActivationCheckpointing, PrintPlan
 from lit_rlhf.errors import UserError
 from lit_rlhf.planning.hardware import Device
@@ -59,10 +61,13 @@ def test_a_user_has_turned_it_on(make_module, fit, capsys):
     assert getattr(inner, "__func__", None) is type(layer).forward  # once, not twice
 
 
-def test_what_cannot_be_planned_is_trained(make_module, fit, capsys):
+@pytest.mark.parametrize(
+    ("error", "reason"), [(UserError("no device"), "no device"), (KeyError("layers"), "KeyError: 'layers'")]
+)
+def test_what_cannot_be_planned_is_trained(make_module, fit, capsys, error, reason):
     class Refusing(PrintPlan):
         def device(self, trainer):
-            raise UserError("no device")
+            raise error
 
     run(make_module, fit, Refusing())
-    assert "plan: none (no device)" in capsys.readouterr().out
+    assert f"plan: none ({reason})" in capsys.readouterr().out

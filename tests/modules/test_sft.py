@@ -44,6 +44,14 @@ def test_loss_is_the_responses_mean_negative_log_probability(fit_sft, tiny_model
     assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(val), rel=1e-4)
 
 
+def test_the_validation_texts_are_used_for_testing_too(fit_sft):
+    trainer, module, _ = fit_sft(iterations=1)
+    validated = float(trainer.callback_metrics["val/loss"])
+    (tested,) = trainer.test(module, datamodule=trainer.datamodule, verbose=False)
+    assert tested["test/loss"] == pytest.approx(validated, rel=1e-6)
+    assert tested["test/perplexity"] == pytest.approx(math.exp(validated), rel=1e-4)
+
+
 def test_it_learns_and_counts(fit_sft):
     trainer, _, recorder = fit_sft(iterations=20)
     losses = [m["train/loss"] for m in recorder.metrics]
