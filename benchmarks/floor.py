@@ -13,12 +13,26 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+SMALL_DECODER = ((2048, 256, 768), (2048, 768, 256), (2048, 1024, 4096))
 
-def matrix_rate(dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Return the operations per second of the fastest of a few matrix multiplications of a small decoder's shapes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+def matrix_rate(
+    dtype: torch.dtype,
+    seconds: float = 0.5,
+    shapes: Sequence[tuple[int, int, int]] = SMALL_DECODER,
+    device: str | None = None,
+) -> float:
+    """Return the operations per second of the fastest of a few matrix multiplications.
+
+    Args:
+        dtype: The type of the matrices.
+        seconds: The time for which each multiplication is repeated.
+        shapes: The sizes m, k, n of each product [m, k] · [k, n]; by default those of a small decoder.
+        device: The device; None for the GPU if there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     best = 0.0
-    for m, k, n in ((2048, 256, 768), (2048, 768, 256), (2048, 1024, 4096)):
+    for m, k, n in shapes:
         x, w = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
         for _ in range(3):
             torch.nn.functional.linear(x, w)

@@ -24,6 +24,16 @@ WORDS = 4  # ids below are special
 CONSTANT = 0  # the entry of the hidden state that is the same for every token
 
 
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the words t4, t5, …, one token each, with this number of tokens in all."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"t{i}" for i in range(WORDS, vocabulary))]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
 def write_models(
     folder: Path,
     *,
@@ -35,12 +45,7 @@ def write_models(
     prompt: int = 32,
 ) -> Path:
     """Write the models and the prompts, and return the folder."""
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"t{i}" for i in range(WORDS, vocabulary))]
-    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    )
+    tokenizer = word_tokenizer(vocabulary)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

@@ -25,6 +25,7 @@ _PUBLIC = {
         "IterationCheckpoint",
         "MetricsFile",
         "Predictions",
+        "PrintPlan",
         "ProgressBar",
         "Samples",
     ),

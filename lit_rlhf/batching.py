@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lit_rlhf.types import Experience, PreferenceBatch, Rollout
+from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, Rollout
 
 Outputs = TypeVar("Outputs", bound=tuple[Tensor | None, ...])
 
@@ -82,30 +82,17 @@ def _split_until(groups: list[Tensor], count: int) -> None:
             groups[largest : largest + 1] = groups[largest].tensor_split(2)
 
 
-def minibatches(
-    experience: Experience,
-    count: int,
-    max_tokens: int,
-    generator: torch.Generator,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[list[Experience]]:
-    """Shuffle the rows, cut them into ``count`` minibatches, and yield this process's micro-batches of each.
+def minibatches(experience: Experience, count: int, generator: torch.Generator) -> Iterator[Experience]:
+    """Shuffle the rows, and yield them in ``count`` minibatches.
 
     Args:
         experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
-            micro-batch by itself.
         generator: A CPU generator, the only source of randomness.
-        rank: The rank of this process.
-        world_size: The number of processes.
     """
     order = torch.randperm(len(experience.advantages), generator=generator)
     for rows in order.tensor_split(count):
-        minibatch = experience.select(rows.to(experience.advantages.device))
-        yield micro_batches(minibatch, max_tokens, rank=rank, world_size=world_size)
+        yield experience.select(rows.to(experience.advantages.device))
 
 
 def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
@@ -145,6 +132,18 @@ def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[Pr
     longest = batch.by_ranking(batch.lengths).amax(1).cpu()
     groups = pack(longest, max_tokens, batch.mask.sum(1).cpu())
     return [batch.select(group.to(batch.tokens.device)) for group in groups]
+
+
+def demonstration_micro_batches(batch: DemonstrationBatch, max_tokens: int) -> list[DemonstrationBatch]:
+    """Cut a batch into micro-batches of rows of similar length; in each, the rows have the order of the batch.
+
+    Args:
+        batch: The rows.
+        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
+            micro-batch by itself.
+    """
+    groups = pack(batch.lengths.cpu(), max_tokens)
+    return [batch.select(group.sort().values.to(batch.tokens.device)) for group in groups]
 
 
 def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout], Outputs]) -> Outputs:

@@ -3,10 +3,14 @@
 Heavy libraries are imported only when a command needs them, so that ``lit-rlhf --help`` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from lit_rlhf.errors import UserError
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The names of the environment variable from which torch reads the options of its allocator of GPU memory."""
 
 HELP = """usage: lit-rlhf COMMAND [options]
 
@@ -15,6 +19,7 @@ Align language models with human preferences by reinforcement learning.
 commands:
   quickstart   SFT, a reward model and PPO from scratch, on a small corpus that is included
   fit          train: lit-rlhf fit --config configs/ppo.yaml
+  plan         say what fit will need: memory, FLOPs, seconds; lit-rlhf plan --config configs/ppo.yaml --gpu h100
   validate     score held-out prompts
   test         score test prompts
   predict      write responses as JSONL
@@ -35,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     ...
     """
     words = list(sys.argv[1:] if args is None else args)
+    _configure_allocator()
     try:
         if not words or words[0] in ("-h", "--help"):
             print(HELP, end="")
@@ -46,6 +52,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from lit_rlhf import export
 
             export.main(words[1:])
+        elif words[0] == "plan":
+            from lit_rlhf import plan_cli
+
+            plan_cli.main(words[1:])
         else:
             from lit_rlhf import lightning_cli
 
@@ -53,6 +63,17 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"lit-rlhf: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def _configure_allocator() -> None:
+    """Let the blocks of GPU memory grow, so that tensors of varying sizes do not fragment it, unless the user chose.
+
+    torch may read the variable while it is imported. Both names are set: torch 2.9 ignores this option under the first
+    one, and reports the second one as deprecated unless the first is set, too.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        for name in ALLOCATOR_VARIABLES[:2]:
+            os.environ[name] = "expandable_segments:True"
 
 
 if __name__ == "__main__":

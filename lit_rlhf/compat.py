@@ -7,8 +7,10 @@ one library.
 
 from __future__ import annotations
 
+import logging
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     import lightning
     import torch
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.distributed.fsdp import FSDPModule
     from transformers import PretrainedConfig, PreTrainedModel
 
 # torch
@@ -56,6 +59,79 @@ def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor
     import torch
 
     return torch.ops.mkldnn._linear_pointwise.default(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give the tensors of a model that are on the meta device memory on another device, and move the others there.
+
+    Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also forget the
+    values of the tensors that are not on the meta device. Parameters are swapped, so that tied ones stay tied.
+    """
+    import torch
+
+    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapped)
+
+
+@contextmanager
+def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterator[None]:
+    """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
+
+    Removes from ``_forward_pre_hooks`` and ``_forward_hooks`` what belongs to the object that ``_get_fsdp_state``
+    returns, and from the module itself the ``methods`` that ``register_fsdp_forward_method`` has set; puts everything
+    back in the same order.
+    """
+    state, part = module._get_fsdp_state(), vars(module)
+    hooks = [(entries, dict(entries)) for entries in (part["_forward_pre_hooks"], part["_forward_hooks"])]
+    wrapped = {name: part.pop(name) for name in methods if name in part}
+    for entries, before in hooks:
+        for number, hook in before.items():
+            if getattr(hook, "__self__", None) is state:
+                del entries[number]
+    try:
+        yield
+    finally:
+        for entries, before in hooks:
+            entries.clear()
+            entries.update(before)
+        part.update(wrapped)
+
+
+def tensors_without_memory() -> AbstractContextManager[Any]:
+    """Return a context in which operations compute the shapes and data types of their results, but no values.
+
+    Uses ``FakeTensorMode``. The public meta device would not do: it has no autocast, and no attention kernels but the
+    one that stores the scores of all pairs of tokens. The mode's logger is silenced: it reports errors that are raised
+    as well.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def watch_results(seen: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
+    """Return a context in which a function is called with every tensor that an operation returns.
+
+    Uses ``TorchDispatchMode``, which also sees the operations of the backward pass.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = func(*args, **(kwargs or {}))
+            for result in tree_leaves(results):
+                if isinstance(result, torch.Tensor):
+                    seen(result)
+            return results
+
+    return Watch()
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")

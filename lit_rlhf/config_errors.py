@@ -89,16 +89,18 @@ def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
     """Return a suggestion of the known name closest to a word, or an empty string if no name is close.
 
     In a dotted word, a first part that is unknown is replaced by a known first part that is close. Other words
-    are compared with whole names and then with the last parts of names, and ``field`` is put before the name that is
+    are compared with whole names and then with the last parts of names. ``field`` is put before the name that is
     suggested.
 
     >>> _nearest("max_epoch", ["trainer.max_epochs"])
     ", did you mean 'trainer.max_epochs'?"
+    >>> _nearest("updat.epochs", ["update", "update.epochs"], field="model")
+    ", did you mean 'model.update.epochs'?"
     """
     head, dot, rest = word.partition(".")
     heads = list(dict.fromkeys(name.partition(".")[0] for name in known))
     if dot and head not in heads and (close := difflib.get_close_matches(head, heads, n=1)):
-        return f", did you mean '{close[0]}.{rest}'?"
+        return f", did you mean {'.'.join(filter(None, [field, close[0], rest]))!r}?"
     last = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     close = close or difflib.get_close_matches(word.rpartition(".")[2], list(last), n=1, cutoff=0.5)

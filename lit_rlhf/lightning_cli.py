@@ -9,20 +9,32 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils import logging as transformers_logging
 
 import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolve)
 from lit_rlhf import compat
-from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint, MetricsFile, Predictions, ProgressBar, Samples
+from lit_rlhf.callbacks import (
+    ExportAtEnd,
+    IterationCheckpoint,
+    MetricsFile,
+    Predictions,
+    PrintPlan,
+    ProgressBar,
+    Samples,
+)
 from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
+from lit_rlhf.models.precision import check_precision
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -83,9 +95,10 @@ class CLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callbacks `IterationCheckpoint` and `Samples`, which every run uses, with their options."""
+        """Add the callbacks that every run uses, with their options."""
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(PrintPlan, "plan")
 
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists."""
@@ -102,13 +115,21 @@ class CLI(LightningCLI):
 
         Only process 0 renames the folder; the Trainer knows the rank, however the processes were started.
         """
+        _check_gradient_options(self.trainer)
         folder = Path(self.trainer.default_root_dir)
         if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
             move_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled."""
+        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
+
+        The default precision depends on the device. It is stored in the configuration, so that a run that is resumed on
+        another device keeps its precision.
+
+        Raises:
+            UserError: if the precision is not supported.
+        """
         options = self.config_init[self.subcommand].trainer
         if options.enable_progress_bar is False:
             defaults = self.trainer_defaults["callbacks"]
@@ -116,6 +137,15 @@ class CLI(LightningCLI):
         plugins = [plugin for plugin in _one_or_more(options.plugins) if plugin is not None]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AnyCheckpoint())
+        on_gpus = _uses_gpus(options.accelerator)
+        if on_gpus and torch.backends.cuda.matmul.fp32_precision == "none":  # not set by the user's own modules
+            torch.set_float32_matmul_precision("high")
+        if options.precision is None and not any(isinstance(plugin, Precision) for plugin in plugins):
+            half = on_gpus and torch.cuda.is_bf16_supported(including_emulation=False)
+            options.precision = "bf16-mixed" if half else "32-true"
+            self.config[self.subcommand].trainer.precision = options.precision
+        if options.precision is not None:
+            check_precision(options.precision)
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:
@@ -128,12 +158,14 @@ class CLI(LightningCLI):
             raise UserError(explain(str(error))) from error
 
 
-def run(args: Sequence[str] | None = None) -> None:
+def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "lit-rlhf") -> None:
     """Run a subcommand of LightningCLI.
 
     Args:
         args: The subcommand and its options; None to read the command line. Use None under DDP, whose child processes
             always read the command line.
+        cli: The class that parses the arguments and does the work.
+        prog: The command, for messages.
 
     Raises:
         UserError: if a configuration file is missing or is not a YAML mapping, a class refuses a value, or another
@@ -147,7 +179,7 @@ def run(args: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     _quieten()
     with exit_with_peers():
-        CLI(
+        cli(
             lightning.LightningModule,
             lightning.LightningDataModule,
             subclass_mode_model=True,
@@ -160,7 +192,7 @@ def run(args: Sequence[str] | None = None) -> None:
             },
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lit-rlhf"},
+            parser_kwargs={"prog": prog},
             args=None if args is None else list(args),
         )
 
@@ -201,6 +233,20 @@ def _check_checkpoint(path: str | None) -> None:
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
 
 
+def _check_gradient_options(trainer: lightning.Trainer) -> None:
+    """Refuse options that Lightning applies only to modules that leave the optimizer step to the Trainer."""
+    if trainer.gradient_clip_val is not None:
+        raise UserError(
+            "trainer.gradient_clip_val must be null: gradients are clipped by model.update.clip_grad_norm or, "
+            "in SFT, DPO and RewardModeling, by model.clip_grad_norm"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches must be 1: every batch is cut into micro-batches already; "
+            "a larger data.batch_size takes no more memory in the update"
+        )
+
+
 def move_aside(folder: Path) -> None:
     """Rename a folder that contains an older run to the first free name among ``NAME.1``, ``NAME.2``, ….
 
@@ -214,6 +260,12 @@ def move_aside(folder: Path) -> None:
         number += 1
     folder.rename(aside)
     print(f"{folder} contained an older run, which is now in {aside}")
+
+
+def _uses_gpus(accelerator: Any) -> bool:
+    """Return whether the Trainer will use CUDA GPUs, given the option ``trainer.accelerator``."""
+    chosen = accelerator in ("auto", "gpu", "cuda") or isinstance(accelerator, CUDAAccelerator)
+    return chosen and torch.cuda.is_available()
 
 
 def _one_or_more(value: Any) -> list[Any]:

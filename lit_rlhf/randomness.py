@@ -39,7 +39,7 @@ def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor
         width: The number of random numbers in a row, such as one for each token to sample.
 
     Returns:
-        [B, width] float64 in [0, 1), multiples of 2⁻²⁴, on the device of ``rows``.
+        [B, width] float32 in [0, 1), multiples of 2⁻²⁴, on the device of ``rows``.
 
     >>> numbers = uniforms(Stream.ROLLOUT, iteration=0, rows=torch.arange(8), width=4)
     >>> torch.equal(numbers[5:], uniforms(Stream.ROLLOUT, iteration=0, rows=torch.tensor([5, 6, 7]), width=4))
@@ -52,7 +52,7 @@ def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor
         )
         for row in rows.tolist()
     ]
-    return torch.from_numpy(np.stack(numbers)).double().to(rows.device)
+    return torch.from_numpy(np.stack(numbers)).to(rows.device)
 
 
 def generator(stream: Stream, *key: int) -> torch.Generator:

@@ -1,6 +1,6 @@
 """The strategies ``fsdp2`` and ``fsdp``, which shard models over processes; Lightning's ``ddp`` works as well.
 
-The option ``--trainer.strategy`` selects a strategy by name; importing this module registers both names with Lightning.
+The option ``--trainer.strategy`` selects a strategy by name; importing this module registers the names with Lightning.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy
@@ -150,9 +150,8 @@ class FSDP(FSDPStrategy):
         super().setup_environment()
         for name in ("convert_input", "convert_module"):
             setattr(self.precision_plugin, name, lambda it: it)
-        if self.precision_plugin.precision in ("bf16-mixed", "16-mixed"):
-            half = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else torch.float16
-            context = partial(torch.autocast, self.root_device.type, dtype=half, cache_enabled=False)
+        if self.precision_plugin.precision == "bf16-mixed":
+            context = partial(torch.autocast, self.root_device.type, dtype=torch.bfloat16, cache_enabled=False)
             vars(self.precision_plugin)["forward_context"] = context  # takes precedence over the class's
 
     def shard(self, model: nn.Module) -> nn.Module:
@@ -171,3 +170,7 @@ class FSDP(FSDPStrategy):
 
 StrategyRegistry.register("fsdp", FSDP, description="sharded over all processes by FSDP1", override=True)
 StrategyRegistry.register("fsdp2", FSDP2, description="sharded over all processes by FSDP2")
+# the gradients are parts of the buffers that DDP sends: it otherwise holds a second copy of them
+StrategyRegistry.register(
+    "ddp", DDPStrategy, description="a copy on every process", override=True, gradient_as_bucket_view=True
+)

@@ -52,9 +52,24 @@ class DemonstrationBatch:
     mask: Tensor  # [B, S] bool, the tokens whose prediction is trained
     positions: Tensor | None  # [B, S] int64, 0, 1, … within each text of a row; None if each row is one text
 
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens in each row up to the last one that is trained, [B] int64, and at least 1."""
+        index = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
+        return torch.where(self.mask, index, 1).amax(1)
+
     def to(self, device: torch.device) -> "DemonstrationBatch":
         """Return the batch with its tensors on ``device``; Lightning calls this method."""
         return _to(self, device)
+
+    def select(self, rows: Tensor) -> "DemonstrationBatch":
+        """Return the rows with the given indices, cut after the last token that is trained in any of them."""
+        width = int(self.lengths[rows].max())
+        return DemonstrationBatch(
+            tokens=self.tokens[rows, :width],
+            mask=self.mask[rows, :width],
+            positions=None if self.positions is None else self.positions[rows, :width],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import typing
 import warnings
+import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import lit_rlhf
 from lit_rlhf import compat
@@ -97,6 +99,38 @@ def test_torch_multiplies_by_weights_in_blocks():
         torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+def test_torch_computes_shapes_without_memory():
+    with contract("torch", "FakeTensorMode, with autocast, and storages that die with their tensors"):
+        seen, died = [], []
+        with compat.tensors_without_memory(), compat.watch_results(seen.append):
+            weight = torch.zeros(2**20, 2**20, requires_grad=True)  # 4 TiB
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                result = torch.zeros(1, 2**20) @ weight
+            result.sum().backward()
+        assert (result.shape, result.dtype, weight.grad.shape) == ((1, 2**20), torch.bfloat16, weight.shape)
+        assert any(x.shape == weight.shape and x.dtype == torch.bfloat16 for x in seen)
+        storage = result.untyped_storage()
+        assert storage is result[:, :1].untyped_storage()
+        assert storage.nbytes() == 2 * 2**20
+        weakref.finalize(storage, died.append, True)
+        seen.clear()
+        del storage, result
+        assert died == [True]
+
+
+def test_torch_hooks_into_the_forward_passes_of_fsdp2(distributed_checkpoint):
+    with contract("torch", "FSDP2's hooks are methods of its state, and its forward methods are set on the module"):
+        module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+        register_fsdp_forward_method(module, "extra_repr")
+        before = [*module._forward_pre_hooks, *module._forward_hooks, *vars(module)]
+        assert "extra_repr" in before
+        with compat.without_forward_hooks(module, ["extra_repr", "another"]):
+            assert not module._forward_pre_hooks
+            assert not module._forward_hooks
+            assert "extra_repr" not in vars(module)
+        assert [*module._forward_pre_hooks, *module._forward_hooks, *vars(module)] == before
+
+
 def test_torch_reports_a_lost_gloo_peer(tmp_path):
     program = """if True:
         import os, sys, time, torch
@@ -127,6 +161,17 @@ def test_torch_reports_a_lost_gloo_peer(tmp_path):
 def test_the_system_reports_a_connection_reset():
     with contract("gloo", "it passes on the system's message of ECONNRESET"):
         assert os.strerror(errno.ECONNRESET) in compat.LOST_PEER
+
+
+def test_torch_gives_meta_tensors_memory_and_keeps_ties():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta"), torch.nn.Linear(2, 2, device="meta"))
+    model[1].weight = model[0].weight
+    model.register_buffer("known", torch.ones(3))
+    with contract("torch", "Module._apply swaps parameters, so that tied ones stay tied, and keeps what has a value"):
+        compat.materialize(model, torch.device("cpu"))
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert model[1].weight is model[0].weight
+        assert model.known.tolist() == [1, 1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")

@@ -1,4 +1,4 @@
-"""With a large vocabulary, no operation computes logits for more than an eighth of a micro-batch's tokens."""
+"""No operation computes logits for more than an eighth of a micro-batch's tokens, or decodes with large tensors."""
 
 from typing import Any
 
@@ -8,9 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_rlhf.algorithms.kl import FixedKL, ReferenceKL
-from lit_rlhf.generation import Sampling
-from lit_rlhf.models.loading import RandomWeights
+from lit_rlhf.generation import NativeEngine, Sampling
+from lit_rlhf.generation.engine import SpecialTokens
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.modules import Update
+from lit_rlhf.randomness import Stream
+from lit_rlhf.types import PromptBatch
 
 VOCABULARY, MAX_TOKENS = 131_072, 1024
 
@@ -48,3 +52,19 @@ def test_largest_tensor(tiny_model, make_module, fit, kl):
     with Largest(shapes) as largest:
         fit(module, batch_size=16)
     assert 16 * VOCABULARY <= largest.elements <= MAX_TOKENS // 8 * VOCABULARY
+
+
+@pytest.mark.parametrize("vocabulary", [38, VOCABULARY])
+def test_largest_tensor_of_decoding(tiny_model, monkeypatch, vocabulary):
+    """The logits of one token for each row, or the mask of a few prompts."""
+    config = {"model_type": "llama", "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1,
+              "num_attention_heads": 1, "vocab_size": vocabulary}  # fmt: skip
+    actor = Actor(load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama")))))
+    rows, width, prefill_tokens = 24, 100, 256
+    mask = torch.arange(width) >= torch.arange(rows)[:, None]  # padded on the left
+    prompts = PromptBatch(tokens=mask.long(), mask=mask, group=torch.arange(rows), prompts=[""] * rows, columns={})
+    monkeypatch.setattr("lit_rlhf.generation.native.PREFILL_TOKENS", prefill_tokens)
+    with Largest({s for p in actor.parameters() for s in (tuple(p.shape), tuple(p.shape[::-1]))}) as largest:
+        sampling, special_tokens = Sampling(max_tokens=3), SpecialTokens(stop=(0,), pad=0)
+        NativeEngine().generate(actor, prompts, sampling, special_tokens, stream=Stream.ROLLOUT, iteration=0)
+    assert rows * vocabulary <= largest.elements <= max(rows * vocabulary, prefill_tokens * width)

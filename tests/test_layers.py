@@ -20,11 +20,11 @@ LAYERS = [
     ("checkpoints",),
     ("strategies",),
     ("modules",),
-    ("export",),
+    ("export", "planning"),
     ("callbacks",),
     ("config_errors", "lost_processes", "testing"),
     ("lightning_cli",),
-    ("quickstart",),
+    ("plan_cli", "quickstart"),
     ("cli",),
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lit_rlhf import batching
-from lit_rlhf.batching import pack, preference_micro_batches
-from lit_rlhf.types import Experience, PreferenceBatch, PromptBatch, Rollout
+from lit_rlhf.batching import demonstration_micro_batches, pack, preference_micro_batches
+from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, PromptBatch, Rollout
 
 PROMPTS = [2, 4, 1, 3]
 RESPONSES = [3, 1, 5, 0]
@@ -45,7 +45,8 @@ def rows_of(experience):
 
 
 def minibatches(experience, count, max_tokens, seed=0):
-    return list(batching.minibatches(experience, count, max_tokens, torch.Generator().manual_seed(seed)))
+    cut = batching.minibatches(experience, count, torch.Generator().manual_seed(seed))
+    return [batching.micro_batches(minibatch, max_tokens) for minibatch in cut]
 
 
 def test_positions_of_a_rollout():
@@ -263,3 +264,15 @@ def test_preference_batch_moves():
         assert {getattr(moved, name).device.type for name in names} == {"meta"}
         assert moved.prompts == batch.prompts
         assert (moved.margin is None) is not with_margin
+
+
+def test_demonstrations_keep_their_order_and_are_cut_after_the_last_trained_token():
+    tokens, ends = torch.arange(20).view(4, 5), torch.tensor([2, 4, 1, 3])
+    mask = torch.arange(5) == ends[:, None] - 1
+    batch = DemonstrationBatch(tokens=tokens, mask=mask, positions=tokens % 5)
+    assert batch.lengths.tolist() == ends.tolist()
+    (whole,) = demonstration_micro_batches(batch, 16)
+    assert torch.equal(whole.tokens, tokens[:, :4])
+    first, second = demonstration_micro_batches(batch, 8)
+    assert (first.tokens.tolist(), first.positions.tolist()) == ([[5, 6, 7, 8], [15, 16, 17, 18]], [[0, 1, 2, 3]] * 2)
+    assert (second.tokens.tolist(), second.mask.tolist()) == ([[0, 1], [10, 11]], [[False, True], [True, False]])

@@ -308,7 +308,7 @@ def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
         check_shapes(rows=mask.any(1), discount=discount)
     x = torch.where(mask, x, 0.0)
     total, sums = x.new_zeros(len(x)), torch.zeros_like(x)
-    for t in reversed(range(x.shape[1])):
+    for t in reversed(range(x.shape[1])):  # a few operations a token, where decoding takes hundreds a token
         total = torch.where(mask[:, t], x[:, t] + discount * total, total)
         sums[:, t] = total
     return torch.where(mask, sums, 0.0)

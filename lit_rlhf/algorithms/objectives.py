@@ -181,7 +181,7 @@ class KLPenalty(nn.Module, Objective):
         ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response; the KL is always per token.
 
     Raises:
-        ValueError: if a number is out of range, or ratio is neither ``token`` nor ``sequence``.
+        ValueError: if a number is out of range or infinite, or ratio is neither ``token`` nor ``sequence``.
 
     >>> objective = KLPenalty(beta=1.0, target=0.01)
     >>> objective.update(0.02)
@@ -200,15 +200,17 @@ class KLPenalty(nn.Module, Objective):
         ratio: Level = "token",
     ) -> None:
         super().__init__()
-        if not beta >= 0.0 or (adaptive and beta == 0.0):
-            raise ValueError(f"objective.beta must be positive (or 0 with adaptive: false, for no penalty), not {beta}")
-        if not target > 0.0:
-            raise ValueError(f"objective.target must be positive, not {target}")
+        infinity = float("inf")
+        if not 0.0 <= beta < infinity or (adaptive and beta == 0.0):
+            right = "positive and finite (or 0 with adaptive: false, for no penalty)"
+            raise ValueError(f"objective.beta must be {right}, not {beta}")
+        if not 0.0 < target < infinity:
+            raise ValueError(f"objective.target must be positive and finite, not {target}")
         for name, value in (("high", high), ("low", low)):
-            if not value >= 1.0:
-                raise ValueError(f"objective.{name} must be 1 or more, not {value}")
-        if not factor > 1.0:
-            raise ValueError(f"objective.factor must be greater than 1, not {factor}")
+            if not 1.0 <= value < infinity:
+                raise ValueError(f"objective.{name} must be 1 or more and finite, not {value}")
+        if not 1.0 < factor < infinity:
+            raise ValueError(f"objective.factor must be greater than 1 and finite, not {factor}")
         _check_level(ratio)
         self.beta = beta
         self.target = target

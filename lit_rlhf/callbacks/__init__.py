@@ -1,9 +1,10 @@
-"""Callbacks for checkpoints, metrics, progress, samples, predictions, export, and compiled or recomputed layers."""
+"""Callbacks: the plan, checkpoints, metrics, progress, samples, predictions, export, compiled or recomputed layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd
 from lit_rlhf.callbacks.layers import ActivationCheckpointing, CompileLayers
 from lit_rlhf.callbacks.metrics import MetricsFile
+from lit_rlhf.callbacks.plan import PrintPlan
 from lit_rlhf.callbacks.progress import ProgressBar
 from lit_rlhf.callbacks.samples import Predictions, Samples
 
@@ -14,6 +15,7 @@ __all__ = [
     "IterationCheckpoint",
     "MetricsFile",
     "Predictions",
+    "PrintPlan",
     "ProgressBar",
     "Samples",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -37,7 +37,11 @@ class CompileLayers(Callback):
                 "CompileLayers: TRPO differentiates twice, but compiled layers can be differentiated only once"
             )
         for layer in _layers(pl_module, self):
-            layer.compile(dynamic=True)
+            forward: Any = layer.forward
+            if isinstance(forward, _Recomputed):  # torch.compile does not look into a checkpoint: compile what it calls
+                forward.forward = torch.compile(forward.forward, dynamic=True)
+            else:
+                layer.forward = torch.compile(forward, dynamic=True)
 
 
 class ActivationCheckpointing(Callback):
@@ -56,7 +60,7 @@ class ActivationCheckpointing(Callback):
         """Make the trained layers recompute their activations, once the models are loaded."""
         for layer in _layers(pl_module, self):
             if any(parameter.requires_grad for parameter in layer.parameters()):
-                layer.forward = partial(_recomputed, layer.forward)
+                layer.forward = _Recomputed(layer.forward)
 
 
 def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Module]:
@@ -66,7 +70,13 @@ def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Mo
     return layers
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+class _Recomputed:
+    """A layer's forward pass that stores its inputs only, and is done again in the backward pass."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -15,7 +15,7 @@ from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Records, Source, filled_columns
-from lit_rlhf.data.tokenize import Piece, ended, prompt_piece, shared_prefix, token_rows, turns
+from lit_rlhf.data.tokenize import Piece, finished, prompt_piece, shared_prefix, token_rows, turns
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import PreferenceBatch, Prompt
 
@@ -126,10 +126,7 @@ class PreferenceEncoder:
     def _rows(self, tokenizer: PreTrainedTokenizerBase, ranking: _Ranking, tokens: list[list[int]]) -> list[Row]:
         prompt, wholes = (tokens[0], tokens[1:]) if ranking.prompted else ([], tokens)
         pieces = ranking.pieces[-len(wholes) :]
-        wholes = [
-            [*whole, tokenizer.eos_token_id] if isinstance(piece, str) else ended(tokenizer, whole)
-            for piece, whole in zip(pieces, wholes, strict=True)
-        ]
+        wholes = [finished(tokenizer, piece, whole) for piece, whole in zip(pieces, wholes, strict=True)]
         shared = shared_prefix(*wholes)
         responses = [
             (whole, _begin(shared_prefix(prompt, whole) if ranking.prompted else shared, whole)) for whole in wholes

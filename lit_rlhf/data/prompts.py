@@ -1,7 +1,8 @@
 """Prompts for the actor to answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow
@@ -58,7 +59,8 @@ class PromptEncoder:
         """Return the prompt of a record, as text or as a conversation.
 
         Raises:
-            UserError: if the record has no value in the prompts' column, or the template does not fit the record.
+            UserError: if the record has no value in the prompts' column or in a column of the template, or the template
+                is not valid.
 
         >>> PromptEncoder(template="{question} Think.", chat=True).prompt({"question": "Why?"}, "record 1")
         [{'role': 'user', 'content': 'Why? Think.'}]
@@ -78,13 +80,24 @@ class PromptEncoder:
     def _filled(self, record: Record, where: str) -> str:
         template = str(self.template)
         try:
-            return template.format_map(record)
+            return _Formatter().vformat(template, (), record)
         except KeyError as error:
             raise UserError(
                 f"{where}: data.template names the column {error}; the record has: {filled_columns(record)}"
             ) from error
         except (ValueError, IndexError, AttributeError, TypeError) as error:
             raise UserError(f"data.template {template!r} should be text with columns in braces: {error}") from error
+
+
+class _Formatter(Formatter):
+    """A formatter that refuses a column without a value, which would otherwise become the word None."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the value of a field and the name of its column; raise a KeyError if there is no value."""
+        value, column = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise KeyError(field_name)
+        return value, column
 
 
 class Prompts(ResumableData):

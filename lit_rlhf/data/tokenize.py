@@ -82,16 +82,38 @@ def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where:
     return Turns(conversation, where, opened)
 
 
-def chat_tokens(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, field: str, *, add_generation_prompt: bool
-) -> list[int]:
-    """Tokenize one conversation with the tokenizer's chat template.
+def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
+    """Return the tokens of a prompt with its complete response, with one end-of-sequence token at the end.
 
-    Raises:
-        UserError: if ``conversation`` is not a list of turns with role and content, the tokenizer has no chat template,
-            or the template refuses the conversation.
+    Args:
+        tokenizer: The tokenizer.
+        piece: The prompt with its response.
+        tokens: The tokens that `token_rows` returned for the piece.
+
+    >>> from lit_rlhf.data.reviews import tokenizer
+    >>> finished(tokenizer(), "the soup was cold .", [60, 54, 68, 16, 3])
+    [60, 54, 68, 16, 3, 1]
     """
-    return token_rows(tokenizer, [turns(tokenizer, conversation, field, opened=add_generation_prompt)])[0]
+    return [*tokens, int(tokenizer.eos_token_id)] if isinstance(piece, str) else ended(tokenizer, tokens)
+
+
+def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
+    """Return the tokens of a prompt with a truncated response, without an end-of-sequence token at the end.
+
+    What a chat template writes after a response is left out. If that cannot be separated, because the template changes
+    the text of the response, the end-of-sequence token and what follows it are left out. The arguments are those of
+    `finished`.
+
+    >>> from lit_rlhf.data.reviews import tokenizer
+    >>> unfinished(tokenizer(), "the soup was cold .", [60, 54, 68, 16, 3])
+    [60, 54, 68, 16, 3]
+    """
+    if isinstance(piece, str):
+        return tokens
+    try:
+        return _apply_template(tokenizer, piece.conversation, continue_final_message=True)
+    except ValueError:
+        return ended(tokenizer, tokens)[:-1]
 
 
 def ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
@@ -139,10 +161,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Turns], opene
         return []
 
     def rows(some: Sequence[Turns]) -> list[list[int]]:
-        encoded: Any = tokenizer.apply_chat_template(
-            [talk.conversation for talk in some], tokenize=True, add_generation_prompt=opened, return_dict=False
-        )
-        return [list(ids) for ids in encoded]
+        return _apply_template(tokenizer, [talk.conversation for talk in some], add_generation_prompt=opened)
 
     try:
         return rows(talks)
@@ -153,6 +172,11 @@ def _templated(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Turns], opene
             except Exception as error:
                 raise UserError(f"{talk.where}: the chat template refuses the conversation: {error}") from error
         raise
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, conversations: Any, **options: Any) -> Any:
+    """Return the token ids of one conversation, or of each conversation of a list, rendered with the chat template."""
+    return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False, **options)
 
 
 def _is_conversation(value: Any) -> bool:

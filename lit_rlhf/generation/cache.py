@@ -30,6 +30,9 @@ class RowCache(Cache):
         """The number of rows that contain a sequence; these rows come first."""
         self.start, self.end = 0, end
         """The column of the longest sequence's first token, and the column after the newest tokens."""
+        self.column: Tensor | None = None
+        """The column ``end`` as a tensor, [1] int64, if decoding steps have a fixed shape, that is, if they compute all
+        rows and columns; None if they compute those in use."""
 
     def insert(self, prefilled: DynamicCache, responses: int) -> None:
         """Append prefilled prompts after the rows in use, with the prompts' last tokens in the newest column.
@@ -83,22 +86,36 @@ class _Layer(CacheLayerMixin):
             setattr(self, name, torch.zeros(shape, dtype=dtype, device=states.device))  # masked entries must be finite
         self.is_initialized = True
 
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Return whether transformers must not look for padding in the mask, so as to leave the mask out if it can.
+
+        The host would wait for a GPU at each token, and operations that are recorded must not depend on values.
+        """
+        return self.cache.column is not None or _keys_values(self)[0].device.type != "cpu"
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing, because the constructor has already allocated the memory."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the next column of the rows in use, and return all keys and values of these rows.
 
+        If steps have a fixed shape, this includes the rows and columns that are not in use.
+
         Args:
-            key_states: [rows in use, heads, 1, D].
-            value_states: [rows in use, heads, 1, D].
+            key_states: [rows, heads, 1, D], of the rows in use, or of all rows if steps have a fixed shape.
+            value_states: [rows, heads, 1, D].
             args: Arguments of transformers' interface that are not used.
             kwargs: Arguments of transformers' interface that are not used.
 
         Returns:
-            The keys and the values in the n columns from the cache's ``start`` to the new column, each
-            [rows in use, heads, n, D].
+            The keys and the values in the n columns from the cache's ``start`` to the new column, or in all columns if
+            steps have a fixed shape; each [rows, heads, n, D].
         """
+        if self.cache.column is not None:
+            for states, new in zip(_keys_values(self), (key_states, value_states), strict=True):
+                states.index_copy_(2, self.cache.column, new.to(states.dtype))
+            return _keys_values(self)
         end = self.cache.end
         cached = []
         for states, new in zip(_keys_values(self), (key_states, value_states), strict=True):
@@ -109,11 +126,13 @@ class _Layer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns that a query attends to, and the index of the first of these columns."""
-        return self.get_seq_length() + query_length, 0
+        if self.cache.column is not None:
+            return self.cache.columns, 0
+        return self.cache.end - self.cache.start + query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Return the number of columns from the first token of the longest sequence to the newest tokens."""
-        return self.cache.end - self.cache.start
+    def get_seq_length(self) -> Any:
+        """Return the number of columns before the newest tokens, as a tensor if steps have a fixed shape."""
+        return self.cache.end - self.cache.start if self.cache.column is None else self.cache.column
 
     def get_max_length(self) -> int:
         """Return -1, which means that there is no maximum length."""

@@ -1,20 +1,21 @@
 """Generation with the actor's own weights: sequences that have ended leave the batch, and waiting prompts join it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from lit_rlhf.generation.cache import RowCache
 from lit_rlhf.generation.engine import Engine, Sampling, SpecialTokens, join_responses
 from lit_rlhf.generation.packing import packed_weights
 from lit_rlhf.generation.sampling import draw
+from lit_rlhf.generation.static import StaticStep, cast_weights
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.randomness import Stream, uniforms
@@ -26,6 +27,12 @@ INITIAL_COLUMNS = 64
 """The number of response tokens that the cache first has memory for; the cache grows later, often with fewer rows."""
 MIN_FREE_FRACTION = 0.125
 """The fraction of rows that must be free for waiting prompts to join, so that a forward pass prefills several."""
+MIN_USED_FRACTION = 0.25
+"""The fraction of rows in use at which the cache drops free rows if decoding steps compute all rows."""
+PREFILL_TOKENS = 8192
+"""The maximum number of tokens in a forward pass over prompts, including padding; a longer prompt is computed alone."""
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""The kernels for attention. cuDNN would build a plan for each number of keys, that is, one at every token."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class NativeEngine(Engine):
         cache_tokens: The maximum number of tokens in the key-value cache, including padding; None for enough to
             generate all responses at once. The responses to one prompt always start together, even if the cache then
             exceeds this maximum. The maximum does not change the samples.
-        compile: Whether to compile the decoding step with ``torch.compile``, with dynamic shapes. This helps on GPUs,
+        compile: Whether to compile the decoding step with ``torch.compile``, and to replay it as a CUDA graph on a GPU,
             where kernel launches dominate a small model's step. The first generation takes a minute longer.
 
     Raises:
@@ -86,9 +93,12 @@ class NativeEngine(Engine):
             len(prompts.group)
         )
         numbers = uniforms(stream, iteration, rows, sampling.max_tokens)
-        with unsharded(actor), _autocast_cache(), self._next_logits(actor, len(rows)) as next_logits:
-            decoding = _Decoding(actor, prompts, sampling, special_tokens, numbers, self.cache_tokens, next_logits)
-            decoding.run()
+        weights = cast_weights(actor.model) if self.compile else packed_weights(actor.model, len(rows))
+        with unsharded(actor), _autocast_cache(), sdpa_kernel(KERNELS), weights:
+            decoding = _Decoding(actor, prompts, sampling, special_tokens, numbers, self.cache_tokens, self.compile)
+            with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for each length
+                decoding.run()
+            decoding.cache.layers.clear()  # they refer to the cache, too, and would live until the garbage collection
         longest = int(decoding.lengths.max())
         last = decoding.tokens.gather(1, decoding.lengths[:, None] - 1)
         return join_responses(
@@ -102,21 +112,6 @@ class NativeEngine(Engine):
             terminated=(last == decoding.stop).any(1),
         )
 
-    @contextmanager
-    def _next_logits(self, actor: Actor, rows: int) -> Iterator[Callable[..., Tensor]]:
-        """Provide `Actor.next_logits` for one new token per row, either compiled or with packed weights."""
-        if self.compile:
-            yield partial(_compiled_next_logits(), actor)
-        else:  # layers that are compiled for training would be compiled again for each length
-            with torch.compiler.set_stance("force_eager"), packed_weights(actor.model, rows):
-                yield actor.next_logits
-
-
-@lru_cache
-def _compiled_next_logits() -> Callable[..., Tensor]:
-    """Return the compiled decoding step, which all engines share, so that each process compiles it only once."""
-    return torch.compile(Actor.next_logits, dynamic=True)
-
 
 class _Decoding:
     """The state of one call to `NativeEngine.generate`: the responses so far, and the rows of the cache in use."""
@@ -129,10 +124,10 @@ class _Decoding:
         special_tokens: SpecialTokens,
         uniforms: Tensor,
         cache_tokens: int | None,
-        next_logits: Callable[..., Tensor],
+        static: bool,
     ) -> None:
         device = uniforms.device
-        self.actor, self.prompts, self.sampling, self.next_logits = actor, prompts, sampling, next_logits
+        self.actor, self.prompts, self.sampling, self.static = actor, prompts, sampling, static
         self.stop = torch.tensor(special_tokens.stop, device=device)
         self.uniforms = F.pad(uniforms, (0, 1))  # [B n, T + 1], like the next three; ended rows write to column T
         self.tokens = torch.full_like(self.uniforms, special_tokens.pad, dtype=torch.long)
@@ -149,9 +144,10 @@ class _Decoding:
         if cache_tokens is not None and rows * self.max_columns > cache_tokens:
             self.max_columns += self.max_columns // 4  # so that the contents move to the left less often
             rows = min(rows, max(1, cache_tokens // (self.max_columns * sampling.responses)) * sampling.responses)
-        columns = min(self.max_columns, self.longest_prompt + INITIAL_COLUMNS)
+        columns = self._columns(self.longest_prompt + INITIAL_COLUMNS)
         self.cache = RowCache(rows, columns, end=self.longest_prompt)
         self.mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        self.static_step: StaticStep | None = None
         # one entry for each row in use:
         self.first_column: list[int] = []  # the column of the prompt's first token
         self.response = torch.empty(0, dtype=torch.long, device=device)  # the index of the response, 0 … B n - 1
@@ -179,26 +175,39 @@ class _Decoding:
         if count == 0 or (logits is not None and free < MIN_FREE_FRACTION * self.cache.rows):
             assert logits is not None
             return logits
-        admitted = slice(self.next_prompt, self.next_prompt + count)
-        self.next_prompt += count
+        new = [self._prefill(prompts) for prompts in self._chunks(count)]
+        self.cache.start = min(self.first_column)
+        return torch.cat(new if logits is None else [logits, *new])
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        """Divide the next ``count`` prompts into chunks of at most PREFILL_TOKENS tokens, including padding."""
+        first, last = self.next_prompt, self.next_prompt + count
+        for prompt in range(first + 1, last):
+            if max(self.prompt_lengths[first : prompt + 1]) * (prompt + 1 - first) > PREFILL_TOKENS:
+                yield slice(first, prompt)
+                first = prompt
+        yield slice(first, last)
+
+    def _prefill(self, admitted: slice) -> Tensor:
+        """Write prompts into the cache for all their responses, and return the first logits of these, [rows, V]."""
+        n, used = self.sampling.responses, len(self.first_column)
+        self.next_prompt = admitted.stop
         lengths = self.prompt_lengths[admitted]
         width = max(lengths)
         mask = self.prompts.mask[admitted, -width:]
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         prefilled = DynamicCache()
-        new = self.actor.next_logits(self.prompts.tokens[admitted, -width:], mask, positions, prefilled)
+        logits = self.actor.next_logits(self.prompts.tokens[admitted, -width:], mask, positions, prefilled)
         self.cache.insert(prefilled, n)
         self.mask[used : self.cache.used] = False
         self.mask[used : self.cache.used, self.cache.end - width : self.cache.end] = mask.repeat_interleave(n, 0)
         self.first_column += [self.cache.end - length for length in lengths for _ in range(n)]
-        self.cache.start = min(self.first_column)
         responses = torch.arange(admitted.start * n, admitted.stop * n, device=self.time.device)
         self.response = torch.cat([self.response, responses])
         self.time = torch.cat([self.time, torch.zeros_like(responses)])
         self.position = torch.cat([self.position, positions[:, -1].repeat_interleave(n)])
         self.ended = torch.cat([self.ended, torch.zeros_like(responses, dtype=torch.bool)])
-        new = new.repeat_interleave(n, 0)
-        return new if logits is None else torch.cat([logits, new])
+        return logits.repeat_interleave(n, 0)
 
     def _sample(self, logits: Tensor) -> Tensor:
         """Sample and record the next token of every row in use, and return the tokens, [rows]."""
@@ -243,11 +252,16 @@ class _Decoding:
     def _forward(self, new: Tensor) -> Tensor:
         """Compute the logits of the next token for each row in use, [rows, V], from the newest tokens ``new``."""
         cache = self.cache
-        if cache.end == cache.columns:
+        few_rows = self.next_prompt == len(self.prompt_lengths) and cache.used <= MIN_USED_FRACTION * cache.rows
+        if cache.end == cache.columns or (self.static and few_rows):
             self._resize_cache()
-        self.mask[: cache.used, cache.end] = True
-        mask = self.mask[: cache.used, cache.start : cache.end + 1]
-        logits = self.next_logits(new[:, None], mask, self.position[:, None], cache)
+        self.mask[:, cache.end] = True  # also in rows without a sequence, since attention to nothing is not a number
+        if self.static:
+            self.static_step = self.static_step or StaticStep(self.actor, cache, self.mask)
+            logits = self.static_step(new, self.position)
+        else:
+            mask = self.mask[: cache.used, cache.start : cache.end + 1]
+            logits = self.actor.next_logits(new[:, None], mask, self.position[:, None], cache)
         cache.end += 1
         return logits
 
@@ -256,12 +270,19 @@ class _Decoding:
         cache = self.cache
         old_end, width = cache.end, cache.end - cache.start
         mask = self.mask[: cache.used, cache.start : cache.end]
-        rows = cache.used if self.next_prompt == len(self.prompt_lengths) else cache.rows
-        columns = min(self.max_columns, max(2 * width, self.longest_prompt + INITIAL_COLUMNS))
+        rows = cache.rows
+        if self.next_prompt == len(self.prompt_lengths):
+            rows = min(rows, max(2, cache.used))  # for 1 row, torch.compile would compile the step again
+        columns = self._columns(max(2 * width, self.longest_prompt + INITIAL_COLUMNS))
         cache.resize(rows, columns, end=max(width, self.longest_prompt))
         self.mask = torch.zeros(rows, cache.columns, dtype=torch.bool, device=mask.device)
         self.mask[: cache.used, cache.start : cache.end] = mask
         self.first_column = [column + cache.end - old_end for column in self.first_column]
+        self.static_step = None
+
+    def _columns(self, columns: int) -> int:
+        """Return a number of columns up to the maximum, rounded up to a multiple of 8, as GPUs need for masks."""
+        return -(-min(self.max_columns, columns) // 8) * 8
 
 
 @contextmanager

@@ -15,7 +15,7 @@ def draw(
 
     Args:
         logits: [R, V] float32, before division by the temperature.
-        uniforms: The random numbers u, [R] float64 in [0, 1).
+        uniforms: The random numbers u, [R] in [0, 1).
         sampling: The sampling options, of which temperature, top-k and top-p are used.
         forbidden: Bool [R, V], True for tokens that must not be sampled; None to allow all tokens.
 
@@ -43,7 +43,7 @@ def draw(
             kept = kept.masked_fill(kept < smallest, 0.0)
         if sampling.top_p < 1:
             kept = _keep_nucleus(kept, sampling.top_p)
-        cumulative = kept.cumsum(-1, dtype=torch.float64)
+        cumulative = _cumulative(kept, torch.float64)
         tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     entropy = -(probabilities * logprobs).sum(-1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1), entropy
@@ -53,6 +53,17 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of most likely tokens whose share is at least ``top_p``; set other probabilities to 0."""
     ordered, order = probabilities.sort(-1, descending=True)
     ordered = ordered / ordered.sum(-1, keepdim=True)
-    before = ordered.cumsum(-1) - ordered
+    before = _cumulative(ordered, ordered.dtype) - ordered
     removed = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, order, before >= top_p)
     return probabilities.masked_fill(removed, 0.0)
+
+
+def _cumulative(probabilities: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the cumulative sums of each row's probabilities, exactly if results must be deterministic.
+
+    A GPU adds floating-point numbers in an order that varies, so that PyTorch then refuses to. Probabilities are
+    therefore rounded to multiples of 2⁻⁵², and integers are added.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return probabilities.cumsum(-1, dtype=dtype)
+    return ((probabilities.double() * 2.0**52).long().cumsum(-1).double() / 2.0**52).to(dtype)

@@ -11,6 +11,7 @@ from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
+from lit_rlhf.models.weights import with_weights
 
 
 class TokenStats(NamedTuple):
@@ -140,16 +141,7 @@ class Actor(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], with the model's own scaling, in float32 or float64."""
-        config = self.model.config
-        logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if scaling := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / scaling
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return _logits(self.model, hidden)
 
     def _scaled_logits(self, hidden: Tensor) -> Tensor:
         logits = self.logits(hidden)
@@ -159,7 +151,7 @@ class Actor(nn.Module):
         self, hidden: Tensor, targets: Tensor, other: "Actor", other_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities, entropies and the full KL to another actor, all of them twice differentiable."""
-        rows = chunk_rows(self.model.config.vocab_size, hidden.device)
+        rows = chunk_rows(self.model.config.vocab_size, hidden.device, 4)  # 37 bytes for each logit under bf16-mixed
         chunks = [
             checkpoint(self._compare_chunk, *inputs, other, use_reentrant=False, preserve_rng_state=False)
             for inputs in zip(hidden.split(rows), targets.split(rows), other_hidden.split(rows), strict=True)
@@ -190,10 +182,23 @@ def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
     >>> head, bool((head.weight == 0).all())
     (Linear(in_features=8, out_features=1, bias=True), True)
     """
-    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=bias, device=model.device)
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # a new head has no file to be read
+    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=bias, device=device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return head
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    config, logits = model.config, model.get_output_embeddings()(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def _scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -208,15 +213,13 @@ def _scatter(x: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def _check_head(actor: Actor) -> None:
     """Check that the trunk and the head, applied one after the other, give the logits of the whole model."""
-    model = actor.model
-    if any(p.is_meta for p in model.parameters()):
-        return
+    model = with_weights(actor.model)
     was_training = model.training
     model.eval()
     with model.device:  # not the default one, which may be where the model goes later
         tokens = torch.arange(3)[None] % model.config.vocab_size
         whole = model(input_ids=tokens).logits.float()
-        parts = actor.logits(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+        parts = _logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     model.train(was_training)
     if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
         raise UserError(

@@ -4,7 +4,9 @@ The trunk then processes real tokens only. The attention is registered with tran
 passes the texts' bounds under the argument names of flash attention (``cu_seq_lens_q``, …).
 """
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from lit_rlhf.compat import attention_can_be_set, attention_of
+from lit_rlhf.models.weights import with_weights
 
-try:  # flash attention over texts of different lengths, part of torch since 2.11
+try:  # flash attention over texts of different lengths; its options differ between versions of torch
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover
     varlen_attn = None  # type: ignore[assignment]
@@ -69,10 +72,10 @@ def use_unpadded_attention(model: PreTrainedModel) -> None:
     """
     before = attention_of(model.config)
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only the mask has the chunks
-    if chunked or not attention_can_be_set(model) or model.device.type == "meta":
+    if chunked or not attention_can_be_set(model):
         return
-    if not keeps_texts_apart(model, UNPADDED):
-        model.set_attn_implementation(before)
+    tried = with_weights(model)
+    model.set_attn_implementation(UNPADDED if keeps_texts_apart(tried, UNPADDED) else before)
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> b
     """Return whether a model computes the same hidden states for two texts in one row as for each text alone.
 
     Args:
-        model: A causal language model.
+        model: A causal language model or a sequence classifier.
         attention: The name of the attention to use for the packed row, which the model then keeps; None for the
             model's own attention.
     """
@@ -117,10 +120,26 @@ def _attend(
         if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # a single query is faster in float32
             with torch.autocast("cpu", enabled=False):
                 query, key, value = query.float(), key.float(), value.float()
-                return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+                return _attend_to_cache(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return _attend_to_cache(module, query, key, value, attention_mask, scaling=scaling, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _attend_within(query, key, value, scale, sliding_window, cu_seq_lens_q, max_length_q), None
+
+
+def _attend_to_cache(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Compute attention to cached keys and values, [B, heads, N, D] → [B, N, heads, D].
+
+    In a decoding step, the heads of a group, which share keys and values, become the queries of a single head. Every
+    key and value is then read once; transformers repeats keys and values for each head if the step is compiled.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if mask is None or groups == 1 or query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    grouped = query.reshape(len(query), key.shape[1], groups, query.shape[3])
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=options["scaling"])
+    return out.reshape(len(query), 1, query.shape[1], value.shape[3]), None
 
 
 @torch.compiler.disable  # otherwise there would be a graph for every number of texts
@@ -128,16 +147,9 @@ def _attend_within(
     query: Tensor, key: Tensor, value: Tensor, scale: float, sliding_window: int | None, bounds: Tensor, longest: int
 ) -> Tensor:
     """Compute causal attention within each text of a row, [1, heads, N, D] → [1, N, heads, D]."""
-    groups = query.shape[1] // key.shape[1]
     if query.is_cuda and _has_varlen(query):
-        half = _dtype(query)
-        q, k, v = (x[0].transpose(0, 1).to(half).contiguous() for x in (query, key, value))
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out: Any = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest,
-            scale=scale, window_size=window, enable_gqa=groups > 1,
-        )  # fmt: skip
-        return out.unsqueeze(0)
+        return _by_varlen(query, key, value, scale, sliding_window, bounds, longest)
+    groups = query.shape[1] // key.shape[1]
     lengths = bounds.diff().tolist()
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if query.device.type == "cpu" and _computes_in_half(query):
@@ -151,8 +163,29 @@ def _has_varlen(query: Tensor) -> bool:
 
     Flash attention can be differentiated only once, so TRPO, which differentiates twice, disables it.
     """
-    allowed = varlen_attn is not None and torch.backends.cuda.flash_sdp_enabled()
+    allowed = {"scale", "window_size"} <= _options_of(varlen_attn) and torch.backends.cuda.flash_sdp_enabled()
     return allowed and _computes_in_half(query) and query.shape[-1] % 8 == 0
+
+
+@cache
+def _options_of(function: Callable[..., Any] | None) -> frozenset[str]:
+    return frozenset() if function is None else frozenset(inspect.signature(function).parameters)
+
+
+def _by_varlen(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, bounds: Tensor, longest: int
+) -> Tensor:
+    """Compute causal attention within each text by flash attention, [1, heads, N, D] → [1, N, heads, D]."""
+    half, groups = _dtype(query), query.shape[1] // key.shape[1]
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _options_of(varlen_attn):
+        options["enable_gqa"] = groups > 1
+    else:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    q, k, v = (x[0].transpose(0, 1).to(half).contiguous() for x in (query, key, value))
+    sides = (-1 if window is None else window - 1, 0)
+    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides, **options)
+    return out.unsqueeze(0)
 
 
 def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

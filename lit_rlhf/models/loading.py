@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +22,7 @@ from transformers import (
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import use_unpadded_attention
+from lit_rlhf.models.weights import current_unread_weights, local_folder, parameters_on_meta, with_weights
 from lit_rlhf.references import is_reference, load_reference
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
@@ -101,7 +104,7 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
         if isinstance(source, RandomWeights):
             model = _random_model(source, task, field)
         else:
-            model = _pretrained_model(source, task, field)
+            model = _unread_model(source, task, field) or _pretrained_model(source, task, field)
         if task == "score" and model.config.num_labels != 1:
             raise UserError(f"{field}: a reward model has one label, but {source} has {model.config.num_labels}")
         model.eval()
@@ -174,6 +177,30 @@ def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
         )
     if report["missing_keys"]:
         raise UserError(f"{field}: {path} is not a {role}: it has no {min(report['missing_keys'])}")
+    return model
+
+
+def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
+    """Build a model within `unread_weights`; return None outside, and if the weights cannot be read later."""
+    unread = current_unread_weights()
+    if unread is None:
+        return None
+    config = read_config(path, field)
+    try:
+        folder = local_folder(path)
+        with parameters_on_meta():
+            model = _AUTO[task].from_config(config, dtype=torch.float32)
+        with_weights(model)  # later checks of the architecture will need it
+    except Exception:  # loading it with its weights will give the reason
+        return None
+    known_head = task == "causal" or isinstance(getattr(model, "score", None), nn.Linear)
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized or not known_head or not unread.add(model, folder):
+        return None
+    if task == "score":
+        unread.read_now(model.score)  # small, and a critic that starts from this model rescales it
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from lit_rlhf.compat import decoder_layer_names
+from lit_rlhf.compat import decoder_layer_names, without_forward_hooks
 
 FORWARD_METHODS = ("next_logits", "hidden")
 """The names of methods besides ``forward`` that compute with a model's weights."""
@@ -90,15 +90,17 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: FSDPModule) -> Iterator[None]:
+    """Gather the full weights of an FSDP2 model, and take off FSDP2's hooks, which cost more than a small layer."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]  # type: ignore[attr-defined]
     for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(without_forward_hooks(part, FORWARD_METHODS))
+            yield
     finally:
-        for part in parts:  # as FSDP2's default: only the root keeps its weights between a forward and its backward
-            part.set_reshard_after_forward(part is not model, recurse=False)
+        for part in parts:
             part.reshard()
 
 

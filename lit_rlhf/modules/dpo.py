@@ -48,6 +48,7 @@ class DPO(PreferenceModule):
         sampling: How responses to held-out prompts are sampled. The temperature divides the logits in training too.
         engine: The engine that samples the responses to held-out prompts.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+            On a single GPU, a step that runs out of memory halves it for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the actor.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
@@ -111,8 +112,9 @@ class DPO(PreferenceModule):
             rewards=[],
             temperature=self.sampling.temperature or 1.0,
             value_grad_scale=1.0,
+            place=self.place,
         )
-        self.actor, self.reference = self.shard(roles.actor), self.shard(roles.reference)
+        self.actor, self.reference = roles.actor, roles.reference
         self.train(self.training)
 
     @cached_property

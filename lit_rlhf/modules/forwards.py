@@ -17,6 +17,15 @@ from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.types import Rollout
 
 
+def rounds_float32(device: torch.device) -> bool:
+    """Return whether matrix products of float32 numbers on this device round their factors (TF32 on CUDA).
+
+    The answer holds for both of torch's interfaces to this setting. ``torch.get_float32_matmul_precision`` belongs to
+    the older one, and raises an error after use of the newer one, ``torch.backends.fp32_precision``.
+    """
+    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+
+
 class StateValues(NamedTuple):
     """The critic's values for a rollout."""
 

@@ -1,8 +1,8 @@
 """The losses of the actor and the critic in an optimizer step, and their metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast, final
+from typing import NamedTuple, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -14,15 +14,21 @@ from lit_rlhf.algorithms.values import value_loss
 from lit_rlhf.models.actor import Actor, TokenStats
 from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.update import Update, check_finite
+from lit_rlhf.modules.update import Update
 from lit_rlhf.types import Experience
 
 
 class StepLoss(NamedTuple):
-    """A micro-batch's contribution to the loss of an optimizer step, and its KL to the old policy."""
+    """A part of a micro-batch's contribution to the loss of an optimizer step, with results of its computation."""
 
-    loss: Tensor  # []; the losses of all micro-batches on all ranks add up to the loss of the step
-    kl_to_old: Tensor  # [], Σₜ KLₜ(π_old ‖ π) in nats, without gradient
+    loss: Tensor  # []; the losses of all parts, micro-batches and ranks add up to the loss of the step
+    kl_to_old: Tensor  # [], Σₜ KLₜ(π_old ‖ π) in nats, without gradient; 0 for the critic's part
+    means: Mapping[str, Tensor]  # [] each, without gradient: the mean loss of the tokens, to check that it is finite
+
+
+LossPart: TypeAlias = Callable[[Experience, Tensor, Metrics], StepLoss]
+"""A function of b rows of the step's minibatch, of the totals of the step (`step_totals` over all ranks), [2], and of
+the metrics that it adds to; it returns one part of the rows' contribution to the loss."""
 
 
 class PolicyTerms(NamedTuple):
@@ -66,33 +72,44 @@ class Losses:
     update: Update
     max_tokens: int
 
-    def __call__(self, micro_batch: Experience, totals: Tensor, metrics: Metrics) -> StepLoss:
-        """Return the loss of a micro-batch and its KL to the old policy, and record its metrics.
+    @property
+    def parts(self) -> dict[str, LossPart]:
+        """The parts of the loss, by the name of the optimizer of the weights that they depend on.
+
+        A critic with its own weights has its own part. If each part is differentiated before the next is computed, the
+        activations of the actor and those of the critic are never in memory together.
+        """
+        return {"policy": self.of_actor} if self.critic is None else {"policy": self.of_actor, "value": self.of_critic}
+
+    def of_actor(self, micro_batch: Experience, totals: Tensor, metrics: Metrics) -> StepLoss:
+        """Return the actor's part of the loss of a micro-batch: the policy loss, and the value loss of a shared critic.
 
         Args:
             micro_batch: b rows of the step's minibatch.
             totals: [2], the numbers of tokens and sequences in the whole step: the sum of `step_totals` over all ranks.
-            metrics: Receives the metrics ``policy/…`` and ``value/…``.
-
-        Raises:
-            UserError: if a loss is not finite.
+            metrics: Receives the metrics ``policy/…``, and ``value/…`` for a shared critic.
         """
         mask = micro_batch.rollout.response_mask
         policy = self.policy(micro_batch, metrics)
-        finite, total = {"policy_loss": masked_mean(policy.loss, mask)}, policy.loss
-        if micro_batch.values is not None:
+        means, total = {"policy_loss": masked_mean(policy.loss.detach(), mask)}, policy.loss
+        if self.critic is None and micro_batch.values is not None:
             value = self.value(micro_batch, policy.stats, metrics)
-            finite["value_loss"] = masked_mean(value, mask)
+            means["value_loss"] = masked_mean(value.detach(), mask)
             total = total + self.update.value_coef * value
-        loss = self.weighted_sum(total, micro_batch, totals)
-        check_finite(**finite, loss=loss)
         with torch.no_grad():
             logprobs = micro_batch.rollout.at_responses(policy.stats.logprobs)
             kl_to_old = torch.where(mask, k3(micro_batch.old_logprobs, logprobs), 0.0)
         metrics.add_masked("policy/kl_to_old", kl_to_old, mask)
         metrics.add_masked("policy/clip_fraction", policy.objective.clipped.float(), mask)
-        metrics.maximum("policy/ratio_max", policy.objective.ratio.max())
-        return StepLoss(loss, kl_to_old.sum())
+        metrics.maximum("policy/ratio_max", policy.objective.ratio.detach().max())
+        return StepLoss(self.weighted_sum(total, micro_batch, totals), kl_to_old.sum(), means)
+
+    def of_critic(self, micro_batch: Experience, totals: Tensor, metrics: Metrics) -> StepLoss:
+        """Return the part of a critic with its own weights; the arguments are those of `of_actor`."""
+        value = self.value(micro_batch, None, metrics)
+        loss = self.weighted_sum(self.update.value_coef * value, micro_batch, totals)
+        mean = masked_mean(value.detach(), micro_batch.rollout.response_mask)
+        return StepLoss(loss, torch.zeros_like(mean), {"value_loss": mean})
 
     def policy(self, micro_batch: Experience, metrics: Metrics) -> PolicyTerms:
         """Compute the policy loss of each token, [b, t], and record the objective's loss and the entropy."""

@@ -66,14 +66,23 @@ class Metrics:
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Add values of any shape to the mean of this name, with weights of the same shape or one weight for all."""
-        value = torch.as_tensor(value, device=self.device)
         if name not in self._metrics:
             self._metrics[name] = WeightedMean().to(self.device)
-        self._metrics[name].update(value.detach(), torch.as_tensor(weight, device=self.device))
+        self._metrics[name].update(self._on_device(value), self._on_device(weight))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Add the values at which the mask is True to the mean of this name; both have the same shape."""
-        self.add(name, values.detach()[mask])
+        """Add the values at which the mask is True to the mean of this name; both have the same shape.
+
+        The other values are replaced by 0 and have the weight 0. To leave them out, the host would have to wait for the
+        device, because the number of the remaining values is the shape of a tensor.
+        """
+        self.add(name, torch.where(mask, values.detach(), 0.0), mask)
+
+    def _on_device(self, value: Tensor | float) -> Tensor:
+        """Return a value on the device of the metrics; a number is filled in there, since a copy would wait."""
+        if isinstance(value, Tensor):
+            return value.detach().to(self.device)
+        return torch.full((), value, device=self.device)
 
     def maximum(self, name: str, value: Tensor) -> None:
         """Include a value, [], in the maximum of this name."""
@@ -86,6 +95,20 @@ class Metrics:
         metric = self._metrics[name]
         assert isinstance(metric, WeightedMean)
         return float(metric.weight)
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Return a copy of this rank's tensors of all metrics, for `restore`."""
+        return {
+            name: {key: value.clone() for key, value in cast(Mapping[str, Tensor], metric.metric_state).items()}
+            for name, metric in self._metrics.items()
+        }
+
+    def restore(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Drop everything that was added after `snapshot` was called."""
+        self._metrics = {name: self._metrics[name] for name in snapshot}
+        for name, state in snapshot.items():
+            for key, value in state.items():
+                setattr(self._metrics[name], key, value.clone())
 
     def state(self) -> list[Tensor]:
         """Return this rank's tensors of all metrics, before they are reduced over the ranks."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import lightning
 import torch
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from lit_rlhf.compat import no_gradient_sync, strategy_of
+from lit_rlhf.compat import strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
+from lit_rlhf.models.precision import check_precision, is_frozen, store_in_bfloat16
 from lit_rlhf.models.scoring import strip_prefix
+from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.update import clip_gradients
 from lit_rlhf.strategies import FSDP, FSDP2
 
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
 """For each optimizer, by name: a function that makes it from parameters, and one that makes its schedule, or None."""
 
@@ -46,7 +48,11 @@ class AlignmentModule(lightning.LightningModule):
     batch_type: ClassVar[type]
     """The type of the batches that the module accepts."""
 
+    max_tokens_option: ClassVar[str] = "model.max_tokens"
+    """The name of the option that sets ``max_tokens``."""
+
     actor: Actor
+    max_tokens: int  # the maximum number of tokens in a micro-batch, including padding; halved if memory runs out
     iteration: Tensor  # [] int64, saved in the checkpoint
 
     def __init__(self, source: ModelSource, iterations: int | None, optimizers: OptimizerFactories) -> None:
@@ -72,6 +78,14 @@ class AlignmentModule(lightning.LightningModule):
     def is_configured(self) -> bool:
         """Whether the models are loaded, so that later calls to ``configure_model`` have nothing to do."""
         return hasattr(self, self.role)
+
+    def setup(self, stage: str) -> None:
+        """Check the precision before the models are loaded; Lightning calls this method in every run.
+
+        Raises:
+            UserError: if ``trainer.precision`` is not supported.
+        """
+        check_precision(self.trainer.precision)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
@@ -201,13 +215,40 @@ class AlignmentModule(lightning.LightningModule):
         for name, value in self.summary(self.held_out.compute()).items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
+    def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
+        """Build a model, shard it as the strategy requires, and move it to this process's device.
+
+        The host's memory holds what belongs on the host, and nothing more: of a model that is sharded by FSDP2 or
+        that goes to a GPU, each process reads its own part from the files. Models are placed one after the other.
+
+        Args:
+            build: Function that loads the model by `load_model`.
+            sharded: Whether a strategy that shards models may shard this one.
+        """
+        strategy = strategy_of(self)
+        shard = self.shard if sharded else _unchanged
+        if strategy is None or isinstance(strategy, FSDP):
+            return shard(build())
+        device = torch.device("cpu") if isinstance(strategy, FSDP2) and strategy.cpu_offload else strategy.root_device
+        if device.type == "cpu" and not isinstance(strategy, FSDP2):
+            return shard(build())
+        with unread_weights() as unread:
+            model = build()
+        model = shard(model)
+        unread.read(model, device)
+        return model
+
     def shard(self, model: nn.Module) -> Any:
-        """Return a model sharded as the strategy requires, or unchanged if the strategy does not shard models.
+        """Return a model sharded as the strategy requires, or unsharded if the strategy does not shard models.
+
+        With ``bf16-mixed``, a frozen model's weights are stored in bfloat16 where this does not change its output.
 
         Raises:
             UserError: if a strategy that shards models is not supported, or is used with inference mode.
         """
         strategy = strategy_of(self)
+        if strategy is not None and strategy.precision_plugin.precision == "bf16-mixed" and is_frozen(model):
+            store_in_bfloat16(model, all_weights=isinstance(strategy, FSDP2 | FSDP))
         if isinstance(strategy, FSDP2 | FSDP):
             if self.trainer.validate_loop.inference_mode:  # tensors made in inference mode cannot be trained later
                 raise UserError("trainer.inference_mode must be false with a strategy that shards models, not true")
@@ -224,20 +265,6 @@ class AlignmentModule(lightning.LightningModule):
         """Return the rank of this process and the number of processes."""
         return self.trainer.global_rank, self.trainer.world_size
 
-    def synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Return a context for the backward pass of a micro-batch; ``last`` marks the last micro-batch of a step.
-
-        In this context DDP averages gradients over the ranks only if ``last`` is True; strategies that shard models
-        always do.
-        """
-        return nullcontext() if last else no_gradient_sync(self.trainer.strategy)
-
-    def clip(self, optimizer: Any, max_norm: float | None) -> Tensor:
-        """Clip the norm of an optimizer's gradients, taken over all ranks, and return the norm before clipping, []."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        plain_shards = isinstance(self.trainer.strategy, FSDP)
-        return clip_gradients(parameters, max_norm, self.sum_over_ranks if plain_shards else None)
-
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all processes of ``x``, which has the same shape on each; ``x`` may be overwritten."""
         return self.trainer.strategy.reduce(x, reduce_op="sum") if self.trainer.world_size > 1 else x
@@ -252,6 +279,10 @@ def iteration_of(module: lightning.LightningModule) -> int:
     """Return the number of iterations that a module has done; for callbacks, which receive a LightningModule."""
     assert isinstance(module, AlignmentModule)
     return int(module.iteration)
+
+
+def _unchanged(model: Any) -> Any:
+    return model
 
 
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from lit_rlhf.algorithms.kl import KLController, ReferenceKL, k1
 from lit_rlhf.algorithms.masked import masked_sum, masked_var, masked_whiten
 from lit_rlhf.algorithms.objectives import Objective
 from lit_rlhf.algorithms.rewards import token_rewards
-from lit_rlhf.batching import gather_experience, minibatches
+from lit_rlhf.batching import gather_experience, micro_batches, minibatches
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, Sampling
 from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
@@ -26,7 +26,7 @@ from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.decoding import as_records, decode
-from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs
+from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
@@ -48,6 +48,7 @@ class OnPolicy(AlignmentModule):
     """
 
     batch_type = PromptBatch
+    max_tokens_option = "model.update.max_tokens"
     shards_actor: ClassVar[bool] = True
     """Whether a strategy that shards models may shard the actor."""
 
@@ -86,6 +87,7 @@ class OnPolicy(AlignmentModule):
         self.objective = objective
         self.bootstrap_truncated = bootstrap_truncated
         self.update = update
+        self.max_tokens = update.max_tokens
         self.value_grad_scale = value_grad_scale
         self.scores = Scores(rewards or [], scores)
         self.reference_scores: dict[int, Tensor] = {}  # of each held-out batch: the reference does not change in a run
@@ -126,7 +128,8 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Discard the scores of the reference's responses from an earlier run; Lightning calls this in every run."""
+        """Check the precision, and discard the scores of the reference's responses from an earlier run."""
+        super().setup(stage)
         self.reference_scores.clear()
 
     @cached_property
@@ -138,8 +141,10 @@ class OnPolicy(AlignmentModule):
         """Load and shard the models; Lightning calls this method more than once, but only the first call loads them."""
         if self.is_configured:
             return
-        self.scores.prepare(self.tokenizer)
         reward_models = [reward for reward in self.scores.rewards if isinstance(reward, RewardModel)]
+        for reward in reward_models:
+            reward.model = self.place(reward.load)
+        self.scores.prepare(self.tokenizer)
         roles = load_roles(
             self.source,
             self.critic_source,
@@ -147,13 +152,10 @@ class OnPolicy(AlignmentModule):
             rewards=reward_models,
             temperature=self.sampling.temperature,
             value_grad_scale=self.value_grad_scale,
+            place=self.place,
+            place_actor=partial(self.place, sharded=self.shards_actor),
         )
-        self.actor = self.shard(roles.actor) if self.shards_actor else roles.actor
-        self.reference = self.shard(roles.reference)
-        self.critic = None if roles.critic is None else self.shard(roles.critic)
-        for reward in reward_models:
-            if reward.model is not None:
-                reward.model = self.shard(reward.model)
+        self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
         self.train(self.training)
 
     # ------------------------------------------------------------- an iteration
@@ -189,10 +191,10 @@ class OnPolicy(AlignmentModule):
             rewards, scores = self.scores.judge(inputs)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
             actor = self._actor_outputs(rollout, full)
-            ref_logprobs = response_logprobs(self.reference, rollout, self.update.max_tokens)
+            ref_logprobs = response_logprobs(self.reference, rollout, self.max_tokens)
             values, last_values = actor.values, actor.last_values
             if self.critic is not None:
-                values, last_values = critic_values(self.critic, rollout, self.update.max_tokens)
+                values, last_values = critic_values(self.critic, rollout, self.max_tokens)
             bootstrap = None
             if self.bootstrap_truncated and last_values is not None:
                 bootstrap = torch.where(rollout.terminated, 0.0, last_values)
@@ -212,11 +214,10 @@ class OnPolicy(AlignmentModule):
 
     def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
         """Return the actor's outputs, from the engine if its log-probabilities and entropies suffice and are exact."""
-        rounded = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounded
+        exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounds_float32(self.device)
         if exact and other is None and self.actor.value_head is None:
             return ActorOutputs(rollout.rollout_logprobs, rollout.rollout_entropy)
-        return actor_outputs(self.actor, rollout, self.update.max_tokens, other)
+        return actor_outputs(self.actor, rollout, self.max_tokens, other)
 
     @torch.no_grad()
     def reward(self, scored: ScoredRollout) -> Trajectory:
@@ -264,19 +265,21 @@ class OnPolicy(AlignmentModule):
             return experience
         return gather_experience(experience, self.sampling.responses, self.sum_over_ranks, self.max_over_ranks)
 
-    def minibatches(self, experience: Experience) -> Iterator[list[Experience]]:
-        """Yield the minibatches of all epochs, each as a list of this process's micro-batches."""
-        update, (rank, world_size) = self.update, self.on_rank()
-        if update.minibatches > len(experience.advantages):
+    def minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """Yield the minibatches of all epochs, each with the rows of all processes."""
+        if self.update.minibatches > len(experience.advantages):
             raise UserError(
-                f"model.update.minibatches is {update.minibatches}, but an iteration has only "
+                f"model.update.minibatches is {self.update.minibatches}, but an iteration has only "
                 f"{len(experience.advantages)} responses"
             )
-        for epoch in range(update.epochs):
+        for epoch in range(self.update.epochs):
             shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch)
-            yield from minibatches(
-                experience, update.minibatches, update.max_tokens, shuffle, rank=rank, world_size=world_size
-            )
+            yield from minibatches(experience, self.update.minibatches, shuffle)
+
+    def micro_batches(self, experience: Experience) -> list[Experience]:
+        """Return this process's micro-batches of rows of all processes."""
+        rank, world_size = self.on_rank()
+        return micro_batches(experience, self.max_tokens, rank=rank, world_size=world_size)
 
     def losses(self) -> Losses:
         """Return the losses of the actor and the critic, with the current coefficient of the KL to the reference."""
@@ -331,7 +334,7 @@ class OnPolicy(AlignmentModule):
         if batch_idx not in self.reference_scores:
             self.reference_scores[batch_idx] = self.scores.judge(self._respond(batch, self.reference, batch_idx))[1]
         actor = self._actor_outputs(inputs.rollout)
-        ref_logprobs = response_logprobs(self.reference, inputs.rollout, self.update.max_tokens)
+        ref_logprobs = response_logprobs(self.reference, inputs.rollout, self.max_tokens)
         kl_to_ref = masked_sum(k1(actor.logprobs, ref_logprobs), inputs.rollout.response_mask, 1)
         reference_scores = self.reference_scores[batch_idx]
         measure_held_out(self.held_out, inputs.rollout, scores, reference_scores, rewards, kl_to_ref)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,10 +16,11 @@ from lit_rlhf.algorithms.preferences import bradley_terry, plackett_luce
 from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource
-from lit_rlhf.models.sharding import is_sharded, unsharded
+from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, pop_standard_deviation
 from lit_rlhf.modules.module import AlignmentModule
-from lit_rlhf.modules.update import check_finite
+from lit_rlhf.modules.steps import add_gradients, step_optimizers, within_memory
+from lit_rlhf.modules.update import check_limits
 from lit_rlhf.types import PreferenceBatch
 
 
@@ -47,10 +50,7 @@ class PreferenceModule(AlignmentModule):
         super().__init__(source, iterations, {"model": (optimizer, scheduler)})
         if not 0.0 <= label_smoothing < 0.5:
             raise ValueError(f"model.label_smoothing must be in [0, 0.5), not {label_smoothing}")
-        if max_tokens < 1:
-            raise ValueError(f"model.max_tokens must be 1 or more, not {max_tokens}")
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise ValueError(f"model.clip_grad_norm must be positive or null, not {clip_grad_norm}")
+        check_limits(max_tokens, clip_grad_norm)
         self.automatic_optimization = False
         self.label_smoothing = label_smoothing
         self.max_tokens = max_tokens
@@ -79,27 +79,26 @@ class PreferenceModule(AlignmentModule):
         self.log_iteration(logged, shown=("train/loss", "train/accuracy"))
 
     def _step(self, batch: PreferenceBatch, metrics: Metrics) -> None:
+        longest = batch.by_ranking(batch.lengths).amax(1) * batch.mask.sum(1)  # padded tokens of each ranking
+        loss = within_memory(self, partial(self._add_gradients, batch, metrics), longest, metrics)
+        (norm,) = step_optimizers(self, self.clip_grad_norm, loss=loss).values()
         (optimizer,) = self.optimizers_by_name().values()
-        optimizer.zero_grad()
-        rankings = self.sum_over_ranks(torch.tensor(float(len(batch.mask)), device=self.device))
-        batches = preference_micro_batches(batch, self.max_tokens)
-        sharded = is_sharded(self.get_submodule(self.role))
-        most = self.max_over_ranks(len(batches))[0] if sharded else len(batches)
-        for number in range(most):
-            micro_batch = batches[min(number, len(batches) - 1)]
+        metrics.add("grad_norm", norm)
+        metrics.add("lr", optimizer.param_groups[0]["lr"])
+        self.step_schedulers()
+
+    def _add_gradients(self, batch: PreferenceBatch, metrics: Metrics) -> Tensor:
+        """Compute the gradient of a batch, and return the loss of this process's rankings, []."""
+        rankings = self.sum_over_ranks(torch.full((), float(len(batch.mask)), device=self.device))
+
+        def loss_of(micro_batch: PreferenceBatch, counts: bool) -> Tensor:
             scores = micro_batch.by_ranking(self.scores(micro_batch))
             loss = self.loss(scores, micro_batch)
-            check_finite(loss=loss.mean())
-            if number < len(batches):
+            if counts:
                 self.measure(scores.detach(), loss.detach(), micro_batch, metrics)
-            else:  # other ranks have more micro-batches, and every rank must join the collectives of sharded weights
-                loss = loss * 0.0
-            with self.synchronized(last=number == most - 1):
-                self.manual_backward(loss.sum() / rankings * self.trainer.world_size)
-        metrics.add("grad_norm", self.clip(optimizer, self.clip_grad_norm))
-        metrics.add("lr", optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        self.step_schedulers()
+            return loss.sum() / rankings
+
+        return add_gradients(self, preference_micro_batches(batch, self.max_tokens), loss_of)
 
     def after_step(self) -> None:
         """Update whatever else the checkpoint of this iteration must hold; by default, do nothing."""
@@ -131,10 +130,10 @@ class PreferenceModule(AlignmentModule):
             batch: The rankings.
             metrics: Receives ``loss``, ``accuracy`` and ``margin``.
         """
-        ahead, _ = pairs(scores, batch)
+        ahead, _, both = pairs(scores, batch)
         metrics.add("loss", loss)
-        metrics.add("accuracy", _won(ahead))
-        metrics.add("margin", ahead)
+        metrics.add_masked("accuracy", _won(ahead), both)
+        metrics.add_masked("margin", ahead, both)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the held-out metrics."""
@@ -163,7 +162,8 @@ class PreferenceModule(AlignmentModule):
         responses = self.scores(micro_batch)
         scores = micro_batch.by_ranking(responses)
         self.measure(scores, self.loss(scores, micro_batch), micro_batch, self.held_out)
-        ahead, longer = pairs(scores, micro_batch)
+        ahead, longer, both = pairs(scores, micro_batch)
+        ahead, longer = ahead[both], longer[both]
         won = _won(ahead)
         self.held_out.add("accuracy_of_length", _won(longer))
         self.held_out.add("accuracy_if_longer", won[longer > 0])
@@ -183,20 +183,25 @@ class PreferenceModule(AlignmentModule):
         return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN without such pairs
 
 
-def pairs(scores: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-    """Return the differences in score and in length, better minus worse, of all pairs in all rankings.
+class Pairs(NamedTuple):
+    """All pairs of two responses to the same prompt: P pairs for each of B rankings."""
+
+    ahead: Tensor  # [B, P], the difference in score, better minus worse
+    longer: Tensor  # [B, P], the difference in response length, in tokens
+    both: Tensor  # [B, P] bool, False where the ranking has fewer responses
+
+
+def pairs(scores: Tensor, batch: PreferenceBatch) -> Pairs:
+    """Return the differences between the responses of all pairs.
 
     Args:
         scores: [B, K], best response first.
         batch: The rankings.
-
-    Returns:
-        The differences in score and those in response length, in tokens; [P] each, for P pairs.
     """
     length = batch.by_ranking((batch.lengths - batch.prompt_lengths).to(scores.dtype))
     better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1, device=scores.device)
     both = batch.mask[:, better] & batch.mask[:, worse]
-    return (scores[:, better] - scores[:, worse])[both], (length[:, better] - length[:, worse])[both]
+    return Pairs(scores[:, better] - scores[:, worse], length[:, better] - length[:, worse], both)
 
 
 def _won(ahead: Tensor) -> Tensor:

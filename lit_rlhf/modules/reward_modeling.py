@@ -27,6 +27,7 @@ class RewardModeling(PreferenceModule):
             sequence classifier with one label; given as a folder, a hub id, or a configuration for random weights.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+            On a single GPU, a step that runs out of memory halves it for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
@@ -71,7 +72,7 @@ class RewardModeling(PreferenceModule):
     def configure_model(self) -> None:
         """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
         if not self.is_configured:
-            self.reward = self.shard(load_critic(self.source, "model.reward", bias=False))
+            self.reward = self.place(lambda: load_critic(self.source, "model.reward", bias=False))
             self.train(self.training)
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:

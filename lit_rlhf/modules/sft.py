@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_rlhf.algorithms.masked import masked_mean
+from lit_rlhf.batching import demonstration_micro_batches
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.attention import keeps_texts_apart
 from lit_rlhf.models.loading import ModelSource, load_model
+from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.models.weights import with_weights
 from lit_rlhf.modules.module import AlignmentModule
-from lit_rlhf.modules.update import check_finite
+from lit_rlhf.modules.steps import add_gradients, step_optimizers, within_memory
+from lit_rlhf.modules.update import check_limits
 from lit_rlhf.types import DemonstrationBatch
 
 
@@ -27,11 +32,15 @@ class SFT(AlignmentModule):
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
+        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+            On a single GPU, a step that runs out of memory halves it for the rest of the run.
+        clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each optimizer step; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs or max_steps.
 
     Raises:
+        ValueError: if a number is out of range.
         UserError: if the actor is not named or iterations is less than 1; in ``configure_model``, if the actor cannot
             be loaded.
 
@@ -44,20 +53,29 @@ class SFT(AlignmentModule):
     def __init__(
         self,
         actor: ModelSource = "",
+        max_tokens: int = 8192,
+        clip_grad_norm: float | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
     ) -> None:
         super().__init__(actor, iterations, {"actor": (optimizer, scheduler)})
+        check_limits(max_tokens, clip_grad_norm)
+        self.automatic_optimization = False
+        self.max_tokens = max_tokens
+        self.clip_grad_norm = clip_grad_norm
         self._separates_packed_texts = False  # set by configure_model
 
     def configure_model(self) -> None:
         """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
         if not self.is_configured:
-            actor = Actor(load_model(self.source, "causal", "model.actor"))
-            self._separates_packed_texts = keeps_texts_apart(actor.model)  # before a strategy rounds the weights
-            self.actor = self.shard(actor)
+            self.actor = self.place(self._load_actor)
             self.train(self.training)
+
+    def _load_actor(self) -> Actor:
+        actor = Actor(load_model(self.source, "causal", "model.actor"))
+        self._separates_packed_texts = keeps_texts_apart(with_weights(actor.model))  # before a strategy rounds weights
+        return actor
 
     def check_batch(self, batch: Any) -> None:
         """Check the type of the batch and, if its rows may hold several texts, that the model keeps those texts apart.
@@ -71,27 +89,46 @@ class SFT(AlignmentModule):
                 f"data.packing: {type(self.actor.model).__name__} does not keep packed texts apart; set it to false"
             )
 
-    def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
-        """Return this rank's loss in nats; the mean over the ranks is the mean loss of the tokens of all ranks."""
-        logprobs = self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
-        tokens = batch.mask.sum().float()
-        if self.trainer.world_size > 1:  # the mean is over the tokens of all ranks
-            tokens = self.trainer.strategy.reduce(tokens, reduce_op="mean")
-        loss = -logprobs.sum() / tokens.clamp(min=1)
-        check_finite(loss=loss)
+    def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """Do one optimizer step on a batch; the loss is the mean over the tokens of all ranks."""
+        part = within_memory(self, partial(self._add_gradients, batch), batch.lengths)
+        (norm,) = step_optimizers(self, self.clip_grad_norm, loss=part).values()
+        self.step_schedulers()
         self.count_iteration()
-        mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+        loss = self.sum_over_ranks(part)
         self.log_dict(
-            {"train/perplexity": math.exp(min(float(mean), 50.0)), "progress/iteration": float(self.iteration)},
+            {
+                "train/grad_norm": norm,
+                "train/perplexity": math.exp(min(float(loss), 50.0)),
+                "progress/iteration": float(self.iteration),
+            },
             batch_size=1,
         )
-        self.log("train/loss", mean, prog_bar=True, batch_size=1)
-        return loss
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
 
+    def _add_gradients(self, batch: DemonstrationBatch) -> Tensor:
+        """Compute the gradient of a batch, and return this rank's part of the loss, [], in nats per token."""
+        tokens = self.sum_over_ranks(batch.mask.sum().float()).clamp(min=1)
+
+        def loss_of(micro_batch: DemonstrationBatch, counts: bool) -> Tensor:
+            return -self._logprobs(micro_batch).sum() / tokens
+
+        return add_gradients(self, demonstration_micro_batches(batch, self.max_tokens), loss_of)
+
+    def _logprobs(self, batch: DemonstrationBatch) -> Tensor:
+        return self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
+
+    @torch.no_grad()
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Add the loss of a batch to the held-out metrics."""
-        loss = -self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
-        self.held_out.add("loss", masked_mean(loss, batch.mask), batch.mask.sum())
+        with unsharded(self.actor):
+            for micro_batch in demonstration_micro_batches(batch, self.max_tokens):
+                loss = masked_mean(-self._logprobs(micro_batch), micro_batch.mask)
+                self.held_out.add("loss", loss, micro_batch.mask.sum())
+
+    def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """Add the loss of a batch to the test metrics, in the same way as ``validation_step``."""
+        self.validation_step(batch, batch_idx)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means with the perplexity, which is the exponential of the mean loss."""

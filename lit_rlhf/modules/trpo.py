@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
 from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL
-from lit_rlhf.algorithms.masked import masked_mean, masked_sum
+from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Surrogate, probability_ratio
 from lit_rlhf.algorithms.trust_region import (
     assign,
@@ -23,7 +24,6 @@ from lit_rlhf.algorithms.trust_region import (
     line_search,
     longest_step,
 )
-from lit_rlhf.batching import micro_batches
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.actor import Actor
@@ -34,6 +34,7 @@ from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
+from lit_rlhf.modules.steps import add_gradient, step_optimizers, within_memory
 from lit_rlhf.modules.update import Update, check_finite
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
@@ -188,8 +189,12 @@ class TRPO(OnPolicy):
         if self.is_configured:
             return
         super().configure_model()
-        self.old = Actor(load_model(self.source, "causal", "model.actor"), self.sampling.temperature)
-        freeze(self.old)
+        self.old = self.place(self._load_old, sharded=False)
+
+    def _load_old(self) -> Actor:
+        old = Actor(load_model(self.source, "causal", "model.actor"), self.sampling.temperature)
+        freeze(old)
+        return old
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the critic's parameters, if there is a critic; the actor has no optimizer."""
@@ -198,19 +203,20 @@ class TRPO(OnPolicy):
     def learn(self, experience: Experience, metrics: Metrics) -> None:
         """Do one step of the actor within its trust region, then the critic's epochs."""
         losses = self.losses()
-        self._step_actor(experience, losses, metrics)
+        assign(list(self.old.parameters()), flatten([p.detach() for p in self.actor.parameters()]))
+        step_actor = partial(self._step_actor, experience, losses, metrics)
+        within_memory(self, step_actor, experience.rollout.lengths, metrics)
         if experience.values is not None:
-            (optimizer,) = self.optimizers_by_name().values()
             for minibatch in self.minibatches(experience):
-                self._step_critic(minibatch, losses, optimizer, metrics)
+                self._step_critic(minibatch, losses, metrics)
 
     # ------------------------------------------------------------------- actor
 
     def _step_actor(self, experience: Experience, losses: Losses, metrics: Metrics) -> None:
-        parameters = list(self.actor.parameters())
-        start = flatten([p.detach() for p in parameters])
-        assign(list(self.old.parameters()), start)
-        batches = self._micro_batches(experience)
+        """Move the actor from the old policy, wherever the actor is when an earlier attempt ran out of memory."""
+        parameters, start = list(self.actor.parameters()), flatten(list(self.old.parameters()))
+        assign(parameters, start)
+        batches = self.micro_batches(experience)
         totals = self.sum_over_ranks(step_totals(batches))
         loss, gradient = self._gradient(batches, totals, losses, metrics)
         product = self._fisher(experience)
@@ -227,10 +233,6 @@ class TRPO(OnPolicy):
         metrics.add("policy/grad_norm", gradient.norm())
         metrics.add("policy/step_share", fraction)
         self._measure_policy(batches, metrics)
-
-    def _micro_batches(self, experience: Experience) -> list[Experience]:
-        rank, world_size = self.on_rank()
-        return micro_batches(experience, self.update.max_tokens, rank=rank, world_size=world_size)
 
     def _gradient(
         self, batches: Sequence[Experience], totals: Tensor, losses: Losses, metrics: Metrics
@@ -249,7 +251,7 @@ class TRPO(OnPolicy):
     def _fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
         """Return the function v ↦ (F + damping) v, where F is the actor's Fisher matrix, averaged over tokens."""
         rows = (experience.rollout.group % self.region.fisher_every == 0).nonzero().squeeze(1)
-        batches = self._micro_batches(experience.select(rows))
+        batches = self.micro_batches(experience.select(rows))
         tokens = self.sum_over_ranks(step_totals(batches))[0]
         parameters = list(self.actor.parameters())
 
@@ -291,18 +293,24 @@ class TRPO(OnPolicy):
 
     # ------------------------------------------------------------------ critic
 
-    def _step_critic(self, minibatch: Sequence[Experience], losses: Losses, optimizer: Any, metrics: Metrics) -> None:
-        totals, parameters = self.sum_over_ranks(step_totals(minibatch)), self.trained_parameters()["value"]
-        sharded = is_sharded(cast(nn.Module, self.critic))  # backward then averages over the ranks; otherwise we sum
-        optimizer.zero_grad()
-        for micro_batch in minibatch:
-            value = losses.value(micro_batch, None, metrics)
-            check_finite(value_loss=masked_mean(value, micro_batch.rollout.response_mask))
-            loss = losses.weighted_sum(self.update.value_coef * value, micro_batch, totals)
-            with self.synchronized(last=False):
-                self.manual_backward(loss * self.trainer.world_size if sharded else loss)
-        if not sharded:
+    def _step_critic(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> None:
+        attempt = partial(self._add_critic_gradients, minibatch, losses, metrics)
+        value_loss = within_memory(self, attempt, minibatch.rollout.lengths, metrics)
+        norms = step_optimizers(self, self.update.clip_grad_norm, value_loss=value_loss)
+        metrics.add("value/grad_norm", norms["value"])
+
+    def _add_critic_gradients(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> Tensor:
+        """Compute the critic's gradient on a minibatch, and return the value loss to check, [].
+
+        DDP does not average here, because its backward passes would have to reach the actor too.
+        """
+        batches, value_loss = self.micro_batches(minibatch), torch.zeros((), device=self.device)
+        totals, parameters = self.sum_over_ranks(step_totals(batches)), self.trained_parameters()["value"]
+        for micro_batch in batches:
+            part = losses.of_critic(micro_batch, totals, metrics)
+            value_loss += part.means["value_loss"]
+            add_gradient(self, part.loss, last=False)
+        if self.trainer.world_size > 1 and not is_sharded(cast(nn.Module, self.critic)):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            assign(gradients, self.sum_over_ranks(flatten(gradients)))
-        metrics.add("value/grad_norm", self.clip(optimizer, self.update.clip_grad_norm))
-        optimizer.step()
+            assign(gradients, self.sum_over_ranks(flatten(gradients)) / self.trainer.world_size)
+        return value_loss

@@ -1,7 +1,9 @@
 """The options of the update phase, and the checks around an optimizer step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ class Update:
         epochs: The number of passes over the experience.
         minibatches: The number of minibatches in each pass; each takes one optimizer step.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+            On a single GPU, an update that runs out of memory halves it for the rest of the run.
         aggregation: How the losses of the tokens are averaged: ``token``, ``sequence`` or ``constant``.
         whiten_advantages: Whether to normalise the iteration's advantages to mean 0 and variance 1, over all ranks.
         whiten_rewards: Whether to scale the iteration's rewards to variance 1, over all ranks, before advantages are
@@ -33,7 +36,7 @@ class Update:
             update, without a step. None for no limit.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or aggregation is not one of the three.
 
     >>> Update(epochs=1, minibatches=1).clip_grad_norm
     1.0
@@ -53,12 +56,32 @@ class Update:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "max_tokens"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"update.{name} must be 1 or more, not {getattr(self, name)}")
+        if self.aggregation not in get_args(Aggregation):
+            choices = ", ".join(get_args(Aggregation))
+            raise ValueError(f"update.aggregation must be one of {choices}, not {self.aggregation!r}")
         for name in ("value_clip", "clip_grad_norm", "target_kl"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"update.{name} must be positive or null, not {value}")
+        for name in ("value_coef", "entropy_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"update.{name} must be a finite number, not {getattr(self, name)}")
+
+
+def check_limits(max_tokens: int, clip_grad_norm: float | None) -> None:
+    """Check the options of the step of SFT, reward modelling and DPO.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    >>> check_limits(max_tokens=8192, clip_grad_norm=None)
+    """
+    if max_tokens < 1:
+        raise ValueError(f"model.max_tokens must be 1 or more, not {max_tokens}")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"model.clip_grad_norm must be positive or null, not {clip_grad_norm}")
 
 
 def check_finite(**values: Tensor) -> None:
@@ -84,30 +107,51 @@ def check_finite(**values: Tensor) -> None:
     )
 
 
-def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None, reduce: Reduce | None = None) -> Tensor:
-    """Clip the norm of the parameters' gradients in place, and return the norm before clipping, [].
+def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) -> Tensor:
+    """Return the norm of the parameters' gradients, [], without waiting for the device.
 
     Args:
         parameters: The parameters of one optimizer.
-        max_norm: The norm to which a larger gradient is scaled down; None for no clipping.
         reduce: A function that sums a tensor over all ranks; needed if each rank holds its shards of the gradients as
             plain tensors (FSDP1).
 
-    Raises:
-        UserError: if the norm is not finite.
-
     >>> weight = torch.zeros(2, requires_grad=True)
     >>> (3.0 * weight[0] + 4.0 * weight[1]).backward()
-    >>> clip_gradients([weight], max_norm=1.0), weight.grad
-    (tensor(5.), tensor([0.6000, 0.8000]))
+    >>> gradient_norm([weight])
+    tensor(5.)
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if reduce is not None:
-        norm = reduce(norm.square()).sqrt()
-    check_finite(gradient_norm=norm)
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    return norm if reduce is None else reduce(norm.square()).sqrt()
+
+
+def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the loss, [], with a backward pass that also gives these parameters a gradient, of 0.
+
+    The zeros are one number in memory. DDP averages the gradients over the ranks in the last backward pass of a step,
+    and waits until that pass has given a gradient to every trained parameter.
+
+    Args:
+        loss: The loss.
+        parameters: Parameters on which the loss does not depend.
+
+    >>> weight, other = torch.tensor(2.0, requires_grad=True), torch.ones(3, requires_grad=True)
+    >>> reach(weight**2, [other]).backward()
+    >>> weight.grad, other.grad
+    (tensor(4.), tensor([0., 0., 0.]))
+    """
+    return _Reach.apply(loss, *parameters) if parameters else loss
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zero = torch.zeros_like(grad)
+        return (grad, *(zero.expand(shape) for shape in ctx.shapes))

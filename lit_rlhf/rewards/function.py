@@ -77,7 +77,7 @@ class RewardFunction(Reward):
         return self._to_tensor(scores, reward_inputs).to(reward_inputs.rollout.tokens.device)
 
     def _arguments(self, function: Callable[..., Any], available: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             return available
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in available]

@@ -1,6 +1,5 @@
 """A reward model: a sequence classifier with one label."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batching import pack
-from lit_rlhf.data.tokenize import chat_tokens, ended
+from lit_rlhf.data.tokenize import Piece, finished, token_rows, turns, unfinished
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
@@ -20,8 +19,8 @@ from lit_rlhf.types import Prompt, RewardInputs
 class RewardModel(Reward):
     """A Hugging Face sequence classifier with one label, whose output at the last token of a response is the reward.
 
-    If a stop token ended the response, that token is the last one. A model with the actor's vocabulary reads the
-    actor's tokens; for any other model, the text is tokenized again.
+    If a stop token ended the response, that token is the last one; a truncated response has no such token. A model with
+    the actor's vocabulary reads the actor's tokens; for any other model, the text is tokenized again.
 
     Args:
         model: A folder, a hub id, or a configuration for random weights.
@@ -54,16 +53,24 @@ class RewardModel(Reward):
         self.model: ScalarModel | None = None
         self.retokenizer: PreTrainedTokenizerBase | None = None
 
+    def load(self) -> ScalarModel:
+        """Load and freeze the model.
+
+        Raises:
+            UserError: if the model cannot be loaded, or is not a sequence classifier with one label.
+        """
+        model = load_reward_model(self.source, "rewards.model")
+        freeze(model)
+        return model
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load and freeze the model, and keep the model's tokenizer if its vocabulary differs from the actor's.
+        """Load the model unless it is loaded, and keep its tokenizer if the vocabulary differs from the actor's.
 
         Args:
             tokenizer: The actor's tokenizer.
         """
-        if self.model is not None:
-            return
-        self.model = load_reward_model(self.source, "rewards.model")
-        freeze(self.model)
+        if self.model is None:
+            self.model = self.load()
         if self.normalize:
             config: Any = self.model.trunk.config
             if getattr(config, "score_std", None) is None:
@@ -94,26 +101,29 @@ class RewardModel(Reward):
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, reward_inputs: RewardInputs) -> tuple[Tensor, Tensor]:
-    """Tokenize the prompts with their responses.
+    """Tokenize the prompts with their responses, as `Preferences` does when a reward model is trained.
 
-    A text gets an end-of-sequence token if a stop token ended the response; a conversation always ends with one.
+    A row ends with an end-of-sequence token if and only if a stop token ended the response.
 
     Returns:
         The tokens, [B, S] int64, right-padded; and the length of each row, [B] int64.
     """
-    rows: list[list[int]] = []
-    pairs: Sequence[tuple[Prompt, str]] = list(zip(reward_inputs.prompts, reward_inputs.responses, strict=True))
-    for (prompt, response), terminated in zip(pairs, reward_inputs.rollout.terminated.tolist(), strict=True):
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt + response)["input_ids"]
-            if terminated and ids[-1] != tokenizer.eos_token_id:
-                ids = [*ids, tokenizer.eos_token_id]
-        else:
-            turns = [*prompt, {"role": "assistant", "content": response}]
-            ids = ended(tokenizer, chat_tokens(tokenizer, turns, "rewards.model", add_generation_prompt=False))
-        rows.append(list(ids))
+    pairs = zip(reward_inputs.prompts, reward_inputs.responses, strict=True)
+    pieces = [_piece(tokenizer, prompt, response) for prompt, response in pairs]
+    rows = [
+        (finished if terminated else unfinished)(tokenizer, piece, tokens)
+        for piece, tokens, terminated in zip(
+            pieces, token_rows(tokenizer, pieces), reward_inputs.rollout.terminated.tolist(), strict=True
+        )
+    ]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad_token_id)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
     return tokens, lengths
+
+
+def _piece(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> Piece:
+    if isinstance(prompt, str):
+        return prompt + response
+    return turns(tokenizer, [*prompt, {"role": "assistant", "content": response}], "rewards.model", opened=False)

@@ -17,7 +17,7 @@ from lit_rlhf.algorithms.objectives import (
     probability_ratio,
 )
 
-NAN = float("nan")
+NAN, INFINITY = float("nan"), float("inf")
 SETTINGS = [
     {},
     {"eps": 0.1},
@@ -404,9 +404,9 @@ def test_clip_out_of_range(field, value):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("beta", 0.0), ("beta", -1.0), ("beta", NAN), ("target", 0.0), ("target", -0.01), ("target", NAN)]
-    + [(bound, value) for bound in ("high", "low") for value in (0.99, -2.0, NAN)]
-    + [("factor", 1.0), ("factor", 0.5), ("factor", NAN)],
+    [(field, value) for field in ("beta", "target") for value in (0.0, -1.0, NAN, INFINITY)]
+    + [(bound, value) for bound in ("high", "low") for value in (0.99, -2.0, NAN, INFINITY)]
+    + [("factor", value) for value in (1.0, 0.5, NAN, INFINITY)],
 )
 def test_penalty_out_of_range(field, value):
     with pytest.raises(ValueError, match=rf"^objective\.{field} must be .*, not {value}$"):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -44,12 +46,41 @@ def test_activation_checkpointing_keeps_less(make_module, fit):
 
 
 def test_compiled_layers_give_the_same(make_module, fit):
+    """They are recomputed in the backward pass as well."""
     torch.compiler.reset()
-    plain, compiled = run(make_module, fit), run(make_module, fit, CompileLayers())
+    plain, compiled = run(make_module, fit), run(make_module, fit, ActivationCheckpointing(), CompileLayers())
     for before, after in zip(plain[0], compiled[0], strict=True):
         assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
     assert compiled[1].keys() == plain[1].keys()
     torch.testing.assert_close(compiled[1], plain[1], atol=1e-4, rtol=1e-3)
+
+
+def test_recomputed_layers_are_compiled_too(make_module, monkeypatch):
+    """Count the graphs of a pass with gradient, which `checkpoint` would hide from the compiler."""
+    tokens = torch.arange(6, 16).view(2, 5)
+
+    def graphs_and_gradients(*callbacks):
+        torch.compiler.reset()
+        graphs, module = [], make_module(critic=None)
+        module.configure_model()
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+            for callback in callbacks:
+                callback.on_fit_start(None, module)
+            module.actor(tokens, tokens % 5 != 1).logprobs.sum().backward()
+        return len(graphs), [parameter.grad for parameter in module.actor.parameters()]
+
+    plain, alone = graphs_and_gradients(), graphs_and_gradients(CompileLayers())
+    assert plain[0] == 0 < alone[0]
+    for callbacks in ([CompileLayers(), ActivationCheckpointing()], [ActivationCheckpointing(), CompileLayers()]):
+        graphs, gradients = graphs_and_gradients(*callbacks)
+        assert graphs == alone[0]
+        assert all(torch.equal(a, b) for a, b in zip(gradients, plain[1], strict=True))
 
 
 def test_trpo_cannot_be_compiled(make_module, fit):

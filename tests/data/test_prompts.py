@@ -79,6 +79,11 @@ def test_chat_turns_a_text_into_a_user_turn(make, chat_tokenizer):
         (RECORDS, {"column": "question"}, r"prompts.jsonl has no column 'question'; it has: answer, number, prompt"),
         ([*RECORDS, {"text": "w1"}], {}, r"record 5 of .*prompts.jsonl has no column 'prompt'; it has: text"),
         (RECORDS, {"template": "{question}?"}, "template.*'question'.*answer, number, prompt"),
+        (
+            [*RECORDS, {"prompt": "w1", "number": None}],
+            {"template": "{prompt} {number}"},
+            r"record 5 of .*prompts.jsonl: data.template names the column 'number'; the record has: prompt$",
+        ),
         (RECORDS, {"template": "{prompt}{"}, "template"),
         (RECORDS, {"template": "{}"}, "template"),
         (RECORDS, {"template": "{prompt.text}"}, "template"),

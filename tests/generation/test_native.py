@@ -1,13 +1,20 @@
+import gc
+import weakref
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
+from lit_rlhf.generation.cache import RowCache, _Layer
 from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens, join_responses
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
@@ -141,12 +148,168 @@ def test_logprobs_and_entropies_are_the_actors_own(subject, cache_tokens):
 def test_a_compiled_step_draws_the_same(llama):
     torch.compiler.reset()
     counters.clear()
-    prompts = llama.prompts(count=6)
-    expected = responses(llama.generate(prompts))
+    prompts = llama.prompts(count=24)
+    expected = responses(llama.generate(prompts, max_tokens=100))
     assert not counters["stats"]["unique_graphs"]
-    for cache_tokens in (None, 60):
-        assert responses(llama.generate(prompts, NativeEngine(cache_tokens, compile=True))) == expected
-    assert 1 <= counters["stats"]["unique_graphs"] < 6  # whatever the number of rows and columns
+    assert len({len(response) for response in expected}) > 10
+    for cache_tokens in (None, 600):
+        found = llama.generate(prompts, NativeEngine(cache_tokens, compile=True), max_tokens=100)
+        assert responses(found) == expected
+    assert counters["stats"]["unique_graphs"] == 1  # whatever the number of rows and columns
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Compute the decoding steps of fixed shape without ``torch.compile``."""
+    monkeypatch.setattr("lit_rlhf.generation.static._compiled_next_logits", lambda: Actor.next_logits)
+
+
+@pytest.fixture
+def replayed(uncompiled, monkeypatch):
+    """Replay each decoding step of fixed shape from recorded operations, as a GPU does with a CUDA graph.
+
+    Return the list of the masks' shapes in the recorded steps.
+    """
+    shapes = []
+
+    def record(step, device):
+        shapes.append(tuple(step.args[2].shape))
+        return make_fx(step)()
+
+    monkeypatch.setattr("lit_rlhf.generation.static.capture", record)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cache_tokens"), [("llama", None), ("llama", 700), ("gpt2", None), ("qwen3", None)]
+)
+def test_a_step_of_fixed_shape_can_be_replayed(load, replayed, monkeypatch, architecture, cache_tokens):
+    subject = load(architecture)
+    monkeypatch.setattr("lit_rlhf.generation.native.INITIAL_COLUMNS", 8)
+    prompts = subject.prompts(count=32)
+    expected = subject.generate(prompts, max_tokens=60)
+    found = subject.generate(prompts, NativeEngine(cache_tokens, compile=True), max_tokens=60)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.rollout_logprobs, expected.rollout_logprobs, atol=1e-5, rtol=0)
+    assert 2 < len(replayed) < 12
+    assert len({rows for rows, _ in replayed}) > 1
+    assert len({columns for _, columns in replayed}) > 1
+    assert all(columns % 8 == 0 for _, columns in replayed)
+
+
+def test_sliding_windows(tiny_model, replayed):
+    config = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5}  # fmt: skip
+    folder = str(tiny_model("llama"))
+    model = load_model(RandomWeights(config=config, tokenizer=folder))
+    subject = Subject(Actor(model, TEMPERATURE), load_tokenizer(folder))
+    for prompts in (subject.prompts(), part(subject.prompts(), [2, 8])):  # the second without padding
+        expected = subject.generate(prompts)
+        found = subject.actor(expected.tokens, expected.response_tokens_mask).logprobs
+        mask = expected.response_mask
+        torch.testing.assert_close(expected.rollout_logprobs[mask], expected.at_responses(found)[mask])
+        assert torch.equal(subject.generate(prompts, NativeEngine(compile=True)).tokens, expected.tokens)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [range(16), [2, 8]], ids=["padded", "unpadded"])
+def test_the_host_rarely_waits_for_a_gpu(llama, uncompiled, monkeypatch, compiled, rows):
+    prompts, copies, tolist = part(llama.prompts(), rows), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: copies.append(x) or tolist(x))
+    monkeypatch.setattr(_Layer, "is_compileable", True)  # as on a GPU
+    monkeypatch.setattr("lit_rlhf.generation.native.CHECK_ENDED_EVERY_CPU", 8)
+    with HostReads() as reads:
+        rollout = llama.generate(prompts, NativeEngine(compile=compiled), max_tokens=64, min_tokens=64)
+    once_per_generation = 6
+    assert reads.count + len(copies) <= 64 // 8 + once_per_generation
+    assert (rollout.response_lengths == 64).all()
+
+
+def test_a_step_on_another_device_reads_nothing(subject):
+    """Tensors on the meta device have no values that could be read."""
+    tokens, cache, prefilled = torch.ones(3, 5, dtype=torch.long), RowCache(4, 12, end=8), DynamicCache()
+    subject.actor.next_logits(tokens, tokens > 0, tokens, prefilled)
+    cache.insert(prefilled, 1)
+    cache.start = 3
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    actor, new = deepcopy(subject.actor).to("meta"), tokens[:, :1].to("meta")
+    mask = torch.ones(3, 6, dtype=torch.bool, device="meta")
+    assert actor.next_logits(new, mask, new, cache).shape == (3, 38)
+
+
+def test_attention_does_not_use_cudnn(llama):
+    """For each number of keys, cuDNN would make a plan, which takes longer than a token."""
+    enabled, step = [], llama.actor.next_logits
+
+    def seen(*inputs):
+        cuda = torch.backends.cuda
+        enabled.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()))
+        return step(*inputs)
+
+    llama.actor.next_logits = seen
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        llama.generate()
+    finally:
+        del llama.actor.next_logits
+    assert set(enabled) == {(False, True, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_cache_is_freed_without_the_garbage_collector(llama, uncompiled, monkeypatch, compiled):
+    alive, update = [], _Layer.update
+
+    def updated(layer, *others, **options):
+        alive.extend(weakref.ref(states) for states in (layer.keys, layer.values))
+        return update(layer, *others, **options)
+
+    monkeypatch.setattr(_Layer, "update", updated)
+    gc.disable()
+    try:
+        llama.generate(engine=NativeEngine(compile=compiled))
+        assert alive
+        assert not any(states() is not None for states in alive)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 300])
+def test_prefill_is_divided_into_chunks(llama, monkeypatch, cache_tokens):
+    prompts = llama.prompts(count=24)
+    engine = NativeEngine(cache_tokens)
+    expected = llama.generate(prompts, engine, responses=2)
+    shapes, step = [], llama.actor.next_logits
+
+    def seen(tokens, *others):
+        shapes.append(tuple(tokens.shape))
+        return step(tokens, *others)
+
+    monkeypatch.setattr("lit_rlhf.generation.native.PREFILL_TOKENS", 20)
+    llama.actor.next_logits = seen
+    try:
+        found = llama.generate(prompts, engine, responses=2)
+    finally:
+        del llama.actor.next_logits
+    prefilled = [shape for shape in shapes if shape[1] > 1]
+    assert len(prefilled) > 4
+    assert all(rows * width <= 20 for rows, width in prefilled)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.rollout_logprobs, expected.rollout_logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -236,21 +399,28 @@ class CastsOf(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_half_precision_casts_the_weights_once_per_generation(llama):
-    weight = llama.actor.model.get_output_embeddings().weight
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        with CastsOf(weight) as casts:
-            first = llama.generate()
-        assert first.response_lengths.max() > 5
-        assert casts.count == 1
-        assert not torch.is_autocast_cache_enabled()
-        assert torch.equal(llama.generate().tokens, first.tokens)
-        with torch.no_grad():
-            weight.neg_()  # a stale copy would miss this change
-        changed = llama.generate()
-        with torch.no_grad():
-            weight.neg_()
-    assert not torch.equal(changed.tokens, first.tokens)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2 has linear layers of its own kind
+@pytest.mark.parametrize("compiled", [False, True])
+def test_half_precision_casts_the_weights_once_per_generation(load, uncompiled, monkeypatch, architecture, compiled):
+    subject, engine = load(architecture), NativeEngine(compile=compiled)
+    if compiled:  # compiled operations do not use autocast's cache
+        monkeypatch.setattr("lit_rlhf.generation.native._autocast_cache", nullcontext)
+    *_, first_weight = (p for name, p in subject.actor.named_parameters() if "attn" in name and p.dim() == 2)
+    for weight in (first_weight, subject.actor.model.get_output_embeddings().weight):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            with CastsOf(weight) as casts:
+                first = subject.generate(engine=engine)
+            assert first.response_lengths.max() > 5
+            assert casts.count == 1
+            assert not torch.is_autocast_cache_enabled()
+            assert torch.equal(subject.generate(engine=engine).tokens, first.tokens)
+            with torch.no_grad():
+                weight.neg_()  # a stale copy would miss this change
+            changed = subject.generate(engine=engine)
+            with torch.no_grad():
+                weight.neg_()
+        assert not torch.equal(changed.tokens, first.tokens)
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in subject.actor.parameters())
 
 
 def test_a_model_that_keeps_more_than_keys_and_values(tiny_model):

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf.generation import Sampling
@@ -146,3 +147,25 @@ def test_logits_are_not_changed():
 def test_out_of_range(field, value):
     with pytest.raises(ValueError, match=rf"^sampling\.{field} must .*{value}$"):
         Sampling(**{field: value})
+
+
+class NoFloatingCumsum(TorchFunctionMode):
+    """Refuses cumulative sums of floating-point numbers, as a GPU does if algorithms must be deterministic."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.cumsum, torch.Tensor.cumsum) and args[0].is_floating_point():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_deterministic_algorithms_draw_the_same(setting):
+    logits, sampling = make_logits(rows=500), Sampling(**setting)
+    u = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = sample(logits, u, sampling)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with NoFloatingCumsum():
+            assert torch.equal(sample(logits, u, sampling), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)

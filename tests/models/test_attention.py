@@ -1,7 +1,11 @@
+import inspect
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
+from lit_rlhf.models import attention
 from lit_rlhf.models.attention import UNPADDED, is_unpadded, last_hidden_state, use_unpadded_attention
 from lit_rlhf.models.loading import RandomWeights, load_model
 
@@ -137,3 +141,75 @@ def test_twice_differentiable_by_the_math_kernel(tiny_model):
         (first,) = torch.autograd.grad(loss, weight, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), weight)
     assert second.abs().sum() > 0
+
+
+def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    """Compute what ``varlen_attn`` did before it had ``enable_gqa``: [N, heads, D] → [N, heads, D], in a loop."""
+    assert query.shape == key.shape == value.shape
+    assert query.is_contiguous()
+    assert key.is_contiguous()
+    assert max_q == cu_seq_q.diff().max()
+    lengths = cu_seq_q.diff().tolist()
+    texts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (query, key, value)), strict=True)
+    outputs = []
+    for q, k, v in texts:
+        place = torch.arange(q.shape[1])
+        distance = place[:, None] - place
+        seen = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale))
+    return torch.cat(outputs, 1).transpose(0, 1)
+
+
+def of_2_12(*args, enable_gqa=False, **options):
+    query, key, value, *bounds = args
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return of_2_11(query, key, value, *bounds, **options)
+
+
+of_2_12.__signature__ = inspect.signature(varlen_attn)
+
+
+def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("it has neither scale nor window_size")
+
+
+@pytest.mark.parametrize("varlen", [of_2_11, of_2_12, of_2_10, None], ids=["2.11", "2.12", "2.10", "2.9"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_every_version_of_flash_attention(monkeypatch, varlen, window):
+    """A GPU would use flash attention for half precision; here each version of its function has a stand-in."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 12, 8, generator=g, dtype=torch.float16) for heads in (4, 2, 2))
+    texts = {"scale": 0.3, "sliding_window": window, "bounds": torch.tensor([0, 5, 6, 12]).int(), "longest": 6}
+    expected = attention._attend_within(query.float(), key.float(), value.float(), **texts)
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    assert attention._has_varlen(query) == (varlen in (of_2_11, of_2_12))
+    if attention._has_varlen(query):
+        found = attention._by_varlen(query, key, value, *texts.values())
+        torch.testing.assert_close(found.float(), expected, atol=5e-3, rtol=0)
+
+
+def test_a_compiled_decoding_step_does_not_repeat_keys(tiny_model):
+    """Queries that share keys are grouped, so that no tensor is as large as the keys repeated for each query."""
+    trunk = load_model(str(tiny_model("llama"))).base_model
+    config, sizes = trunk.config, []
+    groups = config.num_attention_heads // config.num_key_value_heads
+    assert groups > 1
+    shape = (3, config.num_key_value_heads, 50, config.hidden_size // config.num_attention_heads)
+    query, keys = torch.randn(3, config.num_attention_heads, 1, shape[3]), torch.randn(shape)
+    mask = torch.rand(3, 1, 1, 50) < 0.7
+
+    def attend(query, keys):
+        attention_layer = trunk.layers[0].self_attn
+        return attention._attend(attention_layer, query, keys, keys, mask, scaling=0.3)[0]
+
+    def record(graph, inputs):
+        sizes.extend(node.meta["example_value"].numel() for node in graph.graph.nodes if "example_value" in node.meta)
+        return graph
+
+    torch.compiler.reset()
+    found = torch.compile(attend, backend=record)(query, keys)
+    assert max(sizes) == keys.numel()
+    repeated = keys.repeat_interleave(groups, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))

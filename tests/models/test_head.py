@@ -1,5 +1,9 @@
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 
@@ -90,8 +94,49 @@ def test_autocast_reaches_the_backward_pass():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_chunk_is_small(vocabulary, device):
     rows = chunk_rows(vocabulary, torch.device(device))
-    assert rows >= 64
-    assert rows * vocabulary <= max(2**24, 64 * vocabulary)
+    assert rows >= (64 if device == "cpu" else 500)
+    assert rows * vocabulary <= max(2**20 if device == "cpu" else 2**27, 64 * vocabulary)
+
+
+class LargestMemory(TorchDispatchMode):
+    """Records the most bytes that the results of operations occupy at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(results) if isinstance(x, torch.Tensor)):
+            if storage.data_ptr() not in self.alive:
+                self.alive.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
+        self.most = max(self.most, self.now)
+        return results
+
+    def free(self, address, size):
+        self.alive.discard(address)
+        self.now -= size
+
+
+@pytest.mark.parametrize(("temperature", "most"), [(1.0, 10), (0.7, 14)])
+def test_memory_of_a_chunk(temperature, most):
+    """The number of logits in a GPU's chunk is chosen by their memory."""
+    weight, targets = torch.randn(5000, 2, requires_grad=True), torch.zeros(200, dtype=torch.long)
+
+    def logits(states):
+        found = torch.nn.functional.linear(states, weight).float()
+        return found if temperature == 1.0 else found / temperature
+
+    sizes = []
+    for n in (100, 200):
+        hidden = torch.randn(n, 2, requires_grad=True)
+        with LargestMemory() as memory, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            logprobs, entropy = logprobs_and_entropy(logits, [weight], hidden, targets[:n], n)
+            (logprobs.sum() + entropy.sum()).backward()
+        sizes.append(memory.most)
+    assert (sizes[1] - sizes[0]) / (100 * 5000) <= most + 0.1
 
 
 def test_half_precision_gradients_are_summed_in_float32():

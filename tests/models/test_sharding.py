@@ -58,3 +58,29 @@ def test_gathered_weights_are_rounded_as_in_a_training_step(sharded):
         torch.testing.assert_close(sharded(TOKENS, CHOSEN).logprobs, measure(sharded), rtol=0, atol=0)
     for name, weight in sharded.named_parameters():
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)
+
+
+def fsdp_events(compute):
+    """Return how often FSDP2 did something before or after a forward pass of a module."""
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        compute()
+    return sum(event.name.startswith("FSDP::") for event in profile.events())
+
+
+@pytest.mark.parametrize("sharded", ["fsdp2"], indirect=True)
+def test_fsdp2_does_nothing_in_forward_passes_with_gathered_weights(sharded):
+    """In decoding, its hooks would run for each layer and token."""
+    calls = []
+    layer = sharded.model.base_model.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: calls.append(module))
+
+    def compute():
+        sharded(TOKENS, CHOSEN)
+        sharded.hidden(TOKENS, CHOSEN)
+
+    before = fsdp_events(compute)
+    assert before > 0
+    with unsharded(sharded, None, sharded):
+        assert fsdp_events(compute) == 0
+    assert fsdp_events(compute) == before
+    assert calls == [layer] * 6

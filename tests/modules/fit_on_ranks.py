@@ -135,7 +135,8 @@ def cases(actor, reference, scorer):
     )  # fmt: skip
     again = {"optimizer": sgd, "iterations": 1, "max_tokens": 64, "clip_grad_norm": None}
     yield "reward", lambda: RewardModeling(reward=actor, **again)
-    yield "sft", lambda: SFT(actor=actor, optimizer=sgd, iterations=1)
+    for name in ("sft", "packed"):  # micro-batches of one or two rows, of which the ranks have different numbers
+        yield name, lambda: SFT(actor=actor, optimizer=sgd, iterations=1, max_tokens=32)
     yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
 
 
@@ -163,8 +164,9 @@ def main(strategy, actor, reference, scorer, prompts, out, only=None):
             callbacks=[recorder],
         )
         data = Prompts(train=prompts, batch_size=10 if name == "three" else 24)
-        if name == "sft":
-            data = Demonstrations(train=f"{__file__}:texts", batch_size=10)
+        if name in ("sft", "packed"):
+            packing = {"packing": True, "max_tokens": 40} if name == "packed" else {}
+            data = Demonstrations(train=f"{__file__}:texts", batch_size=11, **packing)
         if name in ("reward", "dpo"):
             data = Preferences(train=f"{__file__}:rankings", batch_size=12)
         trainer.fit(make(), datamodule=data)

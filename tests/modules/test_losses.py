@@ -14,7 +14,7 @@ from lit_rlhf.models.loading import load_model
 from lit_rlhf.models.scoring import load_critic
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.update import Update
+from lit_rlhf.modules.update import Update, check_finite
 from lit_rlhf.types import Experience, Rollout
 
 NAN = float("nan")
@@ -70,7 +70,8 @@ def run(losses, experience, max_tokens=10**6):
     """Return the loss of a step, its KL to the old policy, and its metrics."""
     batches = micro_batches(experience, max_tokens)
     metrics, totals = Metrics(torch.device("cpu")), step_totals(batches)
-    parts = [losses(micro_batch, totals, metrics) for micro_batch in batches]
+    parts = [part(micro_batch, totals, metrics) for micro_batch in batches for part in losses.parts.values()]
+    check_finite(**{name: mean for part in parts for name, mean in part.means.items()})
     return sum(part.loss for part in parts), sum(part.kl_to_old for part in parts), metrics.compute()
 
 

@@ -1,4 +1,5 @@
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lit_rlhf.modules.metrics import Metrics
 
@@ -22,3 +23,33 @@ def test_means_weights_and_maxima():
     metrics.maximum("ratio", torch.tensor(0.5))
     assert metrics.compute() == {"loss": 3.75, "kl": 1.0, "ratio": 1.5}
     assert metrics.weight("loss") == 4.0
+
+
+def test_restore_drops_what_was_added_since_the_snapshot():
+    metrics = Metrics(torch.device("cpu"))
+    metrics.add("loss", 2.0)
+    metrics.maximum("ratio", torch.tensor(1.5))
+    before = metrics.snapshot()
+    for _ in range(2):  # a snapshot can be restored more than once
+        metrics.add("loss", float("nan"))
+        metrics.maximum("ratio", torch.tensor(7.0))
+        metrics.add("kl", 1.0)
+        metrics.restore(before)
+    assert metrics.compute() == {"loss": 2.0, "ratio": 1.5}
+
+
+def test_numbers_are_filled_in_on_the_device():
+    """A copy to the GPU would wait for it."""
+    called = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    metrics = Metrics(torch.device("cpu"))
+    with Calls():
+        metrics.add("loss", torch.ones(2))
+        metrics.add("kl_coef", 0.1)
+    assert torch.full in called
+    assert not {torch.tensor, torch.as_tensor} & set(called)

@@ -23,6 +23,9 @@ def everything(**given):
 def optional(prompts, terminated, tone="calm"):
     return [len(p) + ended + (tone == "calm") for p, ended in zip(prompts, terminated)]
 
+def spare(responses, *prompts):
+    return [float(len(prompts)) for _ in responses]
+
 def as_tensor(responses):
     import torch
     return torch.arange(len(responses), dtype=torch.float64, requires_grad=True)
@@ -113,6 +116,11 @@ def test_keyword_arguments_receive_every_column(score, file):
 def test_a_parameter_with_a_default_needs_no_column(score):
     assert score("optional").tolist() == [10.0, 9.0]
     assert score("optional", tone="harsh").tolist() == [9.0, 8.0]
+
+
+def test_positional_arguments_receive_nothing(score):
+    """A parameter such as ``*prompts`` takes no keyword argument, even if there are prompts."""
+    assert score("spare").tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("as_tensor", [0.0, 1.0]), ("as_array", [3.0, 2.0])])

@@ -108,16 +108,43 @@ def test_responses_are_tokenized_again_for_another_vocabulary_with_a_message(tin
     torch.testing.assert_close(scores, own_scores(other_model, rows), atol=1e-5, rtol=1e-5)
 
 
-def test_conversations_go_through_the_other_tokenizers_chat_template(tiny_model, other_model):
+def test_a_truncated_text_ends_without_the_token_that_the_tokenizer_adds(tiny_model, other_model):
     tokenizer, own = AutoTokenizer.from_pretrained(tiny_model("llama")), AutoTokenizer.from_pretrained(other_model)
     reward = prepared(other_model, tokenizer)
-    reward.retokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+    reward.retokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     rows = [
-        own(f"user {prompt} </s> assistant {response} </s>", add_special_tokens=False)["input_ids"]
-        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+        own(f"{prompt} {response}")["input_ids"] + [own.eos_token_id] * ended
+        for prompt, response, ended in zip(PROMPTS, RESPONSES, TERMINATED, strict=True)
     ]
+    torch.testing.assert_close(reward(reward_inputs(tokenizer)), own_scores(other_model, rows), atol=1e-5, rtol=1e-5)
+
+
+TEMPLATES = {
+    "{{ m.role }} {{ m.content }} </s> ": ("user {} </s> assistant {}", " </s>"),
+    "{{ m.role }} {{ m.content }} w0 ": ("user {} w0 assistant {}", " w0 </s>"),  # another token closes a turn
+    "{{ m.role }} {{ m.content.replace('w', 'w ') }} </s> ": ("user {} </s> assistant {}", " </s>"),  # changes the text
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_conversations_go_through_the_other_tokenizers_chat_template(tiny_model, other_model, template):
+    """What the template writes after a response belongs to complete responses only."""
+    tokenizer, own = AutoTokenizer.from_pretrained(tiny_model("llama")), AutoTokenizer.from_pretrained(other_model)
+    reward = prepared(other_model, tokenizer)
+    reward.retokenizer.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+    opening, closing = TEMPLATES[template]
+    texts = [
+        opening.format(prompt, response) + closing * terminated
+        for prompt, response, terminated in zip(PROMPTS, RESPONSES, TERMINATED, strict=True)
+    ]
+    if "replace" in template:
+        texts = [text.replace("w", "w ") for text in texts]
+    rows = [own(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert [row[-1] == own.eos_token_id for row in rows] == TERMINATED
     scores = reward(reward_inputs(tokenizer, conversations()))
-    torch.testing.assert_close(scores[TERMINATED], own_scores(other_model, rows)[TERMINATED], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores, own_scores(other_model, rows), atol=1e-5, rtol=1e-5)
 
 
 def test_conversations_need_a_chat_template(tiny_model, other_model):

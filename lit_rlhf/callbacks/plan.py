@@ -1,0 +1,72 @@
+"""A callback that says at the start of a training what memory and time it will need, and saves memory if it must."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from lit_rlhf.callbacks.layers import ActivationCheckpointing
+from lit_rlhf.errors import UserError
+from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.planning.hardware import Device, memory_of_host, this_gpu
+from lit_rlhf.planning.plan import Plan, make_plan
+from lit_rlhf.planning.report import summary
+from lit_rlhf.planning.setting import setting_of
+
+
+class PrintPlan(Callback):
+    """A callback that prints the plan of a training in two lines: its models, its memory and its time.
+
+    ``lit-rlhf plan`` prints the whole plan.
+
+    Args:
+        checkpointing: Whether to turn on `ActivationCheckpointing` if the update would otherwise need more memory than
+            the GPU has; this is never done on a CPU.
+
+    >>> PrintPlan(checkpointing=False).checkpointing
+    False
+    """
+
+    def __init__(self, checkpointing: bool = True) -> None:
+        self.checkpointing = checkpointing
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Plan in the first process, and do the same in all processes."""
+        added = False
+        if trainer.is_global_zero:
+            try:
+                plan = self.plan(trainer, pl_module)
+                added = plan.checkpointing_added
+                print(*summary(plan), sep="\n")
+            except Exception as error:  # a training must not fail for its plan, nor leave the other processes waiting
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                print(f"plan: none ({reason})")
+        if trainer.strategy.broadcast(added):
+            ActivationCheckpointing().on_fit_start(trainer, pl_module)
+
+    def device(self, trainer: lightning.Trainer) -> Device:
+        """Return the device of this process; the speed of a CPU is not measured."""
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return this_gpu() if on_gpu else Device("cpu", memory_of_host(), None, None, None)
+
+    def plan(self, trainer: lightning.Trainer, module: Any) -> Plan:
+        """Return the plan of a Trainer's run.
+
+        Raises:
+            UserError: if the run cannot be planned.
+        """
+        if not isinstance(module, AlignmentModule):
+            raise UserError(f"{type(module).__name__} is not a module of lit-rlhf")
+        any_trainer: Any = trainer
+        setting = setting_of(
+            module,
+            any_trainer.datamodule,
+            device=self.device(trainer),
+            processes=trainer.world_size,
+            strategy=trainer.strategy,
+            half=str(trainer.precision).startswith("bf16"),
+            recompute=any(isinstance(callback, ActivationCheckpointing) for callback in any_trainer.callbacks),
+        )
+        return make_plan(setting, may_checkpoint=self.checkpointing)

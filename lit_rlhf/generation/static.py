@@ -1,0 +1,106 @@
+"""A decoding step whose tensors keep their memory and shape, for ``torch.compile`` and CUDA graphs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_rlhf.generation.cache import RowCache
+from lit_rlhf.models.actor import Actor
+
+
+class StaticStep:
+    """A compiled decoding step for all rows and columns of a cache; a GPU replays it as one CUDA graph.
+
+    Rows without a sequence are computed, too, but nobody reads their results. The graph is captured when the step is
+    first called, and is freed with this object. The graphs that ``torch.compile`` can capture itself would be kept
+    forever, although the cache, and gathered weights, have other addresses in the next generation.
+
+    Args:
+        actor: The policy.
+        cache: The cache, whose tensors must not be replaced as long as this step is used.
+        mask: Bool [rows, columns], the mask of the cache, with at least one True in each row; changed in place between
+            two steps.
+    """
+
+    def __init__(self, actor: Actor, cache: RowCache, mask: Tensor) -> None:
+        self.cache = cache
+        cache.column = torch.zeros(1, dtype=torch.long, device=mask.device)
+        self.tokens = torch.zeros(cache.rows, 1, dtype=torch.long, device=mask.device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.step = partial(_compiled_next_logits(), actor, self.tokens, mask, self.positions, cache)
+        self.replay: Callable[[], Tensor] | None = None
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Compute the logits of the next token for the rows in use, [used, V]; they last until the next call.
+
+        Args:
+            tokens: The newest tokens, [used] int64.
+            positions: The positions of these tokens in their sequences, [used] int64.
+        """
+        used, column = self.cache.used, self.cache.column
+        assert column is not None
+        self.tokens[:used, 0], self.positions[:used, 0] = tokens, positions
+        column.fill_(self.cache.end)
+        with torch.compiler.set_stance("default"):
+            if self.replay is None:
+                self.replay = capture(self.step, tokens.device)
+            return self.replay()[:used]
+
+
+@lru_cache
+def _compiled_next_logits() -> Callable[..., Tensor]:
+    """Return the compiled decoding step for any number of rows and columns, so that a process compiles it once."""
+    return torch.compile(Actor.next_logits, dynamic=True)
+
+
+def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that computes a step from the current contents of the same tensors.
+
+    On a GPU, the function launches a CUDA graph, which needs no work of the CPU for each operation.
+
+    Args:
+        step: The step, which must be repeatable, because it runs once before it is captured.
+        device: The device of its tensors.
+    """
+    if device.type != "cuda":
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles the step, and allocates the libraries' workspaces, neither of which can be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may query its events meanwhile
+        logits = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+@contextmanager
+def cast_weights(model: nn.Module) -> Iterator[None]:
+    """Let a model's linear layers hold their weights in autocast's precision, inside this context.
+
+    A compiled step does not use autocast's cache, and would read and cast every weight at each token. No gradients are
+    computed.
+    """
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for layer in model.modules():
+        for name, weight in layer.named_parameters(recurse=False) if isinstance(layer, nn.Linear | Conv1D) else ():
+            kind = weight.device.type
+            if torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
+                replaced.append((layer, name, weight))
+                half = weight.detach().to(torch.get_autocast_dtype(kind))
+                setattr(layer, name, nn.Parameter(half, requires_grad=False))
+    try:
+        yield
+    finally:
+        for layer, name, weight in replaced:
+            setattr(layer, name, weight)

@@ -1,0 +1,66 @@
+"""The precisions that training supports, and weights of frozen models in bfloat16."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_rlhf.errors import UserError
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""The values of ``trainer.precision`` that training supports, as Lightning reports them."""
+ALIASES = ("32", "bf16")
+"""Other names of the same precisions, which Lightning accepts."""
+
+
+def check_precision(precision: str | int) -> None:
+    """Check that weights and gradients are in float32.
+
+    In bfloat16 a step of the usual learning rates rounds to nothing, and float16 needs scaled losses, while gradient
+    norms here are measured and clipped without the scale.
+
+    Args:
+        precision: The option ``trainer.precision``.
+
+    Raises:
+        UserError: if training does not support the precision.
+
+    >>> check_precision("bf16-true")
+    Traceback (most recent call last):
+    lit_rlhf.errors.UserError: trainer.precision must be 32-true or bf16-mixed, not 'bf16-true'
+    """
+    if str(precision) not in (*PRECISIONS, *ALIASES):
+        raise UserError(f"trainer.precision must be {' or '.join(PRECISIONS)}, not {str(precision)!r}")
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Return whether no parameter of a model is trained.
+
+    >>> is_frozen(nn.Linear(2, 1)), is_frozen(nn.Linear(2, 1).requires_grad_(False))
+    (False, True)
+    """
+    return not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
+    """Store float32 weights of a frozen model in bfloat16, in place, where this does not change the model's output.
+
+    Autocast rounds the weights and biases of linear layers in each forward pass, so they can be rounded once. It does
+    not round the weights of embeddings and norms, nor a head that shares its weight with an embedding. Classes derived
+    from ``nn.Linear`` are left as they are, because some of them use their weights in other operations. (State-space
+    layers use those of plain linear layers directly, so that their output changes by the rounding.)
+
+    Args:
+        model: The model, which is only used under autocast to bfloat16.
+        all_weights: True if FSDP rounds all weights to bfloat16 when it gathers them.
+
+    >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4)).requires_grad_(False)
+    >>> store_in_bfloat16(model, all_weights=False)
+    >>> model[0].weight.dtype, model[1].weight.dtype
+    (torch.float32, torch.bfloat16)
+    """
+    modules = list(model.modules())
+    others = [module for module in modules if type(module) not in (nn.Linear, Conv1D)]
+    kept = set() if all_weights else {id(x) for module in others for x in module.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept and parameter.dtype == torch.float32:  # tied weights are one parameter
+            parameter.data = parameter.data.to(torch.bfloat16)

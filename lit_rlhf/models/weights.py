@@ -1,0 +1,206 @@
+"""Models that are built without weights, placed on their devices, and only then filled from their files.
+
+A process reads only the part of each tensor that it holds, so that no process ever holds a whole model in its host's
+memory, and nothing is held twice.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedModel
+
+from lit_rlhf.compat import materialize
+
+WEIGHT_FILES = "model*.safetensors"
+PROBE_VOCABULARY = 16
+
+
+class Place(NamedTuple):
+    """The module and the attribute that hold a tensor; sharding replaces the tensor, but not these."""
+
+    module: nn.Module
+    attribute: str
+
+    def tensor(self) -> Tensor:
+        """Return the tensor that is there now, without its gradient."""
+        return getattr(self.module, self.attribute).detach()
+
+
+class UnreadWeights:
+    """The files of the models that were built within `unread_weights`, and where their tensors belong.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lit_rlhf.models.loading import load_model
+    >>> from lit_rlhf.testing import make_tiny_model
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = make_tiny_model(folder)
+    ...     with unread_weights() as unread:
+    ...         model = load_model(folder)
+    ...     on_meta = {parameter.is_meta for parameter in model.parameters()}
+    ...     unread.read(model, torch.device("cpu"))
+    >>> on_meta, {parameter.is_meta for parameter in model.parameters()}
+    ({True}, {False})
+    """
+
+    def __init__(self) -> None:
+        self._files: list[tuple[Path, dict[str, Place]]] = []
+
+    def add(self, model: nn.Module, folder: Path) -> bool:
+        """Remember where the tensors of a folder's safetensors files belong in a model.
+
+        Args:
+            model: The model, with parameters on the meta device.
+            folder: The folder of the files.
+
+        Returns:
+            Whether the files hold every parameter, under its name and in its shape; if not, nothing is remembered.
+        """
+        shapes = tensor_shapes(folder)
+        places: dict[str, Place] = {}
+        found: set[int] = set()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) in found:  # tied: read under its first name only
+                continue
+            if shapes.get(name) == tensor.shape:
+                places[name] = _place(model, name)
+                found.add(id(tensor))
+            elif name in shapes:
+                return False
+        complete = all(id(parameter) in found for parameter in model.parameters())
+        if complete:
+            self._files.append((folder, places))
+        return complete
+
+    def read_now(self, module: nn.Module) -> None:
+        """Read the weights of a module of a model that was added, before the model is sharded."""
+        folder, places = self._files[-1]
+        for name, place in list(places.items()):
+            if place.module is module:
+                weight = nn.Parameter(_read_tensor(folder, name).to(place.tensor().dtype))
+                setattr(module, place.attribute, weight)
+                del places[name]
+
+    def read(self, model: nn.Module, device: torch.device) -> None:
+        """Allocate the memory of a model that is sharded, or that stays whole, and read its weights from the files.
+
+        All processes must call this together.
+
+        Args:
+            model: The model, which may have parts besides those that were remembered; these keep their values.
+            device: The device of this process's part.
+        """
+        materialize(model, device)
+        for folder, places in self._files:
+            tensors = {name: place.tensor() for name, place in places.items()}
+            here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}  # not of a head left out
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
+                load(here, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+_unread: ContextVar[UnreadWeights | None] = ContextVar("unread", default=None)
+
+
+@contextmanager
+def unread_weights() -> Iterator[UnreadWeights]:
+    """Within this context `load_model` builds models from files without reading the weights, where it can.
+
+    It cannot for random weights, nor for files whose tensors have other names or shapes than the model's parameters.
+    """
+    unread = UnreadWeights()
+    token = _unread.set(unread)
+    try:
+        yield unread
+    finally:
+        _unread.reset(token)
+
+
+def current_unread_weights() -> UnreadWeights | None:
+    """Return the innermost `unread_weights`, None outside."""
+    return _unread.get()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within this context the parameters of new modules are on the meta device, which has no memory; buffers are not.
+
+    ``torch.device("meta")`` would also take the values of buffers, such as the frequencies of rotary embeddings.
+    """
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # a tied parameter stays the same one
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook: Callable[..., Any] = to_meta  # torch's annotation leaves out the result, which replaces the parameter
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def local_folder(path: str) -> Path:
+    """Return a model's folder; files of a hub id are downloaded, if they are not in the cache already."""
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(path, allow_patterns=["*.json", WEIGHT_FILES]))
+
+
+def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Return the shapes of all tensors in a folder's safetensors files, by name; the tensors are not read."""
+    shapes = {}
+    for path in sorted(folder.glob(WEIGHT_FILES)):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                shapes[name] = torch.Size(file.get_slice(name).get_shape())
+    return shapes
+
+
+def with_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model on which to try what the architecture of another one computes.
+
+    It is the model itself if its weights have been read. Otherwise it is a small one of the same class with random
+    weights in float32: with layers of the same shapes, but only as many as are needed to have one of each type, and
+    with a vocabulary of 16 tokens.
+
+    Args:
+        model: A model, of which some parameters may be on the meta device.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    config: Any = deepcopy(model.config)
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["layer"] * count
+    config.num_hidden_layers = max(types.index(kind) for kind in types) + 1
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count:  # one entry for each layer
+            setattr(config, name, value[: config.num_hidden_layers])
+    config.vocab_size, config.pad_token_id = PROBE_VOCABULARY, None
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return type(model)(config).eval()
+
+
+def _read_tensor(folder: Path, name: str) -> Tensor:
+    for path in folder.glob(WEIGHT_FILES):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 (not a mapping)
+                return file.get_tensor(name)
+    raise KeyError(name)
+
+
+def _place(model: nn.Module, name: str) -> Place:
+    path, _, attribute = name.rpartition(".")
+    return Place(model.get_submodule(path), attribute)

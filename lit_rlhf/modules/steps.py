@@ -1,0 +1,157 @@
+"""What optimizer steps share: gradients of micro-batches, checks before the step, and what to do without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_rlhf.compat import no_gradient_sync
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.metrics import Metrics
+from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.modules.update import check_finite, gradient_norm, reach
+from lit_rlhf.strategies import FSDP
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+def add_gradient(module: AlignmentModule, loss: Tensor, *, last: bool, untouched: Sequence[nn.Parameter] = ()) -> None:
+    """Add the gradient of a part of the step's loss to the gradients of the trained parameters.
+
+    Under DDP, only the last backward pass of a step averages the gradients over the ranks, those of the earlier passes
+    included; strategies that shard models average in every pass.
+
+    Args:
+        module: The module that trains.
+        loss: A part of the loss of the step, []; the parts of all ranks add up to the loss.
+        last: Whether this is the last part on this rank.
+        untouched: The trained parameters on which the loss does not depend; needed for the last part only.
+    """
+    if last and isinstance(module.trainer.model, DistributedDataParallel):
+        loss = reach(loss, untouched)
+    with nullcontext() if last else no_gradient_sync(module.trainer.strategy):
+        module.manual_backward(loss * module.trainer.world_size)  # DDP and FSDP average over the ranks
+
+
+def add_gradients(
+    module: AlignmentModule, batches: Sequence[Batch], loss_of: Callable[[Batch, bool], Tensor]
+) -> Tensor:
+    """Add the gradients of the micro-batches of a step, and return the sum of their losses, [], without gradient.
+
+    All ranks join in each collective of a sharded model, so they must all do the same number of passes: a rank with
+    fewer micro-batches repeats its last one, with a loss of 0.
+
+    Args:
+        module: The module that trains.
+        batches: The micro-batches of this rank, at least one.
+        loss_of: A function of a micro-batch that returns its part of the loss of the step, []. Its second argument is
+            False for a repeated micro-batch, which must not be measured.
+    """
+    total, count = torch.zeros((), device=module.device), len(batches)
+    most = module.max_over_ranks(count)[0] if is_sharded(module.get_submodule(module.role)) else count
+    for number in range(most):
+        counts = number < count
+        loss = loss_of(batches[min(number, count - 1)], counts)
+        loss = loss if counts else loss * 0.0
+        total += loss.detach()
+        add_gradient(module, loss, last=number == most - 1)
+    return total
+
+
+def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: Tensor) -> dict[str, Tensor]:
+    """Step all optimizers, and return the norms of their gradients before clipping, [] each, by optimizer name.
+
+    The losses and the norms are checked before any optimizer steps. The host waits for the device only in this check.
+
+    Args:
+        module: The module that trains.
+        max_norm: The maximum norm of the gradients of each optimizer, over all ranks, to which larger gradients are
+            scaled down; None for no clipping.
+        losses: The losses to check, [] each, keyed by the names to use in the message.
+
+    Raises:
+        UserError: if a loss or a norm is not finite.
+    """
+    reduce = (
+        module.sum_over_ranks if isinstance(module.trainer.strategy, FSDP) else None
+    )  # its shards are plain tensors
+    optimizers = module.optimizers_by_name()
+    parameters = {
+        name: [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for name, optimizer in optimizers.items()
+    }
+    norms = {name: gradient_norm(parameters[name], reduce) for name in optimizers}
+    checked = {f"{name}_gradient_norm" if len(norms) > 1 else "gradient_norm": norm for name, norm in norms.items()}
+    check_finite(**losses, **{name: norm.to(module.device) for name, norm in checked.items()})
+    for name, optimizer in optimizers.items():
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters[name], max_norm, norms[name])
+        optimizer.step()
+    drop_gradients(module)
+    return norms
+
+
+def drop_gradients(module: AlignmentModule) -> None:
+    """Free the memory of the gradients, so that decoding and judging can use it.
+
+    With ``gradient_as_bucket_view``, the gradients are parts of the buffers that DDP sends, which exist during the
+    whole run. They are set to 0 in this case, because new gradients would need memory besides the buffers. FSDP1 keeps
+    its shards of the gradients until the next forward pass with gradient.
+    """
+    model = module.trainer.model
+    in_buffers = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
+    for optimizer in module.optimizers_by_name().values():
+        optimizer.zero_grad(set_to_none=not in_buffers)
+
+
+def within_memory(
+    module: AlignmentModule, attempt: Callable[[], Result], sizes: Tensor, metrics: Metrics | None = None
+) -> Result:
+    """Return the result of an attempt; whenever it runs out of GPU memory, halve ``max_tokens`` and repeat the attempt.
+
+    The gradients and the metrics of a failed attempt are dropped, so that the result is the same as with the smaller
+    ``max_tokens`` from the beginning. The smaller value is used for the rest of the run, and a line says so; a resumed
+    run begins with the configured value. Under DDP and FSDP an attempt is not repeated, because the other processes
+    already wait in a collective; the error then says what value to set.
+
+    Args:
+        module: The module that trains.
+        attempt: A function that computes gradients in micro-batches of at most ``module.max_tokens`` tokens.
+        sizes: The number of tokens in each row that a micro-batch must hold whole, in any shape.
+        metrics: The metrics to which the attempt adds, if any.
+
+    Raises:
+        UserError: if the attempt ran out of memory under DDP or FSDP, or when the largest micro-batch is a single row.
+    """
+    while True:
+        before = {} if metrics is None else metrics.snapshot()
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            _check_can_halve(module, int(sizes.max()), error)
+        # the handler has ended, because the traceback of an error refers to the tensors of the attempt
+        drop_gradients(module)
+        if metrics is not None:
+            metrics.restore(before)
+        torch.cuda.empty_cache()
+        module.max_tokens //= 2
+        print(f"{module.max_tokens_option}: the update ran out of memory; it continues with {module.max_tokens}")
+
+
+def _check_can_halve(module: AlignmentModule, longest: int, error: torch.OutOfMemoryError) -> None:
+    option, value = module.max_tokens_option, module.max_tokens
+    if value <= longest:
+        raise UserError(
+            f"{option} is {value}: the update ran out of memory, and the longest row alone has {longest} tokens; use "
+            "the callback ActivationCheckpointing, shorter texts, or more GPUs with the strategy fsdp2"
+        ) from error
+    if not isinstance(module.trainer.strategy, SingleDeviceStrategy):
+        raise UserError(f"{option} is {value}: the update ran out of memory; set it to {value // 2}") from error

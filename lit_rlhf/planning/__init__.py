@@ -1,0 +1,1 @@
+"""What a training needs, computed from its configuration: memory, FLOPs and time."""

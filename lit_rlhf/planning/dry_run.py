@@ -1,0 +1,345 @@
+"""Dry runs: passes of a model on tensors without memory, which count the bytes that the tensors would take.
+
+A dry run needs no weights and takes a tenth of a second. It runs the model's own code, so that it holds for every
+architecture whose operations do not depend on the values of tensors. Two decoder layers run; the other layers are taken
+to need as much as the second one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_rlhf.compat import attention_can_be_set, tensors_without_memory, watch_results
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.attention import UNPADDED
+from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
+from lit_rlhf.models.sharding import decoder_layers
+
+LAYERS, CHUNKS = 2, 3
+"""The numbers of decoder layers, and of chunks of the head's tokens, that run."""
+PLANNED = "lit_rlhf_planned"
+"""The name under which the stand-in for flash attention is registered with transformers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The shape of a pass and the precision of its products.
+
+    >>> Shape(rows=2, length=5, scored=3, half=False, gpu=False).tokens
+    10
+    """
+
+    rows: int
+    length: int  # tokens of each row
+    scored: int  # tokens of each row whose logits are computed
+    half: bool  # whether products are computed in bfloat16
+    gpu: bool  # whether to count what a GPU needs, whose attention differs from a CPU's
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+        return self.rows * self.length
+
+
+class Footprint(NamedTuple):
+    """The bytes that a pass takes besides the weights."""
+
+    layer: int  # that each decoder layer keeps for the backward pass
+    rest: int  # at the peak, besides what the layers keep
+    end: int  # at the end of the backward pass, when the layers keep nothing any more, besides the gradients
+
+
+class LiveBytes:
+    """A count of the bytes of all tensors that operations make while they are watched, as long as the tensors live.
+
+    >>> live = LiveBytes()
+    >>> with watch_results(live.see):
+    ...     x = torch.zeros(10).exp()
+    >>> live.now, live.peak
+    (40, 80)
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def see(self, tensor: Tensor, size: int | None = None) -> None:
+        """Count a tensor's storage unless it is known; ``size`` replaces the number of its bytes."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes() if size is None else size
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            finalize(storage, self._forget, key, size)
+
+    def take_peak(self) -> int:
+        """Return the peak, and begin to look for a new one."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+Rounding: TypeAlias = Literal["none", "linear", "all"]
+"""Which weights are held in bfloat16."""
+Gradients: TypeAlias = Literal["new", "kept", "shards"]
+"""Whether a backward pass makes the gradients, adds to gradients that exist already, or reduces each to a shard."""
+
+
+def rounded_weights(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
+    """Return the parameters that are held in bfloat16; a weight that an embedding shares is not one of a linear layer.
+
+    >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
+    >>> len(rounded_weights(model, "linear")), len(rounded_weights(model, "all"))
+    (1, 2)
+    """
+    if rounding == "none":
+        return []
+    others = [module for module in model.modules() if type(module) not in (nn.Linear, Conv1D)]
+    kept = {id(x) for module in others for x in module.parameters(recurse=False)} if rounding == "linear" else set()
+    return [parameter for parameter in model.parameters() if id(parameter) not in kept]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What a pass computes from the last hidden state."""
+
+    logprobs: bool  # of the scored tokens
+    values: bool  # after each token
+
+
+@lru_cache(maxsize=256)
+def footprint(
+    model: PreTrainedModel,
+    outputs: Outputs,
+    shape: Shape,
+    *,
+    rounding: Rounding = "none",
+    gradients: Gradients | None = None,
+    recompute: bool = False,
+) -> Footprint:
+    """Count the bytes that a pass takes.
+
+    Args:
+        model: The model, on the meta device.
+        outputs: What the pass computes.
+        shape: The rows and the precision.
+        rounding: Which weights are held in bfloat16.
+        gradients: What happens to the gradients of a backward pass; None for a forward pass alone.
+        recompute: Whether each layer keeps its inputs only, as with `ActivationCheckpointing`.
+
+    Raises:
+        UserError: if the model's operations depend on the values of tensors.
+    """
+    attention = PLANNED if shape.half and shape.gpu else UNPADDED
+    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
+    run = partial(_run, model, outputs, shape, rounding, gradients, recompute)
+    if attention_can_be_set(model) and not chunked:
+        with suppress(NotImplementedError, TypeError):  # the model's attention depends on more, or takes no bounds
+            return run(attention)
+    with _refused(model):
+        return run(None)
+
+
+@lru_cache(maxsize=256)
+def prefill(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
+    """Count what a forward pass over left-padded prompts takes.
+
+    Returns:
+        The number of cached elements (keys and values) of a token in all layers, and the bytes of the pass at the peak
+        besides the cache.
+    """
+    short, live, cache = _shortened(model), LiveBytes(), DynamicCache()
+    with _refused(model), tensors_without_memory(), _products(shape):
+        tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
+        inputs = {"input_ids": tokens, "position_ids": tokens, "attention_mask": tokens == 0, "use_cache": True}
+        weights = _weights(short.base_model, live, None)
+        with watch_results(live.see), torch.no_grad():
+            functional_call(short.base_model, weights, (), {**inputs, "past_key_values": cache})
+        layers: list[Any] = cache.layers
+        cached: list[Tensor] = [states for layer in layers for states in (layer.keys, layer.values)]
+        elements = sum(states.numel() for states in cached) / shape.tokens / len(cache.layers)
+        return round(elements * _layer_count(model)), live.peak - sum(states.nbytes for states in cached)
+
+
+def _run(
+    model: PreTrainedModel,
+    outputs: Outputs,
+    shape: Shape,
+    rounding: Rounding,
+    gradients: Gradients | None,
+    recompute: bool,
+    attention: str | None,
+) -> Footprint:
+    short, live = _shortened(model), LiveBytes()
+    if attention is not None:
+        short.set_attn_implementation(attention)
+    whole = _Pass(short, outputs, unpadded=attention is not None)
+    for parameter in rounded_weights(whole, rounding):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    layers = list(decoder_layers(short))
+    moments: dict[str, int] = {}
+
+    def start_first(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        if states.requires_grad:  # when its gradient is known, no layer keeps anything
+            states.register_hook(lambda gradient: moments.update(layers=live.take_peak()))
+
+    layers[0].register_forward_pre_hook(start_first, with_kwargs=True)
+    layers[-1].register_forward_pre_hook(lambda *_: moments.update(before=live.now))
+    layers[-1].register_forward_hook(lambda *_: moments.update(after=live.now))
+    if recompute:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    with tensors_without_memory(), _products(shape):
+        weights = _weights(whole, live, gradients)
+        with watch_results(live.see), torch.no_grad() if gradients is None else nullcontext():
+            functional_call(whole, weights, (shape,))
+    if gradients is None:
+        return Footprint(layer=0, rest=live.peak, end=0)
+    kept = moments["after"] - moments["before"]
+    made = sum(x.nbytes for x in whole.parameters()) if gradients == "new" else 0
+    return Footprint(kept, moments["layers"] - len(layers) * kept, live.peak - made)
+
+
+class _Pass(nn.Module):
+    """The operations of `Actor` or `ScalarModel` and of a backward pass, except those that depend on values."""
+
+    def __init__(self, model: PreTrainedModel, outputs: Outputs, unpadded: bool) -> None:
+        super().__init__()
+        self.trunk, self.unpadded = model.base_model, unpadded
+        self.head = model.get_output_embeddings() if outputs.logprobs else None
+        self.value_head = nn.Linear(model.config.hidden_size, 1, device="meta") if outputs.values else None
+
+    def forward(self, shape: Shape) -> None:
+        hidden, loss = self.hidden(shape), torch.zeros(())
+        if self.value_head is not None:
+            loss = loss + self.value_head(hidden).squeeze(-1).float().sum()
+        if self.head is not None:
+            loss = loss + self.logprobs(hidden, shape).sum()
+        if torch.is_grad_enabled():  # here, because the layers and the head are computed again with these weights
+            loss.backward()
+
+    def hidden(self, shape: Shape) -> Tensor:
+        """As `last_hidden_state`."""
+        if not self.unpadded:
+            tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
+            return self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        tokens = torch.zeros(1, shape.tokens, dtype=torch.long)
+        bounds, longest = _Bounds([shape.length] * shape.rows), shape.length
+        texts = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        hidden = self.trunk(input_ids=tokens, position_ids=tokens, use_cache=False, **texts).last_hidden_state[0]
+        spread = torch.zeros(shape.rows, shape.length, hidden.shape[-1], dtype=hidden.dtype)
+        return spread.masked_scatter(torch.ones(shape.rows, shape.length, 1, dtype=torch.bool), hidden)
+
+    def logprobs(self, hidden: Tensor, shape: Shape) -> Tensor:
+        """As in `Actor.forward`."""
+        head: Any = self.head
+        states = hidden.flatten(0, 1).index_select(0, torch.zeros(shape.rows * shape.scored, dtype=torch.long))
+        weights = [x for x in (head.weight, getattr(head, "bias", None)) if x is not None]
+        rows = chunk_rows(head.weight.shape[0], torch.device("cuda" if shape.gpu else "cpu"))
+        states = states[: CHUNKS * rows]  # of the same memory; further chunks would take time, but no more bytes
+        targets = torch.zeros(len(states), dtype=torch.long)
+        return logprobs_and_entropy(lambda x: head(x).float(), weights, states, targets, rows)[0]
+
+
+class _Bounds(NamedTuple):
+    """The lengths of the texts, in place of the tensor of their bounds, whose values attention would read."""
+
+    lengths: list[int]
+
+    def diff(self) -> "_Bounds":
+        return self
+
+    def tolist(self) -> list[int]:
+        return self.lengths
+
+
+class _Flash(torch.autograd.Function):
+    """Flash attention without values: it keeps its inputs, its output and a number for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, normalizer = torch.empty_like(query), torch.empty(query.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, normalizer)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Stand in for `lit_rlhf.models.attention` where this uses flash attention, on GPUs in half precision."""
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError
+    half = (x[0].transpose(0, 1).to(torch.bfloat16).contiguous() for x in (query, key, value))
+    return _Flash.apply(*half)[None], None
+
+
+AttentionInterface.register(PLANNED, _attend)
+AttentionMaskInterface.register(PLANNED, lambda *_, **__: None)
+
+
+def _layer_count(model: PreTrainedModel) -> int:
+    return sum(1 for _ in decoder_layers(model))
+
+
+def _shortened(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same class on the meta device with as many layers as run."""
+    config: Any = deepcopy(model.config)
+    count = config.num_hidden_layers
+    config.num_hidden_layers = min(count, LAYERS)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count:  # one entry for each layer
+            setattr(config, name, value[: config.num_hidden_layers])
+    with torch.device("meta"):
+        return type(model)(config).eval()
+
+
+def _weights(module: nn.Module, live: LiveBytes, gradients: Gradients | None) -> dict[str, Tensor]:
+    """Return parameters and buffers without memory; neither they nor gradients that exist already are counted."""
+    weights = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        weights[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        live.see(weights[name], 0)
+        if gradients is None or not isinstance(tensor, nn.Parameter):
+            continue
+        weight = weights[name].requires_grad_()
+        if gradients == "shards":
+            weight.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
+        if gradients == "kept":
+            weight.grad = torch.empty_like(weight)
+            live.see(weight.grad, 0)
+    return weights
+
+
+def _products(shape: Shape) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.half, cache_enabled=False)
+
+
+@contextmanager
+def _refused(model: PreTrainedModel) -> Iterator[None]:
+    """Raise a `UserError` if the passes cannot be run."""
+    try:
+        yield
+    except Exception as error:  # of many types: an operation needs values, or does not know tensors without memory
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"plan: {type(model).__name__} cannot be run without weights: {reason}") from error

@@ -1,0 +1,232 @@
+"""The bytes that each process needs in each phase of an iteration, at the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lit_rlhf.generation.native import CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU
+from lit_rlhf.planning.dry_run import Rounding, footprint, prefill
+from lit_rlhf.planning.roles import FLOAT, HALF, Role, weight_bytes
+from lit_rlhf.planning.setting import Setting
+
+PROCESSES_ON_A_HOST = 8
+
+
+class Part(NamedTuple):
+    """One of the things that a phase holds in memory."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What a process holds at the peak of a phase.
+
+    >>> Phase("load", (Part("weights", 3.0), Part("optimizer", 4.0))).bytes
+    7.0
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> float:
+        """The sum of the parts."""
+        return sum(part.bytes for part in self.parts)
+
+
+def phases(setting: Setting) -> tuple[Phase, ...]:
+    """Return the phases of a run in their order."""
+    weights, state, gradients = _held(setting)
+    found = [Phase("load", (weights,))]
+    if setting.generation is not None:
+        found.append(Phase("decode", (weights, state, gradients, *_decoding(setting))))
+    if setting.judged:  # texts that are data are judged once, before the first step of the optimizer
+        before = (weights, gradients) if setting.generation is None else (weights, state, gradients)
+        found.append(Phase("judge", (*before, *_judging(setting))))
+    return (*found, Phase("update", (weights, state, *_updating(setting))))
+
+
+class Held(NamedTuple):
+    """What a process holds of a model in every phase; gradients exist in the update only, except under DDP."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def held(setting: Setting, role: Role) -> Held:
+    """Return the bytes that a process holds of a role: its share of the weights, float32 gradients and the state."""
+    weights = weight_bytes(role, _rounding(setting, role, used=False))
+    gradients, state = (FLOAT, role.stepping.state) if role.stepping is not None else (0, 0.0)
+    return Held(*(size / setting.shards for size in (weights, gradients * role.parameters, state * role.parameters)))
+
+
+def host_bytes(setting: Setting) -> float:
+    """Return the bytes that the models need in the memory of a host with eight GPUs.
+
+    Models are loaded one after the other. A process reads its share of a model that is sharded, and otherwise the whole
+    model, in float32. Shards that are offloaded stay on the host.
+    """
+    here = min(setting.processes, PROCESSES_ON_A_HOST)
+    loading = max(FLOAT * role.parameters for role in setting.roles) * here / setting.shards
+    return loading + (here * sum(sum(held(setting, role)) for role in setting.roles) if setting.offload else 0.0)
+
+
+def _held(setting: Setting) -> tuple[Part, Part, Part]:
+    """Return what a process holds in every phase; gradients exist outside the update in the buffers of DDP only."""
+    each = [] if setting.offload else [held(setting, role) for role in setting.roles]
+    buffers = [role.gradients for role in each] if setting.spread == "ddp" else []
+    weights, state = sum(role.weights for role in each), sum(role.optimizer for role in each)
+    return Part("weights", weights), Part("optimizer", state), Part("gradients", sum(buffers))
+
+
+def _gathered(setting: Setting, role: Role) -> float:
+    """Return the bytes of a model that is gathered to decode or to judge; FSDP1 also holds the weights in float32."""
+    if setting.spread == "fsdp2":
+        return role.parameters * (HALF if setting.half else FLOAT)
+    if setting.spread == "fsdp":
+        return role.parameters * (FLOAT + HALF if setting.half else FLOAT)
+    return 0.0
+
+
+def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
+    """Return which weights of a role are in bfloat16, where products are computed in bfloat16.
+
+    FSDP gathers all weights in bfloat16 to use them. Otherwise, trained weights are in float32, and frozen models hold
+    in bfloat16 what would be rounded in each use: linear layers, or everything if FSDP gathers it.
+    """
+    if not setting.half or (role.is_trained and not (used and setting.sharded)):
+        return "none"
+    return "all" if setting.sharded else "linear"
+
+
+def _decoding(setting: Setting) -> Iterator[Part]:
+    """Yield what decoding holds besides: copies of weights, keys and values, and the logits or a prefill."""
+    actor, gpu = setting.role("actor"), not setting.device.is_cpu
+    yield Part("gathered weights", _gathered(setting, actor))
+    yield Part("copies of weights", _copied_weights(setting, actor))
+    rows, columns = cache_size(setting)
+    elements, prefilling = prefill(actor.model, setting.prefilled())
+    yield Part("keys and values", rows * columns * elements * (HALF if setting.half and gpu else FLOAT))
+    yield Part("logits", max(prefilling, rows * _bytes_of_logits(setting) * actor.model.config.vocab_size))
+
+
+def cache_size(setting: Setting) -> tuple[int, int]:
+    """Return the rows and the columns of the cache of keys and values if all responses are as long as allowed.
+
+    As in `lit_rlhf.generation.native`: a limit on the cache's tokens leaves a quarter of the columns free.
+    """
+    generation = setting.generation
+    assert generation is not None
+    check_every = CHECK_ENDED_EVERY_CPU if setting.device.is_cpu else CHECK_ENDED_EVERY_GPU
+    rows, columns, limit = setting.own_rows, setting.length + check_every, generation.cache_tokens
+    if limit is not None and rows * columns > limit:
+        columns += columns // 4
+        responses = generation.sampling.responses
+        rows = min(rows, max(1, limit // (columns * responses)) * responses)
+    return rows, -(-columns // 8) * 8
+
+
+def _copied_weights(setting: Setting, actor: Role) -> float:
+    """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
+
+    A CPU holds copies in blocks; a GPU holds copies in bfloat16 if products are computed in bfloat16, unless FSDP
+    gathers them in this precision.
+    """
+    assert setting.generation is not None
+    weights = actor.multiplied + actor.head
+    if setting.device.is_cpu and not setting.generation.compiled:
+        return weights * (HALF if setting.half else FLOAT)
+    return weights * HALF if setting.half and not setting.sharded else 0.0
+
+
+def _bytes_of_logits(setting: Setting) -> int:
+    """Return the bytes of each logit while a token is drawn.
+
+    The logits, their quotients by a temperature other than 1, log-probabilities, probabilities and their products are
+    in float32; the cumulative sums are in float64.
+    """
+    assert setting.generation is not None
+    tempered = setting.generation.sampling.temperature not in (0, 1)
+    return FLOAT * (5 if tempered else 4) + 8
+
+
+def _judging(setting: Setting) -> Iterator[Part]:
+    """Yield what the largest of the forward passes before the update holds besides."""
+    judges = [role for role in setting.roles if role.name in setting.judged]
+    passes = []
+    for role in judges:
+        rounding = _rounding(setting, role, used=True)
+        shape = setting.shape(role.max_tokens, setting.own_rows)
+        passes.append((_gathered(setting, role), footprint(role.model, role.outputs, shape, rounding=rounding).rest))
+    gathered, activations = max(passes, key=sum)
+    both = setting.full_kl and setting.sharded
+    yield Part("gathered weights", gathered * (2 if both else 1))
+    yield Part("activations", activations)
+
+
+class _Moment(NamedTuple):
+    """What a process holds at a moment of the update, besides weights and the optimizer's state."""
+
+    gradients: float
+    gathered: float
+    activations: float
+    temporaries: float = 0.0
+
+
+def _updating(setting: Setting) -> tuple[Part, ...]:
+    """Return what the update holds at its peak, besides weights and the optimizer's state."""
+    peak = max(_moments(setting), key=sum)
+    both = _gathered(setting, setting.role("reference")) if setting.full_kl else 0.0
+    return (
+        Part("gradients", 0.0 if setting.offload else peak.gradients),
+        Part("gathered weights", peak.gathered + both),
+        Part("activations", peak.activations),
+        Part("temporaries of the optimizer", peak.temporaries),
+    )
+
+
+def _moments(setting: Setting) -> Iterator[_Moment]:
+    """Yield the moments at which the peak may be: in each model's backward pass, after it, and in the step.
+
+    Models learn one after the other. In a step of one micro-batch, gradients are made by the backward passes, while
+    activations are freed; otherwise, all gradients exist from the second micro-batch on. Those of DDP always do.
+    """
+    rows = -(-setting.own_rows // setting.minibatches)
+    shape = setting.shape(setting.max_tokens, rows)
+    everything = sum(held(setting, role).gradients for role in setting.roles)
+    fresh = shape.rows == rows and setting.spread == "one"
+    made = 0.0 if fresh else everything
+    for role in setting.trained():
+        taken = footprint(
+            role.model,
+            role.outputs,
+            shape,
+            rounding=_rounding(setting, role, used=True),
+            gradients="new" if fresh else "shards" if setting.sharded else "kept",
+            recompute=setting.recompute,
+        )
+        in_layers, at_end = _gathered_in_training(setting, role)
+        yield _Moment(made, in_layers, role.layers * taken.layer + taken.rest)
+        made = min(everything, made + held(setting, role).gradients)
+        yield _Moment(made, at_end, taken.end)
+        if role.stepping is not None and not setting.device.is_cpu:
+            yield _Moment(everything, 0.0, 0.0, role.parameters * role.stepping.temporary / setting.shards)
+
+
+def _gathered_in_training(setting: Setting, role: Role) -> tuple[float, float]:
+    """Return the bytes of gathered weights and gradients while the layers compute their gradients, and at the end.
+
+    FSDP2 gathers the weights outside the layers during the whole pass, and two layers at a time, one of them in
+    advance. Of a layer, and at the end of what is outside the layers, the whole gradient is held in the precision of
+    the weights and, to be reduced, in float32.
+    """
+    if not setting.sharded:
+        return 0.0, 0.0
+    each, layer = HALF if setting.half else FLOAT, role.largest_layer
+    outside = role.parameters - role.layers * layer
+    return each * outside + (3 * each + FLOAT) * layer, (2 * each + FLOAT) * outside

@@ -1,0 +1,208 @@
+"""What a plan is made for: the models, the device, and the options of a run that affect memory and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from lit_rlhf.data import Demonstrations, Preferences, Prompts
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import NativeEngine, Sampling
+from lit_rlhf.generation.native import PREFILL_TOKENS
+from lit_rlhf.modules import DPO, SFT
+from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.modules.on_policy import OnPolicy
+from lit_rlhf.planning.dry_run import Shape
+from lit_rlhf.planning.hardware import Device
+from lit_rlhf.planning.roles import Role, roles_of
+from lit_rlhf.strategies import FSDP, FSDP2
+
+Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
+"""How models are distributed: one process, a copy in each process, or shards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How the responses of an iteration are generated."""
+
+    prompt_tokens: int
+    sampling: Sampling
+    cache_tokens: int | None
+    compiled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A run, as far as its memory and time depend on it.
+
+    Args:
+        method: The name of the module's class.
+        roles: The models.
+        device: The device of each process.
+        processes: The number of processes, one for each GPU.
+        spread: How the models are distributed.
+        offload: Whether the shards are in the memory of the host.
+        half: Whether products are computed in bfloat16.
+        recompute: Whether the trained layers compute their activations again.
+        rows: The texts of an iteration, over all processes.
+        together: The rows that are never divided: 2 for pairs.
+        length: The tokens of each row, at most.
+        scored: The tokens of each row that are scored, at most.
+        max_tokens: The largest number of padded tokens in a micro-batch of the update.
+        max_tokens_option: The name of the option that sets it.
+        epochs: The passes over the texts of an iteration.
+        minibatches: The optimizer steps in each pass.
+        judged: The roles that judge the texts before the update.
+        full_kl: Whether the KL to the reference is computed over the vocabulary.
+        generation: How the texts are generated; None if they are data.
+    """
+
+    method: str
+    roles: tuple[Role, ...]
+    device: Device
+    processes: int
+    spread: Spread
+    offload: bool
+    half: bool
+    recompute: bool
+    rows: int
+    together: int
+    length: int
+    scored: int
+    max_tokens: int
+    max_tokens_option: str
+    epochs: int
+    minibatches: int
+    judged: tuple[str, ...]
+    full_kl: bool
+    generation: Generation | None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only its shards of the models."""
+        return self.spread in ("fsdp", "fsdp2")
+
+    @property
+    def shards(self) -> int:
+        """The number of processes over which each model is divided."""
+        return self.processes if self.sharded else 1
+
+    @property
+    def own_rows(self) -> int:
+        """The texts of an iteration that one process handles."""
+        return -(-self.rows // self.processes)
+
+    def role(self, name: str) -> Role:
+        """Return the role of this name."""
+        return next(role for role in self.roles if role.name == name)
+
+    def trained(self) -> list[Role]:
+        """Return the roles that have gradients."""
+        return [role for role in self.roles if role.is_trained]
+
+    def prefilled(self) -> Shape:
+        """Return the shape of the largest forward pass over prompts."""
+        assert self.generation is not None
+        length, responses = self.generation.prompt_tokens, self.generation.sampling.responses
+        rows = min(max(1, PREFILL_TOKENS // length), -(-self.own_rows // responses))
+        return Shape(rows=rows, length=length, scored=0, half=self.half, gpu=not self.device.is_cpu)
+
+    def shape(self, max_tokens: int, rows: int) -> Shape:
+        """Return the shape of a micro-batch out of a number of rows, all as long as they may be."""
+        most = max(1, max_tokens // (self.length * self.together)) * self.together
+        gpu = not self.device.is_cpu
+        return Shape(rows=min(most, rows), length=self.length, scored=self.scored, half=self.half, gpu=gpu)
+
+
+def setting_of(
+    module: AlignmentModule,
+    data: Any,
+    *,
+    device: Device,
+    processes: int,
+    strategy: str | Strategy,
+    half: bool,
+    recompute: bool,
+    prompt_tokens: int | None = None,
+) -> Setting:
+    """Return the setting of a run.
+
+    Args:
+        module: The module; its models need not be loaded.
+        data: The data module; its data are not read.
+        device: The device of each process.
+        processes: The number of processes.
+        strategy: The Trainer's strategy, or its name.
+        half: Whether products are computed in bfloat16.
+        recompute: Whether the trained layers compute their activations again.
+        prompt_tokens: The length of the prompts; None for the longest that the data module lets through.
+
+    Raises:
+        UserError: if the kind of the module, the data or the strategy is not known.
+    """
+    spread, offload = _spread(strategy, processes)
+    common: dict[str, Any] = {"method": type(module).__name__, "roles": roles_of(module), "device": device}
+    common |= {"processes": processes, "spread": spread, "offload": offload, "half": half, "recompute": recompute}
+    expected = Prompts if isinstance(module, OnPolicy) else Demonstrations if isinstance(module, SFT) else Preferences
+    if not isinstance(data, expected):
+        given = type(data).__name__
+        raise UserError(f"plan: {type(module).__name__} can be planned with {expected.__name__}, not with {given}")
+    if isinstance(module, OnPolicy):
+        return _of_responses(module, data, prompt_tokens, common)
+    together = 1 if isinstance(module, SFT) else 2  # pairs
+    length = data.encoder.max_tokens
+    return Setting(
+        rows=data.batch_size * together,
+        together=together,
+        length=length,
+        scored=length,
+        max_tokens=module.max_tokens,
+        max_tokens_option="model.max_tokens",
+        epochs=1,
+        minibatches=1,
+        judged=("reference",) if isinstance(module, DPO) and module.cache_reference else (),
+        full_kl=False,
+        generation=None,
+        **common,
+    )
+
+
+def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common: dict[str, Any]) -> Setting:
+    sampling, engine = module.sampling, module.engine
+    longest = min(data.encoder.first_tokens or data.encoder.max_tokens, data.encoder.max_tokens)
+    prompt = prompt_tokens or longest
+    native = engine if isinstance(engine, NativeEngine) else NativeEngine()
+    exact = engine.is_exact and not common["half"] and common["device"].is_cpu
+    needed = not exact or module.reference_kl.is_full or module.critic_source == "shared"
+    return Setting(
+        rows=data.batch_size * sampling.responses,
+        together=1,
+        length=prompt + sampling.max_tokens,
+        scored=sampling.max_tokens,
+        max_tokens=module.update.max_tokens,
+        max_tokens_option="model.update.max_tokens",
+        epochs=module.update.epochs,
+        minibatches=module.update.minibatches,
+        judged=(*(["actor"] if needed else []), "critic", "reference", "reward"),
+        full_kl=module.reference_kl.is_full,
+        generation=Generation(
+            prompt_tokens=prompt, sampling=sampling, cache_tokens=native.cache_tokens, compiled=native.compile
+        ),
+        **common,
+    )
+
+
+def _spread(strategy: str | Strategy, processes: int) -> tuple[Spread, bool]:
+    if isinstance(strategy, FSDP2):
+        return "fsdp2", strategy.cpu_offload
+    if strategy == "fsdp2":
+        return "fsdp2", False
+    if strategy == "fsdp" or isinstance(strategy, FSDP):
+        return "fsdp", False
+    if processes == 1:
+        return "one", False
+    if isinstance(strategy, DDPStrategy) or str(strategy) == "auto" or str(strategy).startswith("ddp"):
+        return "ddp", False
+    raise UserError(f"plan: the strategy {strategy!r} cannot be planned; use ddp or fsdp2")

@@ -1,0 +1,94 @@
+"""The FLOPs of an iteration, and the seconds that they take at an assumed share of a device's peak rates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lit_rlhf.planning.dry_run import prefill
+from lit_rlhf.planning.memory import cache_size
+from lit_rlhf.planning.roles import FLOAT, HALF, Role
+from lit_rlhf.planning.setting import Setting
+
+UTILISATION = 0.4
+"""The share of the peak FLOPs a second that judging and the update are taken to reach."""
+BANDWIDTH = 0.6
+"""The share of the peak bandwidth that decoding is taken to reach."""
+LAUNCHES = 86
+"""The operations of a decoder layer and a token, counted on a Llama: 2,060 for 24 layers."""
+LAUNCH_SECONDS = 5e-6
+"""The time that a CPU is taken to need to launch an operation on a GPU."""
+
+
+class Work(NamedTuple):
+    """The work of a phase, over all processes."""
+
+    phase: str
+    flops: float
+    seconds: float | None  # None if the rates of the device are not known
+
+
+def iteration_tokens(setting: Setting) -> int:
+    """Return the number of tokens of an iteration over all processes, if all texts are as long as allowed."""
+    return setting.rows * setting.length
+
+
+def forward_flops(role: Role, rows: int, length: int, scored: int) -> float:
+    """Return the FLOPs of a forward pass.
+
+    rows × (length × (2 P + 2 L H length) + 2 scored × V H), where P is the number of weights of linear layers, L of
+    layers, H the width and V H the number of weights of the head. A query attends to half of the text on average, with
+    2 products of 2 H FLOPs for each key.
+    """
+    config = role.model.config
+    attention = 2.0 * role.layers * config.hidden_size * length
+    return rows * (length * (2.0 * role.multiplied + attention) + 2.0 * scored * role.head)
+
+
+def training_flops(role: Role, rows: int, length: int, scored: int, recompute: bool) -> float:
+    """Return the FLOPs of a forward and a backward pass, 3 forward passes; 4 where activations are computed again.
+
+    The head always computes its logits again.
+    """
+    trunk, whole = forward_flops(role, rows, length, 0), forward_flops(role, rows, length, scored)
+    return (4 if recompute else 3) * trunk + 4 * (whole - trunk)
+
+
+def work(setting: Setting) -> tuple[Work, ...]:
+    """Return the work of the phases of an iteration, in their order."""
+    found = [] if setting.generation is None else [_decoding(setting)]
+    rows, length, scored = setting.rows, setting.length, setting.scored
+    judges = [role for role in setting.roles if role.name in setting.judged]
+    if judges:
+        found.append(_at_peak(setting, "judge", sum(forward_flops(role, rows, length, scored) for role in judges)))
+    learning = sum(training_flops(role, rows, length, scored, setting.recompute) for role in setting.trained())
+    return (*found, _at_peak(setting, "update", setting.epochs * learning))
+
+
+def _at_peak(setting: Setting, phase: str, flops: float) -> Work:
+    peak = setting.device.half if setting.half else setting.device.single
+    return Work(phase, flops, None if peak is None else flops / setting.processes / (UTILISATION * peak))
+
+
+def _decoding(setting: Setting) -> Work:
+    """Return the work of decoding, in which each step reads the weights and, on average, half of the responses.
+
+    A step takes the longest of three times: to read, to compute, and on a GPU to launch the operations, unless they
+    are compiled. If the cache does not hold all rows, those that wait take as many steps again.
+    """
+    generation = setting.generation
+    assert generation is not None
+    actor, device, steps = setting.role("actor"), setting.device, setting.scored
+    prefilled = forward_flops(actor, setting.rows // generation.sampling.responses, generation.prompt_tokens, 1)
+    whole = forward_flops(actor, setting.rows, setting.length, setting.scored)
+    flops = prefilled + whole - forward_flops(actor, setting.rows, generation.prompt_tokens, 0)
+    computing = _at_peak(setting, "decode", flops).seconds
+    if computing is None or device.bandwidth is None:
+        return Work("decode", flops, None)
+    rows, _ = cache_size(setting)
+    each = HALF if setting.half else FLOAT
+    elements, _ = prefill(actor.model, setting.prefilled())
+    read = each * (actor.multiplied + actor.head + rows * elements * (setting.length - steps / 2))
+    rounds = -(-setting.own_rows // rows)
+    reading = rounds * steps * read / (BANDWIDTH * device.bandwidth)
+    launched = 0.0 if device.is_cpu or generation.compiled else LAUNCHES * actor.layers * LAUNCH_SECONDS
+    return Work("decode", flops, max(computing, reading, rounds * steps * launched))
