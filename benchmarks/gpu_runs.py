@@ -24,7 +24,7 @@ _SHARED = {"model_type": "qwen2", "max_position_embeddings": 4096, "pad_token_id
 _SMALL = {"tie_word_embeddings": False, "initializer_range": 0.04, "vocab_size": VOCABULARY}
 _LARGE = {"tie_word_embeddings": True, "rope_theta": 1e6, "vocab_size": 151_936}
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4,
              "num_key_value_heads": 2, **_SMALL, **_SHARED},
     "exact": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
               "num_key_value_heads": 2, **_SMALL, **_SHARED},
