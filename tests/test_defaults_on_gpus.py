@@ -16,8 +16,10 @@ MATMUL = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
 @pytest.fixture
 def matmul_precision():
-    """Restore the precision of float32 products."""
+    """Begin with products of float32 numbers whose precision nobody has set, and restore it."""
     before = [backend.fp32_precision for backend in MATMUL]
+    for backend in MATMUL:
+        backend.fp32_precision = "none"
     yield lambda: torch.backends.cuda.matmul.fp32_precision
     for backend, precision in zip(MATMUL, before, strict=True):
         backend.fp32_precision = precision
