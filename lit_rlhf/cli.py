@@ -66,10 +66,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _configure_allocator() -> None:
-    """Let the blocks of GPU memory grow, so that tensors of varying sizes do not fragment it, unless the user chose.
+    """Let the blocks of GPU memory grow, so that tensors of varying sizes do not fragment it.
 
-    torch may read the variable while it is imported. Both names are set: torch 2.9 ignores this option under the first
-    one, and reports the second one as deprecated unless the first is set, too.
+    Nothing is done if the user has set the variable, under any of its names. torch may read the variable while it is
+    imported. The first two names are set: torch 2.9 ignores this option under the first one, and reports the second one
+    as deprecated unless the first is set, too.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         for name in ALLOCATOR_VARIABLES[:2]:

@@ -62,7 +62,7 @@ def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give the tensors of a model that are on the meta device memory on another device, and move the others there.
+    """Allocate memory on a device for the tensors of a model that are on the meta device, and move the others there.
 
     Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also forget the
     values of the tensors that are not on the meta device. Parameters are swapped, so that tied ones stay tied.

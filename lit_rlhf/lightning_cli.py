@@ -111,9 +111,13 @@ class CLI(LightningCLI):
         _check_checkpoint(config.ckpt_path)
 
     def before_fit(self) -> None:
-        """Rename the folder of an older run, unless that run is resumed; LightningCLI calls this method.
+        """Check the Trainer's options for gradients, and rename the folder of an older run unless that run is resumed.
 
-        Only process 0 renames the folder; the Trainer knows the rank, however the processes were started.
+        LightningCLI calls this method. Only process 0 renames the folder; the Trainer knows the rank, however the
+        processes were started.
+
+        Raises:
+            UserError: if the Trainer's options clip or accumulate gradients.
         """
         _check_gradient_options(self.trainer)
         folder = Path(self.trainer.default_root_dir)
@@ -125,7 +129,8 @@ class CLI(LightningCLI):
         """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
 
         The default precision depends on the device. It is stored in the configuration, so that a run that is resumed on
-        another device keeps its precision.
+        another device keeps its precision. On GPUs, products of float32 matrices use TensorFloat-32, unless the user's
+        own code has set their precision.
 
         Raises:
             UserError: if the precision is not supported.

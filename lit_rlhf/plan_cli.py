@@ -91,7 +91,10 @@ def _device(name: str | None) -> Device:
 
 
 def _devices(trainer: Any, device: Device) -> int:
-    """Return the number of processes that the Trainer's options ask for; of GPUs that are not here, one is assumed."""
+    """Return the number of processes that the Trainer's options ask for.
+
+    ``auto`` asks for as many as this machine has GPUs, or for one if it has none or the plan is for a CPU.
+    """
     number = trainer.devices
     if isinstance(number, list):
         number = len(number)

@@ -63,7 +63,7 @@ class DemonstrationBatch:
         return _to(self, device)
 
     def select(self, rows: Tensor) -> "DemonstrationBatch":
-        """Return the rows with the given indices, cut after the last token that is trained in any of them."""
+        """Return the rows at the given indices, [b] int64, cut after the last token that is trained in any of them."""
         width = int(self.lengths[rows].max())
         return DemonstrationBatch(
             tokens=self.tokens[rows, :width],

@@ -1,4 +1,4 @@
-"""A callback that says at the start of a training what memory and time it will need, and saves memory if it must."""
+"""A callback that prints at the start what memory and time a training will need, and saves memory if necessary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PrintPlan(Callback):
         self.checkpointing = checkpointing
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Plan in the first process, and do the same in all processes."""
+        """Print the plan in the first process; turn on checkpointing in all processes if the plan says so."""
         added = False
         if trainer.is_global_zero:
             try:

@@ -88,9 +88,9 @@ class _Layer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        """Return whether transformers must not look for padding in the mask, so as to leave the mask out if it can.
+        """Whether transformers must keep every mask; it otherwise looks for padding, and leaves out masks without any.
 
-        The host would wait for a GPU at each token, and operations that are recorded must not depend on values.
+        The host would wait for a GPU to look, at each token, and recorded operations must not depend on values.
         """
         return self.cache.column is not None or _keys_values(self)[0].device.type != "cpu"
 

@@ -281,7 +281,7 @@ class _Decoding:
         self.static_step = None
 
     def _columns(self, columns: int) -> int:
-        """Return a number of columns up to the maximum, rounded up to a multiple of 8, as GPUs need for masks."""
+        """Limit a number of columns to the maximum, and round it up to a multiple of 8, as GPUs need for masks."""
         return -(-min(self.max_columns, columns) // 8) * 8
 
 

@@ -61,8 +61,8 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 def _cumulative(probabilities: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the cumulative sums of each row's probabilities, exactly if results must be deterministic.
 
-    A GPU adds floating-point numbers in an order that varies, so that PyTorch then refuses to. Probabilities are
-    therefore rounded to multiples of 2⁻⁵², and integers are added.
+    A GPU adds floating-point numbers in an order that varies, which PyTorch refuses to do in that case. Probabilities
+    are then rounded down to multiples of 2⁻⁵², and integers are added.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return probabilities.cumsum(-1, dtype=dtype)

@@ -90,7 +90,8 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
 
     The CPU is used whatever the default device is. Random weights are therefore the same on every device, and
     transformers does not use the default device as a ``device_map``, which would require the accelerate package.
-    Lightning makes its device the default in ``configure_model``, and moves the models there afterwards.
+    Lightning makes its device the default in ``configure_model``; the models are moved there afterwards. Inside
+    `unread_weights`, the parameters of a model that is read from files are on the meta device where possible.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights.

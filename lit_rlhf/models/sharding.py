@@ -90,7 +90,7 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: FSDPModule) -> Iterator[None]:
-    """Gather the full weights of an FSDP2 model, and take off FSDP2's hooks, which cost more than a small layer."""
+    """Gather the full weights of an FSDP2 model, and remove FSDP2's hooks, which take longer than a small layer."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]  # type: ignore[attr-defined]
     for part in parts:
         part.unshard()

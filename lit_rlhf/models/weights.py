@@ -83,7 +83,7 @@ class UnreadWeights:
         return complete
 
     def read_now(self, module: nn.Module) -> None:
-        """Read the weights of a module of a model that was added, before the model is sharded."""
+        """Read the weights of a module of the model that was added last, before that model is sharded."""
         folder, places = self._files[-1]
         for name, place in list(places.items()):
             if place.module is module:
@@ -114,7 +114,7 @@ _unread: ContextVar[UnreadWeights | None] = ContextVar("unread", default=None)
 
 @contextmanager
 def unread_weights() -> Iterator[UnreadWeights]:
-    """Within this context `load_model` builds models from files without reading the weights, where it can.
+    """Let `load_model` build models from files without reading the weights, where it can, inside this context.
 
     It cannot for random weights, nor for files whose tensors have other names or shapes than the model's parameters.
     """
@@ -127,13 +127,13 @@ def unread_weights() -> Iterator[UnreadWeights]:
 
 
 def current_unread_weights() -> UnreadWeights | None:
-    """Return the innermost `unread_weights`, None outside."""
+    """Return what the innermost active `unread_weights` yielded, or None if none is active."""
     return _unread.get()
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Within this context the parameters of new modules are on the meta device, which has no memory; buffers are not.
+    """Put the parameters, but not the buffers, of new modules on the meta device (without memory), inside this context.
 
     ``torch.device("meta")`` would also take the values of buffers, such as the frequencies of rotary embeddings.
     """

@@ -79,7 +79,7 @@ class Metrics:
         self.add(name, torch.where(mask, values.detach(), 0.0), mask)
 
     def _on_device(self, value: Tensor | float) -> Tensor:
-        """Return a value on the device of the metrics; a number is filled in there, since a copy would wait."""
+        """Return a value on the device of the metrics; a number is filled in there, so that the host need not wait."""
         if isinstance(value, Tensor):
             return value.detach().to(self.device)
         return torch.full((), value, device=self.device)

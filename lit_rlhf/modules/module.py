@@ -218,11 +218,12 @@ class AlignmentModule(lightning.LightningModule):
     def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
         """Build a model, shard it as the strategy requires, and move it to this process's device.
 
-        The host's memory holds what belongs on the host, and nothing more: of a model that is sharded by FSDP2 or
-        that goes to a GPU, each process reads its own part from the files. Models are placed one after the other.
+        The host's memory holds what belongs on the host, and nothing more: of a model that is sharded or that goes to a
+        GPU, each process reads its own part from the files. Only under FSDP1, each process loads the whole model first.
+        Models are placed one after the other.
 
         Args:
-            build: Function that loads the model by `load_model`.
+            build: A function that loads the model with `load_model`.
             sharded: Whether a strategy that shards models may shard this one.
         """
         strategy = strategy_of(self)

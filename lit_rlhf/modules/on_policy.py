@@ -277,7 +277,7 @@ class OnPolicy(AlignmentModule):
             yield from minibatches(experience, self.update.minibatches, shuffle)
 
     def micro_batches(self, experience: Experience) -> list[Experience]:
-        """Return this process's micro-batches of rows of all processes."""
+        """Return this process's micro-batches, given the rows of all processes."""
         rank, world_size = self.on_rank()
         return micro_batches(experience, self.max_tokens, rank=rank, world_size=world_size)
 

@@ -88,7 +88,7 @@ class PreferenceModule(AlignmentModule):
         self.step_schedulers()
 
     def _add_gradients(self, batch: PreferenceBatch, metrics: Metrics) -> Tensor:
-        """Compute the gradient of a batch, and return the loss of this process's rankings, []."""
+        """Compute the gradient of a batch, and return this process's part of the mean loss over all rankings, []."""
         rankings = self.sum_over_ranks(torch.full((), float(len(batch.mask)), device=self.device))
 
         def loss_of(micro_batch: PreferenceBatch, counts: bool) -> Tensor:

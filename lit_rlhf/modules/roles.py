@@ -58,7 +58,7 @@ def load_roles(
         rewards: The reward models, on which ``prepare`` has been called.
         temperature: The number by which the actor's and the reference's logits are divided.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
-        place: Function that calls its argument, which builds a model, and returns this model on the process's device,
+        place: A function that calls its argument, which builds a model, and returns this model on the process's device,
             sharded if the strategy requires it; see `AlignmentModule.place`.
         place_actor: The same function for the actor; None for ``place``.
 

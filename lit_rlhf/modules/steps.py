@@ -1,4 +1,4 @@
-"""What optimizer steps share: gradients of micro-batches, checks before the step, and what to do without memory."""
+"""What optimizer steps share: gradients of micro-batches, checks before the step, and a retry if memory runs out."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: T
     """Step all optimizers, and return the norms of their gradients before clipping, [] each, by optimizer name.
 
     The losses and the norms are checked before any optimizer steps. The host waits for the device only in this check.
+    After the steps, the gradients are dropped.
 
     Args:
         module: The module that trains.
@@ -125,7 +126,8 @@ def within_memory(
     Args:
         module: The module that trains.
         attempt: A function that computes gradients in micro-batches of at most ``module.max_tokens`` tokens.
-        sizes: The number of tokens in each row that a micro-batch must hold whole, in any shape.
+        sizes: The number of tokens, including padding, in each row or ranking, which a micro-batch must hold whole; a
+            tensor of any shape.
         metrics: The metrics to which the attempt adds, if any.
 
     Raises:

@@ -213,7 +213,7 @@ class TRPO(OnPolicy):
     # ------------------------------------------------------------------- actor
 
     def _step_actor(self, experience: Experience, losses: Losses, metrics: Metrics) -> None:
-        """Move the actor from the old policy, wherever the actor is when an earlier attempt ran out of memory."""
+        """Move the actor from the old policy, even if an attempt that ran out of memory left it elsewhere."""
         parameters, start = list(self.actor.parameters()), flatten(list(self.old.parameters()))
         assign(parameters, start)
         batches = self.micro_batches(experience)

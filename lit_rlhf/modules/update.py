@@ -128,7 +128,7 @@ def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) ->
 
 
 def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Return the loss, [], with a backward pass that also gives these parameters a gradient, of 0.
+    """Return the loss, [], with a backward pass that also gives each of these parameters a gradient of 0.
 
     The zeros are one number in memory. DDP averages the gradients over the ranks in the last backward pass of a step,
     and waits until that pass has given a gradient to every trained parameter.

@@ -1,6 +1,6 @@
 """Dry runs: passes of a model on tensors without memory, which count the bytes that the tensors would take.
 
-A dry run needs no weights and takes a tenth of a second. It runs the model's own code, so that it holds for every
+A dry run needs no weights and takes a tenth of a second. It runs the model's own code, and therefore works for every
 architecture whose operations do not depend on the values of tensors. Two decoder layers run; the other layers are taken
 to need as much as the second one.
 """
@@ -34,7 +34,7 @@ PLANNED = "lit_rlhf_planned"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The shape of a pass and the precision of its products.
+    """The shape of a pass and the precision of its matrix products.
 
     >>> Shape(rows=2, length=5, scored=3, half=False, gpu=False).tokens
     10
@@ -57,7 +57,7 @@ class Footprint(NamedTuple):
 
     layer: int  # that each decoder layer keeps for the backward pass
     rest: int  # at the peak, besides what the layers keep
-    end: int  # at the end of the backward pass, when the layers keep nothing any more, besides the gradients
+    end: int  # at the end of the backward pass, when the layers keep nothing any more; without gradients that remain
 
 
 class LiveBytes:
@@ -75,7 +75,7 @@ class LiveBytes:
         self._known: set[int] = set()
 
     def see(self, tensor: Tensor, size: int | None = None) -> None:
-        """Count a tensor's storage unless it is known; ``size`` replaces the number of its bytes."""
+        """Count the storage of a tensor of any shape unless it is known; ``size`` replaces the number of its bytes."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes() if size is None else size
         if key not in self._known:
@@ -101,7 +101,7 @@ Gradients: TypeAlias = Literal["new", "kept", "shards"]
 
 
 def rounded_weights(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
-    """Return the parameters that are held in bfloat16; a weight that an embedding shares is not one of a linear layer.
+    """Return the parameters that are held in bfloat16; a weight that an embedding shares does not count as linear.
 
     >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
     >>> len(rounded_weights(model, "linear")), len(rounded_weights(model, "all"))
@@ -143,7 +143,7 @@ def footprint(
         recompute: Whether each layer keeps its inputs only, as with `ActivationCheckpointing`.
 
     Raises:
-        UserError: if the model's operations depend on the values of tensors.
+        UserError: if the model cannot be run without the values of its tensors.
     """
     attention = PLANNED if shape.half and shape.gpu else UNPADDED
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
@@ -235,7 +235,7 @@ class _Pass(nn.Module):
             loss.backward()
 
     def hidden(self, shape: Shape) -> Tensor:
-        """As `last_hidden_state`."""
+        """Return the last hidden state, [rows, length, H], by the operations of `last_hidden_state`."""
         if not self.unpadded:
             tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
             return self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
@@ -247,7 +247,7 @@ class _Pass(nn.Module):
         return spread.masked_scatter(torch.ones(shape.rows, shape.length, 1, dtype=torch.bool), hidden)
 
     def logprobs(self, hidden: Tensor, shape: Shape) -> Tensor:
-        """As in `Actor.forward`."""
+        """Return the log-probabilities of the first chunks of scored tokens, by the operations of `Actor.forward`."""
         head: Any = self.head
         states = hidden.flatten(0, 1).index_select(0, torch.zeros(shape.rows * shape.scored, dtype=torch.long))
         weights = [x for x in (head.weight, getattr(head, "bias", None)) if x is not None]
@@ -270,7 +270,7 @@ class _Bounds(NamedTuple):
 
 
 class _Flash(torch.autograd.Function):
-    """Flash attention without values: it keeps its inputs, its output and a number for each query and head."""
+    """A stand-in for flash attention: it keeps its inputs, its output, and one number for each query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class _Flash(torch.autograd.Function):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Stand in for `lit_rlhf.models.attention` where this uses flash attention, on GPUs in half precision."""
+    """Stand in for `lit_rlhf.models.attention` where that module uses flash attention: on GPUs, in half precision."""
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError
     half = (x[0].transpose(0, 1).to(torch.bfloat16).contiguous() for x in (query, key, value))
@@ -303,7 +303,7 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 
 def _shortened(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class on the meta device with as many layers as run."""
+    """Return a model of the same class on the meta device, with only the decoder layers that run."""
     config: Any = deepcopy(model.config)
     count = config.num_hidden_layers
     config.num_hidden_layers = min(count, LAYERS)

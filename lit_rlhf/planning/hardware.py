@@ -25,7 +25,7 @@ class Device:
     memory: float  # bytes
     bandwidth: float | None  # bytes a second, reading and writing together; None if it is not known
     half: float | None  # FLOPs a second of products of dense bfloat16 matrices; None if it is not known
-    single: float | None  # FLOPs a second of float32 matrices, on GPUs by TF32; None if it is not known
+    single: float | None  # FLOPs a second of products of float32 matrices, on GPUs in TF32; None if it is not known
 
     @property
     def is_cpu(self) -> bool:
@@ -43,14 +43,14 @@ GPUS = (
     Device("l4", 24 * GB, 0.3e12, 121e12, 60e12),
     Device("rtx-4090", 24 * GB, 1.008e12, 165e12, 82.6e12),
 )
-"""Memory and rates of NVIDIA's data sheets; rates with sparsity are halved.
+"""The memory and the rates from NVIDIA's data sheets; rates with sparsity are halved.
 
 H200, H100 and A100 are the SXM modules, except ``h100-pcie``.
 """
 
 
 def find_gpu(name: str) -> Device:
-    """Return a GPU of the table `GPUS` by its name, in any case.
+    """Return the GPU with this name from the table `GPUS`, whether the name is in upper or lower case.
 
     Raises:
         UserError: if the table has no such GPU; the message names those that it has.
@@ -68,7 +68,9 @@ def this_gpu() -> Device:
 
 
 def known_rates(name: str) -> Device:
-    """Return the GPU of the table with the most words in common with a name that CUDA reports, all of its own words.
+    """Return the GPU of the table whose words all occur in a name that CUDA reports; of several, the most specific.
+
+    If there is no such GPU, the rates are None.
 
     >>> known_rates("NVIDIA A100-SXM4-80GB").name, known_rates("NVIDIA H100 80GB HBM3").name
     ('a100-80gb', 'h100')
@@ -81,7 +83,7 @@ def known_rates(name: str) -> Device:
 
 
 def this_cpu() -> Device:
-    """Return this machine's CPU, with the rates that a product of matrices and a copy reach now, in half a second."""
+    """Return this machine's CPU, with the rates of a matrix product and of a copy, measured in half a second."""
     source = torch.ones(2**24)
     target = torch.empty_like(source)
     seconds = _fastest(partial(target.copy_, source))

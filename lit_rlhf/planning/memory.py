@@ -51,7 +51,7 @@ def phases(setting: Setting) -> tuple[Phase, ...]:
 
 
 class Held(NamedTuple):
-    """What a process holds of a model in every phase; gradients exist in the update only, except under DDP."""
+    """The bytes that a process holds of a model; gradients exist in the update only, except under DDP."""
 
     weights: float
     gradients: float
@@ -59,14 +59,14 @@ class Held(NamedTuple):
 
 
 def held(setting: Setting, role: Role) -> Held:
-    """Return the bytes that a process holds of a role: its share of the weights, float32 gradients and the state."""
+    """Return what a process holds of a role: its share of weights, float32 gradients and optimizer state."""
     weights = weight_bytes(role, _rounding(setting, role, used=False))
     gradients, state = (FLOAT, role.stepping.state) if role.stepping is not None else (0, 0.0)
     return Held(*(size / setting.shards for size in (weights, gradients * role.parameters, state * role.parameters)))
 
 
 def host_bytes(setting: Setting) -> float:
-    """Return the bytes that the models need in the memory of a host with eight GPUs.
+    """Return the bytes that the models need, at most, in the memory of a host with up to eight GPUs.
 
     Models are loaded one after the other. A process reads its share of a model that is sharded, and otherwise the whole
     model, in float32. Shards that are offloaded stay on the host.
@@ -105,7 +105,7 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
 
 
 def _decoding(setting: Setting) -> Iterator[Part]:
-    """Yield what decoding holds besides: copies of weights, keys and values, and the logits or a prefill."""
+    """Yield what decoding also holds: gathered and copied weights, keys and values, and the logits or a prefill."""
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
     yield Part("copies of weights", _copied_weights(setting, actor))
@@ -118,7 +118,7 @@ def _decoding(setting: Setting) -> Iterator[Part]:
 def cache_size(setting: Setting) -> tuple[int, int]:
     """Return the rows and the columns of the cache of keys and values if all responses are as long as allowed.
 
-    As in `lit_rlhf.generation.native`: a limit on the cache's tokens leaves a quarter of the columns free.
+    As in `lit_rlhf.generation.native`, a quarter is added to the columns if a limit on the cache's tokens applies.
     """
     generation = setting.generation
     assert generation is not None
@@ -134,8 +134,8 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 def _copied_weights(setting: Setting, actor: Role) -> float:
     """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
 
-    A CPU holds copies in blocks; a GPU holds copies in bfloat16 if products are computed in bfloat16, unless FSDP
-    gathers them in this precision.
+    A CPU holds copies in blocks, unless the step is compiled. Otherwise there are copies in bfloat16 if products are
+    computed in bfloat16, unless FSDP gathers the weights in this precision.
     """
     assert setting.generation is not None
     weights = actor.multiplied + actor.head
@@ -156,7 +156,7 @@ def _bytes_of_logits(setting: Setting) -> int:
 
 
 def _judging(setting: Setting) -> Iterator[Part]:
-    """Yield what the largest of the forward passes before the update holds besides."""
+    """Yield what the largest of the forward passes before the update also holds: gathered weights and activations."""
     judges = [role for role in setting.roles if role.name in setting.judged]
     passes = []
     for role in judges:
@@ -191,7 +191,7 @@ def _updating(setting: Setting) -> tuple[Part, ...]:
 
 
 def _moments(setting: Setting) -> Iterator[_Moment]:
-    """Yield the moments at which the peak may be: in each model's backward pass, after it, and in the step.
+    """Yield the moments at which the peak may be: in each model's backward pass, at its end, and in the step.
 
     Models learn one after the other. In a step of one micro-batch, gradients are made by the backward passes, while
     activations are freed; otherwise, all gradients exist from the second micro-batch on. Those of DDP always do.
@@ -221,9 +221,9 @@ def _moments(setting: Setting) -> Iterator[_Moment]:
 def _gathered_in_training(setting: Setting, role: Role) -> tuple[float, float]:
     """Return the bytes of gathered weights and gradients while the layers compute their gradients, and at the end.
 
-    FSDP2 gathers the weights outside the layers during the whole pass, and two layers at a time, one of them in
-    advance. Of a layer, and at the end of what is outside the layers, the whole gradient is held in the precision of
-    the weights and, to be reduced, in float32.
+    FSDP2 keeps the weights outside the layers gathered during the whole pass, and gathers two layers at a time, one of
+    them in advance. The whole gradient of a layer, and at the end that of the weights outside the layers, is held in
+    the precision of the weights and, to be reduced, in float32.
     """
     if not setting.sharded:
         return 0.0, 0.0

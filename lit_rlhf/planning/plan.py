@@ -36,7 +36,7 @@ class Plan:
         host: The bytes that the models need in the memory of a host.
         tokens: The tokens of an iteration, over all processes.
         work: The FLOPs and seconds of each phase.
-        checkpointing_added: Whether the run fits only because ``fit`` turns on `ActivationCheckpointing`.
+        checkpointing_added: Whether ``fit`` turns on `ActivationCheckpointing`, without which the update does not fit.
         advice: The change that helps most; None if the run fits.
     """
 
@@ -82,7 +82,7 @@ def make_plan(setting: Setting, may_checkpoint: bool = True) -> Plan:
 
 
 def needs_checkpointing(setting: Setting) -> bool:
-    """Return whether the update on a GPU fits only with `ActivationCheckpointing`, or comes closer to it."""
+    """Return whether the update, without `ActivationCheckpointing`, needs more memory than a GPU has."""
     if setting.device.is_cpu or setting.recompute:
         return False
     return phases(setting)[-1].bytes > available(setting)
@@ -139,7 +139,7 @@ def _changes(setting: Setting) -> Iterator[list[tuple[str, Setting]]]:
 
 
 def _halved(number: int, least: int) -> list[int]:
-    """Return the number halved once, twice, …, as long as it is not below the least one."""
+    """Return the number halved once, twice, …, as long as the result is not below ``least``."""
     found = []
     while number // 2 >= least:
         number //= 2

@@ -88,7 +88,7 @@ def _place(setting: Setting) -> str:
 def _assumptions(setting: Setting) -> str:
     device = setting.device
     if device.bandwidth is None or device.half is None or device.single is None:
-        speed = f"The rates of {device.name} are not known, and so no times."
+        speed = f"The rates of {device.name} are not known, so no times are given."
     else:
         peak = (device.half if setting.half else device.single) / 1e12
         speed = (

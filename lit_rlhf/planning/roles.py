@@ -38,7 +38,7 @@ class Role:
 
     Args:
         name: ``actor``, ``critic``, ``reference`` or ``reward``.
-        model: The model on the meta device, with the head of a language model even if the role does not use that head.
+        model: The model on the meta device; it may have a head that the role does not use.
         outputs: What the passes of the model compute.
         max_tokens: The largest number of padded tokens in a pass.
         stepping: What the optimizer needs for each parameter; None for a frozen model.
@@ -78,7 +78,7 @@ class Role:
 
     @property
     def head(self) -> int:
-        """The number of parameters of the head for logits, also if they are those of the embedding; 0 without it."""
+        """The number of parameters of the head for logits, even if the embedding shares them; 0 without logits."""
         head: Any = self.model.get_output_embeddings() if self.outputs.logprobs else None
         return 0 if head is None else head.weight.numel()
 

@@ -35,7 +35,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A run, as far as its memory and time depend on it.
+    """Everything on which the memory and the time of a run depend.
 
     Args:
         method: The name of the module's class.
@@ -44,10 +44,10 @@ class Setting:
         processes: The number of processes, one for each GPU.
         spread: How the models are distributed.
         offload: Whether the shards are in the memory of the host.
-        half: Whether products are computed in bfloat16.
+        half: Whether matrix products are computed in bfloat16.
         recompute: Whether the trained layers compute their activations again.
         rows: The texts of an iteration, over all processes.
-        together: The rows that are never divided: 2 for pairs.
+        together: The number of rows that always share a micro-batch: 2 for pairs.
         length: The tokens of each row, at most.
         scored: The tokens of each row that are scored, at most.
         max_tokens: The largest number of padded tokens in a micro-batch of the update.
@@ -110,7 +110,7 @@ class Setting:
         return Shape(rows=rows, length=length, scored=0, half=self.half, gpu=not self.device.is_cpu)
 
     def shape(self, max_tokens: int, rows: int) -> Shape:
-        """Return the shape of a micro-batch out of a number of rows, all as long as they may be."""
+        """Return the shape of the largest micro-batch cut from a number of rows, all of the maximum length."""
         most = max(1, max_tokens // (self.length * self.together)) * self.together
         gpu = not self.device.is_cpu
         return Shape(rows=min(most, rows), length=self.length, scored=self.scored, half=self.half, gpu=gpu)
@@ -135,7 +135,7 @@ def setting_of(
         device: The device of each process.
         processes: The number of processes.
         strategy: The Trainer's strategy, or its name.
-        half: Whether products are computed in bfloat16.
+        half: Whether matrix products are computed in bfloat16.
         recompute: Whether the trained layers compute their activations again.
         prompt_tokens: The length of the prompts; None for the longest that the data module lets through.
 

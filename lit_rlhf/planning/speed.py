@@ -14,7 +14,7 @@ UTILISATION = 0.4
 BANDWIDTH = 0.6
 """The share of the peak bandwidth that decoding is taken to reach."""
 LAUNCHES = 86
-"""The operations of a decoder layer and a token, counted on a Llama: 2,060 for 24 layers."""
+"""The number of operations of a decoder layer in a decoding step, counted on a Llama: 2,060 for 24 layers."""
 LAUNCH_SECONDS = 5e-6
 """The time that a CPU is taken to need to launch an operation on a GPU."""
 
@@ -45,7 +45,7 @@ def forward_flops(role: Role, rows: int, length: int, scored: int) -> float:
 
 
 def training_flops(role: Role, rows: int, length: int, scored: int, recompute: bool) -> float:
-    """Return the FLOPs of a forward and a backward pass, 3 forward passes; 4 where activations are computed again.
+    """Return the FLOPs of a forward and a backward pass: those of 3 forward passes, or 4 if activations are recomputed.
 
     The head always computes its logits again.
     """
@@ -70,10 +70,11 @@ def _at_peak(setting: Setting, phase: str, flops: float) -> Work:
 
 
 def _decoding(setting: Setting) -> Work:
-    """Return the work of decoding, in which each step reads the weights and, on average, half of the responses.
+    """Return the work of decoding, in which each step reads the weights and the cached keys and values.
 
-    A step takes the longest of three times: to read, to compute, and on a GPU to launch the operations, unless they
-    are compiled. If the cache does not hold all rows, those that wait take as many steps again.
+    On average, the cache holds the prompts and half of the responses. A step takes the longest of three times: to read,
+    to compute, and on a GPU to launch the operations, unless they are compiled. If the cache does not hold all rows,
+    those that wait take as many steps again.
     """
     generation = setting.generation
     assert generation is not None
