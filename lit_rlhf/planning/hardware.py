@@ -63,8 +63,8 @@ def find_gpu(name: str) -> Device:
 
 def this_gpu() -> Device:
     """Return this process's GPU: its own name and memory, with the rates of the table if the table has the GPU."""
-    name, memory = torch.cuda.get_device_name(), float(torch.cuda.get_device_properties().total_memory)
-    return replace(known_rates(name), name=name, memory=memory)
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return replace(known_rates(found.name), name=found.name, memory=float(found.total_memory))
 
 
 def known_rates(name: str) -> Device:

@@ -30,7 +30,7 @@ def adamw(parameters):
 
 def write(folder, record):
     path = folder / "records.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for _ in range(8)))
+    path.write_text("".join(json.dumps(record) + "\n" for _ in range(16)))
     return str(path)
 
 
