@@ -13,6 +13,7 @@ from rich.console import Console
 from lit_rlhf import lightning_cli
 from lit_rlhf.callbacks import ActivationCheckpointing
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.precision import check_precision
 from lit_rlhf.planning.hardware import Device, find_gpu, this_cpu, this_gpu
 from lit_rlhf.planning.plan import Plan, make_plan
 from lit_rlhf.planning.report import show
@@ -106,5 +107,11 @@ def _devices(trainer: Any, device: Device) -> int:
 
 
 def _is_half(precision: Any, device: Device) -> bool:
-    """Return whether products are computed in bfloat16, which is the default on GPUs."""
+    """Return whether products are computed in bfloat16, which is the default on GPUs.
+
+    Raises:
+        UserError: if ``fit`` does not support the precision.
+    """
+    if precision is not None:
+        check_precision(precision)
     return not device.is_cpu if precision is None else str(precision).startswith("bf16")

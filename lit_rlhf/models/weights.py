@@ -26,8 +26,8 @@ WEIGHT_FILES = "model*.safetensors"
 PROBE_VOCABULARY = 16
 
 
-class Place(NamedTuple):
-    """The module and the attribute that hold a tensor; sharding replaces the tensor, but not these."""
+class Location(NamedTuple):
+    """The module and the attribute that hold a tensor; sharding relocations the tensor, but not these."""
 
     module: nn.Module
     attribute: str
@@ -54,7 +54,7 @@ class UnreadWeights:
     """
 
     def __init__(self) -> None:
-        self._files: list[tuple[Path, dict[str, Place]]] = []
+        self._files: list[tuple[Path, dict[str, Location]]] = []
 
     def add(self, model: nn.Module, folder: Path) -> bool:
         """Remember where the tensors of a folder's safetensors files belong in a model.
@@ -67,29 +67,29 @@ class UnreadWeights:
             Whether the files hold every parameter, under its name and in its shape; if not, nothing is remembered.
         """
         shapes = tensor_shapes(folder)
-        places: dict[str, Place] = {}
+        locations: dict[str, Location] = {}
         found: set[int] = set()
         for name, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) in found:  # tied: read under its first name only
                 continue
             if shapes.get(name) == tensor.shape:
-                places[name] = _place(model, name)
+                locations[name] = _location(model, name)
                 found.add(id(tensor))
             elif name in shapes:
                 return False
         complete = all(id(parameter) in found for parameter in model.parameters())
         if complete:
-            self._files.append((folder, places))
+            self._files.append((folder, locations))
         return complete
 
     def read_now(self, module: nn.Module) -> None:
         """Read the weights of a module of the model that was added last, before that model is sharded."""
-        folder, places = self._files[-1]
-        for name, place in list(places.items()):
-            if place.module is module:
-                weight = nn.Parameter(_read_tensor(folder, name).to(place.tensor().dtype))
-                setattr(module, place.attribute, weight)
-                del places[name]
+        folder, locations = self._files[-1]
+        for name, location in list(locations.items()):
+            if location.module is module:
+                weight = nn.Parameter(_read_tensor(folder, name).to(location.tensor().dtype))
+                setattr(module, location.attribute, weight)
+                del locations[name]
 
     def read(self, model: nn.Module, device: torch.device) -> None:
         """Allocate the memory of a model that is sharded, or that stays whole, and read its weights from the files.
@@ -101,8 +101,8 @@ class UnreadWeights:
             device: The device of this process's part.
         """
         materialize(model, device)
-        for folder, places in self._files:
-            tensors = {name: place.tensor() for name, place in places.items()}
+        for folder, locations in self._files:
+            tensors = {name: location.tensor() for name, location in locations.items()}
             here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}  # not of a head left out
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
@@ -143,7 +143,7 @@ def parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook: Callable[..., Any] = to_meta  # torch's annotation leaves out the result, which replaces the parameter
+    hook: Callable[..., Any] = to_meta  # torch's annotation leaves out the result, which relocations the parameter
     handle = register_module_parameter_registration_hook(hook)
     try:
         yield
@@ -201,6 +201,6 @@ def _read_tensor(folder: Path, name: str) -> Tensor:
     raise KeyError(name)
 
 
-def _place(model: nn.Module, name: str) -> Place:
+def _location(model: nn.Module, name: str) -> Location:
     path, _, attribute = name.rpartition(".")
-    return Place(model.get_submodule(path), attribute)
+    return Location(model.get_submodule(path), attribute)

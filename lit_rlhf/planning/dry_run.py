@@ -148,10 +148,10 @@ def footprint(
     attention = PLANNED if shape.half and shape.gpu else UNPADDED
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
     run = partial(_run, model, outputs, shape, rounding, gradients, recompute)
-    if attention_can_be_set(model) and not chunked:
-        with suppress(NotImplementedError, TypeError):  # the model's attention depends on more, or takes no bounds
-            return run(attention)
     with _refused(model):
+        if attention_can_be_set(model) and not chunked:
+            with suppress(NotImplementedError, TypeError):  # the model's attention depends on more, or takes no bounds
+                return run(attention)
         return run(None)
 
 

@@ -68,11 +68,12 @@ def held(setting: Setting, role: Role) -> Held:
 def host_bytes(setting: Setting) -> float:
     """Return the bytes that the models need, at most, in the memory of a host with up to eight GPUs.
 
-    Models are loaded one after the other. A process reads its share of a model that is sharded, and otherwise the whole
-    model, in float32. Shards that are offloaded stay on the host.
+    Models are loaded one after the other, in float32. A process reads its share of a model that FSDP2 shards, and the
+    whole of any other model. Shards that are offloaded stay on the host.
     """
     here = min(setting.processes, PROCESSES_ON_A_HOST)
-    loading = max(FLOAT * role.parameters for role in setting.roles) * here / setting.shards
+    shares = setting.shards if setting.spread == "fsdp2" else 1
+    loading = max(FLOAT * role.parameters for role in setting.roles) * here / shares
     return loading + (here * sum(sum(held(setting, role)) for role in setting.roles) if setting.offload else 0.0)
 
 

@@ -105,7 +105,7 @@ def best_change(setting: Setting) -> Change:
         if strongest.suffices:
             return next(change for change in (_try(*step) for step in ladder) if change.suffices)
         insufficient.append(strongest)
-    return min(insufficient, key=lambda change: change.bytes)
+    return min(insufficient, key=lambda change: change.bytes, default=_try("a smaller model", setting))
 
 
 def _try(text: str, changed: Setting) -> Change:

@@ -61,6 +61,8 @@ def work(setting: Setting) -> tuple[Work, ...]:
     if judges:
         found.append(_at_peak(setting, "judge", sum(forward_flops(role, rows, length, scored) for role in judges)))
     learning = sum(training_flops(role, rows, length, scored, setting.recompute) for role in setting.trained())
+    beside = [role for role in setting.roles if not role.is_trained and role.name not in setting.judged]
+    learning += sum(forward_flops(role, rows, length, scored) for role in beside)  # DPO's reference without a cache
     return (*found, _at_peak(setting, "update", setting.epochs * learning))
 
 

@@ -4,11 +4,11 @@ from functools import cache
 import pytest
 import torch
 
-from lit_rlhf.data import Demonstrations, Prompts
+from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.models.loading import RandomWeights
-from lit_rlhf.modules import SFT, TRPO, PolicyGradient
+from lit_rlhf.modules import DPO, SFT, TRPO, PolicyGradient
 from lit_rlhf.planning.dry_run import Outputs, Shape, footprint
 from lit_rlhf.planning.hardware import GB, Device, find_gpu, this_cpu
 from lit_rlhf.planning.memory import cache_size, host_bytes, phases
@@ -182,6 +182,46 @@ def test_seconds(ppo):
     assert judge.seconds > 0
     unknown = replace(ppo(QWEN_05B), device=Device("unknown", 80 * GB, None, None, None))
     assert [phase.seconds for phase in work(unknown)] == [None] * 3
+
+
+def test_a_host_reads_shards_under_fsdp2_and_whole_models_otherwise(ppo):
+    whole = 4 * 8_030_261_248
+    assert host_bytes(ppo(LLAMA_8B, processes=8, spread="fsdp2")) == pytest.approx(whole, rel=1e-3)
+    assert host_bytes(ppo(LLAMA_8B, processes=8, spread="fsdp")) == pytest.approx(8 * whole, rel=1e-3)
+
+
+def test_a_plan_without_any_change_left_to_try(ppo):
+    """The models alone need more than the CPU has, and there is nothing to turn down."""
+    setting = ppo(LLAMA_8B, device=Device("cpu", 16e9, None, None, None), half=True)
+    setting = replace(setting, roles=setting.roles[:1], judged=("actor",), generation=None, max_tokens=1)
+    plan = make_plan(setting)
+    assert not plan.fits
+    assert plan.advice.text
+
+
+def test_the_reference_of_dpo_computes_with_and_without_a_cache(tiny_model):
+    flops = {}
+    for cached in (True, False):
+        module = DPO(actor=str(tiny_model()), cache_reference=cached)
+        setting = setting_of(
+            module, Preferences(batch_size=4), device=find_gpu("h100"), processes=1, strategy="auto", half=True,
+            recompute=False,
+        )  # fmt: skip
+        flops[cached] = sum(part.flops for part in work(setting))
+    assert flops[True] == flops[False]
+
+
+def test_what_cannot_be_run_without_weights_is_refused(tiny_model):
+    """The experts of a token depend on its values."""
+    shape = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}  # fmt: skip
+    source = RandomWeights(config=shape, tokenizer=str(tiny_model()))
+    setting = setting_of(
+        SFT(actor=source), Demonstrations(), device=find_gpu("h100"), processes=1, strategy="auto", half=True,
+        recompute=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"plan: Mixtral.* cannot be run without weights"):
+        make_plan(setting)
 
 
 def test_what_cannot_be_planned(tiny_model):
