@@ -193,7 +193,9 @@ def test_a_host_reads_shards_under_fsdp2_and_whole_models_otherwise(ppo):
 def test_a_plan_without_any_change_left_to_try(ppo):
     """The models alone need more than the CPU has, and there is nothing to turn down."""
     setting = ppo(LLAMA_8B, device=Device("cpu", 16e9, None, None, None), half=True)
-    setting = replace(setting, roles=setting.roles[:1], judged=("actor",), generation=None, max_tokens=1)
+    setting = replace(
+        setting, roles=setting.roles[:1], judged=("actor",), generation=None, max_tokens=1, recompute=True
+    )
     plan = make_plan(setting)
     assert not plan.fits
     assert plan.advice.text
