@@ -27,7 +27,7 @@ PROBE_VOCABULARY = 16
 
 
 class Location(NamedTuple):
-    """The module and the attribute that hold a tensor; sharding relocations the tensor, but not these."""
+    """The module and the attribute that hold a tensor; sharding replaces the tensor, but not these."""
 
     module: nn.Module
     attribute: str
@@ -143,7 +143,7 @@ def parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook: Callable[..., Any] = to_meta  # torch's annotation leaves out the result, which relocations the parameter
+    hook: Callable[..., Any] = to_meta  # torch's annotation leaves out the result, which replaces the parameter
     handle = register_module_parameter_registration_hook(hook)
     try:
         yield
@@ -169,11 +169,11 @@ def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
 
 
 def with_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model on which to try what the architecture of another one computes.
+    """Return a model whose weights have values, for testing how the architecture of the given model computes.
 
-    It is the model itself if its weights have been read. Otherwise it is a small one of the same class with random
-    weights in float32: with layers of the same shapes, but only as many as are needed to have one of each type, and
-    with a vocabulary of 16 tokens.
+    This is the given model itself if its weights have been read. Otherwise, it is a small model of the same class with
+    random float32 weights: its layers have the same shapes as those of the given model, but there are only as many as
+    are needed to have one of each type, and the vocabulary has 16 tokens.
 
     Args:
         model: A model, of which some parameters may be on the meta device.
