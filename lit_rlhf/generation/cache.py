@@ -90,7 +90,8 @@ class _Layer(CacheLayerMixin):
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether transformers must keep every mask; it otherwise looks for padding, and leaves out masks without any.
 
-        The host would wait for a GPU to look, at each token, and recorded operations must not depend on values.
+        To look, the host would have to wait for a GPU at each token. Besides, recorded operations must not depend on
+        values.
         """
         return self.cache.column is not None or _keys_values(self)[0].device.type != "cpu"
 

@@ -135,7 +135,7 @@ def current_unread_weights() -> UnreadWeights | None:
 def parameters_on_meta() -> Iterator[None]:
     """Put the parameters, but not the buffers, of new modules on the meta device (without memory), inside this context.
 
-    ``torch.device("meta")`` would also take the values of buffers, such as the frequencies of rotary embeddings.
+    ``torch.device("meta")`` would also discard the values of buffers, such as the frequencies of rotary embeddings.
     """
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -210,7 +210,7 @@ def _won(ahead: Tensor) -> Tensor:
 
 
 def _predictions(ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the predicted probability of the response with the higher score, and whether it is the better one.
+    """Return the predicted probability that the response with the higher score is the better one, and whether it is.
 
     A tie counts as two predictions, one correct and one not.
     """

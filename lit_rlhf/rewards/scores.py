@@ -74,7 +74,10 @@ class Scores(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Prepare and freeze the rewards on the CPU; Lightning moves them to the process's device afterwards.
+        """Prepare and freeze the rewards.
+
+        What a reward loads here is loaded on the CPU; Lightning moves it to the process's device afterwards. A reward
+        model that is loaded already stays where it is.
 
         Args:
             tokenizer: The actor's tokenizer.
