@@ -62,7 +62,7 @@ def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Allocate memory on a device for the tensors of a model that are on the meta device, and move the others there.
+    """Move a model to a device; its tensors on the meta device, which hold no values, get uninitialized memory there.
 
     Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also forget the
     values of the tensors that are not on the meta device. Parameters are swapped, so that tied ones stay tied.
@@ -206,7 +206,7 @@ INAPPLICABLE_WARNINGS = (
     r".*module\(s\) in eval mode.*",
     r".*Total length of `list` across ranks is zero.*",
 )
-"""Lightning's warnings about what is intended here, such as records in memory, dropout off, or no validation set."""
+"""Lightning's warnings about what is intended here, such as no worker processes, dropout off, or no validation set."""
 
 # argparse and jsonargparse
 

@@ -87,7 +87,7 @@ class CLI(LightningCLI):
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Return a `Parser`, which reports an error in one line, with the option ``--config``."""
+        """Return a `Parser` with the option ``--config``."""
         parser = Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="a YAML file; of several, later ones take precedence"

@@ -69,7 +69,7 @@ class FSDP2(ModelParallelStrategy):
         return shard(model, **options)
 
     def model_to_device(self) -> None:
-        """Move everything that is not offloaded to this process's device."""
+        """Move everything except offloaded shards to this process's device."""
         if not self.cpu_offload:
             super().model_to_device()
             return
@@ -163,7 +163,7 @@ class FSDP(FSDPStrategy):
         return wrap(model, device_id=self.root_device, **options)
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        """Move what is not sharded to this process's device; `shard` has wrapped the models already."""
+        """Move everything except the shards to this process's device; `shard` has already wrapped the models."""
         assert self.model is not None
         self.model.to(self.root_device)
         super().setup(trainer)

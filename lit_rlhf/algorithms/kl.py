@@ -210,13 +210,14 @@ class AdaptiveKL(nn.Module, KLController):
 
 @dataclass(frozen=True)
 class ReferenceKL:
-    """The use of the KL to the reference model in training: in the reward or in the loss, and by which estimator.
+    """How the KL to the reference model is used in training: in the reward or in the loss, and with which estimator.
 
     The gradient of E[Σₜ KLₜ] has two parts: the effect of a token on the KL of the states after it, and the effect of
-    the policy on the KL of the token's own state. Any estimator in the reward gives the first part. k1 in the reward
-    also gives the second part (k2 and k3 do not), because the expected gradient of k1 itself is 0. ``full`` depends on
-    the state alone, so the second part is added to the loss, on the scale of the advantages. With ``where="loss"``, the
-    coefficient is in units of advantage per nat, whether the advantages are whitened or not.
+    the policy on the KL of the token's own state. Any estimator in the reward gives the first part (k2, whose value is
+    biased, only approximately). k1 in the reward also gives the second part (k2 and k3 do not), because the expected
+    gradient of k1 itself is 0. ``full`` depends on the state alone, so the second part is added to the loss, on the
+    scale of the advantages. With ``where="loss"``, the coefficient is in units of advantage per nat, whether the
+    advantages are whitened or not.
 
     Args:
         where: ``reward`` subtracts coef × estimate from the reward of every token; ``loss`` adds coef × estimate to the

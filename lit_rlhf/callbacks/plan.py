@@ -1,4 +1,4 @@
-"""A callback that prints at the start what memory and time a training will need, and saves memory if necessary."""
+"""A callback that prints the memory and the time per iteration that a run needs, and saves memory if necessary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_rlhf.planning.setting import setting_of
 
 
 class PrintPlan(Callback):
-    """A callback that prints the plan of a training in two lines: its models, its memory and its time.
+    """A callback that prints the plan of a run in two lines: its models, its memory and its time per iteration.
 
     ``lit-rlhf plan`` prints the whole plan.
 

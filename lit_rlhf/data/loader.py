@@ -86,6 +86,8 @@ def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, 
 class ResumableLoader:
     """A loader that can resume after the last batch that it gave out; Lightning saves and restores its state.
 
+    Only a loader that shuffles resumes; any other begins every pass with the first batch.
+
     The loader counts its batches itself and does not rely on Lightning's epoch count, which is one behind in a run that
     was resumed from the end of an epoch. The loader is not a torch DataLoader, because worker processes would gain
     nothing with memory-mapped rows, and because Lightning may rebuild a DataLoader with another sampler.
@@ -122,7 +124,7 @@ class ResumableLoader:
             yield self._load(batch)
 
     def once(self, whole: bool = False) -> Iterator[Any]:
-        """Yield every row once, in batches, in the file's order; the loader's position does not change.
+        """Yield the batches of one pass over all rows, in the file's order, without changing the loader's position.
 
         Args:
             whole: Whether to yield whole batches instead of this rank's share of each batch.

@@ -64,7 +64,7 @@ def openings() -> list[str]:
 
 
 def review(rng: random.Random) -> str:
-    """Draw the rest of a review, after its opening, which leans towards praise, complaint or neither.
+    """Draw all of a review but its opening; the clauses lean towards praise, towards complaint or towards neither.
 
     >>> review(random.Random(0))[:58]
     'the soup was quite lovely . the dessert was cold but the b'

@@ -88,7 +88,7 @@ class _Layer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether transformers must keep every mask; it otherwise looks for padding, and leaves out masks without any.
+        """Whether transformers must keep every mask; otherwise, it looks for padding and drops masks that have none.
 
         To look, the host would have to wait for a GPU at each token. Besides, recorded operations must not depend on
         values.
@@ -126,13 +126,13 @@ class _Layer(CacheLayerMixin):
         return cached[0], cached[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that a query attends to, and the index of the first of these columns."""
+        """Return the number of columns that a query attends to, and the index of the first of them in the mask."""
         if self.cache.column is not None:
             return self.cache.columns, 0
         return self.cache.end - self.cache.start + query_length, 0
 
     def get_seq_length(self) -> Any:
-        """Return the number of columns before the newest tokens, as a tensor if steps have a fixed shape."""
+        """Return the number of columns before the one to be written next, as a tensor if steps have a fixed shape."""
         return self.cache.end - self.cache.start if self.cache.column is None else self.cache.column
 
     def get_max_length(self) -> int:

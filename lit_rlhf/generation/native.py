@@ -189,7 +189,7 @@ class _Decoding:
         yield slice(first, last)
 
     def _prefill(self, admitted: slice) -> Tensor:
-        """Write prompts into the cache for all their responses, and return the first logits of these, [rows, V]."""
+        """Write each prompt into the cache once per response, and return the responses' first logits, [rows, V]."""
         n, used = self.sampling.responses, len(self.first_column)
         self.next_prompt = admitted.stop
         lengths = self.prompt_lengths[admitted]

@@ -15,8 +15,8 @@ ALIASES = ("32", "bf16")
 def check_precision(precision: str | int) -> None:
     """Check that weights and gradients are in float32.
 
-    In bfloat16 a step of the usual learning rates rounds to nothing, and float16 needs scaled losses, while gradient
-    norms here are measured and clipped without the scale.
+    With weights in bfloat16, updates at the usual learning rates are lost to rounding. Float16 needs scaled losses, but
+    the code that measures and clips gradient norms does not take the scale into account.
 
     Args:
         precision: The option ``trainer.precision``.

@@ -92,7 +92,7 @@ class UnreadWeights:
                 del locations[name]
 
     def read(self, model: nn.Module, device: torch.device) -> None:
-        """Allocate the memory of a model that is sharded, or that stays whole, and read its weights from the files.
+        """Allocate memory for a model, which is already sharded or stays whole, and read its weights from the files.
 
         All processes must call this together.
 

@@ -74,7 +74,7 @@ class Losses:
 
     @property
     def parts(self) -> dict[str, LossPart]:
-        """The parts of the loss, by the name of the optimizer of the weights that they depend on.
+        """The parts of the loss, each under the name of the optimizer that updates the weights it depends on.
 
         A critic with its own weights has its own part. If each part is differentiated before the next is computed, the
         activations of the actor and those of the critic are never in memory together.

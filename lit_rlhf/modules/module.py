@@ -218,9 +218,9 @@ class AlignmentModule(lightning.LightningModule):
     def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
         """Build a model, shard it as the strategy requires, and move it to this process's device.
 
-        The host's memory holds what belongs on the host, and nothing more: of a model that is sharded or that goes to a
-        GPU, each process reads its own part from the files. Only under FSDP1, each process loads the whole model first.
-        Models are placed one after the other.
+        The host's memory holds only what belongs on the host: if a model is sharded or goes to a GPU, each process
+        reads just its own part of the model from the files. FSDP1 is the exception: under it, each process loads the
+        whole model first. Models are placed one after the other.
 
         Args:
             build: A function that loads the model with `load_model`.

@@ -21,7 +21,7 @@ class Place(Protocol):
     """The type of `AlignmentModule.place`."""
 
     def __call__(self, build: Callable[[], ModuleType], /) -> ModuleType:
-        """Return the model that ``build`` makes, in its place."""
+        """Return the model that ``build`` makes, on the process's device, and sharded if the strategy requires it."""
 
 
 def _as_built(build: Callable[[], ModuleType], /) -> ModuleType:

@@ -131,7 +131,8 @@ def within_memory(
         metrics: The metrics to which the attempt adds, if any.
 
     Raises:
-        UserError: if the attempt ran out of memory under DDP or FSDP, or when the largest micro-batch is a single row.
+        UserError: if the attempt ran out of memory under DDP or FSDP, or when a single row or ranking already has
+            ``max_tokens`` tokens or more.
     """
     while True:
         before = {} if metrics is None else metrics.snapshot()

@@ -47,8 +47,8 @@ class TrustRegion:
     Args:
         max_kl: δ, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
         cg_iterations: The maximum number of conjugate-gradient iterations; each takes one Fisher-vector product.
-        cg_tolerance: The fraction of the gradient's squared norm at which the squared norm of the residual is small
-            enough for the iterations to stop.
+        cg_tolerance: The iterations stop once the squared norm of the residual is at most this fraction of the
+            squared norm of the gradient.
         damping: The constant that is added to the diagonal of the Fisher matrix; a larger value moves the step towards
             the plain gradient and makes the step more robust.
         fisher_every: The Fisher matrix is averaged over the responses to every n-th prompt: 1 uses all prompts, 4 a
@@ -99,7 +99,7 @@ class TRPO(OnPolicy):
     actor's step takes as long as about 50 forward passes, while PPO's 4 epochs of the actor take as long as 14.
 
     Memory: the actor has no optimizer state, but needs a frozen copy of itself (the old policy) and 8 vectors of its
-    size. Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of each other
+    size. Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of every other
     model. The products use PyTorch's plain attention, since the fused kernels cannot be differentiated twice; a
     micro-batch then holds [heads, S, S] numbers for each row and layer. If that is too much, reduce
     ``update.max_tokens``.
@@ -213,7 +213,7 @@ class TRPO(OnPolicy):
     # ------------------------------------------------------------------- actor
 
     def _step_actor(self, experience: Experience, losses: Losses, metrics: Metrics) -> None:
-        """Move the actor from the old policy, even if an attempt that ran out of memory left it elsewhere."""
+        """Step the actor from the old policy, even if an attempt that ran out of memory left the actor elsewhere."""
         parameters, start = list(self.actor.parameters()), flatten(list(self.old.parameters()))
         assign(parameters, start)
         batches = self.micro_batches(experience)

@@ -27,7 +27,7 @@ from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 from lit_rlhf.models.sharding import decoder_layers
 
 LAYERS, CHUNKS = 2, 3
-"""The numbers of decoder layers, and of chunks of the head's tokens, that run."""
+"""How many decoder layers run, and how many chunks of scored tokens pass through the head."""
 PLANNED = "lit_rlhf_planned"
 """The name under which the stand-in for flash attention is registered with transformers."""
 
@@ -57,7 +57,7 @@ class Footprint(NamedTuple):
 
     layer: int  # that each decoder layer keeps for the backward pass
     rest: int  # at the peak, besides what the layers keep
-    end: int  # at the end of the backward pass, when the layers keep nothing any more; without gradients that remain
+    end: int  # at the end of the backward pass, when the layers keep nothing any more; excludes new gradients
 
 
 class LiveBytes:
@@ -75,7 +75,12 @@ class LiveBytes:
         self._known: set[int] = set()
 
     def see(self, tensor: Tensor, size: int | None = None) -> None:
-        """Count the storage of a tensor of any shape unless it is known; ``size`` replaces the number of its bytes."""
+        """Count the storage of a tensor of any shape, unless that storage is counted already.
+
+        Args:
+            tensor: The tensor.
+            size: The bytes to count; None for the storage's own size.
+        """
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes() if size is None else size
         if key not in self._known:

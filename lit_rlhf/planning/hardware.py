@@ -50,7 +50,7 @@ H200, H100 and A100 are the SXM modules, except ``h100-pcie``.
 
 
 def find_gpu(name: str) -> Device:
-    """Return the GPU with this name from the table `GPUS`, whether the name is in upper or lower case.
+    """Return the GPU with this name, in upper or lower case, from the table `GPUS`.
 
     Raises:
         UserError: if the table has no such GPU; the message names those that it has.

@@ -95,10 +95,11 @@ def _gathered(setting: Setting, role: Role) -> float:
 
 
 def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
-    """Return which weights of a role are in bfloat16, where products are computed in bfloat16.
+    """Return which weights of a role are in bfloat16: none, unless products are computed in bfloat16.
 
-    FSDP gathers all weights in bfloat16 to use them. Otherwise, trained weights are in float32, and frozen models hold
-    in bfloat16 what would be rounded in each use: linear layers, or everything if FSDP gathers it.
+    FSDP gathers all weights in bfloat16 when they are ``used``. Otherwise, trained weights are in float32, and
+    frozen models hold in bfloat16 what would be rounded in each use: linear layers, or everything if FSDP
+    gathers it.
     """
     if not setting.half or (role.is_trained and not (used and setting.sharded)):
         return "none"
@@ -106,7 +107,7 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
 
 
 def _decoding(setting: Setting) -> Iterator[Part]:
-    """Yield what decoding also holds: gathered and copied weights, keys and values, and the logits or a prefill."""
+    """Yield what is held only to decode: gathered and copied weights, keys and values, and logits or a prefill."""
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
     yield Part("copies of weights", _copied_weights(setting, actor))
@@ -157,7 +158,7 @@ def _bytes_of_logits(setting: Setting) -> int:
 
 
 def _judging(setting: Setting) -> Iterator[Part]:
-    """Yield what the largest of the forward passes before the update also holds: gathered weights and activations."""
+    """Yield what is held only to judge, in the largest of the passes: gathered weights and activations."""
     judges = [role for role in setting.roles if role.name in setting.judged]
     passes = []
     for role in judges:
@@ -195,7 +196,8 @@ def _moments(setting: Setting) -> Iterator[_Moment]:
     """Yield the moments at which the peak may be: in each model's backward pass, at its end, and in the step.
 
     Models learn one after the other. In a step of one micro-batch, gradients are made by the backward passes, while
-    activations are freed; otherwise, all gradients exist from the second micro-batch on. Those of DDP always do.
+    activations are freed; otherwise, all gradients exist from the second micro-batch on. Under DDP
+    they always exist, and under FSDP they are counted as if they did.
     """
     rows = -(-setting.own_rows // setting.minibatches)
     shape = setting.shape(setting.max_tokens, rows)

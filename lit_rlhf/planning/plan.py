@@ -114,7 +114,10 @@ def _try(text: str, changed: Setting) -> Change:
 
 
 def _changes(setting: Setting) -> Iterator[list[tuple[str, Setting]]]:
-    """Yield changes, each with its weaker forms before it; those of a phase only if the phase has the peak."""
+    """Yield each change as a list of its forms, the strongest one last.
+
+    A change that helps a single phase is left out unless that phase has the peak.
+    """
     peak = max(phases(setting), key=lambda phase: phase.bytes).name
     if not setting.half:
         yield [("--trainer.precision bf16-mixed", replace(setting, half=True))]

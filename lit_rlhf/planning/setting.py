@@ -51,7 +51,7 @@ class Setting:
         length: The tokens of each row, at most.
         scored: The tokens of each row that are scored, at most.
         max_tokens: The largest number of padded tokens in a micro-batch of the update.
-        max_tokens_option: The name of the option that sets it.
+        max_tokens_option: The name of the option that sets ``max_tokens``.
         epochs: The passes over the texts of an iteration.
         minibatches: The optimizer steps in each pass.
         judged: The roles that judge the texts before the update.

@@ -10,13 +10,13 @@ from lit_rlhf.planning.roles import FLOAT, HALF, Role
 from lit_rlhf.planning.setting import Setting
 
 UTILISATION = 0.4
-"""The share of the peak FLOPs a second that judging and the update are taken to reach."""
+"""The share of the peak FLOPs a second that computation is assumed to reach, in every phase."""
 BANDWIDTH = 0.6
 """The share of the peak bandwidth that decoding is taken to reach."""
 LAUNCHES = 86
 """The number of operations of a decoder layer in a decoding step, counted on a Llama: 2,060 for 24 layers."""
 LAUNCH_SECONDS = 5e-6
-"""The time that a CPU is taken to need to launch an operation on a GPU."""
+"""The time that a CPU is assumed to take for each operation that it launches on a GPU."""
 
 
 class Work(NamedTuple):

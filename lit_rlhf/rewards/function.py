@@ -18,10 +18,10 @@ from lit_rlhf.types import RewardInputs
 class RewardFunction(Reward):
     """A Python function that scores a batch of responses.
 
-    The function receives as keyword arguments those of the following that its signature names, or all of them if it
-    accepts ``**columns``: ``prompts`` (text or conversations), ``responses`` (text), ``terminated`` (bools, True if a
-    stop token ended the response), and any column of the prompts. Each argument is a list with one entry per response.
-    The function returns one finite number per response::
+    These keyword arguments are available, each a list with one entry per response: ``prompts`` (text or conversations),
+    ``responses`` (text), ``terminated`` (bools, True if a stop token ended the response), and every column of the
+    prompts. The function receives those that its signature names, or all of them if it accepts ``**columns``. It
+    returns one finite number per response::
 
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]

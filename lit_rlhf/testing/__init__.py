@@ -98,10 +98,11 @@ def _tokenizer(special: Special, chat: bool) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Return a function that writes a tiny model, once per test session, and returns the model's folder.
+    """Return a function that writes a tiny model and returns the model's folder.
 
     The function takes the arguments of `make_tiny_model` except ``folder``, for example
-    ``tiny_model("llama", task="score", special="pad_is_eos")``.
+    ``tiny_model("llama", task="score", special="pad_is_eos")``. In a test session, calls with the same arguments return
+    the same folder.
     """
     made: dict[Any, Path] = {}
 
