@@ -68,9 +68,10 @@ def this_gpu() -> Device:
 
 
 def known_rates(name: str) -> Device:
-    """Return the GPU of the table whose words all occur in a name that CUDA reports; of several, the most specific.
+    """Return the GPU of the table `GPUS` that matches a name reported by CUDA.
 
-    If there is no such GPU, the rates are None.
+    A GPU matches if all words of its own name occur in the reported name. If several match, the one with the most
+    words is returned; if none matches, a device with the reported name, memory 0 and rates of None is returned.
 
     >>> known_rates("NVIDIA A100-SXM4-80GB").name, known_rates("NVIDIA H100 80GB HBM3").name
     ('a100-80gb', 'h100')
