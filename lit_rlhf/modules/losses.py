@@ -74,10 +74,11 @@ class Losses:
 
     @property
     def parts(self) -> dict[str, LossPart]:
-        """The parts of the loss, each under the name of the optimizer that updates the weights it depends on.
+        """The parts of the loss: ``policy``, and ``value`` for a critic with its own weights.
 
-        A critic with its own weights has its own part. If each part is differentiated before the next is computed, the
-        activations of the actor and those of the critic are never in memory together.
+        Each part has the name of the optimizer that updates its model. The loss of a shared critic belongs to the part
+        ``policy``, although the optimizer ``value`` updates the critic's head. If each part is differentiated before
+        the next is computed, the activations of the actor and the critic are never in memory together.
         """
         return {"policy": self.of_actor} if self.critic is None else {"policy": self.of_actor, "value": self.of_critic}
 

@@ -222,11 +222,12 @@ def _moments(setting: Setting) -> Iterator[_Moment]:
 
 
 def _gathered_in_training(setting: Setting, role: Role) -> tuple[float, float]:
-    """Return the bytes of gathered weights and gradients while the layers compute their gradients, and at the end.
+    """Return the bytes of gathered weights and gradients in a backward pass: within the layers, and at its end.
 
-    FSDP2 keeps the weights outside the layers gathered during the whole pass, and gathers two layers at a time, one of
-    them in advance. The whole gradient of a layer, and at the end that of the weights outside the layers, is held in
-    the precision of the weights and, to be reduced, in float32.
+    The weights outside the layers stay gathered during the whole pass, and two layers are gathered at a time, one of
+    them in advance, as under FSDP2; FSDP1 is counted in the same way. A gradient that is not reduced yet is held whole,
+    in the precision of the gathered weights and again in float32: within the layers, the gradient of one layer; at the
+    end, the gradient of the weights outside the layers.
     """
     if not setting.sharded:
         return 0.0, 0.0
