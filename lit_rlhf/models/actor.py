@@ -127,7 +127,8 @@ class Actor(nn.Module):
 
         Args:
             tokens: The ids of the tokens that are not in the cache yet, [B, N] int64.
-            mask: Bool [B, cached + N], False at padding, which is on the left.
+            mask: Bool [B, cached + N], False at padding, which is on the left. For a static cache, [B, columns], also
+                False at the columns that are not filled yet.
             positions: The positions of ``tokens`` in their sequences, [B, N] int64.
             cache: The keys and values of the earlier tokens; extended in place.
 

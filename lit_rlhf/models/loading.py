@@ -182,7 +182,10 @@ def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
 
 
 def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
-    """Build a model within `unread_weights`; return None outside, and if the weights cannot be read later."""
+    """Build a model whose weights are read later, through the active `unread_weights`.
+
+    Return None if no such context is active, or if the weights cannot be read later.
+    """
     unread = current_unread_weights()
     if unread is None:
         return None

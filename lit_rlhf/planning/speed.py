@@ -20,7 +20,7 @@ LAUNCH_SECONDS = 5e-6
 
 
 class Work(NamedTuple):
-    """The work of a phase, over all processes."""
+    """The FLOPs of a phase, summed over all processes, and the seconds that the processes take for it in parallel."""
 
     phase: str
     flops: float
