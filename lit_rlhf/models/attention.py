@@ -63,6 +63,12 @@ def is_unpadded(trunk: nn.Module) -> bool:
     return attention_of(config) == UNPADDED or attention_of(config).startswith("flash_attention")
 
 
+def may_be_unpadded(model: PreTrainedModel) -> bool:
+    """Return whether a model's attention can be replaced, and does not depend on a mask that says more than padding."""
+    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only the mask has the chunks
+    return attention_can_be_set(model) and not chunked
+
+
 @torch.no_grad()
 def use_unpadded_attention(model: PreTrainedModel) -> None:
     """Make a model use this module's attention if that leaves the model's output unchanged.
@@ -70,10 +76,9 @@ def use_unpadded_attention(model: PreTrainedModel) -> None:
     The output would change for models whose attention depends on anything besides queries, keys, values and positions
     (ALiBi, soft caps, attention sinks), and for state-space models.
     """
-    before = attention_of(model.config)
-    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only the mask has the chunks
-    if chunked or not attention_can_be_set(model):
+    if not may_be_unpadded(model):
         return
+    before = attention_of(model.config)
     tried = with_weights(model)
     model.set_attn_implementation(UNPADDED if keeps_texts_apart(tried, UNPADDED) else before)
 

@@ -41,13 +41,31 @@ def is_frozen(model: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def rounded_weights(model: nn.Module, *, all_weights: bool) -> list[nn.Parameter]:
+    """Return the parameters that are rounded in each forward pass under autocast to bfloat16.
+
+    Autocast rounds the weights and biases of linear layers. It does not round the weights of embeddings and norms, nor
+    a head that shares its weight with an embedding. Classes derived from ``nn.Linear`` are left out, because some of
+    them use their weights in other operations.
+
+    Args:
+        model: The model.
+        all_weights: True if FSDP rounds all weights to bfloat16 when it gathers them.
+
+    >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
+    >>> len(rounded_weights(model, all_weights=False)), len(rounded_weights(model, all_weights=True))
+    (1, 2)
+    """
+    others = [module for module in model.modules() if type(module) not in (nn.Linear, Conv1D)]
+    kept = set() if all_weights else {id(x) for module in others for x in module.parameters(recurse=False)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in kept]  # tied weights are one
+
+
 def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     """Store float32 weights of a frozen model in bfloat16, in place, where this does not change the model's output.
 
-    Autocast rounds the weights and biases of linear layers in each forward pass, so they can be rounded once. It does
-    not round the weights of embeddings and norms, nor a head that shares its weight with an embedding. Classes derived
-    from ``nn.Linear`` are left as they are, because some of them use their weights in other operations. (State-space
-    layers use those of plain linear layers directly, so that their output changes by the rounding.)
+    What each forward pass rounds can be rounded once; see `rounded_weights`. (State-space layers use the weights of
+    plain linear layers directly, so that their output changes by the rounding.)
 
     Args:
         model: The model, which is only used under autocast to bfloat16.
@@ -58,9 +76,6 @@ def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     >>> model[0].weight.dtype, model[1].weight.dtype
     (torch.float32, torch.bfloat16)
     """
-    modules = list(model.modules())
-    others = [module for module in modules if type(module) not in (nn.Linear, Conv1D)]
-    kept = set() if all_weights else {id(x) for module in others for x in module.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if id(parameter) not in kept and parameter.dtype == torch.float32:  # tied weights are one parameter
+    for parameter in rounded_weights(model, all_weights=all_weights):
+        if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.compat import materialize
 
@@ -168,6 +168,16 @@ def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
     return shapes
 
 
+def first_layers(config: PretrainedConfig, count: int) -> Any:
+    """Return a copy of a configuration with only the first ``count`` decoder layers."""
+    shorter: Any = deepcopy(config)
+    for name, value in list(vars(shorter).items()):
+        if isinstance(value, list) and len(value) == shorter.num_hidden_layers:  # one entry for each layer
+            setattr(shorter, name, value[:count])
+    shorter.num_hidden_layers = count
+    return shorter
+
+
 def with_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model whose weights have values, for testing how the architecture of the given model computes.
 
@@ -180,13 +190,8 @@ def with_weights(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return model
-    config: Any = deepcopy(model.config)
-    count = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["layer"] * count
-    config.num_hidden_layers = max(types.index(kind) for kind in types) + 1
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count:  # one entry for each layer
-            setattr(config, name, value[: config.num_hidden_layers])
+    types = getattr(model.config, "layer_types", None) or ["layer"]
+    config = first_layers(model.config, max(types.index(kind) for kind in types) + 1)
     config.vocab_size, config.pad_token_id = PROBE_VOCABULARY, None
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -7,7 +7,6 @@ to need as much as the second one.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from lit_rlhf.compat import attention_can_be_set, tensors_without_memory, watch_results
+from lit_rlhf.compat import tensors_without_memory, watch_results
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.attention import UNPADDED
+from lit_rlhf.models.attention import UNPADDED, may_be_unpadded
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
+from lit_rlhf.models.precision import rounded_weights
 from lit_rlhf.models.sharding import decoder_layers
+from lit_rlhf.models.weights import first_layers
 
 LAYERS, CHUNKS = 2, 3
 """How many decoder layers run, and how many chunks of scored tokens pass through the head."""
@@ -105,18 +105,9 @@ Gradients: TypeAlias = Literal["new", "kept", "shards"]
 """Whether a backward pass makes the gradients, adds to gradients that exist already, or reduces each to a shard."""
 
 
-def rounded_weights(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
-    """Return the parameters that are held in bfloat16; a weight that an embedding shares does not count as linear.
-
-    >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
-    >>> len(rounded_weights(model, "linear")), len(rounded_weights(model, "all"))
-    (1, 2)
-    """
-    if rounding == "none":
-        return []
-    others = [module for module in model.modules() if type(module) not in (nn.Linear, Conv1D)]
-    kept = {id(x) for module in others for x in module.parameters(recurse=False)} if rounding == "linear" else set()
-    return [parameter for parameter in model.parameters() if id(parameter) not in kept]
+def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
+    """Return the parameters that are held in bfloat16."""
+    return [] if rounding == "none" else rounded_weights(model, all_weights=rounding == "all")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +142,9 @@ def footprint(
         UserError: if the model cannot be run without the values of its tensors.
     """
     attention = PLANNED if shape.half and shape.gpu else UNPADDED
-    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
     run = partial(_run, model, outputs, shape, rounding, gradients, recompute)
     with _refused(model):
-        if attention_can_be_set(model) and not chunked:
+        if may_be_unpadded(model):
             with suppress(NotImplementedError, TypeError):  # the model's attention depends on more, or takes no bounds
                 return run(attention)
         return run(None)
@@ -194,7 +184,7 @@ def _run(
     if attention is not None:
         short.set_attn_implementation(attention)
     whole = _Pass(short, outputs, unpadded=attention is not None)
-    for parameter in rounded_weights(whole, rounding):
+    for parameter in held_in_half(whole, rounding):
         parameter.data = parameter.data.to(torch.bfloat16)
     layers = list(decoder_layers(short))
     moments: dict[str, int] = {}
@@ -309,12 +299,7 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 def _shortened(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same class on the meta device, with only the decoder layers that run."""
-    config: Any = deepcopy(model.config)
-    count = config.num_hidden_layers
-    config.num_hidden_layers = min(count, LAYERS)
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count:  # one entry for each layer
-            setattr(config, name, value[: config.num_hidden_layers])
+    config = first_layers(model.config, min(model.config.num_hidden_layers, LAYERS))
     with torch.device("meta"):
         return type(model)(config).eval()
 

@@ -18,7 +18,7 @@ from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules import DPO, SFT, TRPO, RewardModeling
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.planning.dry_run import LiveBytes, Outputs, Rounding, rounded_weights
+from lit_rlhf.planning.dry_run import LiveBytes, Outputs, Rounding, held_in_half
 from lit_rlhf.rewards import RewardModel
 
 FLOAT, HALF = 4, 2
@@ -85,7 +85,7 @@ class Role:
 
 def weight_bytes(role: Role, rounding: Rounding) -> int:
     """Return the bytes of a role's weights, all in float32 except those that are held in bfloat16."""
-    rounded = sum(parameter.numel() for parameter in rounded_weights(_used(role), rounding))
+    rounded = sum(parameter.numel() for parameter in held_in_half(_used(role), rounding))
     return FLOAT * (role.parameters - rounded) + HALF * rounded
 
 
