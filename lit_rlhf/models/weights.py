@@ -94,7 +94,7 @@ class UnreadWeights:
     def read(self, model: nn.Module, device: torch.device) -> None:
         """Allocate memory for a model, which is already sharded or stays whole, and read its weights from the files.
 
-        All processes must call this together.
+        Each process reads alone: whether the files suffice is decided in each, so that there must be no collective.
 
         Args:
             model: The model, which may have parts besides those that were remembered; these keep their values.
@@ -105,8 +105,8 @@ class UnreadWeights:
             tensors = {name: location.tensor() for name, location in locations.items()}
             here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}  # not of a head left out
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
-                load(here, storage_reader=HuggingFaceStorageReader(str(folder)))
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is intended
+                load(here, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 _unread: ContextVar[UnreadWeights | None] = ContextVar("unread", default=None)
