@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import nn
 
 from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
 from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL, k3
@@ -15,10 +13,9 @@ from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
-from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.steps import add_gradient, drop_gradients, step_optimizers, within_memory
+from lit_rlhf.modules.steps import step_within_target
 from lit_rlhf.modules.update import Update
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
@@ -124,43 +121,10 @@ class PolicyGradient(OnPolicy):
         """Do one optimizer step per minibatch in each epoch; stop if the KL to the old policy exceeds its target."""
         losses = self.losses()
         for minibatch in self.minibatches(experience):
-            if not self._step(minibatch, losses, metrics):
+            if not step_within_target(self, minibatch, losses, metrics):
                 break
         if self.objective.follows_kl:
             self._follow_kl(experience, metrics)
-
-    def _step(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> bool:
-        """Step all optimizers and return True; if the KL to the old policy exceeds its target, only return False."""
-        attempt = partial(self._add_gradients, minibatch, losses, metrics)
-        kl_to_old, means = within_memory(self, attempt, minibatch.rollout.lengths, metrics)
-        if self.update.target_kl is not None and kl_to_old > self.update.target_kl:
-            drop_gradients(self)
-            return False
-        for name, norm in step_optimizers(self, self.update.clip_grad_norm, **means).items():
-            metrics.add(f"{name}/grad_norm", norm)
-        return True
-
-    def _add_gradients(
-        self, minibatch: Experience, losses: Losses, metrics: Metrics
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the gradients of a minibatch.
-
-        Returns:
-            The mean KL to the old policy, [], in nats per token, and this process's losses to check, [] each.
-        """
-        batches, parts = self.micro_batches(minibatch), losses.parts
-        totals, kl_to_old = self.sum_over_ranks(step_totals(batches)), torch.zeros((), device=self.device)
-        means: dict[str, Tensor] = {}
-        *others, final = parts
-        untouched = [p for name in others for p in self.trained_parameters()[name]]
-        for number, micro_batch in enumerate(batches, start=1):
-            for name, part in parts.items():
-                loss, summed_kl, part_means = part(micro_batch, totals, metrics)
-                kl_to_old += summed_kl
-                for key, mean in part_means.items():
-                    means[key] = means.get(key, 0.0) + mean
-                add_gradient(self, loss, last=number == len(batches) and name == final, untouched=untouched)
-        return self.sum_over_ranks(kl_to_old) / totals[0], means
 
     @torch.no_grad()
     def _follow_kl(self, experience: Experience, metrics: Metrics) -> None:

@@ -1,26 +1,71 @@
-"""What optimizer steps share: gradients of micro-batches, checks before the step, and a retry if memory runs out."""
+"""Optimizer steps: gradients of micro-batches, checks before the step, and a retry if memory runs out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_rlhf.algorithms.masked import Reduce
 from lit_rlhf.compat import no_gradient_sync
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import AlignmentModule
-from lit_rlhf.modules.update import check_finite, gradient_norm, reach
+from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.strategies import FSDP
+from lit_rlhf.types import Experience
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
+
+
+def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, metrics: Metrics) -> bool:
+    """Step all optimizers with the gradients of a minibatch, unless the KL to the old policy exceeds its target.
+
+    Args:
+        module: The module that trains; its ``update.target_kl`` is the target, in nats per token.
+        minibatch: The rows of all processes.
+        losses: The losses of the actor and the critic.
+        metrics: Receives the metrics of the losses, and the norms of the gradients if the optimizers step.
+
+    Returns:
+        Whether the optimizers stepped; if not, the gradients are dropped.
+
+    Raises:
+        UserError: if a loss or a norm is not finite, or if the GPU's memory does not suffice.
+    """
+
+    def attempt() -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean KL to the old policy, [], and this process's losses to check, [] each."""
+        batches, parts = module.micro_batches(minibatch), losses.parts
+        totals, kl_to_old = module.sum_over_ranks(step_totals(batches)), torch.zeros((), device=module.device)
+        means: dict[str, Tensor] = {}
+        *others, final = parts
+        untouched = [p for name in others for p in module.trained_parameters()[name]]
+        for number, micro_batch in enumerate(batches, start=1):
+            for name, part in parts.items():
+                loss, summed_kl, part_means = part(micro_batch, totals, metrics)
+                kl_to_old += summed_kl
+                for key, mean in part_means.items():
+                    means[key] = means.get(key, 0.0) + mean
+                add_gradient(module, loss, last=number == len(batches) and name == final, untouched=untouched)
+        return module.sum_over_ranks(kl_to_old) / totals[0], means
+
+    kl_to_old, means = within_memory(module, attempt, minibatch.rollout.lengths, metrics)
+    if module.update.target_kl is not None and kl_to_old > module.update.target_kl:
+        drop_gradients(module)
+        return False
+    for name, norm in step_optimizers(module, module.update.clip_grad_norm, **means).items():
+        metrics.add(f"{name}/grad_norm", norm)
+    return True
 
 
 def add_gradient(module: AlignmentModule, loss: Tensor, *, last: bool, untouched: Sequence[nn.Parameter] = ()) -> None:
@@ -158,3 +203,76 @@ def _check_can_halve(module: AlignmentModule, longest: int, error: torch.OutOfMe
         ) from error
     if not isinstance(module.trainer.strategy, SingleDeviceStrategy):
         raise UserError(f"{option} is {value}: the update ran out of memory; set it to {value // 2}") from error
+
+
+def check_finite(**values: Tensor) -> None:
+    """Check that losses and gradient norms are finite before a step; the host waits for the device only once.
+
+    Args:
+        values: Tensors of shape [] on one device, keyed by the names to use in the message.
+
+    Raises:
+        UserError: if a value is not finite; the message names the first such value.
+
+    >>> check_finite(policy_loss=torch.tensor(0.5), value_loss=torch.tensor(float("nan")))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    lit_rlhf.errors.UserError: the value loss is nan: stopped before the step, and the last checkpoint is good. ...
+    """
+    if torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
+        return
+    name, value = next((name, value) for name, value in values.items() if not torch.isfinite(value))
+    raise UserError(
+        f"the {name.replace('_', ' ')} is {value.item():g}: stopped before the step, and the last checkpoint is good. "
+        "A smaller learning rate, a value_clip or a score clip usually helps"
+    )
+
+
+def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) -> Tensor:
+    """Return the norm of the parameters' gradients, [], without waiting for the device.
+
+    Args:
+        parameters: The parameters of one optimizer.
+        reduce: A function that sums a tensor over all ranks; needed if each rank holds its shards of the gradients as
+            plain tensors (FSDP1).
+
+    >>> weight = torch.zeros(2, requires_grad=True)
+    >>> (3.0 * weight[0] + 4.0 * weight[1]).backward()
+    >>> gradient_norm([weight])
+    tensor(5.)
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm if reduce is None else reduce(norm.square()).sqrt()
+
+
+def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the loss, [], with a backward pass that also gives each of these parameters a gradient of 0.
+
+    The zeros are one number in memory. DDP averages the gradients over the ranks in the last backward pass of a step,
+    and waits until that pass has given a gradient to every trained parameter.
+
+    Args:
+        loss: The loss.
+        parameters: Parameters on which the loss does not depend.
+
+    >>> weight, other = torch.tensor(2.0, requires_grad=True), torch.ones(3, requires_grad=True)
+    >>> reach(weight**2, [other]).backward()
+    >>> weight.grad, other.grad
+    (tensor(4.), tensor([0., 0., 0.]))
+    """
+    return _Reach.apply(loss, *parameters) if parameters else loss
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zero = torch.zeros_like(grad)
+        return (grad, *(zero.expand(shape) for shape in ctx.shapes))

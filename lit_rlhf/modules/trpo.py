@@ -34,8 +34,8 @@ from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.steps import add_gradient, step_optimizers, within_memory
-from lit_rlhf.modules.update import Update, check_finite
+from lit_rlhf.modules.steps import add_gradient, check_finite, step_optimizers, within_memory
+from lit_rlhf.modules.update import Update
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
 

@@ -14,7 +14,8 @@ from lit_rlhf.models.loading import load_model
 from lit_rlhf.models.scoring import load_critic
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.update import Update, check_finite
+from lit_rlhf.modules.steps import check_finite
+from lit_rlhf.modules.update import Update
 from lit_rlhf.types import Experience, Rollout
 
 NAN = float("nan")
