@@ -1,9 +1,8 @@
 """The interface of generation engines, and the options for sampling responses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +77,16 @@ class SpecialTokens:
     pad: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineContext:
+    """What an engine may need to know of the run."""
+
+    load_actor: Callable[[], Actor]  # loads an actor like the run's, with its initial weights; can be pickled
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device  # of this process
+    precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
+
+
 class Engine(ABC):
     """The interface of an engine, which generates responses with the actor's current weights.
 
@@ -98,10 +107,29 @@ class Engine(ABC):
     False
     """
 
-    is_exact: ClassVar[bool] = False
-    """Whether the engine's log-probabilities and entropies equal the actor's own up to rounding. If so, training in
-    full float32 uses the engine's numbers as they are, unless it also needs the actor's values or full KL. In all other
-    cases, the actor computes them again."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether the engine's log-probabilities and entropies equal the actor's own up to rounding.
+
+        If so, training in full float32 uses the engine's numbers as they are, unless it also needs the actor's values
+        or full KL. In all other cases, the actor computes them again. The default is False.
+        """
+        return False
+
+    def start(self, context: EngineContext) -> None:  # noqa: B027
+        """Prepare the engine for a run: called on all processes, before the first responses are generated.
+
+        The default does nothing.
+
+        Args:
+            context: What the run knows and the engine may need.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Release what `start` and the run acquired, such as processes; the default does nothing.
+
+        The method may be called more than once, and without `start`. A closed engine can be started again.
+        """
 
     @abstractmethod
     def generate(
@@ -132,6 +160,63 @@ class Engine(ABC):
         Returns:
             The rollout of B n responses.
         """
+
+
+class PendingRollout(ABC):
+    """A rollout that is generated outside the training process, from weights that were already passed on."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Generate the responses: called once, in any thread, and on every process without communication between them.
+
+        The method does not raise errors; it keeps them for `result`.
+        """
+
+    @abstractmethod
+    def result(self) -> Rollout:
+        """Return this process's rollout; all processes call this method together, after `run` has returned.
+
+        Raises:
+            UserError: on all processes, if the responses could not be generated on one of them.
+        """
+
+
+class DetachedEngine(Engine):
+    """The interface of an engine whose work is done outside the training process, so that training can go on meanwhile.
+
+    A subclass implements `begin`; the actor's weights may change as soon as `begin` has returned.
+    """
+
+    @abstractmethod
+    def begin(
+        self,
+        actor: Actor,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        special_tokens: SpecialTokens,
+        *,
+        stream: Stream,
+        iteration: int,
+    ) -> PendingRollout:
+        """Pass on the actor's current weights, and return the rollout that is to be generated with them.
+
+        All processes call this method together; the arguments are those of `Engine.generate`.
+        """
+
+    def generate(
+        self,
+        actor: Actor,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        special_tokens: SpecialTokens,
+        *,
+        stream: Stream,
+        iteration: int,
+    ) -> Rollout:
+        """Generate the responses, and wait for them."""
+        pending = self.begin(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
+        pending.run()
+        return pending.result()
 
 
 def find_special_tokens(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> SpecialTokens:

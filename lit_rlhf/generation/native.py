@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -68,13 +67,17 @@ class NativeEngine(Engine):
     tensor([0, 0, 0, 1, 1, 1])
     """
 
-    is_exact: ClassVar[bool] = True
     cache_tokens: int | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
         if self.cache_tokens is not None and self.cache_tokens < 1:
             raise ValueError(f"cache_tokens must be 1 or more, or null for all rows, not {self.cache_tokens}")
+
+    @property
+    def is_exact(self) -> bool:
+        """True: the engine computes with the actor itself."""
+        return True
 
     @torch.no_grad()
     def generate(
