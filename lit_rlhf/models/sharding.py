@@ -29,7 +29,7 @@ def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
-    """Shard a model with FSDP2 in place: each decoder layer is one unit, and the rest of the model is another.
+    """Shard a model with FSDP2 in place, and return it; each decoder layer is a unit, the rest of the model another.
 
     Args:
         model: An actor, critic or reward model.

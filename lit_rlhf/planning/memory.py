@@ -15,7 +15,7 @@ PROCESSES_ON_A_HOST = 8
 
 
 class Part(NamedTuple):
-    """One of the things that a phase holds in memory."""
+    """A part of what a process holds in memory in a phase, such as the weights."""
 
     name: str
     bytes: float
@@ -48,7 +48,7 @@ def phases(setting: Setting) -> tuple[Phase, ...]:
     found = [Phase("load", (weights,))]
     if setting.generation is not None:
         found.append(Phase("decode", (weights, state, gradients, *_decoding(setting))))
-    if setting.judged:  # texts that are data are judged once, before the first step of the optimizer
+    if setting.judged:  # texts from a data set are judged once, before the first optimizer step
         before = (weights, gradients) if setting.generation is None else (weights, state, gradients)
         found.append(Phase("judge", (*before, *_judging(setting))))
     return (*found, Phase("update", (weights, state, *_updating(setting))))

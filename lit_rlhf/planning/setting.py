@@ -56,7 +56,7 @@ class Setting:
         minibatches: The number of optimizer steps in each pass.
         judged: The names of the roles that judge the texts before the update.
         full_kl: Whether the KL to the reference is computed over the vocabulary.
-        generation: How the texts are generated; None if they are data.
+        generation: How the texts are generated; None if they come from a data set.
     """
 
     method: str
