@@ -76,7 +76,7 @@ class NativeEngine(Engine):
 
     @property
     def is_exact(self) -> bool:
-        """True: the engine computes with the actor itself."""
+        """Always True, because the engine computes with the actor itself."""
         return True
 
     @torch.no_grad()
