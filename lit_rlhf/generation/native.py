@@ -21,7 +21,7 @@ from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
 CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
-"""The number of steps between two checks for rows that have ended; on a GPU, the host waits in each check."""
+"""The number of steps between two checks for rows that have ended; in each check, the host waits for the GPU."""
 INITIAL_COLUMNS = 64
 """The number of response tokens that the cache first has memory for; the cache grows later, often with fewer rows."""
 MIN_FREE_FRACTION = 0.125

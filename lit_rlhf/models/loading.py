@@ -76,7 +76,7 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
             if os.path.isdir(path):
                 raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load") from error
             raise _unreachable(path, field, error) from error
-        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers made it up
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # an empty one, made up
             raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{field}: the tokenizer of {path} has no end-of-sequence token (eos_token)")

@@ -153,7 +153,7 @@ class OnPolicy(AlignmentModule):
         """Load and shard the models; Lightning calls this method more than once, but only the first call loads them.
 
         Raises:
-            UserError: if a model or a reward cannot be loaded, or if two models do not fit together.
+            UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
         """
         if self.is_configured:
             return

@@ -188,7 +188,7 @@ class TRPO(OnPolicy):
         """Load the models, and a second copy of the actor, which holds the old policy.
 
         Raises:
-            UserError: if a model or a reward cannot be loaded, or if two models do not fit together.
+            UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
         """
         if self.is_configured:
             return

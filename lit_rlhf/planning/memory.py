@@ -73,8 +73,8 @@ def host_bytes(setting: Setting) -> float:
     """Return the bytes that the models need, at most, in the memory of a host with up to eight GPUs.
 
     Models are loaded one after the other, in float32. A process reads its share of a model that FSDP2 shards, and the
-    whole of any other model. (The bytes are too few for random weights under FSDP2, since each process then builds the
-    whole model.) Shards that are offloaded stay on the host.
+    whole of any other model. (With random weights under FSDP2, the result is too small, because each process then
+    builds the whole model.) Shards that are offloaded stay on the host.
     """
     here = min(setting.processes, PROCESSES_ON_A_HOST)
     shares = setting.shards if setting.spread == "fsdp2" else 1

@@ -29,7 +29,7 @@ class Stepping(NamedTuple):
     """The bytes that an optimizer needs for each parameter."""
 
     state: float  # from the first step on
-    temporary: float  # during a step on a GPU only
+    temporary: float  # in addition, during a step on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
