@@ -31,10 +31,11 @@ _PUBLIC = {
     ),
     "data": ("Demonstrations", "Preferences", "Prompts"),
     "errors": ("UserError",),
-    "generation": ("Engine", "NativeEngine", "Sampling"),
+    "generation": ("Ahead", "Engine", "NativeEngine", "Sampling"),
     "models.loading": ("RandomWeights",),
     "modules": (
         "DPO",
+        "Guard",
         "SFT",
         "TRPO",
         "PolicyGradient",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,16 @@ class Flight:
     """A rollout that is being generated, with the weights that draw it."""
 
     pending: PendingRollout
-    done: Future[None]
+    idle: Future[float]  # done when the responses are; the seconds for which the generators had nothing to do before
     weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor
+
+
+class Landing(NamedTuple):
+    """A rollout that was generated ahead, and who waited for whom, in seconds."""
+
+    rollout: Rollout
+    learner_waited: float
+    generators_waited: float
 
 
 class Ahead(Engine):
@@ -91,6 +100,7 @@ class Ahead(Engine):
         self._detached: DetachedEngine | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._threads_before: int | None = None
+        self._idle_since = 0.0
 
     @property
     def is_exact(self) -> bool:
@@ -130,7 +140,7 @@ class Ahead(Engine):
         if self._thread is None or not isinstance(self.engine, DetachedEngine):
             return self.engine.generate(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
         pending = self.engine.begin(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
-        self._thread.submit(pending.run).result()
+        self._thread.submit(self._run, pending).result()
         return pending.result()
 
     def launch(
@@ -150,21 +160,17 @@ class Ahead(Engine):
         detached, thread = self._working()
         pending = detached.begin(actor, prompts, sampling, special_tokens, stream=Stream.ROLLOUT, iteration=iteration)
         weights = [_local(parameter).to("cpu", copy=True) for parameter in _trained(actor)]
-        self.flights[iteration] = Flight(pending, thread.submit(pending.run), weights)
+        self.flights[iteration] = Flight(pending, thread.submit(self._run, pending), weights)
 
-    def land(self, iteration: int) -> tuple[Rollout, float]:
+    def land(self, iteration: int) -> Landing:
         """Wait for the responses of an iteration; all processes call this method together.
-
-        Returns:
-            The rollout, and the time in seconds for which this process waited.
 
         Raises:
             UserError: if the responses could not be generated.
         """
         flight, start = self.flights[iteration], time.monotonic()
-        flight.done.result()
-        rollout = flight.pending.result()
-        return rollout, time.monotonic() - start
+        idle = flight.idle.result()
+        return Landing(flight.pending.result(), time.monotonic() - start, idle)
 
     @contextmanager
     def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
@@ -179,12 +185,19 @@ class Ahead(Engine):
             for (weight, _), current in zip(pairs, now, strict=True):
                 weight.copy_(current)
 
+    def _run(self, pending: PendingRollout) -> float:
+        """Generate a rollout, and return the seconds since the one before it was complete."""
+        idle = time.monotonic() - self._idle_since
+        pending.run()
+        self._idle_since = time.monotonic()
+        return idle
+
     def _working(self) -> tuple[DetachedEngine, ThreadPoolExecutor]:
         """Return the engine that works outside this process and the thread that waits for it; start them if needed."""
         if self._detached is None:
             assert self._context is not None, "call start() first"
             self._detached = self.engine if isinstance(self.engine, DetachedEngine) else self._start(self._context)
-            self._thread = ThreadPoolExecutor(1, "rollouts")
+            self._thread, self._idle_since = ThreadPoolExecutor(1, "rollouts"), time.monotonic()
         assert self._thread is not None
         return self._detached, self._thread
 

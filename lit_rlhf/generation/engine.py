@@ -85,6 +85,7 @@ class EngineContext:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device  # of this process
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
+    rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 
 
 class Engine(ABC):

@@ -30,6 +30,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
@@ -114,6 +115,7 @@ class TRPO(OnPolicy):
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
+        guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
@@ -148,6 +150,7 @@ class TRPO(OnPolicy):
         reference: ModelSource | None = None,
         sampling: Sampling = Sampling(),
         engine: Engine = NativeEngine(),
+        guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
         reference_kl: ReferenceKL = ReferenceKL(),
@@ -170,6 +173,7 @@ class TRPO(OnPolicy):
             reference=reference,
             sampling=sampling,
             engine=engine,
+            guard=guard,
             scores=scores,
             kl=kl,
             reference_kl=reference_kl,

@@ -154,10 +154,10 @@ def _copied_weights(setting: Setting, actor: Role) -> float:
 
 
 def _bytes_of_logits(setting: Setting) -> int:
-    """Return the bytes of each logit while a token is drawn.
+    """Return the number of bytes that drawing a token needs for each logit.
 
-    The logits, their quotients by a temperature other than 1, log-probabilities, probabilities and their products are
-    in float32; the cumulative sums are in float64.
+    The logits, their quotients by the temperature (unless it is 0 or 1), the log-probabilities, the probabilities, and
+    the products of the last two are in float32; the cumulative sums are in float64.
     """
     assert setting.generation is not None
     tempered = setting.generation.sampling.temperature not in (0, 1)
