@@ -1,7 +1,7 @@
 """The strategies ``fsdp2`` and ``fsdp``, which shard models over processes; Lightning's ``ddp`` works as well.
 
 The option ``--trainer.strategy`` selects a strategy by name. Importing this module registers the names with Lightning,
-and replaces its ``ddp`` with one in which the gradients are parts of the buffers that DDP sends.
+and replaces Lightning's ``ddp`` with one in which the gradients are parts of the buffers that DDP sends.
 """
 
 from __future__ import annotations

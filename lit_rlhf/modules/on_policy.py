@@ -101,6 +101,10 @@ class OnPolicy(AlignmentModule):
         Args:
             experience: The rows of all processes; each process learns from its part of every minibatch.
             metrics: Receives the metrics of the update.
+
+        Raises:
+            UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
+                out.
         """
 
     def _check(self) -> None:
@@ -128,17 +132,29 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the precision, and discard the scores of the reference's responses from an earlier run."""
+        """Check the precision, and discard the scores of the reference's responses from an earlier run.
+
+        Raises:
+            UserError: if ``trainer.precision`` is not supported.
+        """
         super().setup(stage)
         self.reference_scores.clear()
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """The tokens that end a response, and the padding token."""
+        """The tokens that end a response, and the padding token.
+
+        Raises:
+            UserError: if a text in ``sampling.stop`` is not exactly one token of the tokenizer.
+        """
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def configure_model(self) -> None:
-        """Load and shard the models; Lightning calls this method more than once, but only the first call loads them."""
+        """Load and shard the models; Lightning calls this method more than once, but only the first call loads them.
+
+        Raises:
+            UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
+        """
         if self.is_configured:
             return
         reward_models = [reward for reward in self.scores.rewards if isinstance(reward, RewardModel)]
@@ -161,7 +177,11 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------- an iteration
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Do one iteration, and return the scored rollout for callbacks."""
+        """Do one iteration, and return the scored rollout for callbacks.
+
+        Raises:
+            UserError: if the engine cannot use the model, if a reward fails, or for the reasons that `learn` lists.
+        """
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("generate"):
             rollout = self.generate(batch, self.actor, Stream.ROLLOUT, int(self.iteration))
@@ -185,7 +205,11 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def judge(self, rollout: Rollout, batch: PromptBatch) -> ScoredRollout:
-        """Compute the outputs of the rewards, the actor, the reference and the critic for a rollout."""
+        """Compute the outputs of the rewards, the actor, the reference and the critic for a rollout.
+
+        Raises:
+            UserError: if a reward fails, or does not return one number for each response.
+        """
         with self.profile("judge"):
             inputs = decode(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(inputs)
@@ -213,7 +237,7 @@ class OnPolicy(AlignmentModule):
         )
 
     def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
-        """Return the actor's outputs, from the engine if its log-probabilities and entropies suffice and are exact."""
+        """Return the actor's outputs: the engine's numbers if these are exact and no other outputs are needed."""
         exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounds_float32(self.device)
         if exact and other is None and self.actor.value_head is None:
             return ActorOutputs(rollout.rollout_logprobs, rollout.rollout_entropy)
@@ -221,7 +245,7 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def reward(self, scored: ScoredRollout) -> Trajectory:
-        """Combine the scores and the KL to the reference into a reward for each token."""
+        """Combine the scores and, if it is part of the reward, the KL to the reference into a reward for each token."""
         mask, kl = scored.rollout.response_mask, None
         if self.reference_kl.where == "reward":
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)
@@ -266,7 +290,11 @@ class OnPolicy(AlignmentModule):
         return gather_experience(experience, self.sampling.responses, self.sum_over_ranks, self.max_over_ranks)
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:
-        """Yield the minibatches of all epochs, each with the rows of all processes."""
+        """Yield the minibatches of all epochs, each with the rows of all processes.
+
+        Raises:
+            UserError: if there are fewer rows than ``update.minibatches``.
+        """
         if self.update.minibatches > len(experience.advantages):
             raise UserError(
                 f"model.update.minibatches is {self.update.minibatches}, but an iteration has only "

@@ -118,7 +118,16 @@ class PolicyGradient(OnPolicy):
         return {"policy": actor, "value": critic} if critic else {"policy": actor}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Do one optimizer step per minibatch in each epoch; stop if the KL to the old policy exceeds its target."""
+        """Do one optimizer step per minibatch in each epoch; stop if the KL to the old policy exceeds its target.
+
+        Args:
+            experience: The rows of all processes; each process learns from its part of every minibatch.
+            metrics: Receives the metrics of the update.
+
+        Raises:
+            UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
+                out (see `within_memory`).
+        """
         losses = self.losses()
         for minibatch in self.minibatches(experience):
             if not step_within_target(self, minibatch, losses, metrics):

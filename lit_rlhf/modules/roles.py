@@ -95,7 +95,11 @@ def load_roles(
 def _critic_builder(
     critic: ModelSource | None, actor: ModelSource, rewards: Sequence[RewardModel]
 ) -> Callable[[], ScalarModel] | None:
-    """Return the function that loads the critic; None if the critic has no weights of its own."""
+    """Return the function that loads the critic; None if there is no critic with weights of its own.
+
+    Raises:
+        UserError: if the critic is ``reward`` but there is no reward model.
+    """
     if critic is None or critic == "shared":
         return None
     if critic == "reward":

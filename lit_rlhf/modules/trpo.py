@@ -185,7 +185,11 @@ class TRPO(OnPolicy):
         keep_out_of_checkpoints(self, ("old.",))
 
     def configure_model(self) -> None:
-        """Load the models, and a second copy of the actor, which holds the old policy."""
+        """Load the models, and a second copy of the actor, which holds the old policy.
+
+        Raises:
+            UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
+        """
         if self.is_configured:
             return
         super().configure_model()
@@ -201,7 +205,16 @@ class TRPO(OnPolicy):
         return {} if self.critic is None else {"value": list(self.critic.parameters())}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Do one step of the actor within its trust region, then the critic's epochs."""
+        """Do one step of the actor within its trust region, then the critic's epochs.
+
+        Args:
+            experience: The rows of all processes; each process learns from its part of them.
+            metrics: Receives the metrics of the update.
+
+        Raises:
+            UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
+                out (see `within_memory`).
+        """
         losses = self.losses()
         assign(list(self.old.parameters()), flatten([p.detach() for p in self.actor.parameters()]))
         step_actor = partial(self._step_actor, experience, losses, metrics)
@@ -237,7 +250,11 @@ class TRPO(OnPolicy):
     def _gradient(
         self, batches: Sequence[Experience], totals: Tensor, losses: Losses, metrics: Metrics
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N]."""
+        """Return the loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N].
+
+        Raises:
+            UserError: if the loss or the norm of the gradient is not finite.
+        """
         parameters = list(self.actor.parameters())
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
         for micro_batch in batches:

@@ -47,7 +47,11 @@ class RewardFunction(Reward):
         return self.function.rpartition(":")[2]
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Import the function; the tokenizer is not used."""
+        """Import the function; the tokenizer is not used.
+
+        Raises:
+            UserError: if the function cannot be imported.
+        """
         if self._call is None:
             self._call = load_reference(self.function, "rewards.function")
 
