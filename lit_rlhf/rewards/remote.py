@@ -35,9 +35,10 @@ class RemoteReward(Reward):
 
         {"scores": [1.0, 0.0]}
 
-    Each process sends its own responses, and waits for all answers. A request is sent again, after pauses of 0, 1, 2,
-    4, … seconds, if the connection fails, if no answer comes in time, or if the answer's status is 429, 500, 502, 503
-    or 504; the service may therefore receive the same responses more than once. ``docs/rewards.md`` shows a service.
+    Each process sends its own responses, and waits for all answers. A request is sent again if the connection fails, if
+    no answer comes in time, or if the status of the answer is 429, 500, 502, 503 or 504, after the pauses of
+    `JSONClient`; the service may therefore receive the same responses more than once. ``docs/rewards.md`` shows a
+    complete service.
 
     Args:
         url: The address that takes the requests, such as ``http://judge:8000/score``.
@@ -53,8 +54,8 @@ class RemoteReward(Reward):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if ``token_env`` cannot be the name of a variable; in ``prepare``, if the variable is not set or the
-            address is not one of HTTP.
+        UserError: if ``token_env`` cannot be the name of a variable; in ``prepare``, if the variable is not set, or if
+            the address does not begin with ``http://`` or ``https://``.
 
     >>> reward = RemoteReward("http://judge:8000/helpfulness", weight=0.5, token_env="JUDGE_TOKEN")
     >>> reward.name
@@ -101,7 +102,12 @@ class RemoteReward(Reward):
         return self._name or urlsplit(self.url).path.rstrip("/").rpartition("/")[2] or super().name
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check the address and the token without a request; the tokenizer is not used."""
+        """Check the address and the token without a request; the tokenizer is not used.
+
+        Raises:
+            UserError: if the address does not begin with ``http://`` or ``https://``, if the environment variable of
+                the token is not set, or if a header cannot carry the token.
+        """
         self._client()
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:

@@ -20,7 +20,6 @@ from lit_rlhf.rewards import RemoteReward, Scores, ScoreShaping, make_reward_inp
 from lit_rlhf.testing import Recorder
 
 TOKEN = "s3cr3t-0123456789"
-PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 
 
 def lengths(body) -> dict:
