@@ -43,7 +43,15 @@ _PUBLIC = {
         "TrustRegion",
         "Update",
     ),
-    "rewards": ("ExactAnswer", "NumericAnswer", "Reward", "RewardFunction", "RewardModel", "ScoreShaping"),
+    "rewards": (
+        "ExactAnswer",
+        "NumericAnswer",
+        "RemoteReward",
+        "Reward",
+        "RewardFunction",
+        "RewardModel",
+        "ScoreShaping",
+    ),
     "strategies": ("FSDP", "FSDP2"),
     "types": ("RewardInputs", "Estimates", "Experience", "ScoredRollout", "PromptBatch", "Rollout", "Trajectory"),
 }
