@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -202,7 +201,7 @@ class Ahead(Engine):
         return self._detached, self._thread
 
     def _start(self, context: EngineContext) -> Workers:
-        devices = self._devices(context.device)
+        devices = self._devices(context)
         if devices[0].type == "cpu":
             self._threads_before = torch.get_num_threads()
             torch.set_num_threads(max(1, self._threads_before - self.workers * self.threads))
@@ -210,22 +209,21 @@ class Ahead(Engine):
         workers.start(context)
         return workers
 
-    def _devices(self, device: torch.device) -> Sequence[torch.device]:
+    def _devices(self, context: EngineContext) -> Sequence[torch.device]:
         """Return the device of each worker process of this training process.
 
         Raises:
             UserError: if there are not enough devices.
         """
-        if self.devices is None and device.type == "cpu":
-            return [device] * self.workers
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        names = self.devices or [f"cuda:{number}" for number in range(processes, torch.cuda.device_count())]
-        mine = names[local * self.workers : (local + 1) * self.workers]
+        if self.devices is None and context.device.type == "cpu":
+            return [context.device] * self.workers
+        names = self.devices or [f"cuda:{number}" for number in range(context.processes, torch.cuda.device_count())]
+        mine = names[context.process * self.workers : (context.process + 1) * self.workers]
         if len(mine) < self.workers:
+            needed = context.processes * self.workers
             raise UserError(
-                f"model.engine.devices: {processes * self.workers} worker processes need as many devices, not "
-                f"{len(names)}; use fewer GPUs for training (trainer.devices), or lag: 0"
+                f"model.engine.devices: {needed} worker processes need {needed} devices besides those of the training, "
+                f"not {len(names)}; use fewer GPUs for training (trainer.devices), or lag: 0"
             )
         return [torch.device(name) for name in mine]
 

@@ -69,6 +69,8 @@ class Rollouts(lightning.Callback):
             load_actor=self.load_actor,
             tokenizer=cast(AlignmentModule, pl_module).tokenizer,
             device=pl_module.device,
+            processes=trainer.num_devices,
+            process=trainer.local_rank,
             precision=str(trainer.precision),
             rounds_all_weights=isinstance(trainer.strategy, FSDP2 | FSDP),
         )
