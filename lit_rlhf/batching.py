@@ -82,15 +82,17 @@ def _split_until(groups: list[Tensor], count: int) -> None:
             groups[largest : largest + 1] = groups[largest].tensor_split(2)
 
 
-def minibatches(experience: Experience, count: int, generator: torch.Generator) -> Iterator[Experience]:
-    """Shuffle the rows, and yield them in ``count`` minibatches.
+def minibatches(experience: Experience, count: int, generator: torch.Generator | None) -> Iterator[Experience]:
+    """Yield the rows in ``count`` minibatches.
 
     Args:
         experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        generator: A CPU generator, the only source of randomness.
+        generator: A CPU generator, the only source of randomness, with which the rows are shuffled; None to keep their
+            order, in which each minibatch has consecutive rows.
     """
-    order = torch.randperm(len(experience.advantages), generator=generator)
+    rows_in_all = len(experience.advantages)
+    order = torch.arange(rows_in_all) if generator is None else torch.randperm(rows_in_all, generator=generator)
     for rows in order.tensor_split(count):
         yield experience.select(rows.to(experience.advantages.device))
 

@@ -49,6 +49,9 @@ class Ahead(Engine):
     An engine that works in the training process, such as `NativeEngine`, moves to worker processes for training, on
     other GPUs or with cores of their own; a server generates on its own devices. Validation generates without lag.
 
+    The host's memory holds lag + 1 copies of the actor's trained weights for the worker processes, in the precision of
+    their computation, and lag + 1 copies of this process's part of them for the guard, besides the workers' actors.
+
     With a lag, the responses are off-policy: ``model.correction`` or `VTrace` correct for this. The ratio π / π₀ of
     the objectives still begins at 1, because π₀ is the actor at the beginning of the update.
 

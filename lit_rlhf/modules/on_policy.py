@@ -293,7 +293,7 @@ class OnPolicy(AlignmentModule):
                 f"{len(experience.advantages)} responses"
             )
         for epoch in range(self.update.epochs):
-            shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch)
+            shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch) if self.update.shuffle else None
             yield from minibatches(experience, self.update.minibatches, shuffle)
 
     def micro_batches(self, experience: Experience) -> list[Experience]:

@@ -48,8 +48,8 @@ def phases(setting: Setting) -> tuple[Phase, ...]:
     found = [Phase("load", (weights,))]
     if setting.generation is not None:
         found.append(Phase("decode", (weights, state, gradients, *_decoding(setting))))
-    if setting.judged:  # texts from a data set are judged once, before the first optimizer step
-        before = (weights, gradients) if setting.generation is None else (weights, state, gradients)
+    if setting.judged:  # DPO's texts are judged once, before the first optimizer step
+        before = (weights, gradients) if setting.method == "DPO" else (weights, state, gradients)
         found.append(Phase("judge", (*before, *_judging(setting))))
     return (*found, Phase("update", (weights, state, *_updating(setting))))
 
