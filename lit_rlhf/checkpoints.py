@@ -89,7 +89,11 @@ class AnyCheckpoint(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint from a file or, with `read_checkpoint`, from a folder."""
+        """Read a checkpoint from a file or, with `read_checkpoint`, from a folder.
+
+        Raises:
+            UserError: if a folder is not a complete checkpoint.
+        """
         if Path(path).is_dir():
             return read_checkpoint(Path(path), weights_only is not False)
         return super().load_checkpoint(path, map_location, weights_only=weights_only)

@@ -35,6 +35,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The command and its options; None to read the command line.
 
+    Raises:
+        SystemExit: if the user made a mistake, or asked for the help of a command.
+
     >>> main(["--help"])  # doctest: +ELLIPSIS
     usage: lit-rlhf COMMAND [options]
     ...
@@ -68,9 +71,9 @@ def main(args: Sequence[str] | None = None) -> None:
 def _configure_allocator() -> None:
     """Let the blocks of GPU memory grow, so that tensors of varying sizes do not fragment it.
 
-    Nothing is done if the user has set the variable, under any of its names. torch may read the variable while it is
-    imported. The first two names are set: torch 2.9 ignores this option under the first one, and reports the second one
-    as deprecated unless the first is set, too.
+    Nothing is done if the user has set the variable, under any of its names. This function must be called before torch
+    is imported, because torch may read the variable then. The first two names are set: torch 2.9 ignores this option
+    under the first one, and reports the second one as deprecated unless the first is set, too.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         for name in ALLOCATOR_VARIABLES[:2]:

@@ -180,6 +180,10 @@ def main(args: Sequence[str]) -> None:
 
     Args:
         args: The arguments that follow ``lit-rlhf export`` on the command line.
+
+    Raises:
+        UserError: if the model cannot be exported, as in `export`.
+        SystemExit: if an option does not exist, or has a wrong value.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf export", description="Export a model from a checkpoint as a Hugging Face folder."

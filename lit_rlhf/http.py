@@ -13,22 +13,26 @@ from urllib3.util import Retry
 from lit_rlhf.errors import UserError
 
 RETRIED_STATUS = (429, 500, 502, 503, 504)
-"""The status codes of answers that a later attempt may improve."""
+"""The HTTP status codes after which a later attempt may succeed."""
 
 
 class JSONClient:
     """A client of one service; several threads may use it at once.
 
-    A request is repeated, after pauses of 0, 1, 2, 4, … seconds, if the connection fails, if no answer comes in time,
-    or if the status code says that a later attempt may succeed. A repeated request must therefore be harmless.
+    A request is repeated if the connection fails, if no answer comes in time, or if the status code says that a later
+    attempt may succeed. The pauses before the repetitions are 0, 1, 2, 4, … seconds, or as long as the header
+    ``Retry-After`` of the answer asks for. A repeated request must therefore be harmless.
 
     Args:
-        url: The address of the service, without a slash at the end.
-        option: The option that holds the address, for messages.
-        timeout: The maximum number of seconds to wait for an answer.
+        url: The address of the service; a slash at the end is removed.
+        option: The name of the option that holds the address, for messages.
+        timeout: The maximum number of seconds to wait for an answer, in each attempt.
         retries: The maximum number of times that a request is repeated.
         token: The bearer token to send; None for none.
-        connections: The maximum number of requests at the same time.
+        connections: The maximum number of requests that `post_all` sends at the same time.
+
+    Raises:
+        UserError: if the address does not begin with ``http://`` or ``https://``.
 
     >>> JSONClient("ftp://example", "model.engine.url")
     Traceback (most recent call last):
@@ -68,26 +72,40 @@ class JSONClient:
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=retry))
 
     def get(self, path: str) -> Any:
-        """Return the answer to a GET request.
+        """Return the JSON value with which the service answers a GET request, or None if the answer is empty.
+
+        Args:
+            path: What follows the address of the service, beginning with a slash.
 
         Raises:
-            UserError: if no usable answer came, after all attempts.
+            UserError: if no attempt succeeds, or if the answer reports an error or is not JSON.
         """
         return self._request("GET", path, None)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Return the answer to a POST request.
+        """Return the JSON value with which the service answers a POST request, or None if the answer is empty.
+
+        Args:
+            path: What follows the address of the service, beginning with a slash.
+            body: The JSON object to send.
 
         Raises:
-            UserError: if no usable answer came, after all attempts.
+            UserError: if no attempt succeeds, or if the answer reports an error or is not JSON.
         """
         return self._request("POST", path, body)
 
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Return the answers to several POST requests, in their order, with at most ``connections`` at the same time.
+        """Return the answers to several POST requests, as `post` does, in the order of the requests.
+
+        At most ``connections`` requests are sent at the same time. When the failure of one of them is noticed, requests
+        that are still waiting are not sent any more.
+
+        Args:
+            path: What follows the address of the service, beginning with a slash.
+            bodies: The JSON object of each request.
 
         Raises:
-            UserError: if no usable answer came to one of them, after all attempts; those that wait are then not sent.
+            UserError: if one of the requests fails, for the reasons in `post`.
         """
         with ThreadPoolExecutor(max(1, min(self.connections, len(bodies)))) as pool:
             futures = [pool.submit(self.post, path, body) for body in bodies]

@@ -101,7 +101,11 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(PrintPlan, "plan")
 
     def before_instantiate_classes(self) -> None:
-        """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists."""
+        """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.
+
+        Raises:
+            UserError: if that checkpoint does not exist.
+        """
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):
@@ -154,7 +158,11 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:
-        """Construct the model, the data module and the Trainer; raise a `UserError` for a value that they refuse."""
+        """Construct the model, the data module and the Trainer.
+
+        Raises:
+            UserError: if one of the three refuses a value.
+        """
         try:
             super().instantiate_classes()
         except UserError:
@@ -239,7 +247,11 @@ def _check_checkpoint(path: str | None) -> None:
 
 
 def _check_gradient_options(trainer: lightning.Trainer) -> None:
-    """Refuse options that Lightning applies only to modules that leave the optimizer step to the Trainer."""
+    """Check that no option is set that Lightning applies only if the Trainer does the optimizer steps.
+
+    Raises:
+        UserError: if the Trainer's options clip or accumulate gradients.
+    """
     if trainer.gradient_clip_val is not None:
         raise UserError(
             "trainer.gradient_clip_val must be null: gradients are clipped by model.update.clip_grad_norm or, "

@@ -51,7 +51,11 @@ class PlanCLI(lightning_cli.CLI):
         """Return no Trainer, which would need the devices that are only planned for."""
 
     def after_instantiate_classes(self) -> None:
-        """Print the plan."""
+        """Print the plan.
+
+        Raises:
+            UserError: if the run cannot be planned.
+        """
         show(self.plan(), Console())
 
     def plan(self) -> Plan:
@@ -81,6 +85,10 @@ def main(args: Sequence[str]) -> None:
 
     Args:
         args: The arguments that follow ``lit-rlhf plan`` on the command line.
+
+    Raises:
+        UserError: if the configuration is not valid, or the run cannot be planned.
+        SystemExit: if an option does not exist, or a value has the wrong type.
     """
     lightning_cli.run(args, PlanCLI, prog="lit-rlhf plan")
 
@@ -94,7 +102,11 @@ def _device(name: str | None) -> Device:
 def _devices(trainer: Any, device: Device) -> int:
     """Return the number of processes that the Trainer's options ask for.
 
-    ``auto`` asks for as many as this machine has GPUs, or for one if it has none or the plan is for a CPU.
+    ``auto`` stands for as many processes on each node as this machine has GPUs, or for one process on each node if this
+    machine has no GPU or the plan is for a CPU.
+
+    Raises:
+        UserError: if the option ``trainer.devices`` does not give a number.
     """
     number = trainer.devices
     if isinstance(number, list):

@@ -20,7 +20,7 @@ def is_reference(text: str) -> bool:
 
 
 def load_reference(text: str, field: str) -> Any:
-    """Import the function that is named by a reference, ``module:name`` or ``path/to/file.py:name``.
+    """Import and return the function that a reference names: ``module:name`` or ``path/to/file.py:name``.
 
     Args:
         text: The reference.

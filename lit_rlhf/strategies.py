@@ -1,7 +1,7 @@
 """The strategies ``fsdp2`` and ``fsdp``, which shard models over processes; Lightning's ``ddp`` works as well.
 
 The option ``--trainer.strategy`` selects a strategy by name. Importing this module registers the names with Lightning,
-and replaces its ``ddp`` with one in which the gradients are parts of the buffers that DDP sends.
+and replaces Lightning's ``ddp`` with one in which the gradients are parts of the buffers that DDP sends.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ class FSDP(FSDPStrategy):
     def setup_environment(self) -> None:
         """Start the communication between the processes, and let batches and buffers keep their data types.
 
-        Lightning would cast batches and buffers, but cannot cast frozen dataclasses. Autocast works as in Lightning's
-        other strategies: on the device of the models, and without a cache of cast weights, which would be outdated
-        after an optimizer step within the same training step.
+        Lightning would cast the buffers, and would raise an error at the batches, which it cannot cast because they are
+        frozen dataclasses. Autocast works as in Lightning's other strategies: on the device of the models, and without
+        a cache of cast weights, which would be outdated after an optimizer step within the same training step.
         """
         super().setup_environment()
         for name in ("convert_input", "convert_module"):

@@ -173,6 +173,10 @@ class Rollout:
         """Return ``x`` [B, S] at the last token of each response, as [B]."""
         return x.gather(1, self.lengths[:, None] - 1).squeeze(1)
 
+    def to(self, device: torch.device) -> "Rollout":
+        """Return the rollout with its tensors on ``device``."""
+        return _to(self, device)
+
     def select(self, rows: Tensor) -> "Rollout":
         """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""
         selected = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})

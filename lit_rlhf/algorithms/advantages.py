@@ -40,7 +40,7 @@ class AdvantageEstimator(ABC):
     """
 
     needs_group: ClassVar[bool] = False
-    """Whether the estimator compares the responses to a prompt; if so, it needs 2 or more responses, but no critic."""
+    """Whether the estimator compares the responses to a prompt; it then needs 2 or more of them, but no critic."""
 
     @abstractmethod
     def __call__(self, trajectory: Trajectory) -> Estimates:

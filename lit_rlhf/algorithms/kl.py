@@ -263,6 +263,10 @@ class ReferenceKL:
 
         Returns:
             [B, T], in nats.
+
+        Raises:
+            ValueError: if the shapes of ``logprobs`` and ``ref_logprobs`` do not match, unless the estimator is
+                ``full``.
         """
         if self.estimator == "full":
             assert full_kl is not None

@@ -30,6 +30,7 @@ class IterationCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: if ``every_n`` or ``keep_every_n`` is less than 1.
+        UserError: during training, if there is no metric with the name ``monitor``.
 
     >>> callback = IterationCheckpoint(every_n=20, monitor="val/loss", mode="min")
     >>> callback.every_n, callback.best is None

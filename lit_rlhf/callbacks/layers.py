@@ -31,7 +31,11 @@ class CompileLayers(Callback):
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Compile the layers, once the models are loaded."""
+        """Compile the layers, once the models are loaded.
+
+        Raises:
+            UserError: if the module is TRPO, or if the models do not name their decoder layers.
+        """
         if isinstance(pl_module, TRPO):
             raise UserError(
                 "CompileLayers: TRPO differentiates twice, but compiled layers can be differentiated only once"
@@ -57,7 +61,11 @@ class ActivationCheckpointing(Callback):
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Make the trained layers recompute their activations, once the models are loaded."""
+        """Make the trained layers recompute their activations, once the models are loaded.
+
+        Raises:
+            UserError: if the models do not name their decoder layers.
+        """
         for layer in _layers(pl_module, self):
             if any(parameter.requires_grad for parameter in layer.parameters()):
                 layer.forward = _Recomputed(layer.forward)
@@ -71,7 +79,7 @@ def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Mo
 
 
 class _Recomputed:
-    """A layer's forward pass that stores its inputs only, and is done again in the backward pass."""
+    """A layer's forward pass that stores only its inputs, and is repeated in the backward pass."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward

@@ -47,7 +47,11 @@ class DemonstrationEncoder:
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
     ) -> list[Row]:
-        """Return one row for each record."""
+        """Return one row for each record.
+
+        Raises:
+            UserError: if a record cannot be used (see `Demonstrations`).
+        """
         pairs = [self._pieces(tokenizer, record, place) for record, place in zip(records, where, strict=True)]
         openings, wholes = (token_rows(tokenizer, pieces) for pieces in zip(*pairs, strict=True))
         rows = []
@@ -59,7 +63,12 @@ class DemonstrationEncoder:
         return rows
 
     def _pieces(self, tokenizer: PreTrainedTokenizerBase, record: Record, where: str) -> tuple[Piece, Piece]:
-        """Return the prompt, and the prompt and the response together."""
+        """Return two pieces: the prompt, and the prompt with the response.
+
+        Raises:
+            UserError: if a column has no value, the prompt or the response has the wrong type, or the prompt is a
+                conversation and the tokenizer has no chat template.
+        """
         prompt = value_of(record, self.prompt, where) if self.prompt else ""
         response = value_of(record, self.response, where)
         opening = prompt_piece(tokenizer, prompt, where)
@@ -88,7 +97,8 @@ class Demonstrations(ResumableData):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read or a column is missing.
+        UserError: in ``setup``, if a source cannot be read, a column is missing, a prompt is neither text nor a
+            conversation that the chat template accepts, or the response to a text is not text.
 
     >>> data = Demonstrations(train="lit_rlhf.data.reviews:demonstrations", prompt="prompt", response="response")
     >>> Demonstrations(max_tokens=0)

@@ -45,11 +45,20 @@ class ResumableData(lightning.LightningDataModule):
 
     @abstractmethod
     def collate(self, placed: list[tuple[int, Any]]) -> Any:
-        """Make a batch from a list of (place in the global batch, row) pairs."""
+        """Return a batch made from a list of (place in the global batch, row) pairs."""
 
     @abstractmethod
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the rows that the split's loader will give out, and report how many were dropped or cut."""
+        """Return the rows that the split's loader will give out, and report how many were dropped or cut.
+
+        Args:
+            split: The name of the split.
+            records: The records of the split.
+            table: All rows that the encoder made from the records.
+
+        Raises:
+            UserError: if the rows cannot be used, for example because none is left.
+        """
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -57,13 +66,22 @@ class ResumableData(lightning.LightningDataModule):
         return cast(Any, self.trainer).lightning_module.tokenizer
 
     def prepare_data(self) -> None:
-        """Fill the cache; Lightning calls this method in one process of each node, while the others wait."""
+        """Fill the cache; Lightning calls this method in one process of each node, while the others wait.
+
+        Raises:
+            UserError: for the same reasons as in ``setup``.
+        """
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
         self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        """Open the splits that the stage needs; Lightning calls this method in every process."""
+        """Open the splits that the stage needs; Lightning calls this method in every process.
+
+        Raises:
+            UserError: if the stage needs a split that has no source, a source cannot be read, a record cannot be used,
+                or the cache cannot be written or read.
+        """
         held_out = stage if stage in self.sources else "validation"
         splits = ["train", "validation"] if stage == "fit" else [held_out]
         for split in splits:
@@ -131,7 +149,11 @@ class ResumableData(lightning.LightningDataModule):
         return self.rows_of(split, records, table)
 
     def _loader(self, rows: Rows, batch_size: int, option: str, *, shuffle: bool) -> ResumableLoader:
-        """Return a loader of this process's share of each batch."""
+        """Return a loader of this process's share of each batch.
+
+        Raises:
+            UserError: if a batch has fewer rows than there are processes.
+        """
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         check_shares(len(rows), batch_size, shuffle=shuffle, world_size=world_size, option=option)

@@ -66,7 +66,11 @@ class PreferenceEncoder:
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
     ) -> list[Row]:
-        """Return the rows of the records; ``kept`` is False for equal responses and for responses that are too long."""
+        """Return the rows of the records; ``kept`` is False for equal responses and for responses that are too long.
+
+        Raises:
+            UserError: if a record cannot be used (see `Preferences`).
+        """
         rankings = [self._ranking(tokenizer, record, place) for record, place in zip(records, where, strict=True)]
         tokens = iter(token_rows(tokenizer, [piece for ranking in rankings if ranking for piece in ranking.pieces]))
         rows: list[Row] = []
@@ -78,7 +82,11 @@ class PreferenceEncoder:
         return rows
 
     def _ranking(self, tokenizer: PreTrainedTokenizerBase, record: Record, where: str) -> _Ranking | None:
-        """Return the texts of a record, or None if two responses are equal and such records are to be dropped."""
+        """Return the texts of a record, or None if two responses are equal and such records are to be dropped.
+
+        Raises:
+            UserError: if the record cannot be used.
+        """
         responses = self._ordered(record, where)
         equal = next((one for one, other in combinations(responses, 2) if one == other), None)
         if equal is not None:
@@ -99,7 +107,12 @@ class PreferenceEncoder:
         return _Ranking([opening, *(_continued(tokenizer, prompt, r, where) for r in responses)], True, margin)
 
     def _ordered(self, record: Record, where: str) -> list[Any]:
-        """Return the responses of a record, best first."""
+        """Return the responses of a record, best first.
+
+        Raises:
+            UserError: if the record has neither a ranking nor a pair, or if its ranking has fewer than two responses or
+                a tie.
+        """
         if record.get(self.responses) is not None:
             responses = record[self.responses]
             if not isinstance(responses, list) or len(responses) < 2:
@@ -175,7 +188,9 @@ class Preferences(ResumableData):
     Raises:
         ValueError: if a number is out of range.
         UserError: in ``setup``, if a source cannot be read, a column is missing, a ranking has fewer than two
-            responses, or responses are tied and ``ties`` is ``refuse``.
+            responses or contains a tie, two responses are equal and ``ties`` is ``refuse``, a prompt or a response has
+            the wrong type or is refused by the chat template, a margin is not a finite number beside a pair, only some
+            records have prompts, or no record is left.
 
     >>> data = Preferences(train="lit_rlhf.data.reviews:pairs", ties="drop")
     >>> Preferences(validation_batch_size=0)
@@ -231,7 +246,11 @@ class Preferences(ResumableData):
         return self.val_dataloader()
 
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the rows that are neither tied nor too long, and report how many were dropped."""
+        """Return the rows that are neither tied nor too long, and report how many were dropped.
+
+        Raises:
+            UserError: if only some records have prompts, or if no row is left.
+        """
         rows, source, field, limit = Rows(table), self.sources[split], f"data.{split}", self.encoder.max_tokens
         tied = rows.column("tied")
         if len(np.unique(rows.column("prompted")[~tied])) > 1:
@@ -273,7 +292,11 @@ class Preferences(ResumableData):
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any, where: str) -> Piece:
-    """Return the prompt continued by the response, as one piece to tokenize."""
+    """Return the prompt continued by the response, as one piece to tokenize.
+
+    Raises:
+        UserError: if the response has the wrong type, or the tokenizer has no chat template for a conversation.
+    """
     if isinstance(prompt, str):
         if not isinstance(response, str):
             raise UserError(f"{where}: the prompt is text, so a response is text too, not {str(response)[:60]!r}")

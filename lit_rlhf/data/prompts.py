@@ -50,7 +50,11 @@ class PromptEncoder:
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
     ) -> list[Row]:
-        """Return one row for each record."""
+        """Return one row for each record.
+
+        Raises:
+            UserError: if a record cannot be used (see `Prompts`).
+        """
         prompts = [self.prompt(record, place) for record, place in zip(records, where, strict=True)]
         pieces = [prompt_piece(tokenizer, prompt, place) for prompt, place in zip(prompts, where, strict=True)]
         return [self._row(tokens) for tokens in token_rows(tokenizer, pieces)]
@@ -93,7 +97,11 @@ class _Formatter(Formatter):
     """A formatter that refuses a column without a value, which would otherwise become the word None."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the value of a field and the name of its column; raise a KeyError if there is no value."""
+        """Return the value of a field and the name of its column.
+
+        Raises:
+            KeyError: if the column is missing or has no value.
+        """
         value, column = super().get_field(field_name, args, kwargs)
         if value is None:
             raise KeyError(field_name)
@@ -125,7 +133,8 @@ class Prompts(ResumableData):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read, a column is missing, or no prompt is short enough.
+        UserError: in ``setup``, if a source cannot be read, a column is missing, the template is not valid, a prompt is
+            neither text nor a conversation that the chat template accepts, or no prompt is short enough.
 
     >>> data = Prompts(train="prompts.jsonl", template="{question} Think step by step.", max_tokens=1024)
     >>> Prompts(train="prompts.jsonl", batch_size=0)
@@ -193,7 +202,11 @@ class Prompts(ResumableData):
         return self.held_out_loader(split, self.validation_batch_size, "data.validation_batch_size")
 
     def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the rows of the prompts that were kept (short enough, or cut to fit), with their records."""
+        """Return the rows of the prompts that were kept (short enough, or cut to fit), with their records.
+
+        Raises:
+            UserError: if no prompt is left.
+        """
         rows, source, limit = Rows(table, records), self.sources[split], self.encoder.max_tokens
         self.dropped[split] = len(records) - len(rows)
         self.cut[split] = int(rows.column("cut").sum())

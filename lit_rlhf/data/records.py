@@ -218,7 +218,12 @@ def _read_file(path: Path, field: str) -> Records:
 
 
 def _read_jsonl(path: Path, field: str) -> Records:
-    """Open a JSONL file, storing its lines unparsed, because a single Arrow type per column could change values."""
+    """Open a JSONL file, storing its lines unparsed, because a single Arrow type per column could change values.
+
+    Raises:
+        UserError: if the file cannot be read, has no records or changes meanwhile, if a line is not a JSON object, or
+            if the cache cannot be written or read.
+    """
     import datasets
 
     large, digest = path.stat().st_size > LARGE_FILE, _digest(path, field)
@@ -233,7 +238,11 @@ def _read_jsonl(path: Path, field: str) -> Records:
 
 
 def _digest(path: Path, field: str) -> str:
-    """Return a hash of a file's content, under which the cache stores the file's records."""
+    """Return a hash of a file's content, under which the cache stores the file's records.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -245,7 +254,12 @@ def _digest(path: Path, field: str) -> str:
 
 
 def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
-    """Yield the lines that are not blank, after checking that each is a JSON object, so that errors name the line."""
+    """Yield the lines that are not blank, after checking that each is a JSON object, so that errors name the line.
+
+    Raises:
+        UserError: if a line is not a JSON object, all lines are blank, or the file's content does not have the hash
+            ``digest``.
+    """
     empty, content = True, hashlib.sha256()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

@@ -12,7 +12,7 @@
              | "we will never return ." | "i want my money back ."
 
 A prompt is an opening; a response is the rest. `grammatical` says whether a text is a sentence of the language,
-`positivity` how far praise outweighs complaint in the text, from −1 to 1. Everything here is deterministic.
+and `positivity` says how far praise outweighs complaint in the text, from −1 to 1. Everything here is deterministic.
 """
 
 import math

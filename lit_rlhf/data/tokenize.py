@@ -69,6 +69,12 @@ def prompt_piece(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str)
 def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where: str, *, opened: bool) -> Turns:
     """Return a conversation as a piece for `token_rows`.
 
+    Args:
+        tokenizer: The model's tokenizer.
+        conversation: The turns, oldest first.
+        where: The configuration field or the record that the conversation is from, for messages.
+        opened: Whether the template opens the assistant's next turn.
+
     Raises:
         UserError: if ``conversation`` is not a list of turns with role and content, or the tokenizer has no chat
             template.

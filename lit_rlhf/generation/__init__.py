@@ -1,6 +1,7 @@
 """Generation of responses: the engine interface and the engines."""
 
+from lit_rlhf.generation.ahead import Ahead
 from lit_rlhf.generation.engine import Engine, Sampling
 from lit_rlhf.generation.native import NativeEngine
 
-__all__ = ["Engine", "NativeEngine", "Sampling"]
+__all__ = ["Ahead", "Engine", "NativeEngine", "Sampling"]

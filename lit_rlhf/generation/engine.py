@@ -79,12 +79,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineContext:
-    """What an engine may need to know of the run."""
+    """What an engine may need to know about the run."""
 
-    load_actor: Callable[[], Actor]  # loads an actor like the run's, with its initial weights; can be pickled
+    load_actor: Callable[[], Actor]  # can be pickled; loads a copy of the run's actor, with the initial weights
     tokenizer: PreTrainedTokenizerBase
     device: torch.device  # of this process
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
+    rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 
 
 class Engine(ABC):
@@ -117,12 +118,12 @@ class Engine(ABC):
         return False
 
     def start(self, context: EngineContext) -> None:  # noqa: B027
-        """Prepare the engine for a run: called on all processes, before the first responses are generated.
+        """Prepare the engine for a run; the default does nothing.
 
-        The default does nothing.
+        All processes call this method before the first responses are generated.
 
         Args:
-            context: What the run knows and the engine may need.
+            context: What the engine may need to know about the run.
         """
 
     def close(self) -> None:  # noqa: B027
@@ -167,9 +168,10 @@ class PendingRollout(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Generate the responses: called once, in any thread, and on every process without communication between them.
+        """Generate the responses.
 
-        The method does not raise errors; it keeps them for `result`.
+        Every process calls this method once, in any thread, and the processes do not communicate with each other in it.
+        The method does not raise errors, but keeps them for `result`.
         """
 
     @abstractmethod
@@ -198,7 +200,7 @@ class DetachedEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Pass on the actor's current weights, and return the rollout that is to be generated with them.
+        """Pass the actor's current weights to where the work is done, and return the rollout to generate with them.
 
         All processes call this method together; the arguments are those of `Engine.generate`.
         """
@@ -213,7 +215,11 @@ class DetachedEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """Generate the responses, and wait for them."""
+        """Generate the responses, and wait for them; the arguments are those of `Engine.generate`.
+
+        Raises:
+            UserError: on all processes, if the responses could not be generated on one of them.
+        """
         pending = self.begin(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
         pending.run()
         return pending.result()

@@ -21,7 +21,7 @@ from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
 CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
-"""The number of steps between two checks for rows that have ended; each check waits for the GPU."""
+"""The number of steps between two checks for rows that have ended; in each check, the host waits for the GPU."""
 INITIAL_COLUMNS = 64
 """The number of response tokens that the cache first has memory for; the cache grows later, often with fewer rows."""
 MIN_FREE_FRACTION = 0.125
@@ -76,7 +76,7 @@ class NativeEngine(Engine):
 
     @property
     def is_exact(self) -> bool:
-        """True: the engine computes with the actor itself."""
+        """Always True, because the engine computes with the actor itself."""
         return True
 
     @torch.no_grad()
@@ -90,7 +90,11 @@ class NativeEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """Generate ``sampling.responses`` responses for each prompt, as `Engine.generate` specifies."""
+        """Generate ``sampling.responses`` responses for each prompt, as `Engine.generate` specifies.
+
+        Raises:
+            UserError: if the model caches anything besides keys and values.
+        """
         n = sampling.responses
         rows = prompts.group.repeat_interleave(n) * n + torch.arange(n, device=prompts.group.device).repeat(
             len(prompts.group)
@@ -258,7 +262,7 @@ class _Decoding:
         few_rows = self.next_prompt == len(self.prompt_lengths) and cache.used <= MIN_USED_FRACTION * cache.rows
         if cache.end == cache.columns or (self.static and few_rows):
             self._resize_cache()
-        self.mask[:, cache.end] = True  # also in rows without a sequence, since attention to nothing is not a number
+        self.mask[:, cache.end] = True  # also in rows without a sequence, since attention to nothing gives NaN
         if self.static:
             self.static_step = self.static_step or StaticStep(self.actor, cache, self.mask)
             logits = self.static_step(new, self.position)

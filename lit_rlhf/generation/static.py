@@ -15,9 +15,9 @@ from lit_rlhf.models.actor import Actor
 class StaticStep:
     """A compiled decoding step for all rows and columns of a cache; a GPU replays it as one CUDA graph.
 
-    Rows without a sequence are computed, too, but nobody reads their results. The graph is captured when the step is
-    first called, and is freed with this object. The graphs that ``torch.compile`` can capture itself would be kept
-    forever, although the cache, and gathered weights, have other addresses in the next generation.
+    Rows without a sequence are computed, too, but their results are not used. The graph is captured when the step is
+    first called, and is freed with this object. The graphs that ``torch.compile`` itself can capture would never be
+    freed, although the cache and gathered weights have other addresses in the next generation.
 
     Args:
         actor: The policy.
@@ -64,7 +64,7 @@ def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
 
     Args:
         step: The step, which must be repeatable, because it runs once before it is captured.
-        device: The device of its tensors.
+        device: The device of the step's tensors.
     """
     if device.type != "cuda":
         return step

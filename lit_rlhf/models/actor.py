@@ -213,11 +213,15 @@ def _scatter(x: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_head(actor: Actor) -> None:
-    """Check that the trunk and the head, applied one after the other, give the logits of the whole model."""
+    """Check that the trunk and the head, applied one after the other, give the logits of the whole model.
+
+    Raises:
+        UserError: if they do not.
+    """
     model = with_weights(actor.model)
     was_training = model.training
     model.eval()
-    with model.device:  # not the default one, which may be where the model goes later
+    with model.device:  # not the default device, to which the model may be moved later
         tokens = torch.arange(3)[None] % model.config.vocab_size
         whole = model(input_ids=tokens).logits.float()
         parts = _logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)

@@ -64,8 +64,11 @@ def is_unpadded(trunk: nn.Module) -> bool:
 
 
 def may_be_unpadded(model: PreTrainedModel) -> bool:
-    """Return whether a model's attention can be replaced, and does not depend on a mask that says more than padding."""
-    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())  # only the mask has the chunks
+    """Return whether a model's attention can be replaced.
+
+    Attention within chunks of a text cannot, because only the attention mask contains the bounds of the chunks.
+    """
+    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
     return attention_can_be_set(model) and not chunked
 
 
@@ -118,7 +121,11 @@ def _attend(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention with the signature that transformers requires: query [B, heads, N, D] → [B, N, heads, D]."""
+    """Compute attention with the signature that transformers requires: query [B, heads, N, D] → [B, N, heads, D].
+
+    Raises:
+        NotImplementedError: if the attention depends on soft caps, attention sinks or a position bias.
+    """
     if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError
     if cu_seq_lens_q is None:  # decoding: the mask is complete

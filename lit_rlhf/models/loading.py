@@ -76,7 +76,7 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
             if os.path.isdir(path):
                 raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load") from error
             raise _unreachable(path, field, error) from error
-        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made up: its files are missing
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # an empty one, made up
             raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{field}: the tokenizer of {path} has no end-of-sequence token (eos_token)")
@@ -99,7 +99,8 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the model cannot be loaded, or a sequence classifier does not have exactly one label.
+        UserError: if the model, or the tokenizer that random weights need, cannot be loaded, or if a sequence
+            classifier does not have exactly one label.
     """
     with torch.device("cpu"):
         if isinstance(source, RandomWeights):
@@ -116,6 +117,10 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
 def check_exists(path: str, field: str) -> None:
     """Check that a path is an existing folder, unless the path may be a hub id.
 
+    Args:
+        path: The path or the hub id.
+        field: The name of the configuration field, for error messages.
+
     Raises:
         UserError: if the path is a file, or does not exist and cannot be a hub id.
     """
@@ -127,6 +132,10 @@ def check_exists(path: str, field: str) -> None:
 
 def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
     """Load the configuration of a model.
+
+    Args:
+        source: A folder, a hub id, or a configuration for random weights.
+        field: The name of the configuration field, for error messages.
 
     Raises:
         UserError: if the configuration cannot be loaded, or its ``model_type`` is missing or unknown to transformers.
@@ -185,6 +194,9 @@ def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
     """Build a model whose weights are read later, through the active `unread_weights`.
 
     Return None if no such context is active, or if the weights cannot be read later.
+
+    Raises:
+        UserError: if such a context is active and the model's configuration cannot be loaded.
     """
     unread = current_unread_weights()
     if unread is None:
@@ -202,7 +214,7 @@ def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
     if quantized or not known_head or not unread.add(model, folder):
         return None
     if task == "score":
-        unread.read_now(model.score)  # small, and a critic that starts from this model rescales it
+        unread.read_now(model.score)  # it is small, and a critic that starts from this model rescales it
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

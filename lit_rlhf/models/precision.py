@@ -13,7 +13,7 @@ ALIASES = ("32", "bf16")
 
 
 def check_precision(precision: str | int) -> None:
-    """Check that weights and gradients are in float32.
+    """Check that training supports a precision, which must keep weights and gradients in float32.
 
     With weights in bfloat16, updates at the usual learning rates are lost to rounding. Float16 needs scaled losses, but
     the code that measures and clips gradient norms does not take the scale into account.
@@ -44,9 +44,9 @@ def is_frozen(model: nn.Module) -> bool:
 def rounded_weights(model: nn.Module, *, all_weights: bool) -> list[nn.Parameter]:
     """Return the parameters that are rounded in each forward pass under autocast to bfloat16.
 
-    Autocast rounds the weights and biases of linear layers. It does not round the weights of embeddings and norms, nor
-    a head that shares its weight with an embedding. Classes derived from ``nn.Linear`` are left out, because some of
-    them use their weights in other operations.
+    Autocast rounds the weights and biases of linear layers, but not the weights of embeddings and norms. A weight that
+    a head shares with an embedding is left out, because the embedding uses it without rounding. Classes derived from
+    ``nn.Linear`` are left out, because some of them use their weights in other operations.
 
     Args:
         model: The model.
@@ -64,8 +64,8 @@ def rounded_weights(model: nn.Module, *, all_weights: bool) -> list[nn.Parameter
 def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     """Store float32 weights of a frozen model in bfloat16, in place, where this does not change the model's output.
 
-    What each forward pass rounds can be rounded once; see `rounded_weights`. (State-space layers use the weights of
-    plain linear layers directly, so that their output changes by the rounding.)
+    Weights that each forward pass would round can be rounded once; see `rounded_weights`. (State-space layers are an
+    exception: they use the weights of plain linear layers directly, so that the rounding changes their output.)
 
     Args:
         model: The model, which is only used under autocast to bfloat16.

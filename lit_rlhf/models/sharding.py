@@ -29,7 +29,9 @@ def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
-    """Shard a model with FSDP2 in place: each decoder layer is one unit, and the rest of the model is another.
+    """Shard a model with FSDP2 in place, and return it.
+
+    Each decoder layer is one unit, and the rest of the model is another.
 
     Args:
         model: An actor, critic or reward model.

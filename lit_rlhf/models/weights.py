@@ -83,7 +83,11 @@ class UnreadWeights:
         return complete
 
     def read_now(self, module: nn.Module) -> None:
-        """Read the weights of a module of the model that was added last, before that model is sharded."""
+        """Read the weights of one module of the model that was added last, before that model is sharded.
+
+        Args:
+            module: The module; only its own tensors are read, not those of its submodules.
+        """
         folder, locations = self._files[-1]
         for name, location in list(locations.items()):
             if location.module is module:
@@ -94,7 +98,8 @@ class UnreadWeights:
     def read(self, model: nn.Module, device: torch.device) -> None:
         """Allocate memory for a model, which is already sharded or stays whole, and read its weights from the files.
 
-        Each process reads alone: whether the files suffice is decided in each, so that there must be no collective.
+        Each process reads alone, without collective operations: since each process decides for itself whether a model's
+        weights are read here or by transformers, the other processes may not take part.
 
         Args:
             model: The model, which may have parts besides those that were remembered; these keep their values.
@@ -103,7 +108,8 @@ class UnreadWeights:
         materialize(model, device)
         for folder, locations in self._files:
             tensors = {name: location.tensor() for name, location in locations.items()}
-            here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}  # not of a head left out
+            # a head that the model leaves out is still on the meta device
+            here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is intended
                 load(here, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -114,9 +120,11 @@ _unread: ContextVar[UnreadWeights | None] = ContextVar("unread", default=None)
 
 @contextmanager
 def unread_weights() -> Iterator[UnreadWeights]:
-    """Let `load_model` build models from files without reading the weights, where it can, inside this context.
+    """Let `load_model` build models from files without reading their weights, where possible, inside this context.
 
-    It cannot for random weights, nor for files whose tensors have other names or shapes than the model's parameters.
+    The context yields the object that reads the weights afterwards. Weights are loaded at once if they are random or
+    quantized, if the files' tensors have other names or shapes than the model's parameters, if the head of a sequence
+    classifier is not a linear layer named ``score``, or if the model cannot be built on the meta device.
     """
     unread = UnreadWeights()
     token = _unread.set(unread)
@@ -152,7 +160,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def local_folder(path: str) -> Path:
-    """Return a model's folder; files of a hub id are downloaded, if they are not in the cache already."""
+    """Return a model's folder; the files of a hub id are downloaded unless they are in the cache already."""
     if Path(path).is_dir():
         return Path(path)
     return Path(snapshot_download(path, allow_patterns=["*.json", WEIGHT_FILES]))
@@ -169,7 +177,7 @@ def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
 
 
 def first_layers(config: PretrainedConfig, count: int) -> Any:
-    """Return a copy of a configuration with only the first ``count`` decoder layers."""
+    """Return a copy of a model's configuration with only the first ``count`` decoder layers."""
     shorter: Any = deepcopy(config)
     for name, value in list(vars(shorter).items()):
         if isinstance(value, list) and len(value) == shorter.num_hidden_layers:  # one entry for each layer
@@ -182,8 +190,8 @@ def with_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model whose weights have values, for testing how the architecture of the given model computes.
 
     This is the given model itself if its weights have been read. Otherwise, it is a small model of the same class with
-    random float32 weights: its layers have the same shapes as those of the given model, but there are only as many as
-    are needed to have one of each type, and the vocabulary has 16 tokens.
+    random float32 weights: its layers have the same shapes as those of the given model, but there are only as many of
+    the first layers as are needed to include every type of layer, and the vocabulary has 16 tokens.
 
     Args:
         model: A model, of which some parameters may be on the meta device.

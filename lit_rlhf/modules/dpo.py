@@ -48,7 +48,7 @@ class DPO(PreferenceModule):
         sampling: How responses to held-out prompts are sampled. The temperature divides the logits in training too.
         engine: The engine that samples the responses to held-out prompts.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
-            On a single GPU, a step that runs out of memory halves it for the rest of the run.
+            On a single GPU, a step that runs out of memory halves this number for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the actor.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
@@ -102,7 +102,13 @@ class DPO(PreferenceModule):
         keep_out_of_checkpoints(self, ("reference.",))
 
     def configure_model(self) -> None:
-        """Load the actor and the reference; Lightning calls this more than once, but only the first call loads them."""
+        """Load the actor and the reference.
+
+        Lightning calls this method more than once, but only the first call loads the models.
+
+        Raises:
+            UserError: if a model cannot be loaded, or the two models have vocabularies of different sizes.
+        """
         if self.is_configured:
             return
         roles = load_roles(
@@ -119,7 +125,11 @@ class DPO(PreferenceModule):
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """The tokens that end a response, and the padding token."""
+        """The tokens that end a response, and the padding token.
+
+        Raises:
+            UserError: if a text in ``sampling.stop`` is not exactly one token of the tokenizer.
+        """
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
@@ -144,6 +154,9 @@ class DPO(PreferenceModule):
         Each batch is computed whole by one rank, and the batches are in file order, so that the results are the
         same, bit for bit, on any number of ranks and after a resume. Lightning does not set the precision of the
         training step for this hook, so this method sets it.
+
+        Raises:
+            UserError: if the batches do not come from the data module `Preferences`.
         """
         if not self.cache_reference:
             return

@@ -1,7 +1,8 @@
 """Forward passes of actor, reference and critic over a whole rollout, without gradients and in micro-batches.
 
-All processes must call these functions together: sharded weights are gathered first. The forward passes then need no
-communication, so that the number of micro-batches may differ between processes.
+The functions `actor_outputs`, `response_logprobs` and `critic_values` must be called on all processes at the same time,
+because sharded weights are gathered first. The forward passes then need no communication, so the number of
+micro-batches may differ between processes.
 """
 
 from functools import partial

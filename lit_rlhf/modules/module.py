@@ -71,7 +71,11 @@ class AlignmentModule(lightning.LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the trained model."""
+        """The tokenizer of the trained model.
+
+        Raises:
+            UserError: if the tokenizer cannot be loaded, or has no end-of-sequence token.
+        """
         return load_tokenizer(self.source, f"model.{self.role}")
 
     @property
@@ -162,15 +166,15 @@ class AlignmentModule(lightning.LightningModule):
             raise UserError(f"data: {type(self).__name__} takes {expected}es, this data module gives {given}es")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Check the type of the batch."""
+        """Check the batch with `check_batch`, which raises a `UserError` if the batch cannot be used."""
         self.check_batch(batch)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Check the type of the batch."""
+        """Check the batch with `check_batch`, which raises a `UserError` if the batch cannot be used."""
         self.check_batch(batch)
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Check the type of the batch."""
+        """Check the batch with `check_batch`, which raises a `UserError` if the batch cannot be used."""
         self.check_batch(batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -216,15 +220,19 @@ class AlignmentModule(lightning.LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
 
     def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
-        """Build a model, shard it as the strategy requires, and move it to this process's device.
+        """Build a model, shard it as the strategy requires, and return it on this process's device.
 
         The host's memory holds only what belongs on the host: if a model is sharded or goes to a GPU, each process
-        reads just its own part of the model from the files. FSDP1 is the exception: under it, each process loads the
-        whole model first. Models are placed one after the other.
+        reads just its own part of the model from the files. There are two exceptions, in which each process loads the
+        whole model first: FSDP1, and weights that cannot be read later (see `unread_weights`). Models are placed one
+        after the other.
 
         Args:
             build: A function that loads the model with `load_model`.
             sharded: Whether a strategy that shards models may shard this one.
+
+        Raises:
+            UserError: if the model cannot be loaded, or the strategy cannot be used (see `shard`).
         """
         strategy = strategy_of(self)
         shard = self.shard if sharded else _unchanged

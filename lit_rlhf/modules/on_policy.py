@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
+import lightning
 import torch
 from torch import Tensor
 
@@ -25,12 +25,15 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
+from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
-from lit_rlhf.modules.roles import load_roles
+from lit_rlhf.modules.roles import load_actor, load_roles
+from lit_rlhf.modules.rollouts import Rollouts
 from lit_rlhf.modules.update import Update
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
@@ -64,6 +67,7 @@ class OnPolicy(AlignmentModule):
         reference: ModelSource | None,
         sampling: Sampling,
         engine: Engine,
+        guard: Guard,
         scores: ScoreShaping,
         kl: KLController,
         reference_kl: ReferenceKL,
@@ -81,6 +85,7 @@ class OnPolicy(AlignmentModule):
         self.reference_source = reference
         self.sampling = sampling
         self.engine = engine
+        self.rollouts = Rollouts(engine, sampling, guard, partial(load_actor, actor, sampling.temperature))
         self.kl = kl
         self.reference_kl = reference_kl
         self.advantages = advantages
@@ -92,7 +97,13 @@ class OnPolicy(AlignmentModule):
         self.scores = Scores(rewards or [], scores)
         self.reference_scores: dict[int, Tensor] = {}  # of each held-out batch: the reference does not change in a run
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
-        self._check()
+        check_settings(
+            scores=self.scores,
+            sampling=sampling,
+            advantages=advantages,
+            has_critic=critic is not None,
+            bootstrap_truncated=bootstrap_truncated,
+        )
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:
@@ -101,44 +112,42 @@ class OnPolicy(AlignmentModule):
         Args:
             experience: The rows of all processes; each process learns from its part of every minibatch.
             metrics: Receives the metrics of the update.
-        """
 
-    def _check(self) -> None:
-        if not self.scores.rewards:
-            raise UserError("model.rewards is empty: name at least one reward")
-        if self.sampling.temperature == 0:
-            raise UserError(
-                "model.sampling.temperature must be positive: the most likely response alone teaches nothing"
-            )
-        if self.bootstrap_truncated and self.critic_source is None:
-            raise UserError("model.bootstrap_truncated needs a critic: it uses the value after the last token")
-        if self.advantages.needs_group:
-            name = type(self.advantages).__name__
-            if self.sampling.responses < 2:
-                raise UserError(
-                    f"model.sampling.responses is 1, but {name} compares the responses to a prompt: it needs 2 or more"
-                )
-            if self.critic_source is not None:
-                warnings.warn(
-                    f"{name} has its own baseline: the critic is trained, but nothing uses it "
-                    "(model.critic: null saves its memory and time)",
-                    stacklevel=2,
-                )
+        Raises:
+            UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
+                out.
+        """
 
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the precision, and discard the scores of the reference's responses from an earlier run."""
+        """Check the precision, and discard the scores of the reference's responses from an earlier run.
+
+        Raises:
+            UserError: if ``trainer.precision`` is not supported.
+        """
         super().setup(stage)
         self.reference_scores.clear()
 
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """Return the source of the rollouts, which starts and closes the engine."""
+        return [self.rollouts]
+
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """The tokens that end a response, and the padding token."""
+        """The tokens that end a response, and the padding token.
+
+        Raises:
+            UserError: if a text in ``sampling.stop`` is not exactly one token of the tokenizer.
+        """
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def configure_model(self) -> None:
-        """Load and shard the models; Lightning calls this method more than once, but only the first call loads them."""
+        """Load and shard the models; Lightning calls this method more than once, but only the first call loads them.
+
+        Raises:
+            UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
+        """
         if self.is_configured:
             return
         reward_models = [reward for reward in self.scores.rewards if isinstance(reward, RewardModel)]
@@ -161,10 +170,14 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------- an iteration
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Do one iteration, and return the scored rollout for callbacks."""
+        """Do one iteration, and return the scored rollout for callbacks.
+
+        Raises:
+            UserError: if the engine cannot use the model, if a reward fails, or for the reasons that `learn` lists.
+        """
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("generate"):
-            rollout = self.generate(batch, self.actor, Stream.ROLLOUT, int(self.iteration))
+            rollout = self.rollouts.next(self, batch, metrics)
         with watch.phase("judge"):
             scored = self.judge(rollout, batch)
             trajectory = self.reward(scored)
@@ -178,14 +191,17 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def generate(self, batch: PromptBatch, actor: Actor, stream: Stream, iteration: int) -> Rollout:
         """Sample responses to a batch of prompts, with random numbers that depend on the stream and the iteration."""
+        options = self.sampling, self.special_tokens
         with self.profile("generate"):
-            return self.engine.generate(
-                actor, batch, self.sampling, self.special_tokens, stream=stream, iteration=iteration
-            )
+            return self.engine.generate(actor, batch, *options, stream=stream, iteration=iteration)
 
     @torch.no_grad()
     def judge(self, rollout: Rollout, batch: PromptBatch) -> ScoredRollout:
-        """Compute the outputs of the rewards, the actor, the reference and the critic for a rollout."""
+        """Compute the outputs of the rewards, the actor, the reference and the critic for a rollout.
+
+        Raises:
+            UserError: if a reward fails, or does not return one number for each response.
+        """
         with self.profile("judge"):
             inputs = decode(rollout, batch, self.tokenizer)
             rewards, scores = self.scores.judge(inputs)
@@ -213,7 +229,7 @@ class OnPolicy(AlignmentModule):
         )
 
     def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
-        """Return the actor's outputs, from the engine if its log-probabilities and entropies suffice and are exact."""
+        """Return the actor's outputs: the engine's numbers if these are exact and no other outputs are needed."""
         exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounds_float32(self.device)
         if exact and other is None and self.actor.value_head is None:
             return ActorOutputs(rollout.rollout_logprobs, rollout.rollout_entropy)
@@ -221,7 +237,7 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def reward(self, scored: ScoredRollout) -> Trajectory:
-        """Combine the scores and the KL to the reference into a reward for each token."""
+        """Combine the scores and, if it is part of the reward, the KL to the reference into a reward for each token."""
         mask, kl = scored.rollout.response_mask, None
         if self.reference_kl.where == "reward":
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)
@@ -266,7 +282,11 @@ class OnPolicy(AlignmentModule):
         return gather_experience(experience, self.sampling.responses, self.sum_over_ranks, self.max_over_ranks)
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:
-        """Yield the minibatches of all epochs, each with the rows of all processes."""
+        """Yield the minibatches of all epochs, each with the rows of all processes.
+
+        Raises:
+            UserError: if there are fewer rows than ``update.minibatches``.
+        """
         if self.update.minibatches > len(experience.advantages):
             raise UserError(
                 f"model.update.minibatches is {self.update.minibatches}, but an iteration has only "

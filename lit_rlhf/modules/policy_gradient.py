@@ -13,6 +13,7 @@ from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.modules.steps import step_within_target
@@ -35,6 +36,7 @@ class PolicyGradient(OnPolicy):
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
+        guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
@@ -74,6 +76,7 @@ class PolicyGradient(OnPolicy):
         reference: ModelSource | None = None,
         sampling: Sampling = Sampling(),
         engine: Engine = NativeEngine(),
+        guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
         reference_kl: ReferenceKL = ReferenceKL(),
@@ -95,6 +98,7 @@ class PolicyGradient(OnPolicy):
             reference=reference,
             sampling=sampling,
             engine=engine,
+            guard=guard,
             scores=scores,
             kl=kl,
             reference_kl=reference_kl,
@@ -118,7 +122,16 @@ class PolicyGradient(OnPolicy):
         return {"policy": actor, "value": critic} if critic else {"policy": actor}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Do one optimizer step per minibatch in each epoch; stop if the KL to the old policy exceeds its target."""
+        """Do one optimizer step per minibatch in each epoch; stop if the KL to the old policy exceeds its target.
+
+        Args:
+            experience: The rows of all processes; each process learns from its part of every minibatch.
+            metrics: Receives the metrics of the update.
+
+        Raises:
+            UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
+                out (see `within_memory`).
+        """
         losses = self.losses()
         for minibatch in self.minibatches(experience):
             if not step_within_target(self, minibatch, losses, metrics):

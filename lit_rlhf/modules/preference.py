@@ -64,7 +64,11 @@ class PreferenceModule(AlignmentModule):
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Do one optimizer step on a batch."""
+        """Do one optimizer step on a batch.
+
+        Raises:
+            UserError: if the loss or the gradient norm is not finite, or if memory runs out (see `within_memory`).
+        """
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("update"):
             self._step(batch, metrics)

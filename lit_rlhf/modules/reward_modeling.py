@@ -27,7 +27,7 @@ class RewardModeling(PreferenceModule):
             sequence classifier with one label; given as a folder, a hub id, or a configuration for random weights.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
-            On a single GPU, a step that runs out of memory halves it for the rest of the run.
+            On a single GPU, a step that runs out of memory halves this number for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
@@ -70,7 +70,11 @@ class RewardModeling(PreferenceModule):
             self.register_buffer(name, torch.tensor(torch.nan, dtype=torch.float64))
 
     def configure_model(self) -> None:
-        """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
+        """Load the model; Lightning calls this method more than once, but only the first call loads the model.
+
+        Raises:
+            UserError: if the model cannot be loaded.
+        """
         if not self.is_configured:
             self.reward = self.place(lambda: load_critic(self.source, "model.reward", bias=False))
             self.train(self.training)
@@ -79,6 +83,12 @@ class RewardModeling(PreferenceModule):
         """Return the model as a sequence classifier, and its weights.
 
         The classifier's configuration stores the mean and standard deviation of the scores once they are measured.
+
+        Args:
+            weights: The full ``state_dict`` of the trained model.
+
+        Raises:
+            UserError: if transformers has no sequence classifier of this architecture.
         """
         model = to_classifier(self.reward, self.tokenizer, weights)
         if torch.isfinite(self.score_mean):
@@ -90,7 +100,7 @@ class RewardModeling(PreferenceModule):
         return self.reward(batch.tokens, batch.lengths).gather(1, batch.lengths[:, None] - 1).squeeze(1)
 
     def after_step(self) -> None:
-        """Measure the scores of the training set after the last step."""
+        """Measure the mean and the standard deviation of the scores of the training set after the last step."""
         if self.is_last_step():
             self._measure_training_set()
 

@@ -33,7 +33,7 @@ class SFT(AlignmentModule):
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
-            On a single GPU, a step that runs out of memory halves it for the rest of the run.
+            On a single GPU, a step that runs out of memory halves this number for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each optimizer step; None for a constant rate.
@@ -67,7 +67,11 @@ class SFT(AlignmentModule):
         self._separates_packed_texts = False  # set by configure_model
 
     def configure_model(self) -> None:
-        """Load the model; Lightning calls this method more than once, but only the first call loads the model."""
+        """Load the model; Lightning calls this method more than once, but only the first call loads the model.
+
+        Raises:
+            UserError: if the model cannot be loaded.
+        """
         if not self.is_configured:
             self.actor = self.place(self._load_actor)
             self.train(self.training)
@@ -90,7 +94,11 @@ class SFT(AlignmentModule):
             )
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
-        """Do one optimizer step on a batch; the loss is the mean over the tokens of all ranks."""
+        """Do one optimizer step on a batch; the loss is the mean over the tokens of all ranks.
+
+        Raises:
+            UserError: if the loss or the gradient norm is not finite, or if memory runs out (see `within_memory`).
+        """
         part = within_memory(self, partial(self._add_gradients, batch), batch.lengths)
         (norm,) = step_optimizers(self, self.clip_grad_norm, loss=part).values()
         self.step_schedulers()

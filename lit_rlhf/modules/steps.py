@@ -97,8 +97,8 @@ def add_gradients(
     Args:
         module: The module that trains.
         batches: The micro-batches of this rank, at least one.
-        loss_of: A function of a micro-batch that returns its part of the loss of the step, []. Its second argument is
-            False for a repeated micro-batch, which must not be measured.
+        loss_of: A function of a micro-batch that returns its part of the loss of the step, []. The function's second
+            argument is False for a repeated micro-batch, which must not be measured.
     """
     total, count = torch.zeros((), device=module.device), len(batches)
     most = module.max_over_ranks(count)[0] if is_sharded(module.get_submodule(module.role)) else count
@@ -128,7 +128,7 @@ def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: T
     """
     reduce = (
         module.sum_over_ranks if isinstance(module.trainer.strategy, FSDP) else None
-    )  # its shards are plain tensors
+    )  # FSDP1's shards are plain tensors
     optimizers = module.optimizers_by_name()
     parameters = {
         name: [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -234,7 +234,7 @@ def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) ->
     Args:
         parameters: The parameters of one optimizer.
         reduce: A function that sums a tensor over all ranks; needed if each rank holds its shards of the gradients as
-            plain tensors (FSDP1).
+            plain tensors (FSDP1). None to count only this process.
 
     >>> weight = torch.zeros(2, requires_grad=True)
     >>> (3.0 * weight[0] + 4.0 * weight[1]).backward()

@@ -30,6 +30,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
@@ -114,6 +115,7 @@ class TRPO(OnPolicy):
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
+        guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
@@ -148,6 +150,7 @@ class TRPO(OnPolicy):
         reference: ModelSource | None = None,
         sampling: Sampling = Sampling(),
         engine: Engine = NativeEngine(),
+        guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
         reference_kl: ReferenceKL = ReferenceKL(),
@@ -170,6 +173,7 @@ class TRPO(OnPolicy):
             reference=reference,
             sampling=sampling,
             engine=engine,
+            guard=guard,
             scores=scores,
             kl=kl,
             reference_kl=reference_kl,
@@ -185,7 +189,11 @@ class TRPO(OnPolicy):
         keep_out_of_checkpoints(self, ("old.",))
 
     def configure_model(self) -> None:
-        """Load the models, and a second copy of the actor, which holds the old policy."""
+        """Load the models, and a second copy of the actor, which holds the old policy.
+
+        Raises:
+            UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
+        """
         if self.is_configured:
             return
         super().configure_model()
@@ -201,7 +209,16 @@ class TRPO(OnPolicy):
         return {} if self.critic is None else {"value": list(self.critic.parameters())}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Do one step of the actor within its trust region, then the critic's epochs."""
+        """Do one step of the actor within its trust region, then the critic's epochs.
+
+        Args:
+            experience: The rows of all processes; each process learns from its part of them.
+            metrics: Receives the metrics of the update.
+
+        Raises:
+            UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
+                out (see `within_memory`).
+        """
         losses = self.losses()
         assign(list(self.old.parameters()), flatten([p.detach() for p in self.actor.parameters()]))
         step_actor = partial(self._step_actor, experience, losses, metrics)
@@ -237,7 +254,11 @@ class TRPO(OnPolicy):
     def _gradient(
         self, batches: Sequence[Experience], totals: Tensor, losses: Losses, metrics: Metrics
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N]."""
+        """Return the loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N].
+
+        Raises:
+            UserError: if the loss or the norm of the gradient is not finite.
+        """
         parameters = list(self.actor.parameters())
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
         for micro_batch in batches:

@@ -15,7 +15,7 @@ class Update:
         epochs: The number of passes over the experience.
         minibatches: The number of minibatches in each pass; each takes one optimizer step.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
-            On a single GPU, an update that runs out of memory halves it for the rest of the run.
+            On a single GPU, an update that runs out of memory halves this number for the rest of the run.
         aggregation: How the losses of the tokens are averaged: ``token``, ``sequence`` or ``constant``.
         whiten_advantages: Whether to normalise the iteration's advantages to mean 0 and variance 1, over all ranks.
         whiten_rewards: Whether to scale the iteration's rewards to variance 1, over all ranks, before advantages are
@@ -65,7 +65,11 @@ class Update:
 
 
 def check_limits(max_tokens: int, clip_grad_norm: float | None) -> None:
-    """Check the options of the step of SFT, reward modelling and DPO.
+    """Check the options of the optimizer step of SFT, reward modelling and DPO.
+
+    Args:
+        max_tokens: The maximum number of tokens in a micro-batch, including padding.
+        clip_grad_norm: The maximum gradient norm; None for no clipping.
 
     Raises:
         ValueError: if a number is out of range.

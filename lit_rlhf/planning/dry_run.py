@@ -1,4 +1,4 @@
-"""Dry runs: passes of a model on tensors without memory, which count the bytes that the tensors would take.
+"""Dry runs: passes of a model on tensors without memory, to count the bytes that these tensors would take.
 
 A dry run needs no weights and takes a tenth of a second. It runs the model's own code, and therefore works for every
 architecture whose operations do not depend on the values of tensors. Two decoder layers run; the other layers are taken
@@ -44,11 +44,11 @@ class Shape:
     length: int  # tokens of each row
     scored: int  # tokens of each row whose logits are computed
     half: bool  # whether products are computed in bfloat16
-    gpu: bool  # whether to count what a GPU needs, whose attention differs from a CPU's
+    gpu: bool  # whether to count the bytes that a GPU needs; its attention differs from a CPU's
 
     @property
     def tokens(self) -> int:
-        """The number of tokens."""
+        """The number of tokens in all rows."""
         return self.rows * self.length
 
 
@@ -62,6 +62,8 @@ class Footprint(NamedTuple):
 
 class LiveBytes:
     """A count of the bytes of all tensors that operations make while they are watched, as long as the tensors live.
+
+    The attribute ``now`` is the present count, and ``peak`` is the highest count since `take_peak` was last called.
 
     >>> live = LiveBytes()
     >>> with watch_results(live.see):
@@ -100,13 +102,13 @@ class LiveBytes:
 
 
 Rounding: TypeAlias = Literal["none", "linear", "all"]
-"""Which weights are held in bfloat16."""
+"""Which weights are held in bfloat16: none, those that autocast rounds in each pass (``linear``), or all."""
 Gradients: TypeAlias = Literal["new", "kept", "shards"]
 """Whether a backward pass makes the gradients, adds to gradients that exist already, or reduces each to a shard."""
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
-    """Return the parameters that are held in bfloat16."""
+    """Return the parameters of a model that are held in bfloat16."""
     return [] if rounding == "none" else rounded_weights(model, all_weights=rounding == "all")
 
 
@@ -128,15 +130,15 @@ def footprint(
     gradients: Gradients | None = None,
     recompute: bool = False,
 ) -> Footprint:
-    """Count the bytes that a pass takes.
+    """Count the bytes that a pass takes besides the weights.
 
     Args:
         model: The model, on the meta device.
         outputs: What the pass computes.
-        shape: The rows and the precision.
+        shape: The shape of the pass, and the precision of its matrix products.
         rounding: Which weights are held in bfloat16.
-        gradients: What happens to the gradients of a backward pass; None for a forward pass alone.
-        recompute: Whether each layer keeps its inputs only, as with `ActivationCheckpointing`.
+        gradients: What happens to the gradients in the backward pass; None for a forward pass alone.
+        recompute: Whether each layer keeps only its inputs for the backward pass, as with `ActivationCheckpointing`.
 
     Raises:
         UserError: if the model cannot be run without the values of its tensors.
@@ -145,7 +147,7 @@ def footprint(
     run = partial(_run, model, outputs, shape, rounding, gradients, recompute)
     with _refused(model):
         if may_be_unpadded(model):
-            with suppress(NotImplementedError, TypeError):  # the model's attention depends on more, or takes no bounds
+            with suppress(NotImplementedError, TypeError):  # attention depends on more, or takes no bounds
                 return run(attention)
         return run(None)
 
@@ -154,9 +156,16 @@ def footprint(
 def prefill(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
     """Count what a forward pass over left-padded prompts takes.
 
+    Args:
+        model: The causal language model, on the meta device.
+        shape: The number and the length of the prompts, and the precision of matrix products.
+
     Returns:
-        The number of cached elements (keys and values) of a token in all layers, and the bytes of the pass at the peak
-        besides the cache.
+        The number of elements (keys and values) that all layers together cache for a token, and the bytes of the pass
+        at its peak, without the weights and the cache.
+
+    Raises:
+        UserError: if the model cannot be run without the values of its tensors.
     """
     short, live, cache = _shortened(model), LiveBytes(), DynamicCache()
     with _refused(model), tensors_without_memory(), _products(shape):
@@ -247,7 +256,7 @@ class _Pass(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, torch.zeros(shape.rows * shape.scored, dtype=torch.long))
         weights = [x for x in (head.weight, getattr(head, "bias", None)) if x is not None]
         rows = chunk_rows(head.weight.shape[0], torch.device("cuda" if shape.gpu else "cpu"))
-        states = states[: CHUNKS * rows]  # of the same memory; further chunks would take time, but no more bytes
+        states = states[: CHUNKS * rows]  # a view; further chunks would take time, but no more bytes
         targets = torch.zeros(len(states), dtype=torch.long)
         return logprobs_and_entropy(lambda x: head(x).float(), weights, states, targets, rows)[0]
 
@@ -282,7 +291,11 @@ class _Flash(torch.autograd.Function):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Stand in for `lit_rlhf.models.attention` where that module uses flash attention: on GPUs, in half precision."""
+    """Stand in for `lit_rlhf.models.attention` where that module uses flash attention: on GPUs, in half precision.
+
+    Raises:
+        NotImplementedError: if the attention depends on soft caps, attention sinks or a position bias.
+    """
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError
     half = (x[0].transpose(0, 1).to(torch.bfloat16).contiguous() for x in (query, key, value))
@@ -305,7 +318,10 @@ def _shortened(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _weights(module: nn.Module, live: LiveBytes, gradients: Gradients | None) -> dict[str, Tensor]:
-    """Return parameters and buffers without memory; neither they nor gradients that exist already are counted."""
+    """Return a module's parameters and buffers, by name, as tensors without memory.
+
+    ``live`` counts neither these tensors nor gradients that exist before the pass.
+    """
     weights = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         weights[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -327,7 +343,7 @@ def _products(shape: Shape) -> torch.autocast:
 
 @contextmanager
 def _refused(model: PreTrainedModel) -> Iterator[None]:
-    """Raise a `UserError` if the passes cannot be run."""
+    """Turn any error of a dry run inside this context into a `UserError` that names the model's class."""
     try:
         yield
     except Exception as error:  # of many types: an operation needs values, or does not know tensors without memory

@@ -62,7 +62,7 @@ def find_gpu(name: str) -> Device:
 
 
 def this_gpu() -> Device:
-    """Return this process's GPU: its own name and memory, with the rates of the table if the table has the GPU."""
+    """Return this process's GPU, with its own name and memory, and with the rates that `known_rates` returns."""
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return replace(known_rates(found.name), name=found.name, memory=float(found.total_memory))
 
@@ -84,7 +84,7 @@ def known_rates(name: str) -> Device:
 
 
 def this_cpu() -> Device:
-    """Return this machine's CPU, with the rates of a matrix product and of a copy, measured in half a second."""
+    """Return this machine's CPU, with the rates of matrix products and of a copy, measured in about half a second."""
     source = torch.ones(2**24)
     target = torch.empty_like(source)
     seconds = _fastest(partial(target.copy_, source))

@@ -1,4 +1,4 @@
-"""The bytes that each process needs in each phase of an iteration, at the peak."""
+"""The bytes that each process needs at the peak of each phase of a run: load, decode, judge and update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROCESSES_ON_A_HOST = 8
 
 
 class Part(NamedTuple):
-    """One of the things that a phase holds in memory."""
+    """A part of what a process holds in memory in a phase, such as the weights."""
 
     name: str
     bytes: float
@@ -39,12 +39,16 @@ class Phase:
 
 
 def phases(setting: Setting) -> tuple[Phase, ...]:
-    """Return the phases of a run in their order."""
+    """Return the phases of a run in their order.
+
+    Raises:
+        UserError: if a model cannot be run without the values of its tensors.
+    """
     weights, state, gradients = _held(setting)
     found = [Phase("load", (weights,))]
     if setting.generation is not None:
         found.append(Phase("decode", (weights, state, gradients, *_decoding(setting))))
-    if setting.judged:  # texts that are data are judged once, before the first step of the optimizer
+    if setting.judged:  # texts from a data set are judged once, before the first optimizer step
         before = (weights, gradients) if setting.generation is None else (weights, state, gradients)
         found.append(Phase("judge", (*before, *_judging(setting))))
     return (*found, Phase("update", (weights, state, *_updating(setting))))
@@ -59,7 +63,7 @@ class Held(NamedTuple):
 
 
 def held(setting: Setting, role: Role) -> Held:
-    """Return what a process holds of a role: its share of weights, float32 gradients and optimizer state."""
+    """Return what a process holds of a role's model: a share of the weights, float32 gradients and optimizer state."""
     weights = weight_bytes(role, _rounding(setting, role, used=False))
     gradients, state = (FLOAT, role.stepping.state) if role.stepping is not None else (0, 0.0)
     return Held(*(size / setting.shards for size in (weights, gradients * role.parameters, state * role.parameters)))
@@ -69,7 +73,8 @@ def host_bytes(setting: Setting) -> float:
     """Return the bytes that the models need, at most, in the memory of a host with up to eight GPUs.
 
     Models are loaded one after the other, in float32. A process reads its share of a model that FSDP2 shards, and the
-    whole of any other model. Shards that are offloaded stay on the host.
+    whole of any other model. (With random weights under FSDP2, the result is too small, because each process then
+    builds the whole model.) Shards that are offloaded stay on the host.
     """
     here = min(setting.processes, PROCESSES_ON_A_HOST)
     shares = setting.shards if setting.spread == "fsdp2" else 1
@@ -78,7 +83,10 @@ def host_bytes(setting: Setting) -> float:
 
 
 def _held(setting: Setting) -> tuple[Part, Part, Part]:
-    """Return what a process holds in every phase; gradients exist outside the update in the buffers of DDP only."""
+    """Return the weights, the optimizer's state and the gradients that a process holds on its device between updates.
+
+    Only DDP holds gradients then, in its buffers. If the models are offloaded, the device holds none of the three.
+    """
     each = [] if setting.offload else [held(setting, role) for role in setting.roles]
     buffers = [role.gradients for role in each] if setting.spread == "ddp" else []
     weights, state = sum(role.weights for role in each), sum(role.optimizer for role in each)
@@ -86,7 +94,7 @@ def _held(setting: Setting) -> tuple[Part, Part, Part]:
 
 
 def _gathered(setting: Setting, role: Role) -> float:
-    """Return the bytes of a model that is gathered to decode or to judge; FSDP1 also holds the weights in float32."""
+    """Return the bytes of the weights gathered to decode or to judge; FSDP1 also holds these weights in float32."""
     if setting.spread == "fsdp2":
         return role.parameters * (HALF if setting.half else FLOAT)
     if setting.spread == "fsdp":
@@ -97,9 +105,8 @@ def _gathered(setting: Setting, role: Role) -> float:
 def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
     """Return which weights of a role are in bfloat16: none, unless products are computed in bfloat16.
 
-    FSDP gathers all weights in bfloat16 when they are ``used``. Otherwise, trained weights are in float32, and
-    frozen models hold in bfloat16 what would be rounded in each use: linear layers, or everything if FSDP
-    gathers it.
+    FSDP gathers all weights in bfloat16 when they are ``used``. Otherwise, trained weights are in float32, and frozen
+    models hold in bfloat16 the weights that each use would round: those of linear layers or, under FSDP, all of them.
     """
     if not setting.half or (role.is_trained and not (used and setting.sharded)):
         return "none"
@@ -118,7 +125,7 @@ def _decoding(setting: Setting) -> Iterator[Part]:
 
 
 def cache_size(setting: Setting) -> tuple[int, int]:
-    """Return the rows and the columns of the cache of keys and values if all responses are as long as allowed.
+    """Return the rows and the columns of the key-value cache if all responses are as long as allowed.
 
     As in `lit_rlhf.generation.native`, a quarter is added to the columns if a limit on the cache's tokens applies.
     """
@@ -147,10 +154,10 @@ def _copied_weights(setting: Setting, actor: Role) -> float:
 
 
 def _bytes_of_logits(setting: Setting) -> int:
-    """Return the bytes of each logit while a token is drawn.
+    """Return the number of bytes that drawing a token needs for each logit.
 
-    The logits, their quotients by a temperature other than 1, log-probabilities, probabilities and their products are
-    in float32; the cumulative sums are in float64.
+    The logits, their quotients by the temperature (unless it is 0 or 1), the log-probabilities, the probabilities, and
+    the products of the last two are in float32; the cumulative sums are in float64.
     """
     assert setting.generation is not None
     tempered = setting.generation.sampling.temperature not in (0, 1)
@@ -196,8 +203,8 @@ def _moments(setting: Setting) -> Iterator[_Moment]:
     """Yield the moments at which the peak may be: in each model's backward pass, at its end, and in the step.
 
     Models learn one after the other. In a step of one micro-batch, gradients are made by the backward passes, while
-    activations are freed; otherwise, all gradients exist from the second micro-batch on. Under DDP
-    they always exist, and under FSDP they are counted as if they did.
+    activations are freed; otherwise, all gradients exist from the second micro-batch on. Under DDP they always exist,
+    and under FSDP they are counted as if they did.
     """
     rows = -(-setting.own_rows // setting.minibatches)
     shape = setting.shape(setting.max_tokens, rows)

@@ -33,8 +33,8 @@ class Plan:
     Args:
         setting: The run, with the changes that ``fit`` makes by itself.
         phases: What a process holds in each phase.
-        host: The bytes that the models need in the memory of a host.
-        tokens: The tokens of an iteration, over all processes.
+        host: The bytes that the models need, at most, in the memory of a host.
+        tokens: The maximum number of tokens in an iteration, over all processes.
         work: The FLOPs and seconds of each phase.
         checkpointing_added: Whether ``fit`` turns on `ActivationCheckpointing`, without which the update does not fit.
         advice: The change that helps most; None if the run fits.
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether all phases fit."""
+        """Whether every phase fits the memory of the devices."""
         return self.advice is None
 
 
@@ -65,6 +65,9 @@ def make_plan(setting: Setting, may_checkpoint: bool = True) -> Plan:
     Args:
         setting: The run.
         may_checkpoint: Whether `ActivationCheckpointing` may be turned on where the update needs it, as in ``fit``.
+
+    Raises:
+        UserError: if a model cannot be run without the values of its tensors.
     """
     added = may_checkpoint and needs_checkpointing(setting)
     if added:
@@ -82,7 +85,13 @@ def make_plan(setting: Setting, may_checkpoint: bool = True) -> Plan:
 
 
 def needs_checkpointing(setting: Setting) -> bool:
-    """Return whether the update, without `ActivationCheckpointing`, needs more memory than a GPU has."""
+    """Return whether the update needs more memory than a GPU has, and `ActivationCheckpointing` is not on yet.
+
+    On a CPU, this is always False.
+
+    Raises:
+        UserError: if a model cannot be run without the values of its tensors.
+    """
     if setting.device.is_cpu or setting.recompute:
         return False
     return phases(setting)[-1].bytes > available(setting)
@@ -97,7 +106,12 @@ def available(setting: Setting) -> float:
 def best_change(setting: Setting) -> Change:
     """Return the first change with which the run fits, or else the one with the lowest peak.
 
-    Changes are tried in the order of what they cost: time, quality, and further GPUs.
+    Changes are tried in the order of what they cost: time, quality, and further GPUs. Of a change with several forms,
+    such as the sizes of a micro-batch, the first form with which the run fits is returned. If there is no change to
+    try, the text advises a smaller model, and the bytes are those of the setting itself.
+
+    Raises:
+        UserError: if a model cannot be run without the values of its tensors.
     """
     insufficient = []
     for ladder in filter(None, _changes(setting)):
@@ -114,7 +128,7 @@ def _try(text: str, changed: Setting) -> Change:
 
 
 def _changes(setting: Setting) -> Iterator[list[tuple[str, Setting]]]:
-    """Yield each change as a list of its forms, the strongest one last.
+    """Yield each change as a list of its forms, the strongest one last; the list is empty if no form is possible.
 
     A change that helps a single phase is left out unless that phase has the peak.
     """

@@ -26,7 +26,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def summary(plan: Plan) -> tuple[str, str]:
-    """Return what is planned, and the verdict, in a line each."""
+    """Return two lines: what is planned, and the verdict."""
     roles = ", ".join(f"{role.name} {_number(role.parameters)}" for role in plan.setting.roles)
     seconds = _total([work.seconds for work in plan.work])
     time = "" if seconds is None else f", about {seconds:.2g} s"
@@ -36,7 +36,7 @@ def summary(plan: Plan) -> tuple[str, str]:
 
 
 def verdict(plan: Plan) -> str:
-    """Return whether the run fits, and the change that helps most if it does not."""
+    """Say whether the run fits and, if it does not, which change helps most."""
     numbers = f"{_size(plan.peak.bytes)} of {_size(available(plan.setting))} at the peak ({plan.peak.name})"
     if plan.checkpointing_added:
         numbers += " with ActivationCheckpointing, which fit turns on"
@@ -109,7 +109,7 @@ def _total(seconds: Sequence[float | None]) -> float | None:
 
 
 def _size(size: float) -> str:
-    """Return bytes as text, in GB, MB or kB of 1,000 bytes each."""
+    """Return a number of bytes as text, in GB, MB or kB (powers of 1,000 bytes); 0 for less than 1 kB."""
     for unit, name in ((GB, "GB"), (GB / 1e3, "MB"), (GB / 1e6, "kB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
@@ -117,7 +117,7 @@ def _size(size: float) -> str:
 
 
 def _number(x: float, billion: str = "B") -> str:
-    """Return a number with three digits and a prefix."""
+    """Return a number as text, with three digits and a prefix such as k or M, or with two digits if it is below 1."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if x >= size:
             return f"{x / size:.3g} {prefix}"

@@ -22,14 +22,14 @@ from lit_rlhf.planning.dry_run import LiveBytes, Outputs, Rounding, held_in_half
 from lit_rlhf.rewards import RewardModel
 
 FLOAT, HALF = 4, 2
-"""The bytes of a number in float32 and in bfloat16."""
+"""The bytes of a number in float32, and of one in bfloat16."""
 
 
 class Stepping(NamedTuple):
     """The bytes that an optimizer needs for each parameter."""
 
-    state: float  # in all phases
-    temporary: float  # during a step on a GPU
+    state: float  # from the first step on
+    temporary: float  # in addition, during a step on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Role:
         name: ``actor``, ``critic``, ``reference`` or ``reward``.
         model: The model on the meta device; it may have a head that the role does not use.
         outputs: What the passes of the model compute.
-        max_tokens: The largest number of padded tokens in a pass.
+        max_tokens: The maximum number of tokens in a pass, including padding.
         stepping: What the optimizer needs for each parameter; None for a frozen model.
     """
 
@@ -57,7 +57,7 @@ class Role:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters, including those of a linear head for values."""
+        """The number of parameters that the role uses, including those of a linear head for values."""
         head = self.model.config.hidden_size + 1 if self.outputs.values else 0
         return head + sum(parameter.numel() for parameter in _used(self).parameters())
 
@@ -73,27 +73,27 @@ class Role:
 
     @property
     def multiplied(self) -> int:
-        """The number of parameters by which every token is multiplied: the weights of linear layers below the head."""
+        """The number of weights in the linear layers below the head, all of which a pass uses for every token."""
         return sum(weight.numel() for weight in _linear_weights(self.model.base_model))
 
     @property
     def head(self) -> int:
-        """The number of parameters of the head for logits, even if the embedding shares them; 0 without logits."""
+        """The number of weights in the head for logits, even if the embedding shares them; 0 without logits."""
         head: Any = self.model.get_output_embeddings() if self.outputs.logprobs else None
         return 0 if head is None else head.weight.numel()
 
 
 def weight_bytes(role: Role, rounding: Rounding) -> int:
-    """Return the bytes of a role's weights, all in float32 except those that are held in bfloat16."""
+    """Return the bytes of a role's weights: bfloat16 for those that `held_in_half` returns, float32 for all others."""
     rounded = sum(parameter.numel() for parameter in held_in_half(_used(role), rounding))
     return FLOAT * (role.parameters - rounded) + HALF * rounded
 
 
 def roles_of(module: AlignmentModule) -> tuple[Role, ...]:
-    """Build the models of a module, without weights.
+    """Return the roles of a module; their models are built without weights.
 
     Raises:
-        UserError: if the plan does not know the module's kind, or a configuration cannot be loaded.
+        UserError: if a module of this kind cannot be planned, or a model's configuration or tokenizer cannot be loaded.
     """
     language, scores = Outputs(logprobs=True, values=False), Outputs(logprobs=False, values=True)
     steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
@@ -138,10 +138,12 @@ def without_weights(source: ModelSource, field: str, outputs: Outputs) -> PreTra
     Args:
         source: A folder, a hub id, or a configuration for random weights.
         field: The name of the configuration field, for error messages.
-        outputs: What the model is for; a sequence classifier can only give values.
+        outputs: What the model is to compute. If this includes no log-probabilities, and the configuration is that of a
+            sequence classifier, the result is a sequence classifier; otherwise, it is a causal language model.
 
     Raises:
-        UserError: if the configuration cannot be loaded, or is that of another kind of model.
+        UserError: if the configuration or the tokenizer of random weights cannot be loaded, or if the configuration is
+            that of another kind of model.
 
     >>> shape = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}
     >>> source = RandomWeights(config=shape, tokenizer="lit_rlhf.data.reviews:tokenizer")
@@ -161,9 +163,13 @@ def without_weights(source: ModelSource, field: str, outputs: Outputs) -> PreTra
 
 
 def stepping_of(make_optimizer: OptimizerCallable) -> Stepping:
-    """Measure what an optimizer needs, in two steps of 4,096 parameters.
+    """Measure the bytes that an optimizer needs for each parameter, by two steps on 4,096 parameters.
 
-    On a GPU an optimizer steps all parameters at once (``foreach``) if it can and its options do not say otherwise.
+    The steps are done on the CPU, but in the way in which the optimizer would do them on a GPU: with all parameters at
+    once (``foreach``), if the optimizer supports this and its options do not say otherwise.
+
+    Args:
+        make_optimizer: The function that makes the optimizer from a list of parameters.
 
     >>> stepping_of(torch.optim.AdamW), stepping_of(lambda p: torch.optim.AdamW(p, fused=True))
     (Stepping(state=8.0, temporary=4.0), Stepping(state=8.0, temporary=0.0))

@@ -20,17 +20,17 @@ from lit_rlhf.planning.roles import Role, roles_of
 from lit_rlhf.strategies import FSDP, FSDP2
 
 Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
-"""How models are distributed: one process, a copy in each process, or shards."""
+"""How models are distributed: in one process, as a copy in each process (DDP), or as shards (FSDP1 or FSDP2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """How the responses of an iteration are generated."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # in each prompt, at most
     sampling: Sampling
-    cache_tokens: int | None
-    compiled: bool
+    cache_tokens: int | None  # in the key-value cache, at most, including padding; None for no limit
+    compiled: bool  # whether the decoding step is compiled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,22 +41,22 @@ class Setting:
         method: The name of the module's class.
         roles: The models.
         device: The device of each process.
-        processes: The number of processes, one for each GPU.
+        processes: The number of processes; on GPUs, there is one process for each GPU.
         spread: How the models are distributed.
-        offload: Whether the shards are in the memory of the host.
+        offload: Whether the shards are held in the memory of the host.
         half: Whether matrix products are computed in bfloat16.
-        recompute: Whether the trained layers compute their activations again.
-        rows: The texts of an iteration, over all processes.
+        recompute: Whether the backward pass recomputes the activations of the trained layers.
+        rows: The number of texts in an iteration, over all processes.
         together: The number of rows that always share a micro-batch: 2 for pairs.
-        length: The tokens of each row, at most.
-        scored: The tokens of each row that are scored, at most.
-        max_tokens: The largest number of padded tokens in a micro-batch of the update.
+        length: The maximum number of tokens in a row.
+        scored: The maximum number of tokens in a row whose log-probabilities are computed.
+        max_tokens: The maximum number of tokens in a micro-batch of the update, including padding.
         max_tokens_option: The name of the option that sets ``max_tokens``.
-        epochs: The passes over the texts of an iteration.
-        minibatches: The optimizer steps in each pass.
-        judged: The roles that judge the texts before the update.
+        epochs: The number of passes over the texts of an iteration.
+        minibatches: The number of optimizer steps in each pass.
+        judged: The names of the roles that judge the texts before the update.
         full_kl: Whether the KL to the reference is computed over the vocabulary.
-        generation: How the texts are generated; None if they are data.
+        generation: How the texts are generated; None if they come from a data set.
     """
 
     method: str
@@ -91,11 +91,11 @@ class Setting:
 
     @property
     def own_rows(self) -> int:
-        """The texts of an iteration that one process handles."""
+        """The maximum number of texts that one process handles in an iteration."""
         return -(-self.rows // self.processes)
 
     def role(self, name: str) -> Role:
-        """Return the role of this name."""
+        """Return the role that has this name."""
         return next(role for role in self.roles if role.name == name)
 
     def trained(self) -> list[Role]:
@@ -103,14 +103,20 @@ class Setting:
         return [role for role in self.roles if role.is_trained]
 
     def prefilled(self) -> Shape:
-        """Return the shape of the largest forward pass over prompts."""
+        """Return the shape of the largest forward pass over prompts, in a run that generates responses."""
         assert self.generation is not None
         length, responses = self.generation.prompt_tokens, self.generation.sampling.responses
         rows = min(max(1, PREFILL_TOKENS // length), -(-self.own_rows // responses))
         return Shape(rows=rows, length=length, scored=0, half=self.half, gpu=not self.device.is_cpu)
 
     def shape(self, max_tokens: int, rows: int) -> Shape:
-        """Return the shape of the largest micro-batch cut from a number of rows, all of the maximum length."""
+        """Return the shape of the largest micro-batch that is cut from rows of the maximum length.
+
+        Args:
+            max_tokens: The maximum number of tokens in the micro-batch, including padding; rows that stay together form
+                a micro-batch even if they exceed it.
+            rows: The number of rows from which the micro-batch is cut.
+        """
         most = max(1, max_tokens // (self.length * self.together)) * self.together
         gpu = not self.device.is_cpu
         return Shape(rows=min(most, rows), length=self.length, scored=self.scored, half=self.half, gpu=gpu)
@@ -136,11 +142,13 @@ def setting_of(
         processes: The number of processes.
         strategy: The Trainer's strategy, or its name.
         half: Whether matrix products are computed in bfloat16.
-        recompute: Whether the trained layers compute their activations again.
-        prompt_tokens: The length of the prompts; None for the longest that the data module lets through.
+        recompute: Whether the backward pass recomputes the activations of the trained layers.
+        prompt_tokens: The number of tokens in each prompt; None for the most that the data module lets through. Only
+            used for modules that generate responses.
 
     Raises:
-        UserError: if the kind of the module, the data or the strategy is not known.
+        UserError: if a module, a data module or a strategy of this kind cannot be planned, or if the configuration or
+            the tokenizer of a model cannot be loaded.
     """
     spread, offload = _spread(strategy, processes)
     common: dict[str, Any] = {"method": type(module).__name__, "roles": roles_of(module), "device": device}

@@ -10,11 +10,11 @@ from lit_rlhf.planning.roles import FLOAT, HALF, Role
 from lit_rlhf.planning.setting import Setting
 
 UTILISATION = 0.4
-"""The share of the peak FLOPs a second that computation is assumed to reach, in every phase."""
+"""The share of the peak FLOPs per second that computation is assumed to reach, in every phase."""
 BANDWIDTH = 0.6
-"""The share of the peak bandwidth that decoding is taken to reach."""
+"""The share of the peak bandwidth that decoding is assumed to reach."""
 LAUNCHES = 86
-"""The number of operations of a decoder layer in a decoding step, counted on a Llama: 2,060 for 24 layers."""
+"""The number of operations of a decoder layer in a decoding step, counted on a Llama: 2,060 in 24 layers."""
 LAUNCH_SECONDS = 5e-6
 """The time that a CPU is assumed to take for each operation that it launches on a GPU."""
 
@@ -35,9 +35,15 @@ def iteration_tokens(setting: Setting) -> int:
 def forward_flops(role: Role, rows: int, length: int, scored: int) -> float:
     """Return the FLOPs of a forward pass.
 
-    rows × (length × (2 P + 2 L H length) + 2 scored × V H), where P is the number of weights of linear layers, L of
-    layers, H the width and V H the number of weights of the head. A query attends to half of the text on average, with
-    2 products of 2 H FLOPs for each key.
+    The FLOPs are rows × (length × (2 P + 2 L H length) + 2 scored × V H), where P is the number of weights in linear
+    layers below the head, L the number of layers, H the hidden size and V the size of the vocabulary. A query attends
+    to half of the text on average, and each key that it attends to takes two products of 2 H FLOPs in each layer.
+
+    Args:
+        role: The role whose model runs.
+        rows: The number of texts.
+        length: The number of tokens in each text.
+        scored: The number of tokens in each text whose logits are computed.
     """
     config = role.model.config
     attention = 2.0 * role.layers * config.hidden_size * length
@@ -47,14 +53,19 @@ def forward_flops(role: Role, rows: int, length: int, scored: int) -> float:
 def training_flops(role: Role, rows: int, length: int, scored: int, recompute: bool) -> float:
     """Return the FLOPs of a forward and a backward pass: those of 3 forward passes, or 4 if activations are recomputed.
 
-    The head always computes its logits again.
+    For the head, the factor is always 4, since the backward pass always recomputes the logits. The arguments are those
+    of `forward_flops`; ``recompute`` says whether the backward pass recomputes the activations of the layers.
     """
     trunk, whole = forward_flops(role, rows, length, 0), forward_flops(role, rows, length, scored)
     return (4 if recompute else 3) * trunk + 4 * (whole - trunk)
 
 
 def work(setting: Setting) -> tuple[Work, ...]:
-    """Return the work of the phases of an iteration, in their order."""
+    """Return the work of the phases of an iteration, in their order.
+
+    Raises:
+        UserError: if a model cannot be run without the values of its tensors.
+    """
     found = [] if setting.generation is None else [_decoding(setting)]
     rows, length, scored = setting.rows, setting.length, setting.scored
     judges = [role for role in setting.roles if role.name in setting.judged]

@@ -30,8 +30,8 @@ class RewardModel(Reward):
             training set, both of which `RewardModeling` stores in the model's configuration.
 
     Raises:
-        UserError: in ``prepare``, if the model cannot be loaded, or if ``normalize`` is set and the model's
-            configuration has no mean and standard deviation.
+        UserError: in ``prepare``, if the model or its tokenizer cannot be loaded, or if ``normalize`` is set and the
+            model's configuration has no mean and standard deviation.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.testing import make_tiny_model
@@ -68,6 +68,10 @@ class RewardModel(Reward):
 
         Args:
             tokenizer: The actor's tokenizer.
+
+        Raises:
+            UserError: if the model or its tokenizer cannot be loaded, or if ``normalize`` is set and the model's
+                configuration has no mean and standard deviation.
         """
         if self.model is None:
             self.model = self.load()

@@ -1,0 +1,239 @@
+"""Generation that runs ahead of training, by a fixed number of iterations."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation.engine import DetachedEngine, Engine, EngineContext, PendingRollout, Sampling, SpecialTokens
+from lit_rlhf.generation.native import NativeEngine
+from lit_rlhf.generation.workers import Workers
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.randomness import Stream
+from lit_rlhf.types import PromptBatch, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A rollout that is being generated, with the weights that draw it."""
+
+    pending: PendingRollout
+    idle: Future[float]  # done when the responses are; the seconds for which the generators had nothing to do before
+    weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor
+
+
+class Landing(NamedTuple):
+    """A rollout that was generated ahead, and who waited for whom, in seconds."""
+
+    rollout: Rollout
+    learner_waited: float
+    generators_waited: float
+
+
+class Ahead(Engine):
+    """An engine that generates responses while the learner updates the models, with weights that are older by a lag.
+
+    Iteration i learns from responses that the policy after iteration i − 1 − lag drew (the initial policy in the first
+    iterations). The lag is fixed, not "whatever is ready", so that the responses remain a function of the seed, the
+    iteration and the row: a run has the same result each time, also if it is interrupted and resumed.
+
+    An engine that works in the training process, such as `NativeEngine`, moves to worker processes for training, on
+    other GPUs or with cores of their own; a server generates on its own devices. Validation generates without lag.
+
+    With a lag, the responses are off-policy: ``model.correction`` or `VTrace` correct for this. The ratio π / π₀ of
+    the objectives still begins at 1, because π₀ is the actor at the beginning of the update.
+
+    Source: Noukhovitch et al. 2024 (asynchronous RLHF, arXiv 2410.18252), section 3; actors with an older policy as in
+    Espeholt et al. 2018 (IMPALA, arXiv 1802.01561), section 3.
+
+    Args:
+        engine: The engine that generates the responses.
+        lag: The number of iterations by which the policy that draws the responses is older than without this class;
+            with 0, the engine is used in the training process, as if this class were not there.
+        workers: The number of worker processes, which divide the responses of a batch between them; each process of
+            the training has its own. Their number does not change the samples.
+        threads: The number of threads of each worker process without a GPU; the training process has as many fewer.
+        devices: The devices of the worker processes, such as ``cuda:1``; None for the GPUs that the training does not
+            use, or for the CPU if the training is on the CPU.
+
+    Raises:
+        ValueError: if ``lag`` is negative, or ``workers`` or ``threads`` is less than 1.
+
+    >>> Ahead(lag=2).lag
+    2
+
+    In a configuration::
+
+        model:
+          engine: {class_path: Ahead, init_args: {lag: 1}}
+          correction: {class_path: Correction}
+    """
+
+    def __init__(
+        self,
+        engine: Engine = NativeEngine(),
+        lag: int = 1,
+        workers: int = 1,
+        threads: int = 1,
+        devices: list[str] | None = None,
+    ) -> None:
+        for name, value, least in (("lag", lag, 0), ("workers", workers, 1), ("threads", threads, 1)):
+            if value < least:
+                raise ValueError(f"engine.{name} must be {least} or more, not {value}")
+        self.engine = engine
+        self.lag = lag
+        self.workers = workers
+        self.threads = threads
+        self.devices = devices
+        self.flights: dict[int, Flight] = {}  # by the iteration that learns from the rollout
+        self._context: EngineContext | None = None
+        self._detached: DetachedEngine | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._threads_before: int | None = None
+        self._idle_since = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the inner engine is exact, and the weights that drew the responses are the actor's."""
+        return self.engine.is_exact and self.lag == 0
+
+    def start(self, context: EngineContext) -> None:
+        """Start the inner engine; worker processes start with the first `launch`."""
+        self._context = context
+        self.engine.start(context)
+
+    def close(self) -> None:
+        """Drop the rollouts that are being generated, and end the worker processes and the inner engine."""
+        workers, thread = self._detached, self._thread
+        self.flights.clear()
+        self._detached = self._thread = None
+        if thread is not None:
+            thread.shutdown(wait=False, cancel_futures=True)
+        if workers is not None:
+            workers.close()
+        self.engine.close()
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
+
+    def generate(
+        self,
+        actor: Actor,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        special_tokens: SpecialTokens,
+        *,
+        stream: Stream,
+        iteration: int,
+    ) -> Rollout:
+        """Generate responses with the actor's current weights, and wait for them."""
+        if self._thread is None or not isinstance(self.engine, DetachedEngine):
+            return self.engine.generate(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
+        pending = self.engine.begin(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
+        self._thread.submit(self._run, pending).result()
+        return pending.result()
+
+    def launch(
+        self, actor: Actor, prompts: PromptBatch, sampling: Sampling, special_tokens: SpecialTokens, iteration: int
+    ) -> None:
+        """Begin to generate the responses of an iteration with the actor's current weights; do not wait for them.
+
+        All processes call this method together.
+
+        Args:
+            actor: The policy.
+            prompts: The prompts of the iteration.
+            sampling: The options for sampling.
+            special_tokens: The stop tokens and the padding token.
+            iteration: The iteration that will learn from the responses.
+        """
+        detached, thread = self._working()
+        pending = detached.begin(actor, prompts, sampling, special_tokens, stream=Stream.ROLLOUT, iteration=iteration)
+        weights = [_local(parameter).to("cpu", copy=True) for parameter in _trained(actor)]
+        self.flights[iteration] = Flight(pending, thread.submit(self._run, pending), weights)
+
+    def land(self, iteration: int) -> Landing:
+        """Wait for the responses of an iteration; all processes call this method together.
+
+        Raises:
+            UserError: if the responses could not be generated.
+        """
+        flight, start = self.flights[iteration], time.monotonic()
+        idle = flight.idle.result()
+        return Landing(flight.pending.result(), time.monotonic() - start, idle)
+
+    @contextmanager
+    def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
+        """Give the actor the weights that draw the responses of an iteration, inside this context."""
+        pairs = list(zip(map(_local, _trained(actor)), self.flights[iteration].weights, strict=True))
+        now = [weight.clone() for weight, _ in pairs]
+        for weight, old in pairs:
+            weight.copy_(old)
+        try:
+            yield
+        finally:
+            for (weight, _), current in zip(pairs, now, strict=True):
+                weight.copy_(current)
+
+    def _run(self, pending: PendingRollout) -> float:
+        """Generate a rollout, and return the seconds since the one before it was complete."""
+        idle = time.monotonic() - self._idle_since
+        pending.run()
+        self._idle_since = time.monotonic()
+        return idle
+
+    def _working(self) -> tuple[DetachedEngine, ThreadPoolExecutor]:
+        """Return the engine that works outside this process and the thread that waits for it; start them if needed."""
+        if self._detached is None:
+            assert self._context is not None, "call start() first"
+            self._detached = self.engine if isinstance(self.engine, DetachedEngine) else self._start(self._context)
+            self._thread, self._idle_since = ThreadPoolExecutor(1, "rollouts"), time.monotonic()
+        assert self._thread is not None
+        return self._detached, self._thread
+
+    def _start(self, context: EngineContext) -> Workers:
+        devices = self._devices(context.device)
+        if devices[0].type == "cpu":
+            self._threads_before = torch.get_num_threads()
+            torch.set_num_threads(max(1, self._threads_before - self.workers * self.threads))
+        workers = Workers(self.engine, self.workers, slots=self.lag + 1, threads=self.threads, devices=devices)
+        workers.start(context)
+        return workers
+
+    def _devices(self, device: torch.device) -> Sequence[torch.device]:
+        """Return the device of each worker process of this training process.
+
+        Raises:
+            UserError: if there are not enough devices.
+        """
+        if self.devices is None and device.type == "cpu":
+            return [device] * self.workers
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        names = self.devices or [f"cuda:{number}" for number in range(processes, torch.cuda.device_count())]
+        mine = names[local * self.workers : (local + 1) * self.workers]
+        if len(mine) < self.workers:
+            raise UserError(
+                f"model.engine.devices: {processes * self.workers} worker processes need as many devices, not "
+                f"{len(names)}; use fewer GPUs for training (trainer.devices), or lag: 0"
+            )
+        return [torch.device(name) for name in mine]
+
+
+def _trained(actor: Actor) -> list[Tensor]:
+    return [parameter.detach() for parameter in actor.parameters() if parameter.requires_grad]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a parameter, in the memory of the parameter."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

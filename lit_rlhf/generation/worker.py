@@ -1,0 +1,127 @@
+"""The program of a worker process: it generates responses with weights from shared memory, until its parent ends.
+
+`lit_rlhf.generation.workers` starts it with the file descriptor of a connection, on which both sides send pickled
+objects.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from lit_rlhf.generation.engine import Engine, EngineContext, Sampling, SpecialTokens
+from lit_rlhf.generation.shared import Layout, map_tensors, trained_weights
+from lit_rlhf.models.precision import store_in_bfloat16
+from lit_rlhf.randomness import Stream
+from lit_rlhf.types import PromptBatch, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The first message to a worker: what it is to be."""
+
+    engine: Engine
+    context: EngineContext  # with the worker's own device
+    threads: int
+    float32_precision: str  # of matrix products on CUDA
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A message to a worker: prompts to answer, and the shared memory with the weights to use."""
+
+    memory: int  # the file descriptor
+    prompts: PromptBatch
+    sampling: Sampling
+    special_tokens: SpecialTokens
+    stream: Stream
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A worker's message to its parent: the responses, or what went wrong."""
+
+    rollout: Rollout | None = None  # on the CPU
+    error: str = ""
+
+
+def send(connection: Connection, message: Any) -> None:
+    """Send an object that can be pickled; tensors are copied."""
+    connection.send_bytes(pickle.dumps(message))
+
+
+def receive(connection: Connection) -> Any:
+    """Wait for an object and return it.
+
+    Raises:
+        EOFError: if the other side has ended.
+    """
+    return pickle.loads(connection.recv_bytes())
+
+
+def serve(connection: Connection) -> None:
+    """Load the actor, send the layout of its trained weights, and do one job after the other."""
+    assignment: Assignment = receive(connection)
+    torch.set_num_threads(assignment.threads)
+    if assignment.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if assignment.context.device.type == "cuda":
+        torch.cuda.set_device(assignment.context.device)
+        torch.backends.cuda.matmul.fp32_precision = assignment.float32_precision
+    device, half = assignment.context.device, assignment.context.precision == "bf16-mixed"
+    actor = assignment.context.load_actor().to(device)
+    if half:
+        store_in_bfloat16(actor, all_weights=assignment.context.rounds_all_weights)
+    weights = trained_weights(actor.model)
+    layout = Layout.of(weights)
+    send(connection, layout)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False) if half else nullcontext()
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    while True:
+        job: Job = receive(connection)
+        if job.memory not in slots:
+            slots[job.memory] = map_tensors(job.memory, layout)
+        with torch.no_grad(), autocast:
+            for name, weight in weights.items():
+                weight.copy_(slots[job.memory][name])
+            rollout = assignment.engine.generate(
+                actor,
+                job.prompts.to(device),
+                job.sampling,
+                job.special_tokens,
+                stream=job.stream,
+                iteration=job.iteration,
+            )
+        send(connection, Answer(rollout=rollout.to(torch.device("cpu"))))
+
+
+def main(descriptor: int) -> None:
+    """Serve the parent process on the other side of a connection, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    connection = Connection(descriptor)
+    try:
+        serve(connection)
+    except EOFError:
+        return
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        send(connection, Answer(error=reason))
+        raise
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
