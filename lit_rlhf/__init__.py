@@ -16,8 +16,11 @@ _PUBLIC = {
         "MonteCarlo",
         "NStep",
     ),
+    "algorithms.corrections": ("Correction",),
     "algorithms.kl": ("AdaptiveKL", "FixedKL", "KLController", "ReferenceKL"),
     "algorithms.objectives": ("Clip", "KLPenalty", "Objective", "PolicyLoss", "Surrogate", "VanillaPG"),
+    "algorithms.off_policy_objectives": ("CISPO", "DPPO"),
+    "algorithms.vtrace": ("VTrace",),
     "callbacks": (
         "ActivationCheckpointing",
         "CompileLayers",

@@ -3,6 +3,7 @@
 import warnings
 
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
+from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
 from lit_rlhf.rewards import Scores
@@ -13,6 +14,7 @@ def check_settings(
     scores: Scores,
     sampling: Sampling,
     advantages: AdvantageEstimator,
+    correction: Correction | None,
     has_critic: bool,
     bootstrap_truncated: bool,
 ) -> None:
@@ -20,7 +22,8 @@ def check_settings(
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
-            critic, or an estimator that compares the responses to a prompt gets only one.
+            critic, an estimator that compares the responses to a prompt gets only one, or the estimator and the
+            correction would both weight the tokens.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")
@@ -28,8 +31,10 @@ def check_settings(
         raise UserError("model.sampling.temperature must be positive: the most likely response alone teaches nothing")
     if bootstrap_truncated and not has_critic:
         raise UserError("model.bootstrap_truncated needs a critic: it uses the value after the last token")
+    name = type(advantages).__name__
+    if advantages.weights_by_ratio and correction is not None and correction.uses_ratio:
+        raise UserError(f"model.correction weights the tokens, as {name} already does: set it, or its level, to null")
     if advantages.needs_group:
-        name = type(advantages).__name__
         if sampling.responses < 2:
             raise UserError(
                 f"model.sampling.responses is 1, but {name} compares the responses to a prompt: it needs 2 or more"

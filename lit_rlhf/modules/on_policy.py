@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
+from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import KLController, ReferenceKL, k1
 from lit_rlhf.algorithms.masked import masked_sum, masked_var, masked_whiten
-from lit_rlhf.algorithms.objectives import Objective
+from lit_rlhf.algorithms.objectives import Objective, probability_ratio
 from lit_rlhf.algorithms.rewards import token_rewards
 from lit_rlhf.batching import gather_experience, micro_batches, minibatches
 from lit_rlhf.errors import UserError
@@ -32,6 +33,7 @@ from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
+from lit_rlhf.modules.off_policy import corrected
 from lit_rlhf.modules.roles import load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
 from lit_rlhf.modules.update import Update
@@ -73,6 +75,7 @@ class OnPolicy(AlignmentModule):
         reference_kl: ReferenceKL,
         advantages: AdvantageEstimator,
         objective: Objective,
+        correction: Correction | None,
         bootstrap_truncated: bool,
         update: Update,
         value_grad_scale: float,
@@ -90,6 +93,7 @@ class OnPolicy(AlignmentModule):
         self.reference_kl = reference_kl
         self.advantages = advantages
         self.objective = objective
+        self.correction = correction
         self.bootstrap_truncated = bootstrap_truncated
         self.update = update
         self.max_tokens = update.max_tokens
@@ -101,6 +105,7 @@ class OnPolicy(AlignmentModule):
             scores=self.scores,
             sampling=sampling,
             advantages=advantages,
+            correction=correction,
             has_critic=critic is not None,
             bootstrap_truncated=bootstrap_truncated,
         )
@@ -238,7 +243,7 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def reward(self, scored: ScoredRollout) -> Trajectory:
         """Combine the scores and, if it is part of the reward, the KL to the reference into a reward for each token."""
-        mask, kl = scored.rollout.response_mask, None
+        rollout, mask, kl = scored.rollout, scored.rollout.response_mask, None
         if self.reference_kl.where == "reward":
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)
         return Trajectory(
@@ -246,7 +251,8 @@ class OnPolicy(AlignmentModule):
             values=scored.values,
             mask=mask,
             bootstrap=scored.bootstrap,
-            group=scored.rollout.group,
+            group=rollout.group,
+            ratios=probability_ratio(scored.old_logprobs, rollout.rollout_logprobs, mask),
         )
 
     @torch.no_grad()
@@ -265,11 +271,13 @@ class OnPolicy(AlignmentModule):
             metrics.add("value/explained_variance", 1 - unexplained / total.clamp(min=1e-8))
         if self.update.whiten_advantages:
             advantages, scale = whitened.values, scale * whitened.scale
+        old_logprobs, policy_weights = corrected(scored, self.correction, metrics)
         return Experience(
             rollout=scored.rollout,
-            old_logprobs=scored.old_logprobs,
+            old_logprobs=old_logprobs,
             ref_logprobs=scored.ref_logprobs,
             values=scored.values,
+            policy_weights=policy_weights,
             advantages=advantages,
             returns=estimates.returns,
             reward_scale=scale,

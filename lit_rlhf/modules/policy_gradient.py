@@ -7,6 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
+from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL, k3
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective
@@ -42,6 +43,8 @@ class PolicyGradient(OnPolicy):
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
         objective: The loss of the policy.
+        correction: How the update corrects for responses that the engine drew from another policy than the actor; None
+            for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
             rewards that would have followed; if False, those count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
@@ -82,6 +85,7 @@ class PolicyGradient(OnPolicy):
         reference_kl: ReferenceKL = ReferenceKL(),
         advantages: AdvantageEstimator = GAE(),
         objective: Objective = Clip(),
+        correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
         value_grad_scale: float = 1.0,
@@ -104,6 +108,7 @@ class PolicyGradient(OnPolicy):
             reference_kl=reference_kl,
             advantages=advantages,
             objective=objective,
+            correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
             value_grad_scale=value_grad_scale,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
+from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Surrogate, probability_ratio
@@ -121,6 +122,8 @@ class TRPO(OnPolicy):
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
         region: The size of the actor's step, and how the step is computed.
+        correction: How the update corrects for responses that the engine drew from another policy than the actor; None
+            for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
             rewards that would have followed; if False, those count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
@@ -140,7 +143,7 @@ class TRPO(OnPolicy):
     """
 
     shards_actor = False  # sharded weights cannot be differentiated twice
-    old: Actor  # set by configure_model, frozen: the policy that sampled the responses
+    old: Actor  # set by configure_model, frozen: the actor at the start of the update
 
     def __init__(
         self,
@@ -156,6 +159,7 @@ class TRPO(OnPolicy):
         reference_kl: ReferenceKL = ReferenceKL(),
         advantages: AdvantageEstimator = GAE(),
         region: TrustRegion = TrustRegion(),
+        correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
         iterations: int | None = None,
@@ -179,6 +183,7 @@ class TRPO(OnPolicy):
             reference_kl=reference_kl,
             advantages=advantages,
             objective=Surrogate(),
+            correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
             value_grad_scale=1.0,
