@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,13 +64,14 @@ class Ahead(Engine):
         lag: The number of iterations by which the policy that draws the responses is older than without this class;
             with 0, the engine is used in the training process, as if this class were not there.
         workers: The number of worker processes, which divide the responses of a batch between them; each process of
-            the training has its own. Their number does not change the samples.
+            the training has its own. Their number does not change the samples. With 0, the training process generates
+            the same responses itself, from a copy of the older weights: slower, but without a second device.
         threads: The number of threads of each worker process without a GPU; the training process has as many fewer.
         devices: The devices of the worker processes, such as ``cuda:1``; None for the GPUs that the training does not
             use, or for the CPU if the training is on the CPU.
 
     Raises:
-        ValueError: if ``lag`` is negative, or ``workers`` or ``threads`` is less than 1.
+        ValueError: if ``lag`` or ``workers`` is negative, or ``threads`` is less than 1.
 
     >>> Ahead(lag=2).lag
     2
@@ -89,7 +91,7 @@ class Ahead(Engine):
         threads: int = 1,
         devices: list[str] | None = None,
     ) -> None:
-        for name, value, least in (("lag", lag, 0), ("workers", workers, 1), ("threads", threads, 1)):
+        for name, value, least in (("lag", lag, 0), ("workers", workers, 0), ("threads", threads, 1)):
             if value < least:
                 raise ValueError(f"engine.{name} must be {least} or more, not {value}")
         self.engine = engine
@@ -159,13 +161,20 @@ class Ahead(Engine):
             special_tokens: The stop tokens and the padding token.
             iteration: The iteration that will learn from the responses.
         """
-        detached, thread = self._working()
-        pending = detached.begin(actor, prompts, sampling, special_tokens, stream=Stream.ROLLOUT, iteration=iteration)
+        if self._thread is None:
+            self._start_working()
+        keys: dict[str, Any] = {"stream": Stream.ROLLOUT, "iteration": iteration}
+        assert self._thread is not None
+        if self._detached is None:
+            generate = partial(self.engine.generate, actor, prompts, sampling, special_tokens, **keys)
+            pending: PendingRollout = _InThisProcess(generate)
+        else:
+            pending = self._detached.begin(actor, prompts, sampling, special_tokens, **keys)
         weights = [_local(parameter).to("cpu", copy=True) for parameter in _trained(actor)]
-        self.flights[iteration] = Flight(pending, thread.submit(self._run, pending), weights)
+        self.flights[iteration] = Flight(pending, self._thread.submit(self._run, pending), weights)
 
     def land(self, iteration: int) -> Landing:
-        """Wait for the responses of an iteration; all processes call this method together.
+        """Wait for the responses of an iteration; all processes call this method together, inside `weights_of`.
 
         Raises:
             UserError: if the responses could not be generated.
@@ -194,16 +203,16 @@ class Ahead(Engine):
         self._idle_since = time.monotonic()
         return idle
 
-    def _working(self) -> tuple[DetachedEngine, ThreadPoolExecutor]:
-        """Return the engine that works outside this process and the thread that waits for it; start them if needed."""
-        if self._detached is None:
-            assert self._context is not None, "call start() first"
-            self._detached = self.engine if isinstance(self.engine, DetachedEngine) else self._start(self._context)
-            self._thread, self._idle_since = ThreadPoolExecutor(1, "rollouts"), time.monotonic()
-        assert self._thread is not None
-        return self._detached, self._thread
+    def _start_working(self) -> None:
+        """Start the engine that works outside this process, if there is one, and the thread that waits for it."""
+        assert self._context is not None, "call start() first"
+        if isinstance(self.engine, DetachedEngine):
+            self._detached = self.engine
+        elif self.workers:
+            self._detached = self._start_workers(self._context)
+        self._thread, self._idle_since = ThreadPoolExecutor(1, "rollouts"), time.monotonic()
 
-    def _start(self, context: EngineContext) -> Workers:
+    def _start_workers(self, context: EngineContext) -> Workers:
         devices = self._devices(context)
         if devices[0].type == "cpu":
             self._threads_before = torch.get_num_threads()
@@ -229,6 +238,19 @@ class Ahead(Engine):
                 f"not {len(names)}; use fewer GPUs for training (trainer.devices), or lag: 0"
             )
         return [torch.device(name) for name in mine]
+
+
+class _InThisProcess(PendingRollout):
+    """A rollout that this process generates when it is needed, with the weights that the actor has then."""
+
+    def __init__(self, generate: Callable[[], Rollout]) -> None:
+        self.generate = generate
+
+    def run(self) -> None:
+        """Do nothing, since this thread is not the one that trains."""
+
+    def result(self) -> Rollout:
+        return self.generate()
 
 
 def _trained(actor: Actor) -> list[Tensor]:

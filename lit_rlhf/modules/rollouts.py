@@ -153,8 +153,8 @@ class Rollouts(lightning.Callback):
         return checked
 
     def _land(self, ahead: Ahead, module: AlignmentModule, iteration: int) -> CheckedRollout:
-        landing = ahead.land(iteration)
         with torch.no_grad(), ahead.weights_of(module.actor, iteration):
+            landing = ahead.land(iteration)
             checked = self._check(module, landing.rollout, iteration)
         del ahead.flights[iteration]
         return replace(checked, learner_waited=landing.learner_waited, generators_waited=landing.generators_waited)
