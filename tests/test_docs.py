@@ -60,7 +60,7 @@ def test_the_recipes_are_the_ones_in_configs():
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| [`{name}`]"))
         estimator = re.search(r"`(\w+)`", row.split("|")[2]).group(1)
         assert re.search(rf"advantages: .*{estimator}", text)
-    assert len(named) == 7
+    assert len(named) == 8
 
 
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")

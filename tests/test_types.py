@@ -117,6 +117,12 @@ def test_minibatches_are_a_function_of_the_generator():
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_minibatches_without_a_generator_keep_the_order():
+    """Each of three minibatches has the consecutive rows that one of three workers drew."""
+    cut = batching.minibatches(make_experience(0, rows=9), 3, None)
+    assert [rows_of(minibatch) for minibatch in cut] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
 def test_minibatches_are_shuffled():
     """Each row is in the first of two minibatches about half the time."""
     experience = make_experience(0, rows=8)
