@@ -19,6 +19,7 @@ from lit_rlhf import (
     SFT,
     TRPO,
     AdaptiveKL,
+    Ahead,
     Clip,
     Correction,
     Demonstrations,
@@ -152,6 +153,18 @@ def cases(actor, reference, scorer):
         sampling=Sampling(max_tokens=12),
         update=Update(epochs=3, minibatches=3, max_tokens=64, target_kl=0.02, entropy_coef=0.01),
     )  # fmt: skip
+    yield (
+        "ahead",
+        lambda: PolicyGradient(  # each process has a worker process; iteration 1 learns with a lag
+            **{**common, "iterations": 2},
+            **steps,
+            critic=None,
+            sampling=Sampling(max_tokens=12),
+            engine=Ahead(lag=1, workers=1 if few else 0),
+            correction=Correction(),
+            update=one_step(),
+        ),
+    )
     again = {"optimizer": sgd, "iterations": 1, "max_tokens": 64, "clip_grad_norm": None}
     yield "reward", lambda: RewardModeling(reward=actor, **again)
     for name in ("sft", "packed"):  # micro-batches of one or two rows, of which the ranks have different numbers

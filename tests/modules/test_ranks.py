@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo", "three", "reward", "sft", "packed", "dpo")
+CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo", "three", "ahead", "reward", "sft", "packed", "dpo")
 RUNS = (
     ("ddp", 2),
     pytest.param(("ddp", 4), marks=pytest.mark.long),
