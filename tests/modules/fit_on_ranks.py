@@ -160,7 +160,7 @@ def cases(actor, reference, scorer):
             **steps,
             critic=None,
             sampling=Sampling(max_tokens=12),
-            engine=Ahead(lag=1, workers=1 if few else 0),
+            engine=Ahead(lag=1, workers=1 if int(os.environ["WORLD_SIZE"]) <= 2 else 0),
             correction=Correction(),
             update=one_step(),
         ),
