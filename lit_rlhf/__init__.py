@@ -31,7 +31,7 @@ _PUBLIC = {
     ),
     "data": ("Demonstrations", "Preferences", "Prompts"),
     "errors": ("UserError",),
-    "generation": ("Engine", "NativeEngine", "Sampling"),
+    "generation": ("Engine", "NativeEngine", "Sampling", "VLLMEngine"),
     "models.loading": ("RandomWeights",),
     "modules": (
         "DPO",

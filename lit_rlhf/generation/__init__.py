@@ -2,5 +2,6 @@
 
 from lit_rlhf.generation.engine import Engine, Sampling
 from lit_rlhf.generation.native import NativeEngine
+from lit_rlhf.generation.vllm import VLLMEngine
 
-__all__ = ["Engine", "NativeEngine", "Sampling"]
+__all__ = ["Engine", "NativeEngine", "Sampling", "VLLMEngine"]
