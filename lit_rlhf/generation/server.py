@@ -31,6 +31,7 @@ NOT_INHERITED = re.compile(
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_ALLOC_CONF|PYTORCH_(CUDA|HIP)_ALLOC_CONF)"
 )
 """The names of environment variables that belong to the training: its processes, its packages and its memory."""
+ERROR = re.compile(r"[\w.]*(Error|Exception|error): ")
 POLL_SECONDS = 0.2
 GIVE_UP_SECONDS = 15.0
 """The maximum number of seconds to wait for the keeper, which itself uses force after a third of this time."""
@@ -114,10 +115,12 @@ class Server:
         """Return the last error in the server's log, or the last line if there is none, and the path of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b", line)]
-        causes = [line for line in errors if "root cause" not in line.lower()]
-        last = (causes or errors or lines or ["the log is empty"])[-1]
-        return f"{last[-300:]} (log: {self.log})"
+        errors = [number for number, line in enumerate(lines) if ERROR.search(line)]
+        causes = [number for number in errors if "root cause" not in lines[number]]  # other lines refer to it
+        number = (causes or errors or [len(lines) - 1])[-1]
+        last = " ".join(lines[number : number + 2]) if lines else "the log is empty"  # some errors have two lines
+        found = ERROR.search(last)
+        return f"{last[found.start() if found else 0 :][:300]} (log: {self.log})"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
