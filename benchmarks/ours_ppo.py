@@ -31,6 +31,9 @@ parser.add_argument("--max-tokens", type=int, default=8192)
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--minibatches", type=int, default=4)
+parser.add_argument(
+    "--lag", type=int, default=0, help="iterations by which generation runs ahead, in a process of its own"
+)
 
 
 def main() -> None:
@@ -39,7 +42,7 @@ def main() -> None:
     import lightning
     import torch
 
-    from lit_rlhf import CompileLayers, PolicyGradient, Prompts, RewardModel, Sampling, Update
+    from lit_rlhf import Ahead, CompileLayers, PolicyGradient, Prompts, RewardModel, Sampling, Update
 
     class Watch(lightning.Callback):
         """Records the metrics and the response lengths of each iteration."""
@@ -68,6 +71,7 @@ def main() -> None:
         rewards=[RewardModel(f"{models}/reward")],
         sampling=Sampling(max_tokens=options.response, responses=options.responses),
         update=Update(epochs=options.epochs, minibatches=options.minibatches, max_tokens=options.max_tokens),
+        engine=Ahead(lag=options.lag),
         iterations=options.iterations,
     )
     with contextlib.redirect_stdout(io.StringIO()):
@@ -90,15 +94,16 @@ def main() -> None:
         torch.distributed.destroy_process_group()
     if not trainer.is_global_zero:
         return
-    counted = watch.iterations[1:] or watch.iterations
+    first = 1 + options.lag
+    counted = watch.iterations[first:] or watch.iterations
     medians = {k: statistics.median(i[k] for i in counted) for k in counted[0]}
     json.dump(
         {
             "seconds": [round(i["seconds"], 3) for i in watch.iterations],
             "median": medians["seconds"],
-            **{k: medians[f"time/{k}"] for k in ("generate", "judge", "update")},
-            "response_tokens": [sum(lengths) for lengths in watch.lengths[1:] or watch.lengths],
-            "lengths": watch.lengths[1:] or watch.lengths,
+            **{name.removeprefix("time/"): value for name, value in medians.items() if name.startswith("time/")},
+            "response_tokens": [sum(lengths) for lengths in watch.lengths[first:] or watch.lengths],
+            "lengths": watch.lengths[first:] or watch.lengths,
             "peak_memory_gib": medians["perf/peak_memory_gib"],
         },
         sys.stdout,

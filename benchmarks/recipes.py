@@ -23,13 +23,13 @@ sys.path.insert(0, str(HERE))
 
 from lit_rlhf.cli import main  # noqa: E402
 
-RECIPES = ("reinforce", "a2c", "ppo_penalty", "ppo", "trpo", "grpo", "rloo")
+RECIPES = ("reinforce", "a2c", "a3c", "ppo_penalty", "ppo", "trpo", "grpo", "rloo")
 STEPS = {"bandit": 1, "chain": 4}
 RATE = 1e-2
 GOAL, HELD = 0.95, 5
 
 
-def options(recipe: str, world: str, seed: int, iterations: int, folder: str) -> list[str]:
+def options(recipe: str, world: str, seed: int, iterations: int, folder: str, goal: float = GOAL) -> list[str]:
     """Return the arguments of the command line."""
     values = {
         "config": HERE.parent / "configs" / f"{recipe}.yaml",
@@ -60,12 +60,12 @@ def options(recipe: str, world: str, seed: int, iterations: int, folder: str) ->
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
         "trainer.callbacks+": json.dumps(
-            {"class_path": "worlds.Watch", "init_args": {"world": world, "goal": GOAL, "held": HELD}}
+            {"class_path": "worlds.Watch", "init_args": {"world": world, "goal": goal, "held": HELD}}
         ),
     }
     if recipe != "trpo":
         values["model.actor_optimizer.lr"] = RATE
-    if recipe in ("a2c", "ppo", "ppo_penalty", "trpo"):
+    if recipe in ("a2c", "a3c", "ppo", "ppo_penalty", "trpo"):
         values["model.critic_optimizer.lr"] = RATE
     return ["fit", *(f"--{name}={value}" for name, value in values.items())]
 

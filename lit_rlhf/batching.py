@@ -82,15 +82,17 @@ def _split_until(groups: list[Tensor], count: int) -> None:
             groups[largest : largest + 1] = groups[largest].tensor_split(2)
 
 
-def minibatches(experience: Experience, count: int, generator: torch.Generator) -> Iterator[Experience]:
-    """Shuffle the rows, and yield them in ``count`` minibatches.
+def minibatches(experience: Experience, count: int, generator: torch.Generator | None) -> Iterator[Experience]:
+    """Yield the rows in ``count`` minibatches.
 
     Args:
         experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        generator: A CPU generator, the only source of randomness.
+        generator: A CPU generator, the only source of randomness, with which the rows are shuffled; None to keep their
+            order, in which each minibatch has consecutive rows.
     """
-    order = torch.randperm(len(experience.advantages), generator=generator)
+    rows_in_all = len(experience.advantages)
+    order = torch.arange(rows_in_all) if generator is None else torch.randperm(rows_in_all, generator=generator)
     for rows in order.tensor_split(count):
         yield experience.select(rows.to(experience.advantages.device))
 
@@ -184,29 +186,53 @@ def gather_experience(
 ) -> Experience:
     """Gather the rows of all processes, in the order of the global batch.
 
-    Each process writes its rows into a table of zeros with room for all rows, and the tables are summed.
-
     Args:
         experience: This process's rows: the responses to consecutive prompts of the global batch, prompt-major.
         responses: The number of responses to each prompt.
         sum_over_ranks: A function that returns the sum of a tensor over all processes.
         max_over_ranks: A function that returns the maximum of each of its arguments over all processes.
     """
-    rollout = experience.rollout
-    first = int(rollout.group[0]) * responses
-    last = first + len(rollout.tokens)
-    rows, width, time = max_over_ranks(last, rollout.tokens.shape[1], rollout.response_mask.shape[1])
+    table = _Table(experience.rollout, responses, sum_over_ranks, max_over_ranks)
+    return Experience(rollout=table.rollout(experience.rollout), **table.gather_fields(experience, "rollout"))
 
-    def gather(x: Tensor, columns: int) -> Tensor:
+
+def gather_rollout(
+    rollout: Rollout,
+    responses: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    max_over_ranks: Callable[..., list[int]],
+) -> Rollout:
+    """Gather the rows of all processes, in the order of the global batch; see `gather_experience`."""
+    return _Table(rollout, responses, sum_over_ranks, max_over_ranks).rollout(rollout)
+
+
+class _Table:
+    """A table of zeros with room for the rows of all processes: each writes its own, and the tables are summed."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        responses: int,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        max_over_ranks: Callable[..., list[int]],
+    ) -> None:
+        self.sum = sum_over_ranks
+        self.first = int(rollout.group[0]) * responses
+        self.last = self.first + len(rollout.tokens)
+        shape = rollout.tokens.shape[1], rollout.response_mask.shape[1]
+        self.rows, self.width, self.time = max_over_ranks(self.last, *shape)
+
+    def gather(self, x: Tensor, columns: int) -> Tensor:
         dtype = torch.int32 if x.dtype == torch.bool else x.dtype
-        shape = (rows,) if x.ndim == 1 else (rows, columns)
+        shape = (self.rows,) if x.ndim == 1 else (self.rows, columns)
         table = torch.zeros(shape, dtype=dtype, device=x.device)
-        table[first:last] = x.to(dtype) if x.ndim == 1 else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-        return sum_over_ranks(table).to(x.dtype)
+        padded = x if x.ndim == 1 else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
+        table[self.first : self.last] = padded.to(dtype)
+        return self.sum(table).to(x.dtype)
 
-    def gather_fields(batch: Any, skip: str) -> dict[str, Any]:
+    def gather_fields(self, batch: Any, skip: str) -> dict[str, Any]:
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != skip}
-        return {name: None if x is None else gather(x, time) for name, x in tensors.items()}
+        return {name: None if x is None else self.gather(x, self.time) for name, x in tensors.items()}
 
-    all_rows = Rollout(tokens=gather(rollout.tokens, width), **gather_fields(rollout, "tokens"))
-    return Experience(rollout=all_rows, **gather_fields(experience, "rollout"))
+    def rollout(self, rollout: Rollout) -> Rollout:
+        return Rollout(tokens=self.gather(rollout.tokens, self.width), **self.gather_fields(rollout, "tokens"))

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from typing import Any
 
 from lit_rlhf import compat
 
@@ -34,6 +35,9 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
         return _unknown_option(name, field, _options(owner) if owner else known, owner)
     matched = compat.UNKNOWN_CLASS.search(message)
     if matched and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
+        if paths := compat.OPTIONS_OR_NULL.findall(message):
+            options = ", ".join(_options(_class(paths[-1])))
+            return f"{field}: should be null or have options ({options}), not {matched[1]!r}"
         return _class_expected(field, f": there is no class {matched[1]!r}", matched[1])
     if matched := compat.ABSTRACT_CLASS.search(message):
         return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
@@ -113,9 +117,12 @@ def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
 def _owner(text: str) -> type | None:
     """Return the innermost class whose options a message refuses, or None if there is no such class."""
     paths = compat.REFUSED_CLASS.findall(text) + compat.REFUSED_CALLABLE.findall(text)
-    if not paths:
-        return None
-    module, _, name = paths[-1].rpartition(".")
+    return _class(paths[-1]) if paths else None
+
+
+def _class(path: str) -> Any:
+    """Return the class at an import path, or None if there is none."""
+    module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name, None)
 
 

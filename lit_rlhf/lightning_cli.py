@@ -18,6 +18,8 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils import logging as transformers_logging
 
+import lit_rlhf.algorithms.off_policy_objectives
+import lit_rlhf.algorithms.vtrace
 import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolve)
 from lit_rlhf import compat
 from lit_rlhf.callbacks import (

@@ -102,7 +102,8 @@ def _device(name: str | None) -> Device:
 def _devices(trainer: Any, device: Device) -> int:
     """Return the number of processes that the Trainer's options ask for.
 
-    ``auto`` asks for as many as this machine has GPUs, or for one if it has none or the plan is for a CPU.
+    ``auto`` stands for as many processes on each node as this machine has GPUs, or for one process on each node if this
+    machine has no GPU or the plan is for a CPU.
 
     Raises:
         UserError: if the option ``trainer.devices`` does not give a number.

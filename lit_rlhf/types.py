@@ -244,9 +244,10 @@ class Trajectory:
     values: Tensor | None = None  # [B, T], V of the state before each token; None for a baseline of 0
     bootstrap: Tensor | None = None  # [B], the value after the last token; None for 0
     group: Tensor | None = None  # [B] int64, the prompt that each row answers
+    ratios: Tensor | None = None  # [B, T], the actor's probability of each token over the engine's; None for 1
 
     def __post_init__(self) -> None:
-        check_shapes(rewards=self.rewards, mask=self.mask, values=self.values)
+        check_shapes(rewards=self.rewards, mask=self.mask, values=self.values, ratios=self.ratios)
         check_shapes(rows=self.mask.any(1), bootstrap=self.bootstrap, group=self.group)
 
 
@@ -267,9 +268,10 @@ class Experience:
     """A rollout with all that the update of the actor and the critic needs."""
 
     rollout: Rollout
-    old_logprobs: Tensor  # [B, T]
+    old_logprobs: Tensor  # [B, T], the actor's at the start of the update or, if a correction says so, the engine's
     ref_logprobs: Tensor  # [B, T]
     values: Tensor | None  # [B, T], the critic's at the start of the update
+    policy_weights: Tensor  # [B, T], the factor of the objective's loss; 1 without a correction
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T]
     reward_scale: Tensor  # [B, T], the factor by which whitening scaled the rewards in the advantages; 1 if off

@@ -4,6 +4,8 @@ import importlib
 import re
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 import yaml
 
 from lit_rlhf import __all__ as names
+from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
+from lit_rlhf.rewards import RemoteReward, make_reward_inputs
 from lit_rlhf.testing import Recorder
 
 ROOT = Path(__file__).parent.parent
@@ -90,3 +94,27 @@ def test_the_yaml_of_the_design_page_is_read(tmp_path, monkeypatch):
     assert config["model"]["init_args"]["advantages"]["init_args"] == {"gamma": 0.99}
     assert config["model"]["init_args"]["engine"]["class_path"] == "my_parts.TransformersEngine"
     assert config["trainer"]["callbacks"][0]["class_path"] == "my_parts.PrintBest"
+
+
+def test_the_service_of_the_rewards_page_scores(tmp_path, monkeypatch):
+    """With the options of the page's YAML, except for the address."""
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (example,), (text,) = (re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL) for kind in ("python", "yaml"))
+    assert sum(bool(line.strip()) for line in example.splitlines()) < 20
+    (tmp_path / "service_of_the_page.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("JUDGE_TOKEN", "swordfish")
+    monkeypatch.setattr("http.server.BaseHTTPRequestHandler.log_message", lambda *words: None)
+    handler = importlib.import_module("service_of_the_page").Service
+    (reward,) = yaml.safe_load(text)["rewards"]
+    assert reward["class_path"] == "RemoteReward"
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        remote = RemoteReward(**reward["init_args"] | {"url": f"http://127.0.0.1:{server.server_port}/brevity"})
+        remote.prepare(tokenizer=None)
+        scores = remote(make_reward_inputs(["word " * length for length in range(40)]))
+        with pytest.raises(UserError, match="401"):
+            RemoteReward(remote.url)(make_reward_inputs(["no token"]))
+        server.shutdown()
+    assert scores.tolist() == pytest.approx([-length / 100 for length in range(40)])
+    assert remote.name == "brevity"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,40 @@ def test_killed_and_resumed_five_times(runs, tiny_model, prompt_file):
     resumed = lit_rlhf(*command, cwd=runs)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(runs / "whole", runs / "killed")
+
+
+AHEAD = [
+    '--model.engine={"class_path": "Ahead", "init_args": {"lag": 2}}',
+]
+
+
+@pytest.mark.parametrize("calls", [(5,), pytest.param((2, 3, 5, 3, 5), marks=pytest.mark.long)])
+def test_killed_and_resumed_with_rollouts_in_flight(tmp_path, tiny_model, prompt_file, calls):
+    """Each kill meets responses that a worker process generates for later iterations; no worker outlives its parent."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    whole, killed = ([*words(tiny_model, prompt_file, run), *AHEAD] for run in ("whole", "killed"))
+    done = lit_rlhf(*whole, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for call in calls:
+        stopped = lit_rlhf(*killed, "--ckpt_path", "last", cwd=tmp_path, KILL_AT_CALL=str(call))
+        assert stopped.returncode == -signal.SIGKILL, stopped.stderr
+    resumed = lit_rlhf(*killed, "--ckpt_path", "last", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    time.sleep(1)
+    assert not workers_in(tmp_path)
+
+
+def workers_in(folder: Path) -> list[int]:
+    """Return the worker processes whose working directory is the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"generation.worker" in (process / "cmdline").read_bytes() and (process / "cwd").resolve() == folder:
+                found.append(int(process.name))
+        except OSError:  # it has just ended
+            continue
+    return found
 
 
 def test_a_new_run_renames_the_folder_of_an_older_run(runs, tiny_model, prompt_file):

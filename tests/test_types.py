@@ -9,6 +9,7 @@ from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, Prom
 
 PROMPTS = [2, 4, 1, 3]
 RESPONSES = [3, 1, 5, 0]
+NUMBERS = ("old_logprobs", "ref_logprobs", "policy_weights", "advantages", "returns", "reward_scale")
 
 
 def make_rollout(prompts=PROMPTS, responses=RESPONSES):
@@ -36,7 +37,7 @@ def make_experience(seed, rows=13, with_values=True):
     lengths = torch.randint(1, 9, (2, rows), generator=g).tolist()
     rollout = make_rollout(*lengths)
     numbers = torch.arange(rows)[:, None].expand(rollout.response_mask.shape).float()
-    fields = dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages", "returns", "reward_scale"), numbers)
+    fields = dict.fromkeys(NUMBERS, numbers)
     return Experience(rollout=rollout, values=numbers if with_values else None, **fields)
 
 
@@ -98,7 +99,7 @@ def test_minibatches_hold_every_row_once(count, max_tokens, with_values):
         whole = experience.rollout.select(torch.tensor(rows_of(micro_batch)))
         for name in ("tokens", "response_mask", "rollout_logprobs", "rollout_entropy", "group"):
             assert torch.equal(getattr(rollout, name), getattr(whole, name))
-        for name in ("old_logprobs", "ref_logprobs", "advantages", "returns", *(["values"] if with_values else [])):
+        for name in (*NUMBERS, *(["values"] if with_values else [])):
             expected = torch.tensor(rows_of(micro_batch))[:, None].expand(rollout.response_mask.shape).float()
             assert torch.equal(getattr(micro_batch, name), expected)
         assert with_values or micro_batch.values is None

@@ -244,6 +244,7 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
     [
         ({"model__advantages": "GAE", "model__advantages__lam": 2}, ["lam", r"\[0, 1\]", "2"]),
         ({"model__update__epochs": 0}, ["update|Update", "epochs", "1 or more", "0"]),
+        ({"model__correction__mask_above": 3}, [r"correction\.mask_above", "mask_level", "null"]),
         ({"model__update__minibatches": 5}, ["minibatches", "4", "5"]),
         ({"model__sampling__max_tokens": 0}, ["sampling|Sampling", "max_tokens", "1 or more", "0"]),
         ({"model__sampling__temperature": 0}, [r"sampling\.temperature", "positive"]),
@@ -269,6 +270,8 @@ def test_values_out_of_range(folder, capsys, changes, patterns):
         ({"model__update__epochs": "many"}, ["model.update.epochs", "'many'", "whole number"]),
         ({"model__advantages__lam": "high"}, ["advantages.lam", "'high'", "number"]),
         ({"model__bootstrap_truncated": "maybe"}, ["model.bootstrap_truncated", "'maybe'", "true or false"]),
+        ({"model__correction__level": "tokens"}, ["model.correction.level", "'tokens'", "token, sequence, geometric"]),
+        ({"model__correction": "TIS"}, ["model.correction", "'TIS'", "null or have options .*truncate_above"]),
         ({"model__rewards": "RewardFunction"}, ["model.rewards", "'RewardFunction'", "list"]),
         (
             {"model__actor_optimizer": "AdamW", "model__actor_optimizer__lr": "fast"},

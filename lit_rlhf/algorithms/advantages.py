@@ -12,6 +12,7 @@ estimator           advantage of token t             variance                 bi
 `NStep`             Σ_{k<n} γᵏ δₜ₊ₖ                  grows with n             falls with n
 `GAE`               Σₖ (γλ)ᵏ δₜ₊ₖ                    grows with λ             falls with λ
 `MonteCarlo`        Σₖ γᵏ rₜ₊ₖ − Vₜ                  highest                  none
+`VTrace`            min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ − Vₜ)    grows with ρ̄ and c̄       falls with ρ̄ and c̄
 `LeaveOneOut`       R − mean of the other R          falls with group size    none; no critic
 `GroupNormalized`   (R − mean R) / std R             falls with group size    some; no critic
 ==================  ===============================  =======================  ==================
@@ -41,6 +42,8 @@ class AdvantageEstimator(ABC):
 
     needs_group: ClassVar[bool] = False
     """Whether the estimator compares the responses to a prompt; it then needs 2 or more of them, but no critic."""
+    weights_by_ratio: ClassVar[bool] = False
+    """Whether the advantages hold the importance weights of responses that another policy than the actor has drawn."""
 
     @abstractmethod
     def __call__(self, trajectory: Trajectory) -> Estimates:
@@ -304,8 +307,7 @@ def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
     tensor([[1.5000, 0.0000, 1.0000]])
     """
     check_shapes(x=x, mask=mask)
-    if isinstance(discount, Tensor):
-        check_shapes(rows=mask.any(1), discount=discount)
+    check_shapes(rows=mask.any(1), discount=discount if isinstance(discount, Tensor) else None)
     x = torch.where(mask, x, 0.0)
     total, sums = x.new_zeros(len(x)), torch.zeros_like(x)
     for t in reversed(range(x.shape[1])):  # a few operations a token, where decoding takes hundreds a token
@@ -333,11 +335,9 @@ def n_step_sum(x: Tensor, mask: Tensor, n: int, discount: float) -> Tensor:
     tensor([[2., 4., 4.]])
     """
     check_shapes(x=x, mask=mask)
-    x = torch.where(mask, x, 0.0)
-    end = x.shape[1]  # padding adds a column of zeros at this index, which is its own successor
+    x, end = torch.where(mask, x, 0.0), x.shape[1]  # padding adds a column of zeros at ``end``, its own successor
     padded, successor = pad(x, (0, 1)), pad(_next_token(mask), (0, 1), value=end)
-    index = torch.arange(end, device=x.device).expand_as(x)
-    total = torch.zeros_like(x)
+    index, total = torch.arange(end, device=x.device).expand_as(x), torch.zeros_like(x)
     for k in range(min(n, end)):
         total = total + discount**k * padded.gather(1, index)
         index = successor.gather(1, index)

@@ -5,7 +5,7 @@ Objectives do not average: the tokens are weighted once, for the whole optimizer
 In the first step after sampling, all ratios are 1 and every objective with token-level ratios has the gradient
 −Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a policy that has moved since sampling: not at all
 (`VanillaPG`), by importance weights (`Surrogate`), by a KL penalty as well (`KLPenalty`), or by removing the gradient
-of ratios beyond a bound (`Clip`).
+of ratios beyond a bound (`Clip`). `off_policy_objectives` holds two that are meant for responses of an older policy.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +36,7 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor  # [B, T], 0 outside the mask; gradients flow into the log-probabilities only
     ratio: Tensor  # [B, T], π / π_old as the objective uses it, 1 outside the mask
-    clipped: Tensor  # bool [B, T], True where the objective removes the gradient of the token
+    clipped: Tensor  # bool [B, T], True where the objective removes the gradient of the token, or bounds its weight
 
 
 class Objective(ABC):
@@ -75,6 +75,27 @@ class Objective(ABC):
         """Adapt the objective to the mean KL(π_old ‖ π), measured after an iteration's update, in nats per token."""
 
 
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Compute log π(aₜ|sₜ) − log π_old(aₜ|sₜ) of each token.
+
+    Args:
+        logprobs: [B, T], log π(aₜ|sₜ).
+        old_logprobs: [B, T], log π_old(aₜ|sₜ); no gradient flows into them.
+        mask: Bool [B, T], True at the tokens that count.
+
+    Returns:
+        [B, T], in nats, 0 outside the mask.
+
+    Raises:
+        ValueError: if the shapes do not match.
+
+    >>> log_ratio(torch.tensor([[-0.5, 9.0]]), torch.tensor([[-1.5, 9.0]]), torch.tensor([[True, False]]))
+    tensor([[1., 0.]])
+    """
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
+    return torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs.detach(), 0.0)
+
+
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: Level = "token") -> Tensor:
     """Compute the importance ratio ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ), with the log-ratio clamped to [−20, 20].
 
@@ -101,11 +122,10 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
     >>> probability_ratio(torch.tensor([[0.0, 0.693147]]), old, mask, level="sequence")
     tensor([[1.4142, 1.4142]])
     """
-    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
-    log_ratio = torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs.detach(), 0.0)
+    logs = log_ratio(logprobs, old_logprobs, mask)
     if level == "sequence":
-        log_ratio = torch.where(mask, masked_mean(log_ratio, mask, 1)[:, None], 0.0)
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        logs = torch.where(mask, masked_mean(logs, mask, 1)[:, None], 0.0)
+    return logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 @dataclass(frozen=True)

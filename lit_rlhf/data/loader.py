@@ -123,6 +123,15 @@ class ResumableLoader:
             self.yielded += 1
             yield self._load(batch)
 
+    def upcoming(self, distance: int) -> Any:
+        """Return the batch that comes ``distance`` batches after the last one given out, and stay at the position.
+
+        Args:
+            distance: The number of batches, 0 for the last one given out.
+        """
+        epoch, number = divmod(self.yielded - 1 + distance, len(self))
+        return self._load(next(self.batches.epoch(epoch if self.batches.shuffle else 0, number)))
+
     def once(self, whole: bool = False) -> Iterator[Any]:
         """Yield the batches of one pass over all rows, in the file's order, without changing the loader's position.
 

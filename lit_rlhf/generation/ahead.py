@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,16 @@ class Flight:
     """A rollout that is being generated, with the weights that draw it."""
 
     pending: PendingRollout
-    done: Future[None]
+    idle: Future[float]  # done when the responses are; the seconds for which the generators had nothing to do before
     weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor
+
+
+class Landing(NamedTuple):
+    """A rollout that was generated ahead, and who waited for whom, in seconds."""
+
+    rollout: Rollout
+    learner_waited: float
+    generators_waited: float
 
 
 class Ahead(Engine):
@@ -41,6 +50,9 @@ class Ahead(Engine):
     An engine that works in the training process, such as `NativeEngine`, moves to worker processes for training, on
     other GPUs or with cores of their own; a server generates on its own devices. Validation generates without lag.
 
+    The host's memory holds lag + 1 copies of the actor's trained weights for the worker processes, in the precision of
+    their computation, and lag + 1 copies of this process's part of them for the guard, besides the workers' actors.
+
     With a lag, the responses are off-policy: ``model.correction`` or `VTrace` correct for this. The ratio π / π₀ of
     the objectives still begins at 1, because π₀ is the actor at the beginning of the update.
 
@@ -52,13 +64,14 @@ class Ahead(Engine):
         lag: The number of iterations by which the policy that draws the responses is older than without this class;
             with 0, the engine is used in the training process, as if this class were not there.
         workers: The number of worker processes, which divide the responses of a batch between them; each process of
-            the training has its own. Their number does not change the samples.
+            the training has its own. Their number does not change the samples. With 0, the training process generates
+            the same responses itself, from a copy of the older weights: slower, but without a second device.
         threads: The number of threads of each worker process without a GPU; the training process has as many fewer.
         devices: The devices of the worker processes, such as ``cuda:1``; None for the GPUs that the training does not
             use, or for the CPU if the training is on the CPU.
 
     Raises:
-        ValueError: if ``lag`` is negative, or ``workers`` or ``threads`` is less than 1.
+        ValueError: if ``lag`` or ``workers`` is negative, or ``threads`` is less than 1.
 
     >>> Ahead(lag=2).lag
     2
@@ -78,7 +91,7 @@ class Ahead(Engine):
         threads: int = 1,
         devices: list[str] | None = None,
     ) -> None:
-        for name, value, least in (("lag", lag, 0), ("workers", workers, 1), ("threads", threads, 1)):
+        for name, value, least in (("lag", lag, 0), ("workers", workers, 0), ("threads", threads, 1)):
             if value < least:
                 raise ValueError(f"engine.{name} must be {least} or more, not {value}")
         self.engine = engine
@@ -91,6 +104,7 @@ class Ahead(Engine):
         self._detached: DetachedEngine | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._threads_before: int | None = None
+        self._idle_since = 0.0
 
     @property
     def is_exact(self) -> bool:
@@ -130,7 +144,7 @@ class Ahead(Engine):
         if self._thread is None or not isinstance(self.engine, DetachedEngine):
             return self.engine.generate(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
         pending = self.engine.begin(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
-        self._thread.submit(pending.run).result()
+        self._thread.submit(self._run, pending).result()
         return pending.result()
 
     def launch(
@@ -147,24 +161,27 @@ class Ahead(Engine):
             special_tokens: The stop tokens and the padding token.
             iteration: The iteration that will learn from the responses.
         """
-        detached, thread = self._working()
-        pending = detached.begin(actor, prompts, sampling, special_tokens, stream=Stream.ROLLOUT, iteration=iteration)
+        if self._thread is None:
+            self._start_working()
+        keys: dict[str, Any] = {"stream": Stream.ROLLOUT, "iteration": iteration}
+        assert self._thread is not None
+        if self._detached is None:
+            generate = partial(self.engine.generate, actor, prompts, sampling, special_tokens, **keys)
+            pending: PendingRollout = _InThisProcess(generate)
+        else:
+            pending = self._detached.begin(actor, prompts, sampling, special_tokens, **keys)
         weights = [_local(parameter).to("cpu", copy=True) for parameter in _trained(actor)]
-        self.flights[iteration] = Flight(pending, thread.submit(pending.run), weights)
+        self.flights[iteration] = Flight(pending, self._thread.submit(self._run, pending), weights)
 
-    def land(self, iteration: int) -> tuple[Rollout, float]:
-        """Wait for the responses of an iteration; all processes call this method together.
-
-        Returns:
-            The rollout, and the time in seconds for which this process waited.
+    def land(self, iteration: int) -> Landing:
+        """Wait for the responses of an iteration; all processes call this method together, inside `weights_of`.
 
         Raises:
             UserError: if the responses could not be generated.
         """
         flight, start = self.flights[iteration], time.monotonic()
-        flight.done.result()
-        rollout = flight.pending.result()
-        return rollout, time.monotonic() - start
+        idle = flight.idle.result()
+        return Landing(flight.pending.result(), time.monotonic() - start, idle)
 
     @contextmanager
     def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
@@ -179,17 +196,24 @@ class Ahead(Engine):
             for (weight, _), current in zip(pairs, now, strict=True):
                 weight.copy_(current)
 
-    def _working(self) -> tuple[DetachedEngine, ThreadPoolExecutor]:
-        """Return the engine that works outside this process and the thread that waits for it; start them if needed."""
-        if self._detached is None:
-            assert self._context is not None, "call start() first"
-            self._detached = self.engine if isinstance(self.engine, DetachedEngine) else self._start(self._context)
-            self._thread = ThreadPoolExecutor(1, "rollouts")
-        assert self._thread is not None
-        return self._detached, self._thread
+    def _run(self, pending: PendingRollout) -> float:
+        """Generate a rollout, and return the seconds since the one before it was complete."""
+        idle = time.monotonic() - self._idle_since
+        pending.run()
+        self._idle_since = time.monotonic()
+        return idle
 
-    def _start(self, context: EngineContext) -> Workers:
-        devices = self._devices(context.device)
+    def _start_working(self) -> None:
+        """Start the engine that works outside this process, if there is one, and the thread that waits for it."""
+        assert self._context is not None, "call start() first"
+        if isinstance(self.engine, DetachedEngine):
+            self._detached = self.engine
+        elif self.workers:
+            self._detached = self._start_workers(self._context)
+        self._thread, self._idle_since = ThreadPoolExecutor(1, "rollouts"), time.monotonic()
+
+    def _start_workers(self, context: EngineContext) -> Workers:
+        devices = self._devices(context)
         if devices[0].type == "cpu":
             self._threads_before = torch.get_num_threads()
             torch.set_num_threads(max(1, self._threads_before - self.workers * self.threads))
@@ -197,24 +221,36 @@ class Ahead(Engine):
         workers.start(context)
         return workers
 
-    def _devices(self, device: torch.device) -> Sequence[torch.device]:
+    def _devices(self, context: EngineContext) -> Sequence[torch.device]:
         """Return the device of each worker process of this training process.
 
         Raises:
             UserError: if there are not enough devices.
         """
-        if self.devices is None and device.type == "cpu":
-            return [device] * self.workers
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        names = self.devices or [f"cuda:{number}" for number in range(processes, torch.cuda.device_count())]
-        mine = names[local * self.workers : (local + 1) * self.workers]
+        if self.devices is None and context.device.type == "cpu":
+            return [context.device] * self.workers
+        names = self.devices or [f"cuda:{number}" for number in range(context.processes, torch.cuda.device_count())]
+        mine = names[context.process * self.workers : (context.process + 1) * self.workers]
         if len(mine) < self.workers:
+            needed = context.processes * self.workers
             raise UserError(
-                f"model.engine.devices: {processes * self.workers} worker processes need as many devices, not "
-                f"{len(names)}; use fewer GPUs for training (trainer.devices), or lag: 0"
+                f"model.engine.devices: {needed} worker processes need {needed} devices besides those of the training, "
+                f"not {len(names)}; use fewer GPUs for training (trainer.devices), or lag: 0"
             )
         return [torch.device(name) for name in mine]
+
+
+class _InThisProcess(PendingRollout):
+    """A rollout that this process generates when it is needed, with the weights that the actor has then."""
+
+    def __init__(self, generate: Callable[[], Rollout]) -> None:
+        self.generate = generate
+
+    def run(self) -> None:
+        """Do nothing, since this thread is not the one that trains."""
+
+    def result(self) -> Rollout:
+        return self.generate()
 
 
 def _trained(actor: Actor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The program of a worker process: it generates responses with weights from shared memory, until its parent ends.
 
-`lit_rlhf.generation.workers` starts it as ``python -m lit_rlhf.generation.worker FD``, with the file descriptor of a
-connection on which both sides send pickled objects.
+`lit_rlhf.generation.workers` starts it with the file descriptor of a connection, on which both sides send pickled
+objects.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -32,7 +31,6 @@ class Assignment:
 
     engine: Engine
     context: EngineContext  # with the worker's own device
-    rounds_all_weights: bool  # whether the run's strategy rounds all weights to bfloat16, under ``bf16-mixed``
     threads: int
     float32_precision: str  # of matrix products on CUDA
     deterministic: bool
@@ -55,7 +53,6 @@ class Answer:
     """A worker's message to its parent: the responses, or what went wrong."""
 
     rollout: Rollout | None = None  # on the CPU
-    waited: float = 0.0  # seconds without work before the job
     error: str = ""
 
 
@@ -85,16 +82,14 @@ def serve(connection: Connection) -> None:
     device, half = assignment.context.device, assignment.context.precision == "bf16-mixed"
     actor = assignment.context.load_actor().to(device)
     if half:
-        store_in_bfloat16(actor, all_weights=assignment.rounds_all_weights)
+        store_in_bfloat16(actor, all_weights=assignment.context.rounds_all_weights)
     weights = trained_weights(actor.model)
     layout = Layout.of(weights)
     send(connection, layout)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False) if half else nullcontext()
     slots: dict[int, dict[str, torch.Tensor]] = {}
     while True:
-        start = time.monotonic()
         job: Job = receive(connection)
-        waited = time.monotonic() - start
         if job.memory not in slots:
             slots[job.memory] = map_tensors(job.memory, layout)
         with torch.no_grad(), autocast:
@@ -108,7 +103,7 @@ def serve(connection: Connection) -> None:
                 stream=job.stream,
                 iteration=job.iteration,
             )
-        send(connection, Answer(rollout=rollout.to(torch.device("cpu")), waited=waited))
+        send(connection, Answer(rollout=rollout.to(torch.device("cpu"))))
 
 
 def main(descriptor: int) -> None:
@@ -130,7 +125,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -45,7 +45,7 @@ class WorkerProcess:
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path))
         environment["OMP_NUM_THREADS"] = str(assignment.threads)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lit_rlhf.generation.worker", str(other.fileno())],
+            [sys.executable, "-c", f"from lit_rlhf.generation.worker import main; main({other.fileno()})"],
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=(other.fileno(), *memories),
@@ -105,7 +105,6 @@ class Workers(DetachedEngine):
         slots: The maximum number of rollouts that are pending at the same time; each needs memory for the weights.
         threads: The number of threads of each worker.
         devices: The device of each worker.
-        rounds_all_weights: Whether the run's strategy rounds all weights to bfloat16, under ``bf16-mixed``.
     """
 
     def __init__(
@@ -116,14 +115,12 @@ class Workers(DetachedEngine):
         slots: int,
         threads: int,
         devices: Sequence[torch.device],
-        rounds_all_weights: bool = False,
     ) -> None:
         self.engine = engine
         self.count = count
         self.slots = slots
         self.threads = threads
         self.devices = devices
-        self.rounds_all_weights = rounds_all_weights
         self.device = torch.device("cpu")  # of the rollouts
         self.processes: list[WorkerProcess] = []
         self.free: list[int] = []  # shared memories that no pending rollout uses
@@ -140,7 +137,6 @@ class Workers(DetachedEngine):
             assignment = Assignment(
                 engine=self.engine,
                 context=replace(context, device=self.devices[number]),
-                rounds_all_weights=self.rounds_all_weights,
                 threads=self.threads,
                 float32_precision=torch.backends.cuda.matmul.fp32_precision,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -206,10 +202,6 @@ class _PendingRollout(PendingRollout):
             self.answers += [process.take(Answer) for process in used]
         except UserError as error:
             self.error = error
-
-    @property
-    def waited(self) -> float:
-        return max((answer.waited for answer in self.answers), default=0.0)
 
     def result(self) -> Rollout:
         if self.error is not None:

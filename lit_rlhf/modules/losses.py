@@ -34,7 +34,7 @@ the metrics that it adds to; it returns one part of the rows' contribution to th
 class PolicyTerms(NamedTuple):
     """The policy loss of each token, with the outputs of the objective and the actor that it was computed from."""
 
-    loss: Tensor  # [b, t], the objective's loss with the entropy bonus and the KL to the reference
+    loss: Tensor  # [b, t], the objective's weighted loss with the entropy bonus and the KL to the reference
     objective: PolicyLoss
     stats: TokenStats
 
@@ -46,11 +46,11 @@ class Losses:
 
     loss = Σₜ wₜ (policyₜ + value_coef · valueₜ), with the weights wₜ of `token_weights` over the whole optimizer step,
 
-    policyₜ = objectiveₜ − entropy_coef · H(π(·|sₜ)) [+ c · KLₜ(π ‖ π_ref)] and
+    policyₜ = uₜ · objectiveₜ − entropy_coef · H(π(·|sₜ)) [+ c · KLₜ(π ‖ π_ref)] and
     valueₜ = ½ (V(sₜ) − Rₜ)², where Rₜ is the return and V(sₜ) may be clipped around its old value.
 
-    The term in brackets applies if the loss has a KL term; c is kl_coef, rescaled like the advantages if the KL is also
-    part of the reward.
+    uₜ is the weight of a `Correction`, or 1. The term in brackets applies if the loss has a KL term; c is
+    kl_coef, rescaled like the advantages if the KL is also part of the reward.
 
     Args:
         actor: The policy π, with the value head of a shared critic.
@@ -113,16 +113,16 @@ class Losses:
         return StepLoss(loss, torch.zeros_like(mean), {"value_loss": mean})
 
     def policy(self, micro_batch: Experience, metrics: Metrics) -> PolicyTerms:
-        """Compute the policy loss of each token, [b, t], and record the objective's loss and the entropy."""
+        """Compute the policy loss of each token, [b, t], and record the weighted objective and the entropy."""
         rollout, mask, kl = micro_batch.rollout, micro_batch.rollout.response_mask, self.reference_kl
         stats = self.actor(rollout.tokens, rollout.response_tokens_mask, self.reference if kl.is_full else None)
         logprobs, entropy = rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy)
         objective = self.objective(
             logprobs=logprobs, old_logprobs=micro_batch.old_logprobs, advantages=micro_batch.advantages, mask=mask
         )
-        metrics.add_masked("policy/loss", objective.loss, mask)
+        loss = torch.where(mask, micro_batch.policy_weights, 1.0) * objective.loss
+        metrics.add_masked("policy/loss", loss, mask)
         metrics.add_masked("policy/entropy", entropy, mask)
-        loss = objective.loss
         if self.update.entropy_coef:
             loss = loss - self.update.entropy_coef * entropy
         if kl.in_loss:

@@ -47,8 +47,41 @@ class WeightedMean(Metric):
         return self.total / self.weight
 
 
+class EffectiveSampleSize(Metric):
+    """The effective sample size (Σ wᵢ)² / (n Σ wᵢ²) of n weights on all ranks, as a fraction of n.
+
+    It is 1 for equal weights, and 1/n if all but one are 0. Source: Kong 1992, "A note on importance sampling using
+    standardized weights"; computed in float64.
+
+    >>> size = EffectiveSampleSize()
+    >>> size.update(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+    >>> size.compute()
+    tensor(0.8000, dtype=torch.float64)
+    """
+
+    total: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "squares", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, weights: Tensor, mask: Tensor) -> None:
+        """Add the weights at which the mask, of the same shape, is True."""
+        weights = torch.where(mask, weights.double(), 0.0)
+        self.total += weights.sum()
+        self.squares += weights.square().sum()
+        self.count += mask.sum()
+
+    def compute(self) -> Tensor:
+        """Return the effective sample size, or NaN if no weight was added."""
+        return self.total.square() / (self.count * self.squares)
+
+
 class Metrics:
-    """A collection of named means and maxima, which are reduced over all ranks when they are computed.
+    """A collection of named metrics, mostly means and maxima, which are reduced over all ranks when they are computed.
 
     Args:
         device: The device of the metrics' tensors, which must be one that the communication backend supports.
@@ -89,6 +122,12 @@ class Metrics:
         if name not in self._metrics:
             self._metrics[name] = MaxMetric(nan_strategy="disable").to(self.device)
         self._metrics[name].update(value.detach().to(self.device))
+
+    def sample_size(self, name: str, weights: Tensor, mask: Tensor) -> None:
+        """Include the weights at which the mask is True in the effective sample size of this name."""
+        if name not in self._metrics:
+            self._metrics[name] = EffectiveSampleSize().to(self.device)
+        self._metrics[name].update(weights.detach().to(self.device), mask.to(self.device))
 
     def weight(self, name: str) -> float:
         """Return the total weight of the values that this rank added to a mean."""

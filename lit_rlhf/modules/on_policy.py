@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
+import lightning
 import torch
 from torch import Tensor
 
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
+from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import KLController, ReferenceKL, k1
 from lit_rlhf.algorithms.masked import masked_sum, masked_var, masked_whiten
-from lit_rlhf.algorithms.objectives import Objective
+from lit_rlhf.algorithms.objectives import Objective, probability_ratio
 from lit_rlhf.algorithms.rewards import token_rewards
 from lit_rlhf.batching import gather_experience, micro_batches, minibatches
 from lit_rlhf.errors import UserError
@@ -25,12 +26,16 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
+from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
-from lit_rlhf.modules.roles import load_roles
+from lit_rlhf.modules.off_policy import corrected
+from lit_rlhf.modules.roles import load_actor, load_roles
+from lit_rlhf.modules.rollouts import Rollouts
 from lit_rlhf.modules.update import Update
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
@@ -64,11 +69,13 @@ class OnPolicy(AlignmentModule):
         reference: ModelSource | None,
         sampling: Sampling,
         engine: Engine,
+        guard: Guard,
         scores: ScoreShaping,
         kl: KLController,
         reference_kl: ReferenceKL,
         advantages: AdvantageEstimator,
         objective: Objective,
+        correction: Correction | None,
         bootstrap_truncated: bool,
         update: Update,
         value_grad_scale: float,
@@ -81,10 +88,12 @@ class OnPolicy(AlignmentModule):
         self.reference_source = reference
         self.sampling = sampling
         self.engine = engine
+        self.rollouts = Rollouts(engine, sampling, guard, partial(load_actor, actor, sampling.temperature))
         self.kl = kl
         self.reference_kl = reference_kl
         self.advantages = advantages
         self.objective = objective
+        self.correction = correction
         self.bootstrap_truncated = bootstrap_truncated
         self.update = update
         self.max_tokens = update.max_tokens
@@ -92,7 +101,14 @@ class OnPolicy(AlignmentModule):
         self.scores = Scores(rewards or [], scores)
         self.reference_scores: dict[int, Tensor] = {}  # of each held-out batch: the reference does not change in a run
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
-        self._check()
+        check_settings(
+            scores=self.scores,
+            sampling=sampling,
+            advantages=advantages,
+            correction=correction,
+            has_critic=critic is not None,
+            bootstrap_truncated=bootstrap_truncated,
+        )
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:
@@ -107,28 +123,6 @@ class OnPolicy(AlignmentModule):
                 out.
         """
 
-    def _check(self) -> None:
-        if not self.scores.rewards:
-            raise UserError("model.rewards is empty: name at least one reward")
-        if self.sampling.temperature == 0:
-            raise UserError(
-                "model.sampling.temperature must be positive: the most likely response alone teaches nothing"
-            )
-        if self.bootstrap_truncated and self.critic_source is None:
-            raise UserError("model.bootstrap_truncated needs a critic: it uses the value after the last token")
-        if self.advantages.needs_group:
-            name = type(self.advantages).__name__
-            if self.sampling.responses < 2:
-                raise UserError(
-                    f"model.sampling.responses is 1, but {name} compares the responses to a prompt: it needs 2 or more"
-                )
-            if self.critic_source is not None:
-                warnings.warn(
-                    f"{name} has its own baseline: the critic is trained, but nothing uses it "
-                    "(model.critic: null saves its memory and time)",
-                    stacklevel=2,
-                )
-
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
@@ -139,6 +133,10 @@ class OnPolicy(AlignmentModule):
         """
         super().setup(stage)
         self.reference_scores.clear()
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """Return the source of the rollouts, which starts and closes the engine."""
+        return [self.rollouts]
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
@@ -184,7 +182,7 @@ class OnPolicy(AlignmentModule):
         """
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("generate"):
-            rollout = self.generate(batch, self.actor, Stream.ROLLOUT, int(self.iteration))
+            rollout = self.rollouts.next(self, batch, metrics)
         with watch.phase("judge"):
             scored = self.judge(rollout, batch)
             trajectory = self.reward(scored)
@@ -198,10 +196,9 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def generate(self, batch: PromptBatch, actor: Actor, stream: Stream, iteration: int) -> Rollout:
         """Sample responses to a batch of prompts, with random numbers that depend on the stream and the iteration."""
+        options = self.sampling, self.special_tokens
         with self.profile("generate"):
-            return self.engine.generate(
-                actor, batch, self.sampling, self.special_tokens, stream=stream, iteration=iteration
-            )
+            return self.engine.generate(actor, batch, *options, stream=stream, iteration=iteration)
 
     @torch.no_grad()
     def judge(self, rollout: Rollout, batch: PromptBatch) -> ScoredRollout:
@@ -246,7 +243,7 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def reward(self, scored: ScoredRollout) -> Trajectory:
         """Combine the scores and, if it is part of the reward, the KL to the reference into a reward for each token."""
-        mask, kl = scored.rollout.response_mask, None
+        rollout, mask, kl = scored.rollout, scored.rollout.response_mask, None
         if self.reference_kl.where == "reward":
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)
         return Trajectory(
@@ -254,7 +251,8 @@ class OnPolicy(AlignmentModule):
             values=scored.values,
             mask=mask,
             bootstrap=scored.bootstrap,
-            group=scored.rollout.group,
+            group=rollout.group,
+            ratios=probability_ratio(scored.old_logprobs, rollout.rollout_logprobs, mask),
         )
 
     @torch.no_grad()
@@ -273,11 +271,13 @@ class OnPolicy(AlignmentModule):
             metrics.add("value/explained_variance", 1 - unexplained / total.clamp(min=1e-8))
         if self.update.whiten_advantages:
             advantages, scale = whitened.values, scale * whitened.scale
+        old_logprobs, policy_weights = corrected(scored, self.correction, metrics)
         return Experience(
             rollout=scored.rollout,
-            old_logprobs=scored.old_logprobs,
+            old_logprobs=old_logprobs,
             ref_logprobs=scored.ref_logprobs,
             values=scored.values,
+            policy_weights=policy_weights,
             advantages=advantages,
             returns=estimates.returns,
             reward_scale=scale,
@@ -301,7 +301,7 @@ class OnPolicy(AlignmentModule):
                 f"{len(experience.advantages)} responses"
             )
         for epoch in range(self.update.epochs):
-            shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch)
+            shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch) if self.update.shuffle else None
             yield from minibatches(experience, self.update.minibatches, shuffle)
 
     def micro_batches(self, experience: Experience) -> list[Experience]:

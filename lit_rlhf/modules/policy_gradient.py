@@ -7,12 +7,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
+from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL, k3
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.modules.steps import step_within_target
@@ -35,11 +37,14 @@ class PolicyGradient(OnPolicy):
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
+        guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
         objective: The loss of the policy.
+        correction: How the update corrects for responses that the engine drew from another policy than the actor; None
+            for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
             rewards that would have followed; if False, those count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
@@ -74,11 +79,13 @@ class PolicyGradient(OnPolicy):
         reference: ModelSource | None = None,
         sampling: Sampling = Sampling(),
         engine: Engine = NativeEngine(),
+        guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
         reference_kl: ReferenceKL = ReferenceKL(),
         advantages: AdvantageEstimator = GAE(),
         objective: Objective = Clip(),
+        correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
         value_grad_scale: float = 1.0,
@@ -95,11 +102,13 @@ class PolicyGradient(OnPolicy):
             reference=reference,
             sampling=sampling,
             engine=engine,
+            guard=guard,
             scores=scores,
             kl=kl,
             reference_kl=reference_kl,
             advantages=advantages,
             objective=objective,
+            correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
             value_grad_scale=value_grad_scale,

@@ -37,6 +37,23 @@ class Roles:
     reference: Actor  # frozen
 
 
+def load_actor(
+    source: ModelSource, temperature: float, value_head: bool = False, value_grad_scale: float = 1.0
+) -> Actor:
+    """Load an actor.
+
+    Args:
+        source: The source of the model.
+        temperature: The number by which the actor's logits are divided.
+        value_head: Whether the actor has a value head on its trunk, for a shared critic.
+        value_grad_scale: The factor by which the value loss's gradient into the trunk is scaled.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+    return Actor(load_model(source, "causal", "model.actor"), temperature, value_head, value_grad_scale)
+
+
 def load_roles(
     actor: ModelSource,
     critic: ModelSource | None,
@@ -67,9 +84,7 @@ def load_roles(
             critic's or the reference's vocabulary differs in size from the actor's.
     """
 
-    def build_actor() -> Actor:
-        model = load_model(actor, "causal", "model.actor")
-        return Actor(model, temperature, critic == "shared", value_grad_scale)
+    build_actor = partial(load_actor, actor, temperature, critic == "shared", value_grad_scale)
 
     def build_reference() -> Actor:
         built = Actor(load_model(reference or actor, "causal", "model.reference"), temperature)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_rlhf.algorithms.advantages import GAE, AdvantageEstimator
+from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Surrogate, probability_ratio
@@ -30,6 +31,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
@@ -114,11 +116,14 @@ class TRPO(OnPolicy):
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
+        guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
         region: The size of the actor's step, and how the step is computed.
+        correction: How the update corrects for responses that the engine drew from another policy than the actor; None
+            for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
             rewards that would have followed; if False, those count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
@@ -138,7 +143,7 @@ class TRPO(OnPolicy):
     """
 
     shards_actor = False  # sharded weights cannot be differentiated twice
-    old: Actor  # set by configure_model, frozen: the policy that sampled the responses
+    old: Actor  # set by configure_model, frozen: the actor at the start of the update
 
     def __init__(
         self,
@@ -148,11 +153,13 @@ class TRPO(OnPolicy):
         reference: ModelSource | None = None,
         sampling: Sampling = Sampling(),
         engine: Engine = NativeEngine(),
+        guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
         reference_kl: ReferenceKL = ReferenceKL(),
         advantages: AdvantageEstimator = GAE(),
         region: TrustRegion = TrustRegion(),
+        correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
         iterations: int | None = None,
@@ -170,11 +177,13 @@ class TRPO(OnPolicy):
             reference=reference,
             sampling=sampling,
             engine=engine,
+            guard=guard,
             scores=scores,
             kl=kl,
             reference_kl=reference_kl,
             advantages=advantages,
             objective=Surrogate(),
+            correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
             value_grad_scale=1.0,

@@ -14,6 +14,8 @@ class Update:
     Args:
         epochs: The number of passes over the experience.
         minibatches: The number of minibatches in each pass; each takes one optimizer step.
+        shuffle: Whether the rows are shuffled before they are cut into minibatches. If not, each minibatch has the
+            responses to consecutive prompts, such as those that one worker process of `Ahead` drew.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
             On a single GPU, an update that runs out of memory halves this number for the rest of the run.
         aggregation: How the losses of the tokens are averaged: ``token``, ``sequence`` or ``constant``.
@@ -38,6 +40,7 @@ class Update:
 
     epochs: int = 4
     minibatches: int = 4
+    shuffle: bool = True
     max_tokens: int = 8192
     aggregation: Aggregation = "token"
     whiten_advantages: bool = True

@@ -48,8 +48,8 @@ def phases(setting: Setting) -> tuple[Phase, ...]:
     found = [Phase("load", (weights,))]
     if setting.generation is not None:
         found.append(Phase("decode", (weights, state, gradients, *_decoding(setting))))
-    if setting.judged:  # texts from a data set are judged once, before the first optimizer step
-        before = (weights, gradients) if setting.generation is None else (weights, state, gradients)
+    if setting.judged:  # DPO's texts are judged once, before the first optimizer step
+        before = (weights, gradients) if setting.method == "DPO" else (weights, state, gradients)
         found.append(Phase("judge", (*before, *_judging(setting))))
     return (*found, Phase("update", (weights, state, *_updating(setting))))
 
@@ -154,10 +154,10 @@ def _copied_weights(setting: Setting, actor: Role) -> float:
 
 
 def _bytes_of_logits(setting: Setting) -> int:
-    """Return the bytes of each logit while a token is drawn.
+    """Return the number of bytes that drawing a token needs for each logit.
 
-    The logits, their quotients by a temperature other than 1, log-probabilities, probabilities and their products are
-    in float32; the cumulative sums are in float64.
+    The logits, their quotients by the temperature (unless it is 0 or 1), the log-probabilities, the probabilities, and
+    the products of the last two are in float32; the cumulative sums are in float64.
     """
     assert setting.generation is not None
     tempered = setting.generation.sampling.temperature not in (0, 1)

@@ -9,7 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.errors import UserError
-from lit_rlhf.generation import NativeEngine, Sampling
+from lit_rlhf.generation import Ahead, NativeEngine, Sampling
+from lit_rlhf.generation.engine import DetachedEngine
 from lit_rlhf.generation.native import PREFILL_TOKENS
 from lit_rlhf.modules import DPO, SFT
 from lit_rlhf.modules.module import AlignmentModule
@@ -181,8 +182,10 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
     sampling, engine = module.sampling, module.engine
     longest = min(data.encoder.first_tokens or data.encoder.max_tokens, data.encoder.max_tokens)
     prompt = prompt_tokens or longest
+    elsewhere = isinstance(engine, DetachedEngine) or (isinstance(engine, Ahead) and engine.lag > 0)
+    engine = engine.engine if isinstance(engine, Ahead) else engine
     native = engine if isinstance(engine, NativeEngine) else NativeEngine()
-    exact = engine.is_exact and not common["half"] and common["device"].is_cpu
+    exact = module.engine.is_exact and not common["half"] and common["device"].is_cpu
     needed = not exact or module.reference_kl.is_full or module.critic_source == "shared"
     return Setting(
         rows=data.batch_size * sampling.responses,
@@ -195,7 +198,9 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
         minibatches=module.update.minibatches,
         judged=(*(["actor"] if needed else []), "critic", "reference", "reward"),
         full_kl=module.reference_kl.is_full,
-        generation=Generation(
+        generation=None
+        if elsewhere
+        else Generation(
             prompt_tokens=prompt, sampling=sampling, cache_tokens=native.cache_tokens, compiled=native.compile
         ),
         **common,

@@ -1,14 +1,16 @@
-"""Rewards (reward models, Python functions and checkable answers) and their combination into one score."""
+"""Rewards (reward models, Python functions, services and checkable answers) and their combination into one score."""
 
 from lit_rlhf.rewards.answers import ExactAnswer, NumericAnswer
 from lit_rlhf.rewards.function import RewardFunction
 from lit_rlhf.rewards.model import RewardModel
+from lit_rlhf.rewards.remote import RemoteReward
 from lit_rlhf.rewards.reward import Reward, make_reward_inputs
 from lit_rlhf.rewards.scores import Scores, ScoreShaping
 
 __all__ = [
     "ExactAnswer",
     "NumericAnswer",
+    "RemoteReward",
     "Reward",
     "RewardFunction",
     "RewardModel",

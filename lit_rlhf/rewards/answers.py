@@ -1,15 +1,13 @@
 """Rewards for checkable answers: exact text, and numbers in the format of GSM8K."""
 
 import re
-from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.rewards.reward import Reward
+from lit_rlhf.rewards.reward import Reward, column_of
 from lit_rlhf.types import RewardInputs
 
 NUMBER = re.compile(r"(?:(?<!\w)-)?\$?\d[\d,]*(?:\.\d+)?")
@@ -39,7 +37,7 @@ class ExactAnswer(Reward):
         Raises:
             UserError: if the prompts do not have the column.
         """
-        answers = [str(answer).strip() for answer in _column(reward_inputs, self.column)]
+        answers = [str(answer).strip() for answer in column_of(reward_inputs, self.column)]
         responses = [response.strip() for response in reward_inputs.responses]
         if self.ignore_case:
             answers, responses = [a.casefold() for a in answers], [r.casefold() for r in responses]
@@ -88,7 +86,7 @@ class NumericAnswer(Reward):
             UserError: if the prompts do not have the column, or an answer in the column contains no number.
         """
         scores = []
-        for response, answer in zip(reward_inputs.responses, _column(reward_inputs, self.column), strict=True):
+        for response, answer in zip(reward_inputs.responses, column_of(reward_inputs, self.column), strict=True):
             text = str(answer)
             candidates = (_decimal(text), final_number(text, self.marker), last_number(text))
             correct = next((number for number in candidates if number is not None), None)
@@ -129,9 +127,3 @@ def _decimal(text: str) -> Decimal | None:
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
-
-
-def _column(reward_inputs: RewardInputs, column: str) -> Sequence[Any]:
-    if column not in reward_inputs.columns:
-        raise UserError(f"the prompts have no column {column!r}; they have: {', '.join(reward_inputs.columns)}")
-    return reward_inputs.columns[column]

@@ -5,13 +5,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.references import load_reference
-from lit_rlhf.rewards.reward import Reward
+from lit_rlhf.rewards.reward import Reward, checked_scores
 from lit_rlhf.types import RewardInputs
 
 
@@ -78,7 +77,8 @@ class RewardFunction(Reward):
             raise UserError(
                 f"the reward function {self.function} raised {reason} ({_error_location(self._call, error)})"
             ) from error
-        return self._to_tensor(scores, reward_inputs).to(reward_inputs.rollout.tokens.device)
+        tensor = checked_scores(scores, reward_inputs.responses, f"the reward function {self.function}")
+        return tensor.to(reward_inputs.rollout.tokens.device)
 
     def _arguments(self, function: Callable[..., Any], available: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
         parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
@@ -91,26 +91,6 @@ class RewardFunction(Reward):
                 f"but the available arguments are: {', '.join(available)}"
             )
         return {p.name: available[p.name] for p in parameters if p.name in available}
-
-    def _to_tensor(self, scores: Any, reward_inputs: RewardInputs) -> Tensor:
-        count = len(reward_inputs.responses)
-        try:
-            tensor = torch.as_tensor(scores, dtype=torch.float32).detach()
-        except Exception as error:
-            raise UserError(
-                f"the reward function {self.function} should return {count} numbers, "
-                f"not {type(scores).__name__}: {error}"
-            ) from error
-        if tensor.shape != (count,):
-            returned = f"shape {tuple(tensor.shape)}" if tensor.ndim != 1 else f"{len(tensor)}"
-            raise UserError(f"the reward function {self.function} should return {count} numbers, not {returned}")
-        if not tensor.isfinite().all():
-            row = int((~tensor.isfinite()).nonzero()[0])
-            raise UserError(
-                f"the reward function {self.function} returned {tensor[row]} for the response "
-                f"{reward_inputs.responses[row][:80]!r}"
-            )
-        return tensor
 
 
 def _error_location(function: Callable[..., Any], error: Exception) -> str:

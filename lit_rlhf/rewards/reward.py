@@ -1,4 +1,4 @@
-"""The interface of rewards, and a function that makes inputs for trying them out."""
+"""The interface of rewards, functions that several of them use, and one that makes inputs for trying them out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.types import Prompt, RewardInputs, Rollout
 
 
@@ -76,3 +77,69 @@ def make_reward_inputs(
         group=torch.arange(rows),
     )
     return RewardInputs(prompts=prompts or [""] * rows, responses=responses, columns=columns, rollout=rollout)
+
+
+def column_of(reward_inputs: RewardInputs, name: str) -> Sequence[Any]:
+    """Return the values of a column of the prompts, one for each response.
+
+    Raises:
+        UserError: if the prompts do not have the column.
+
+    >>> column_of(make_reward_inputs(["72", "7"], answer=[72, 72]), "answer")
+    [72, 72]
+    """
+    if name not in reward_inputs.columns:
+        raise UserError(f"the prompts have no column {name!r}; they have: {', '.join(reward_inputs.columns)}")
+    return reward_inputs.columns[name]
+
+
+def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor:
+    """Return the scores that code or a service outside this package computed, as a tensor.
+
+    Args:
+        scores: What was returned, which should be one finite number for each response.
+        responses: The B responses that were scored.
+        source: What computed the scores, for messages.
+
+    Returns:
+        The scores, [B] float32.
+
+    Raises:
+        UserError: if the scores are not one finite number for each response.
+
+    >>> checked_scores([1, 0.5], ["yes", "no"], "the judge")
+    tensor([1.0000, 0.5000])
+    >>> checked_scores([1, "high"], ["yes", "no"], "the judge")
+    Traceback (most recent call last):
+        ...
+    lit_rlhf.errors.UserError: the judge should return 2 numbers, but returned 'high' for the response 'no'
+    """
+    count = len(responses)
+    try:
+        tensor = torch.as_tensor(scores, dtype=torch.float32).detach()
+    except Exception as error:
+        rows = [row for row, score in enumerate(scores) if not _is_number(score)] if isinstance(scores, list) else []
+        if rows and len(scores) == count:
+            returned = f"but returned {_shown(scores[rows[0]])} for the response {_shown(responses[rows[0]])}"
+        else:
+            returned = f"not {type(scores).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{source} should return {count} numbers, {returned}") from error
+    if tensor.shape != (count,):
+        returned = f"shape {tuple(tensor.shape)}" if tensor.ndim != 1 else f"{len(tensor)}"
+        raise UserError(f"{source} should return {count} numbers, not {returned}")
+    if not tensor.isfinite().all():
+        row = int((~tensor.isfinite()).nonzero()[0])
+        raise UserError(f"{source} returned {tensor[row]} for the response {_shown(responses[row])}")
+    return tensor
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return torch.as_tensor(value, dtype=torch.float32).ndim == 0
+    except Exception:
+        return False
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value, in one line."""
+    return repr(value[:80]) if isinstance(value, str) else " ".join(repr(value).split())[:80]

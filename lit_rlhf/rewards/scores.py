@@ -83,7 +83,8 @@ class Scores(nn.Module):
             tokenizer: The actor's tokenizer.
 
         Raises:
-            UserError: if the model, the function or a file of a reward cannot be loaded.
+            UserError: if the model, the function or a file of a reward cannot be loaded, or if the address or the token
+                of a service cannot be used.
         """
         with torch.device("cpu"):  # from_pretrained would use another default device as a device_map
             for reward in self._iterate():

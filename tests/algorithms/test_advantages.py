@@ -14,6 +14,7 @@ from lit_rlhf.algorithms.advantages import (
     n_step_sum,
     td_errors,
 )
+from lit_rlhf.algorithms.vtrace import VTrace
 from lit_rlhf.types import Trajectory
 
 NAN = float("nan")
@@ -32,6 +33,7 @@ BY_TIME = [
     GAE(0.9, 0.5, critic_lam=0.8),
     GAE(0.9, length_alpha=0.4),  # λ = 0 for responses of one and two tokens
     GAE(1.0, critic_lam=0.0, length_alpha=2.0),
+    VTrace(gamma=0.9, lam=0.5),  # on-policy, since these trajectories have no ratios
 ]
 ALL = [*BY_TIME, LeaveOneOut(), GroupNormalized(), GroupNormalized(divide_by_std=False)]
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
@@ -77,6 +79,8 @@ def targets(estimator, r, v, t):
         case GAE(lam=lam, critic_lam=critic_lam, length_alpha=alpha):
             lam = lam if alpha is None else max(0.0, 1 - 1 / (alpha * len(r)))
             return mixed(lam), mixed(lam if critic_lam is None else critic_lam)
+        case VTrace(lam=lam):
+            return mixed(lam), mixed(lam)
 
 
 def by_definition(estimator, trajectory):

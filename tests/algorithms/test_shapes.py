@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.advantages import discounted_sum, n_step_sum, td_errors
+from lit_rlhf.algorithms.corrections import importance_ratio
 from lit_rlhf.algorithms.kl import full_kl, k1, k2, k3
 from lit_rlhf.algorithms.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_weights
-from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Surrogate, VanillaPG
+from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Surrogate, VanillaPG, log_ratio
+from lit_rlhf.algorithms.off_policy_objectives import CISPO, DPPO
 from lit_rlhf.algorithms.preferences import bradley_terry, implicit_reward, plackett_luce
+from lit_rlhf.algorithms.vtrace import trace_sums
 
 x, column, row = torch.ones(2, 3), torch.ones(2, 1), torch.ones(1, 3)
 vector, other_vector = torch.ones(2), torch.ones(3)
@@ -36,6 +39,9 @@ LOGPROBS = r"logprobs \[2, 3\], ref_logprobs \[2, 1\]"
         (lambda: discounted_sum(x, mask_row, 0.5), X_AND_MASK),
         (lambda: discounted_sum(x, mask, column), r"rows \[2\], discount \[2, 1\]"),
         (lambda: n_step_sum(x, mask_row, 2, 0.5), X_AND_MASK),
+        (lambda: trace_sums(x, column, mask), r"x \[2, 3\], traces \[2, 1\], mask \[2, 3\]"),
+        (lambda: log_ratio(x, column, mask), r"logprobs \[2, 3\], old_logprobs \[2, 1\], mask \[2, 3\]"),
+        (lambda: importance_ratio(x, x, mask_row), r"logprobs \[2, 3\], old_logprobs \[2, 3\], mask \[1, 3\]"),
         (lambda: k1(x, column), LOGPROBS),
         (lambda: k2(x, column), LOGPROBS),
         (lambda: k3(x, column), LOGPROBS),
@@ -51,7 +57,10 @@ def test_other_shapes_are_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize("objective", [VanillaPG(), Surrogate(), KLPenalty(), Clip()], ids=lambda x: type(x).__name__)
+OBJECTIVES = [VanillaPG(), Surrogate(), KLPenalty(), Clip(), CISPO(), DPPO()]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("advantages", [column, row, vector[:1]])
 def test_advantages_of_another_shape_are_refused(objective, advantages):
     message = rf"advantages {list(advantages.shape)}, mask [2, 3]".replace("[", r"\[").replace("]", r"\]")

@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import warnings
+from dataclasses import dataclass, replace
 
 import lightning
 import torch
@@ -19,10 +20,13 @@ from lit_rlhf import (
     TRPO,
     AdaptiveKL,
     Clip,
+    Correction,
     Demonstrations,
     GroupNormalized,
+    Guard,
     KLPenalty,
     LeaveOneOut,
+    NativeEngine,
     PolicyGradient,
     Preferences,
     Prompts,
@@ -55,6 +59,18 @@ def rankings():
 
 def texts():
     return [{"text": " ".join(r["responses"])} for r in rankings()]
+
+
+@dataclass(frozen=True)
+class ShiftedEngine(NativeEngine):
+    """The native engine, with log-probabilities that are off by up to 1, as if it had other weights."""
+
+    is_exact = False
+
+    def generate(self, *inputs, **options):
+        rollout = super().generate(*inputs, **options)
+        waves = torch.sin(rollout.group[:, None] + 2.0 * torch.arange(rollout.response_mask.shape[1]))
+        return replace(rollout, rollout_logprobs=rollout.rollout_logprobs - rollout.response_mask * waves)
 
 
 def sgd(parameters):
@@ -115,6 +131,9 @@ def cases(actor, reference, scorer):
             **steps,
             critic=None,
             sampling=several,
+            engine=ShiftedEngine(),
+            guard=Guard(responses=0),
+            correction=Correction(mask_level="geometric", mask_below=0.9),
             advantages=GroupNormalized(),
             update=one_step(whiten_advantages=False, aggregation="sequence"),
         ),

@@ -64,7 +64,8 @@ def make_experience(seed=0) -> Experience:
     names = ("ref_logprobs", "values", "advantages", "returns", "old_logprobs")
     numbers = {name: torch.randn(mask.shape, generator=g).where(mask, 0.0) for name in names}
     numbers["old_logprobs"] = numbers["old_logprobs"] - 4.0
-    return Experience(rollout=rollout, reward_scale=torch.full(mask.shape, 2.0), **numbers)
+    constants = {"reward_scale": torch.full(mask.shape, 2.0), "policy_weights": torch.ones(mask.shape)}
+    return Experience(rollout=rollout, **constants, **numbers)
 
 
 def run(losses, experience, max_tokens=10**6):
@@ -95,7 +96,7 @@ def loss_by_loop(losses, experience, models, entropy_coef=0.0, value_coef=1.0, c
             ratio = (own[t, token] - experience.old_logprobs[row, t]).exp()
             advantage, old = experience.advantages[row, t], experience.values[row, t]
             policy = -min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-            policy = policy + entropy_coef * (own[t].exp() * own[t]).sum()
+            policy = experience.policy_weights[row, t] * policy + entropy_coef * (own[t].exp() * own[t]).sum()
             near = old + (values[t] - old).clamp(-clip, clip)
             errors = torch.stack([values[t] - experience.returns[row, t], near - experience.returns[row, t]])
             terms.append(policy + value_coef * 0.5 * errors.square().max())
@@ -103,9 +104,15 @@ def loss_by_loop(losses, experience, models, entropy_coef=0.0, value_coef=1.0, c
 
 
 @pytest.mark.parametrize(("entropy_coef", "value_coef"), [(0.0, 1.0), (0.7, 0.25)])
+@pytest.mark.parametrize("weighted", [False, True])
 @torch.no_grad()
-def test_equals_a_loop_over_the_tokens(make, models, entropy_coef, value_coef):
+def test_equals_a_loop_over_the_tokens(make, models, entropy_coef, value_coef, weighted):
+    """The weights of a correction apply to the objective only, and the loss is divided by all tokens."""
     losses, experience = make(Update(entropy_coef=entropy_coef, value_coef=value_coef)), make_experience()
+    if weighted:
+        mask = experience.rollout.response_mask
+        weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(4)) * 2 * (torch.arange(6) != 1)
+        experience = replace(experience, policy_weights=torch.where(mask, weights, 1.0))
     expected = loss_by_loop(losses, experience, models, entropy_coef, value_coef)
     torch.testing.assert_close(run(losses, experience)[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -147,7 +154,7 @@ def test_garbage_outside_the_mask_changes_neither_loss_nor_gradient(make):
     losses, experience, results = make(Update(entropy_coef=0.1)), make_experience(), []
     outside = ~experience.rollout.response_mask
     for garbage in (0.0, NAN, 1e30):
-        names = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns", "reward_scale")
+        names = ("old_logprobs", "ref_logprobs", "values", "policy_weights", "advantages", "returns", "reward_scale")
         spoilt = replace(experience, **{n: getattr(experience, n).masked_fill(outside, garbage) for n in names})
         loss, kl, metrics = run(losses, spoilt)
         gradients = torch.autograd.grad(loss, list(losses.actor.parameters()) + list(losses.critic.parameters()))

@@ -25,6 +25,17 @@ def test_means_weights_and_maxima():
     assert metrics.weight("loss") == 4.0
 
 
+def test_the_effective_sample_size():
+    """The weights are 1, 2 and 0 in two parts: 3² / (3 · 5); many equal ones, large or small, have a size of 1."""
+    metrics = Metrics(torch.device("cpu"))
+    mask = torch.tensor([[True, False, True]])
+    metrics.sample_size("size", torch.tensor([[1.0, float("nan"), 2.0]]), mask)
+    metrics.sample_size("size", torch.tensor([[0.0, 9.0, 9.0]]), torch.tensor([[True, False, False]]))
+    metrics.sample_size("equal", torch.full((1, 3), 4e8), mask)
+    metrics.sample_size("equal", torch.full((1, 3), 4e8), mask)
+    assert metrics.compute() == {"size": 0.6, "equal": 1.0}
+
+
 def test_restore_drops_what_was_added_since_the_snapshot():
     metrics = Metrics(torch.device("cpu"))
     metrics.add("loss", 2.0)

@@ -1,0 +1,84 @@
+"""The guard: a run stops if its engine's log-probabilities are not those of the actor that should have drawn them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.modules.forwards import response_logprobs, rounds_float32
+from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.types import Rollout
+
+FLOAT32_BOUND, ROUNDED_BOUND = 1e-4, 0.05
+"""The default bounds, in nats per token: with float32 numbers, and with factors rounded to bfloat16 or TF32."""
+
+
+class Mismatch(NamedTuple):
+    """The distance |log π − log μ| between an engine's policy μ and the actor π, in nats per token, over all ranks."""
+
+    mean: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The check that an engine draws responses from the actor's policy, before each update.
+
+    In every iteration, the actor that should have drawn the responses computes the log-probabilities of a sample of
+    them. If their mean distance to the engine's exceeds the bound, the run stops. The usual causes are stale or damaged
+    weights, another temperature, a truncated distribution (top-k, top-p), and another prompt template.
+
+    Args:
+        responses: The number of responses that each process checks; 0 for no check.
+        bound: The largest mean of |log π − log μ|, in nats per token, where μ is the engine's policy and π the actor's;
+            None for 1e-4 in float32, and for 0.05 if numbers are rounded to bfloat16 or TF32.
+
+    Raises:
+        ValueError: if ``responses`` is negative or ``bound`` is not positive.
+
+    >>> Guard(bound=0.1).responses
+    8
+    """
+
+    responses: int = 8
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.responses < 0:
+            raise ValueError(f"guard.responses must be 0 (no check) or more, not {self.responses}")
+        if self.bound is not None and not self.bound > 0:
+            raise ValueError(f"guard.bound must be positive or null, not {self.bound}")
+
+    def bound_for(self, precision: str | int, device: torch.device) -> float:
+        """Return the bound for a precision of the Trainer, in nats per token.
+
+        >>> Guard().bound_for("bf16-mixed", torch.device("cpu"))
+        0.05
+        """
+        if self.bound is not None:
+            return self.bound
+        return FLOAT32_BOUND if precision == "32-true" and not rounds_float32(device) else ROUNDED_BOUND
+
+
+def measure_mismatch(module: AlignmentModule, actor: Actor, rollout: Rollout, responses: int) -> Mismatch:
+    """Measure the mismatch on a sample of each process's responses; all processes call this function together.
+
+    Args:
+        module: The module that trains.
+        actor: The actor, with the weights that should have drawn the responses.
+        rollout: This process's responses.
+        responses: The number of responses to measure, at least one; they are spread over the rows.
+    """
+    count = len(rollout.tokens)
+    rows = torch.arange(min(responses, count), device=rollout.tokens.device) * count // min(responses, count)
+    sample = rollout.select(rows)
+    logprobs = response_logprobs(actor, sample, module.max_tokens)
+    mask = sample.response_mask
+    distance = torch.where(mask, (logprobs - sample.rollout_logprobs).abs(), 0.0)
+    total, tokens = module.sum_over_ranks(torch.stack([masked_sum(distance, mask), mask.sum()])).tolist()
+    largest = distance.max()
+    if module.trainer.world_size > 1:
+        largest = module.trainer.strategy.reduce(largest, reduce_op="max")
+    return Mismatch(total / tokens, float(largest))

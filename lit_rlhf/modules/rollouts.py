@@ -1,0 +1,214 @@
+"""The rollouts that the iterations learn from: generated when they are needed or, with `Ahead`, some time before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, cast
+
+import lightning
+import torch
+
+from lit_rlhf.batching import gather_rollout
+from lit_rlhf.data.loader import ResumableLoader
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import Ahead, Engine, Sampling
+from lit_rlhf.generation.engine import EngineContext, SpecialTokens
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.modules.guard import Guard, Mismatch, measure_mismatch
+from lit_rlhf.modules.metrics import Metrics
+from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.randomness import Stream
+from lit_rlhf.strategies import FSDP, FSDP2
+from lit_rlhf.types import PromptBatch, Rollout
+
+
+class Learner(Protocol):
+    """What this file uses of `OnPolicy`, besides what every module has."""
+
+    special_tokens: SpecialTokens
+    generate: Callable[[PromptBatch, Actor, Stream, int], Rollout]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRollout:
+    """This process's rollout of an iteration, and its mismatch, if it was measured."""
+
+    rollout: Rollout
+    mismatch: Mismatch | None
+    learner_waited: float = 0.0  # seconds
+    generators_waited: float = 0.0  # seconds
+
+
+class Rollouts(lightning.Callback):
+    """The source of rollouts, which the guard has checked; as a callback, it starts and closes the engine.
+
+    Its state in checkpoints are the rollouts that no iteration has learned from yet.
+
+    Args:
+        engine: The engine that generates the responses.
+        sampling: The options for sampling.
+        guard: The check of the engine's log-probabilities.
+        load_actor: A function that loads an actor like the run's, with its initial weights; it can be pickled.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, guard: Guard, load_actor: Callable[[], Actor]) -> None:
+        self.engine = engine
+        self.sampling = sampling
+        self.guard = guard
+        self.load_actor = load_actor
+        self.ahead = engine if isinstance(engine, Ahead) and engine.lag else None
+        self.landed: dict[int, CheckedRollout] = {}  # by iteration: generated, but not learned from yet
+        self.saved: dict[int, dict[str, Any]] = {}  # the same from a checkpoint, with the rows of all processes
+
+    # ----------------------------------------------------------- a callback's hooks
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Start the engine."""
+        context = EngineContext(
+            load_actor=self.load_actor,
+            tokenizer=cast(AlignmentModule, pl_module).tokenizer,
+            device=pl_module.device,
+            processes=trainer.num_devices,
+            process=trainer.local_rank,
+            precision=str(trainer.precision),
+            rounds_all_weights=isinstance(trainer.strategy, FSDP2 | FSDP),
+        )
+        self.engine.start(context)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Close the engine at the end of a run."""
+        self.engine.close()
+        self.landed.clear()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the engine when an error or Ctrl-C ends the run."""
+        self.engine.close()
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Wait for the rollouts that are being generated, and save those that no iteration has learned from yet."""
+        if self.ahead is None:
+            return
+        module = cast(AlignmentModule, pl_module)
+        for iteration in list(self.ahead.flights):
+            self.landed[iteration] = self._land(self.ahead, module, iteration)
+        landed = {iteration: self._saved(module, checked) for iteration, checked in self.landed.items()}
+        checkpoint["rollouts"] = self.saved | landed
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Use the rollouts of a checkpoint for the iterations that they belong to."""
+        self.saved = dict(checkpoint.get("rollouts", {})) if self.ahead is not None else {}
+
+    # --------------------------------------------------------------- an iteration
+
+    def next(self, module: AlignmentModule, batch: PromptBatch, metrics: Metrics) -> Rollout:
+        """Return this process's rollout for the current iteration; all processes call this method together.
+
+        Args:
+            module: The module that trains, an `OnPolicy`.
+            batch: The prompts of the iteration.
+            metrics: Receives the mismatch and, with `Ahead`, the times for which the learner and the generators waited.
+
+        Raises:
+            UserError: if responses could not be generated, or if their log-probabilities are not those of the policy
+                that should have drawn them.
+        """
+        iteration = int(module.iteration)
+        if self.ahead is None:
+            rollout = cast(Learner, module).generate(batch, module.actor, Stream.ROLLOUT, iteration)
+            checked = self._check(module, rollout, iteration)
+        else:
+            self._launch(self.ahead, module, iteration)
+            checked = self._take(self.ahead, module, batch, iteration)
+            metrics.add("time/wait_for_rollouts", checked.learner_waited)
+            metrics.add("time/wait_for_learner", checked.generators_waited)
+        if checked.mismatch is not None:
+            metrics.add("engine/mismatch_mean", checked.mismatch.mean)
+            metrics.add("engine/mismatch_max", checked.mismatch.maximum)
+        return checked.rollout
+
+    def _launch(self, ahead: Ahead, module: AlignmentModule, iteration: int) -> None:
+        """Begin to generate whatever the iterations up to the lag need and is not under way."""
+        last = iteration + ahead.lag if module.iterations is None else module.iterations - 1
+        for number in range(iteration, min(iteration + ahead.lag, last) + 1):
+            if not (number in ahead.flights or number in self.landed or number in self.saved):
+                prompts = _upcoming(module, number - iteration)
+                special_tokens = cast(Learner, module).special_tokens
+                ahead.launch(module.actor, prompts, self.sampling, special_tokens, number)
+
+    def _take(self, ahead: Ahead, module: AlignmentModule, batch: PromptBatch, iteration: int) -> CheckedRollout:
+        if iteration in self.saved:
+            checked = _rows_of(self.saved.pop(iteration), batch)
+        elif iteration in self.landed:
+            checked = self.landed.pop(iteration)
+        else:
+            checked = self._land(ahead, module, iteration)
+        _check_prompts(checked.rollout, batch, self.sampling.responses)
+        return checked
+
+    def _land(self, ahead: Ahead, module: AlignmentModule, iteration: int) -> CheckedRollout:
+        with torch.no_grad(), ahead.weights_of(module.actor, iteration):
+            landing = ahead.land(iteration)
+            checked = self._check(module, landing.rollout, iteration)
+        del ahead.flights[iteration]
+        return replace(checked, learner_waited=landing.learner_waited, generators_waited=landing.generators_waited)
+
+    def _check(self, module: AlignmentModule, rollout: Rollout, iteration: int) -> CheckedRollout:
+        if not self.guard.responses:
+            return CheckedRollout(rollout, None)
+        mismatch = measure_mismatch(module, module.actor, rollout, self.guard.responses)
+        bound = self.guard.bound_for(module.trainer.precision, module.device)
+        if not mismatch.mean <= bound:
+            updates = max(0, iteration - (self.ahead.lag if self.ahead else 0))
+            raise UserError(
+                f"model.engine is out of step: in iteration {iteration}, the mean of |log π − log μ| between the "
+                f"actor's weights after {updates} updates and the engine is {mismatch.mean:.3g} nats per token, more "
+                f"than model.guard.bound={bound:g}: the engine has other weights, another temperature or prompt "
+                "template, or truncates (top-k, top-p). Stopped before the update, and the last checkpoint is good"
+            )
+        return CheckedRollout(rollout, mismatch)
+
+    def _saved(self, module: AlignmentModule, checked: CheckedRollout) -> dict[str, Any]:
+        rollout = checked.rollout
+        if module.trainer.world_size > 1:
+            rollout = gather_rollout(rollout, self.sampling.responses, module.sum_over_ranks, module.max_over_ranks)
+        mismatch = None if checked.mismatch is None else tuple(checked.mismatch)
+        return {"rollout": asdict(rollout.to(torch.device("cpu"))), "mismatch": mismatch}
+
+
+def _rows_of(saved: dict[str, Any], batch: PromptBatch) -> CheckedRollout:
+    """Return this process's rows of a rollout that was saved for all processes."""
+    rollout = Rollout(**saved["rollout"]).to(batch.group.device)
+    rows = torch.isin(rollout.group, batch.group).nonzero().squeeze(1)
+    mismatch = None if saved["mismatch"] is None else Mismatch(*saved["mismatch"])
+    return CheckedRollout(rollout.select(rows) if len(rows) else rollout, mismatch)
+
+
+def _upcoming(module: AlignmentModule, distance: int) -> PromptBatch:
+    """Return the prompts that come ``distance`` iterations after the current one, on the module's device."""
+    loader = module.trainer.train_dataloader
+    if not isinstance(loader, ResumableLoader):
+        raise UserError(
+            f"model.engine: Ahead takes its prompts from the data module Prompts, not from {type(loader).__name__}"
+        )
+    return loader.upcoming(distance).to(module.device)
+
+
+def _check_prompts(rollout: Rollout, batch: PromptBatch, responses: int) -> None:
+    """Check that the rollout answers the prompts of the batch.
+
+    Raises:
+        UserError: if it does not.
+    """
+    group, lengths = (x.repeat_interleave(responses) for x in (batch.group, batch.mask.sum(1)))
+    if not (torch.equal(rollout.group, group) and torch.equal(rollout.prompt_lengths, lengths)):
+        raise UserError(
+            "model.engine: the rollouts of the checkpoint answer other prompts than this run's; resume with the same "
+            "data, batch size and number of responses"
+        )

@@ -1,0 +1,205 @@
+"""Generation ahead of training: which weights draw what, the same bits each time, and processes that end."""
+
+import os
+import signal
+import time
+
+import lightning
+import pytest
+import torch
+
+from lit_rlhf.callbacks import IterationCheckpoint
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation import Ahead, Engine, NativeEngine, Sampling
+from lit_rlhf.generation.shared import Layout, map_tensors, open_shared_memory
+from lit_rlhf.generation.workers import concatenate
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.loading import load_model
+from lit_rlhf.randomness import Stream
+from lit_rlhf.testing import Recorder
+
+
+class Weights(lightning.Callback):
+    """Keeps the actor's weights and the prompts at the beginning of each iteration."""
+
+    def __init__(self):
+        self.weights, self.prompts = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weights.append({name: x.clone() for name, x in pl_module.actor.state_dict().items()})
+        self.prompts.append(batch)
+
+
+@pytest.fixture
+def run(make_module, fit):
+    """Return a function that trains with an engine, and returns the module and what was recorded."""
+
+    def run(engine, iterations=4, callbacks=(), **options):
+        recorder, weights = Recorder(), Weights()
+        module = make_module(engine=engine, iterations=iterations, **options)
+        fit(module, [recorder, weights, *callbacks])
+        return module, recorder, weights
+
+    return run
+
+
+def rollouts(recorder):
+    return [outputs["scored_rollout"].rollout for outputs in recorder.outputs]
+
+
+def assert_same_weights(one, other):
+    assert one.weights.keys() == other.weights.keys()
+    for name, weight in one.weights.items():
+        assert torch.equal(weight, other.weights[name]), name
+
+
+def test_without_lag_nothing_changes(run):
+    _, plain, _ = run(NativeEngine())
+    _, ahead, _ = run(Ahead(lag=0))
+    assert_same_weights(plain, ahead)
+
+
+def test_the_lag_is_fixed(run, tiny_model):
+    """Iteration i learns from what the policy at the beginning of iteration i − lag drew; one worker or two."""
+    module, recorder, weights = run(Ahead(lag=2), iterations=5)
+    actor = Actor(load_model(str(tiny_model("llama"))))
+    for i, rollout in enumerate(rollouts(recorder)):
+        actor.load_state_dict(weights.weights[max(0, i - 2)])
+        options = module.sampling, module.special_tokens
+        expected = NativeEngine().generate(actor, weights.prompts[i], *options, stream=Stream.ROLLOUT, iteration=i)
+        assert torch.equal(rollout.tokens, expected.tokens)
+        torch.testing.assert_close(rollout.rollout_logprobs, expected.rollout_logprobs, rtol=0, atol=1e-6)
+        assert torch.equal(rollout.group, expected.group)
+        scored = recorder.outputs[i]["scored_rollout"]
+        actor.load_state_dict(weights.weights[i])
+        mask = rollout.response_mask
+        logprobs = rollout.at_responses(actor(rollout.tokens, rollout.response_tokens_mask).logprobs)
+        torch.testing.assert_close(scored.old_logprobs[mask], logprobs[mask].detach(), rtol=0, atol=1e-5)
+        assert recorder.metrics[i]["engine/mismatch_max"] < 1e-5
+    assert recorder.metrics[-1]["time/wait_for_rollouts"] >= 0
+    assert recorder.metrics[-1]["time/wait_for_learner"] >= 0
+    for workers in (2, 0):
+        _, other, _ = run(Ahead(lag=2, workers=workers), iterations=5)
+        for one, two in zip(rollouts(recorder), rollouts(other), strict=True):
+            assert torch.equal(one.tokens, two.tokens)
+            assert torch.equal(one.response_mask, two.response_mask)
+        for name, weight in recorder.weights.items():
+            torch.testing.assert_close(other.weights[name], weight, rtol=0, atol=0 if workers == 0 else 1e-6)
+
+
+def test_resumed_with_rollouts_in_flight(make_module, fit, tmp_path):
+    """The checkpoint of iteration 2 holds the responses for iterations 2 and 3."""
+
+    def train(iterations, folder, ckpt_path=None):
+        recorder = Recorder()
+        checkpoint = IterationCheckpoint(every_n=2, dirpath=str(tmp_path / folder))
+        module = make_module(engine=Ahead(lag=2), iterations=6)
+        fit(module, [recorder, checkpoint], ckpt_path=ckpt_path, max_steps=iterations * 8)
+        return recorder
+
+    whole = train(6, "whole")
+    train(2, "stopped")
+    path = tmp_path / "stopped" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    assert sorted(state["rollouts"]) == [2, 3]
+    resumed = train(6, "resumed", str(path))
+    assert len(resumed.metrics) == 4
+    assert_same_weights(whole, resumed)
+    for one, two in zip(whole.metrics[2:], resumed.metrics, strict=True):
+        same = [name for name in one if not name.startswith(("time/", "perf/"))]
+        assert {name: one[name] for name in same} == {name: two[name] for name in same}
+
+
+class Kill(lightning.Callback):
+    """Kills the worker process at the beginning of the third iteration."""
+
+    def __init__(self):
+        self.pid = self.time = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:
+            (worker,) = pl_module.engine._detached.processes
+            self.pid, self.time = worker._process.pid, time.monotonic()
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_killed_worker_ends_the_run_in_one_line(run):
+    kill = Kill()
+    with pytest.raises(UserError, match=r"worker process 0 .* has ended \(killed by signal SIGKILL\)") as error:
+        run(Ahead(lag=1), callbacks=[kill])
+    assert time.monotonic() - kill.time < 10
+    assert "\n" not in str(error.value)
+    assert not is_running(kill.pid)
+
+
+class Refusing(Engine):
+    """An engine that fails in the worker process."""
+
+    def generate(self, actor, prompts, sampling, special_tokens, *, stream, iteration):
+        raise RuntimeError("no\nresponses")
+
+
+def test_an_error_in_a_worker_is_reported(run):
+    with pytest.raises(UserError, match="could not generate responses: RuntimeError: no responses"):
+        run(Ahead(Refusing(), lag=1))
+
+
+def test_validation_has_no_lag(make_module, fit):
+    recorder = Recorder()
+    module = make_module(engine=Ahead(lag=1), iterations=2)
+    fit(module, [recorder], validation=True, val_check_interval=1)
+    assert recorder.metrics[-1]["val/win_rate"] >= 0
+    assert module.engine._detached is None  # the worker has ended
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("lag", -1), ("workers", -1), ("threads", 0)])
+def test_options_out_of_range(option, value):
+    with pytest.raises(ValueError, match=f"engine.{option} must be"):
+        Ahead(**{option: value})
+
+
+def test_other_loaders_are_refused(make_module, make_trainer, prompt_file):
+    from lit_rlhf.data import Prompts
+
+    module = make_module(engine=Ahead(lag=1), iterations=2)
+
+    class Others:
+        def __iter__(self):
+            data = Prompts(train=str(prompt_file), batch_size=8)
+            data.trainer = module.trainer
+            data.setup("fit")
+            return iter(data.train_dataloader())
+
+    with pytest.raises(UserError, match="Ahead takes its prompts from the data module Prompts, not from Others"):
+        make_trainer().fit(module, train_dataloaders=Others())
+
+
+def test_shared_memory_keeps_types_and_values():
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor(2.0)}
+    memory, layout = open_shared_memory(), Layout.of(tensors)
+    for name, copy in map_tensors(memory, layout).items():
+        copy.copy_(tensors[name])
+    for name, seen in map_tensors(memory, layout).items():
+        assert torch.equal(seen, tensors[name])
+        assert seen.dtype == tensors[name].dtype
+    os.close(memory)
+
+
+def test_concatenate_pads(run):
+    _, recorder, _ = run(NativeEngine(), iterations=2, sampling=Sampling(max_tokens=12, responses=2))
+    first, second = rollouts(recorder)
+    joined = concatenate([first, second], padding=0)
+    rows = len(first.tokens)
+    for part, original in ((slice(0, rows), first), (slice(rows, None), second)):
+        again = joined.select(torch.arange(len(joined.tokens))[part])
+        for name in ("tokens", "rollout_logprobs", "response_mask", "terminated", "group"):
+            assert torch.equal(getattr(again, name), getattr(original, name)), name
