@@ -1,7 +1,7 @@
 """Requests to vLLM for one response each, and the check of its answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation.engine import Sampling, SpecialTokens, join_responses
+from lit_rlhf.http import JSONClient
 from lit_rlhf.types import PromptBatch, Rollout
 
 PATH = "/v1/completions"
@@ -23,6 +24,10 @@ FULL_DISTRIBUTION = {
 """The options that leave the distribution as it is, whatever defaults the server has."""
 ROUNDING = 1e-5
 """The maximum of a log-probability, which would be 0 without rounding errors."""
+
+
+ATTEMPTS_PER_TOKEN = 100
+"""The maximum number of attempts to draw each of the first ``min_tokens`` tokens, on average over a response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,8 @@ def completion_request(
     Args:
         model: The name by which the server knows its model.
         prompt: The ids of the prompt's tokens.
-        seed: The seed of the random numbers.
-        sampling: The options for sampling, of which top-k and top-p are not used.
+        seed: The seed of the random numbers, less than 2⁶³.
+        sampling: The options for sampling: its lengths and its temperature.
         special_tokens: The stop tokens and the padding token.
 
     >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
@@ -53,7 +58,7 @@ def completion_request(
         "model": model,
         "prompt": list(prompt),
         "max_tokens": sampling.max_tokens,
-        "min_tokens": sampling.min_tokens,
+        "min_tokens": 0 if sampling.temperature else sampling.min_tokens,  # see draw_responses
         "temperature": sampling.temperature,
         **FULL_DISTRIBUTION,
         "seed": seed,
@@ -66,23 +71,74 @@ def completion_request(
     }
 
 
-def read_response(
-    answer: Any, sampling: Sampling, special_tokens: SpecialTokens, vocabulary: int, option: str
-) -> Response:
+def draw_responses(
+    client: JSONClient, requests: Sequence[dict[str, Any]], min_tokens: int, vocabulary: int
+) -> list[Response]:
+    """Let the server draw one response for each request.
+
+    A stop token before the minimum length is drawn again, with another seed, until it is another token. Tokens then
+    have the distribution without the stop tokens, and the log-probabilities are those of the full distribution. With
+    the server's own minimum length, they would be those without the stop tokens, too; it is used at temperature 0 only,
+    where drawing again would not help.
+
+    Args:
+        client: The client of the server.
+        requests: The requests, from `completion_request`.
+        min_tokens: The minimum number of tokens before a stop token; 0 at temperature 0.
+        vocabulary: The number of tokens of the vocabulary.
+
+    Returns:
+        The responses, in the order of the requests.
+
+    Raises:
+        UserError: if an answer does not come or is not what a vLLM server answers, or if stop tokens are so likely that
+            a response does not reach the minimum length.
+    """
+    responses, waiting = [Response([], []) for _ in requests], list(range(len(requests)))
+    for attempt in range(1 + ATTEMPTS_PER_TOKEN * min_tokens):
+        asked = [_continued(requests[row], responses[row], attempt) for row in waiting]
+        for row, request, answer in zip(waiting, asked, client.post_all(PATH, asked), strict=True):
+            new, old = read_response(answer, request, vocabulary, client.option), responses[row]
+            responses[row] = Response(old.tokens + new.tokens, old.logprobs + new.logprobs)
+        waiting = [row for row in waiting if _ends_early(responses[row], requests[row], min_tokens)]
+        if not waiting:
+            return responses
+        for row in waiting:
+            responses[row] = Response(responses[row].tokens[:-1], responses[row].logprobs[:-1])
+    raise UserError(
+        f"model.sampling.min_tokens is {min_tokens}, but stop tokens are so likely that a response has still only "
+        f"{len(responses[waiting[0]].tokens)} after {ATTEMPTS_PER_TOKEN * min_tokens} attempts"
+    )
+
+
+def _continued(request: dict[str, Any], response: Response, attempt: int) -> dict[str, Any]:
+    """Return the request for the rest of a response."""
+    return request | {
+        "prompt": request["prompt"] + response.tokens,
+        "max_tokens": request["max_tokens"] - len(response.tokens),
+        "seed": (request["seed"] + attempt) % 2**63,
+    }
+
+
+def _ends_early(response: Response, request: dict[str, Any], min_tokens: int) -> bool:
+    return len(response.tokens) <= min_tokens and response.tokens[-1] in request["stop_token_ids"]
+
+
+def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, option: str) -> Response:
     """Return the response in an answer of the server.
 
     Args:
-        answer: The JSON value with which the server answered a `completion_request`.
-        sampling: The options for sampling.
-        special_tokens: The stop tokens and the padding token.
+        answer: The JSON value with which the server answered.
+        request: The request, from `completion_request`.
         vocabulary: The number of tokens of the vocabulary.
         option: The name of the option that holds the server's address, for messages.
 
     Raises:
         UserError: if the answer is not what a server of vLLM gives to such a request.
 
+    >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
     >>> choice = {"token_ids": [7, 1], "logprobs": {"token_logprobs": [-0.5, -2.0]}}
-    >>> read_response({"choices": [choice]}, Sampling(), SpecialTokens(stop=(1,), pad=0), 38, "model.engine.url")
+    >>> read_response({"choices": [choice]}, request, 38, "model.engine.url")
     Response(tokens=[7, 1], logprobs=[-0.5, -2.0])
     """
 
@@ -92,12 +148,11 @@ def read_response(
     try:
         (choice,) = answer["choices"]
         tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        count = len(tokens)
-        numbers = len(logprobs)
+        count, numbers = len(tokens), len(logprobs)
     except (TypeError, KeyError, IndexError, ValueError):
         raise wrong("the server's answer does not have one response with its tokens and log-probabilities") from None
-    if not 1 <= count <= sampling.max_tokens:
-        raise wrong(f"the server's response has {count} tokens, not between 1 and sampling.max_tokens")
+    if not 1 <= count <= request["max_tokens"]:
+        raise wrong(f"the server's response has {count} tokens, not between 1 and {request['max_tokens']}")
     if numbers != count:
         raise wrong(f"the server's response has {count} tokens, but {numbers} log-probabilities")
     for token in tokens:
@@ -106,10 +161,10 @@ def read_response(
     for logprob in logprobs:
         if not isinstance(logprob, int | float) or not -math.inf < logprob <= ROUNDING:  # also refuses NaN
             raise wrong(f"the server's response has the log-probability {logprob!r}")
-    ends = [token in special_tokens.stop for token in tokens]
+    ends = [token in request["stop_token_ids"] for token in tokens]
     if any(ends[:-1]):
         raise wrong("the server's response goes on after a stop token")
-    if not ends[-1] and count < sampling.max_tokens:
+    if not ends[-1] and count < request["max_tokens"]:
         raise wrong(f"the server's response ends after {count} tokens, before max_tokens and without a stop token")
     return Response(tokens, logprobs)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.generation.completions import PATH, Response, completion_request, read_response, to_rollout
+from lit_rlhf.generation.completions import Response, completion_request, draw_responses, to_rollout
 from lit_rlhf.generation.engine import DetachedEngine, EngineContext, PendingRollout, Sampling, SpecialTokens
 from lit_rlhf.generation.server import Server
 from lit_rlhf.generation.weights_folder import WeightsFolder
@@ -43,6 +43,7 @@ class Job:
     folder: Path  # with the weights
     requests: list[dict[str, Any]]  # one for each response, of all processes
     rows: list[int]  # the number of responses of each process
+    min_tokens: int
     vocabulary: int  # the number of tokens of the model
 
 
@@ -53,9 +54,11 @@ class VLLMEngine(DetachedEngine):
     and read by the server. Each response is one request with a seed of its own, a function of the seed of the run, the
     iteration and the row.
 
-    The engine does not give entropies (they are 0), and its log-probabilities are not the actor's up to rounding,
-    because its kernels and, under ``bf16-mixed``, its precision are others. With ``min_tokens``, they refer to the
-    distribution without the stop tokens as long as these are forbidden. ``top_k`` and ``top_p`` are refused.
+    The engine does not give entropies (they are 0), and its log-probabilities differ from the actor's by more than
+    rounding under ``bf16-mixed``, because the server computes with other kernels and keeps more in bfloat16. ``top_k``
+    and ``top_p`` are refused, because the server's log-probabilities would be those of the restricted distribution;
+    with ``min_tokens``, a stop token that comes too early is drawn again (at temperature 0, the server forbids it, and
+    its log-probabilities are then those without the stop tokens).
 
     A server that runs already must be of vLLM 0.32 or later, with the environment variable ``VLLM_SERVER_DEV_MODE=1``
     and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16`` for ``bf16-mixed``). Whoever
@@ -266,17 +269,16 @@ class VLLMEngine(DetachedEngine):
                     for text, seed in part
                 ],
                 rows=[len(part) for part in asked],
+                min_tokens=sampling.min_tokens if sampling.temperature else 0,
                 vocabulary=actor.model.config.vocab_size,
             )
         return pending
 
-    def answer(self, job: Job, sampling: Sampling, special_tokens: SpecialTokens) -> list[list[Response]]:
+    def answer(self, job: Job) -> list[list[Response]]:
         """Let the server read the weights and generate; remove the weights in any case.
 
         Args:
             job: What to ask of the server.
-            sampling: The options for sampling.
-            special_tokens: The stop tokens and the padding token.
 
         Returns:
             The responses of each process.
@@ -288,11 +290,8 @@ class VLLMEngine(DetachedEngine):
         assert client is not None, "the engine is closed"
         try:
             version = self._push(client, job.folder)
-            answers = client.post_all(PATH, job.requests)
+            responses = iter(draw_responses(client, job.requests, job.min_tokens, job.vocabulary))
             self._check_version(client, version)
-            responses = iter(
-                [read_response(answer, sampling, special_tokens, job.vocabulary, client.option) for answer in answers]
-            )
             return [list(islice(responses, rows)) for rows in job.rows]
         except UserError as error:
             if self._server is None:
@@ -358,7 +357,7 @@ class _PendingRollout(PendingRollout):
         if self.job is None:
             return
         try:
-            self.responses = self.engine.answer(self.job, self.sampling, self.special_tokens)
+            self.responses = self.engine.answer(self.job)
         except UserError as error:
             self.problem = str(error)
         except Exception as error:  # such as an answer without the expected keys

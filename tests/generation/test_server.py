@@ -116,6 +116,8 @@ def started(tiny_model, tmp_path, python):
                 load_actor=lambda: Actor(load_model(folder)),
                 tokenizer=load_tokenizer(folder),
                 device=torch.device("cpu"),
+                processes=1,
+                process=0,
                 precision="32-true",
             )
         )

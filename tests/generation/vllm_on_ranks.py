@@ -30,7 +30,12 @@ def main(url, folder, weights_dir, out):
     tokenizer = load_tokenizer(folder)
     engine = VLLMEngine(url=url, weights_dir=weights_dir, connections=4)
     context = EngineContext(
-        load_actor=lambda: Actor(load_model(folder)), tokenizer=tokenizer, device=CPU, precision="32-true"
+        load_actor=lambda: Actor(load_model(folder)),
+        tokenizer=tokenizer,
+        device=CPU,
+        processes=1,
+        process=0,
+        precision="32-true",
     )
     engine.start(context)
     encoded = tokenizer([f"w{i} w{2 * i} w3"[: 3 + 2 * i] for i in range(4)], padding=True, return_tensors="pt")

@@ -17,6 +17,8 @@ context = EngineContext(
     load_actor=lambda: Actor(load_model(folder)),
     tokenizer=load_tokenizer(folder),
     device=torch.device("cpu"),
+    processes=1,
+    process=0,
     precision="32-true",
 )
 engine.start(context)
