@@ -120,7 +120,7 @@ class Server:
         number = (causes or errors or [len(lines) - 1])[-1]
         last = " ".join(lines[number : number + 2]) if lines else "the log is empty"  # some errors have two lines
         found = ERROR.search(last)
-        return f"{last[found.start() if found else 0 :][:300]} (log: {self.log})"
+        return f"{last[found.start() :][:300] if found else last[-300:]} (log: {self.log})"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

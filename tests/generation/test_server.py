@@ -173,7 +173,7 @@ def test_a_server_of_the_runs_own(started, tiny_model, monkeypatch):
 def test_a_server_that_does_not_start(started):
     message = error_of(lambda: started(server_args=["--fail", "start"]))
     assert re.fullmatch(
-        r"model.engine: the vLLM server has ended \(exit code 3\): ValueError: no memory for the cache \(log: .*\)",
+        r"model.engine: the vLLM server has ended \(exit code 3\): ValueError: no memory for the cache bye \(log: .*\)",
         message,
     )
     assert Path(message.rpartition("log: ")[2].removesuffix(")")).is_file()
