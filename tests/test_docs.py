@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from lit_rlhf import Correction
 from lit_rlhf import __all__ as names
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
@@ -35,6 +36,14 @@ def test_named_classes_exist():
     found = set(re.findall(r"`([A-Z][A-Za-z0-9]+)`", PAGE))
     assert {"GAE", "TD0", "KLPenalty", "GroupNormalized", "AdaptiveKL"} <= found
     assert found <= set(names)
+
+
+def test_the_corrections_of_the_page_are_those_of_the_docstring():
+    """Each option is also valid, or the class would refuse it."""
+    page = re.findall(r"`correction: ({.*?})`", PAGE)
+    docstring = re.findall(r"``({.*?})``", re.sub(r"\s+", " ", Correction.__doc__))
+    assert {Correction(**yaml.safe_load(x)) for x in page} == {Correction(**yaml.safe_load(x)) for x in docstring}
+    assert len(docstring) == 6
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)

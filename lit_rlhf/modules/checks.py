@@ -10,11 +10,11 @@ from lit_rlhf.rewards import Scores
 
 
 def check_settings(
-    *,
     scores: Scores,
     sampling: Sampling,
     advantages: AdvantageEstimator,
     correction: Correction | None,
+    *,
     has_critic: bool,
     bootstrap_truncated: bool,
 ) -> None:

@@ -120,7 +120,7 @@ class Losses:
         objective = self.objective(
             logprobs=logprobs, old_logprobs=micro_batch.old_logprobs, advantages=micro_batch.advantages, mask=mask
         )
-        loss = torch.where(mask, micro_batch.policy_weights, 1.0) * objective.loss
+        loss = micro_batch.policy_weights * objective.loss
         metrics.add_masked("policy/loss", loss, mask)
         metrics.add_masked("policy/entropy", entropy, mask)
         if self.update.entropy_coef:

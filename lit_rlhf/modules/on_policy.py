@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import KLController, ReferenceKL, k1
-from lit_rlhf.algorithms.masked import masked_sum, masked_var, masked_whiten
+from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Objective, probability_ratio
 from lit_rlhf.algorithms.rewards import token_rewards
 from lit_rlhf.batching import gather_experience, micro_batches, minibatches
@@ -28,12 +27,12 @@ from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
+from lit_rlhf.modules.estimation import estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
-from lit_rlhf.modules.off_policy import corrected
 from lit_rlhf.modules.roles import load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
 from lit_rlhf.modules.update import Update
@@ -101,14 +100,8 @@ class OnPolicy(AlignmentModule):
         self.scores = Scores(rewards or [], scores)
         self.reference_scores: dict[int, Tensor] = {}  # of each held-out batch: the reference does not change in a run
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
-        check_settings(
-            scores=self.scores,
-            sampling=sampling,
-            advantages=advantages,
-            correction=correction,
-            has_critic=critic is not None,
-            bootstrap_truncated=bootstrap_truncated,
-        )
+        parts = self.scores, sampling, advantages, correction
+        check_settings(*parts, has_critic=critic is not None, bootstrap_truncated=bootstrap_truncated)
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:
@@ -258,30 +251,8 @@ class OnPolicy(AlignmentModule):
     @torch.no_grad()
     def estimate(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics) -> Experience:
         """Estimate advantages and returns; the options of `Update` say whether rewards and advantages are whitened."""
-        mask, reduce, scale = trajectory.mask, self.sum_over_ranks, torch.ones_like(trajectory.rewards)
-        if self.update.whiten_rewards:
-            whitened = masked_whiten(trajectory.rewards, mask, shift_mean=False, reduce=reduce)
-            trajectory, scale = replace(trajectory, rewards=whitened.values), scale * whitened.scale
-        estimates = self.advantages(trajectory)
-        advantages, whitened = estimates.advantages, masked_whiten(estimates.advantages, mask, reduce=reduce)
-        metrics.add("objective/advantage_std", whitened.var.sqrt())
-        if scored.values is not None:
-            unexplained = masked_var(estimates.returns - scored.values, mask, reduce)
-            total = masked_var(estimates.returns, mask, reduce)
-            metrics.add("value/explained_variance", 1 - unexplained / total.clamp(min=1e-8))
-        if self.update.whiten_advantages:
-            advantages, scale = whitened.values, scale * whitened.scale
-        old_logprobs, policy_weights = corrected(scored, self.correction, metrics)
-        return Experience(
-            rollout=scored.rollout,
-            old_logprobs=old_logprobs,
-            ref_logprobs=scored.ref_logprobs,
-            values=scored.values,
-            policy_weights=policy_weights,
-            advantages=advantages,
-            returns=estimates.returns,
-            reward_scale=scale,
-        )
+        options = self.advantages, self.correction, self.update
+        return estimate_experience(scored, trajectory, *options, reduce=self.sum_over_ranks, metrics=metrics)
 
     def all_ranks(self, experience: Experience) -> Experience:
         """Gather the experience of all processes on every process."""

@@ -62,7 +62,13 @@ def by_definition(correction, own, t):
     return (0.0, False, True) if masked else (weight, truncated, masked)
 
 
-@every_correction
+BELOW_ONE = [  # a ratio of 1, such as outside the mask, would be truncated or masked
+    Correction("token", truncate_above=0.9),
+    Correction(None, mask_level="token", mask_above=0.9),
+]
+
+
+@pytest.mark.parametrize("correction", [*METHODS.values(), *OTHERS, *BELOW_ONE], ids=str)
 def test_equals_a_loop(correction):
     case = random_case()
     result = correction(**case)

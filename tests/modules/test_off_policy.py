@@ -19,6 +19,7 @@ from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.off_policy import measure_off_policy
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import Recorder
+from lit_rlhf.types import Trajectory
 
 METHODS = {
     "TIS": Correction(),
@@ -167,6 +168,17 @@ def test_metrics_by_hand():
             "off_policy/effective_sample_size": 2.25**2 / (2 * (4 + 1 / 16)),  # (2 + ¼)² / (2 (2² + ¼²))
         }
     )
+
+
+def test_the_host_does_not_wait_for_the_device():
+    """The meta device stands in for the GPU; its tensors cannot be read."""
+    x = torch.zeros(2, 3, device="meta")
+    metrics = Metrics(x.device)
+    measure_off_policy(x, x, x.bool(), metrics)
+    assert {tensor.device.type for tensor in metrics.state()} == {"meta"}
+    for correction in METHODS.values():
+        assert correction(old_logprobs=x, rollout_logprobs=x, mask=x.bool()).weights.is_meta
+    assert VTrace()(Trajectory(rewards=x, values=x, mask=x.bool(), ratios=x)).advantages.is_meta
 
 
 def test_metrics_of_a_run(run):
