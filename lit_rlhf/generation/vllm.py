@@ -54,11 +54,12 @@ class VLLMEngine(DetachedEngine):
     and read by the server. Each response is one request with a seed of its own, a function of the seed of the run, the
     iteration and the row.
 
-    The engine does not give entropies (they are 0), and its log-probabilities differ from the actor's by more than
-    rounding under ``bf16-mixed``, because the server computes with other kernels and keeps more in bfloat16. ``top_k``
-    and ``top_p`` are refused, because the server's log-probabilities would be those of the restricted distribution;
-    with ``min_tokens``, a stop token that comes too early is drawn again (at temperature 0, the server forbids it, and
-    its log-probabilities are then those without the stop tokens).
+    The engine does not give entropies (they are 0). Its log-probabilities equal the actor's up to rounding in float32;
+    under ``bf16-mixed``, they differ more, because the server keeps in bfloat16 what the actor keeps in float32.
+
+    ``top_k`` and ``top_p`` are refused, because the server's log-probabilities would be those of the restricted
+    distribution. With ``min_tokens``, a stop token that comes too early is drawn again; at temperature 0, the server
+    forbids it instead, and the log-probabilities of the first tokens are those without the stop tokens.
 
     A server that runs already must be of vLLM 0.32 or later, with the environment variable ``VLLM_SERVER_DEV_MODE=1``
     and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16`` for ``bf16-mixed``). Whoever
@@ -156,8 +157,8 @@ class VLLMEngine(DetachedEngine):
         if _rank() == 0:
             try:
                 self._connect(context)
-            except UserError as error:
-                problem = str(error)
+            except Exception as error:
+                problem = _line(error)
         problem = _broadcast(problem)
         if problem:
             self.close()
@@ -257,8 +258,8 @@ class VLLMEngine(DetachedEngine):
             try:
                 self._check_length(max(len(text) for part in asked for text, _ in part), sampling)
                 folder = self._write(actor, weights)
-            except UserError as error:
-                pending.problem = str(error)
+            except Exception as error:  # the other processes must hear of it, too
+                pending.problem = _line(error)
                 return pending
             name = self._model["id"]
             pending.job = Job(
@@ -358,16 +359,19 @@ class _PendingRollout(PendingRollout):
             return
         try:
             self.responses = self.engine.answer(self.job)
-        except UserError as error:
-            self.problem = str(error)
-        except Exception as error:  # such as an answer without the expected keys
-            self.problem = f"model.engine: {type(error).__name__}: {error}"
+        except Exception as error:
+            self.problem = _line(error)
 
     def result(self) -> Rollout:
         problem, responses = _broadcast((self.problem, self.responses))
         if problem:
             raise UserError(problem)
         return to_rollout(responses[_rank()], self.prompts, self.sampling, self.special_tokens)
+
+
+def _line(error: Exception) -> str:
+    """Return what happened in one line: the message of a UserError, or the name and the text of another error."""
+    return " ".join((str(error) if isinstance(error, UserError) else f"model.engine: {error!r}").split())
 
 
 def _rank() -> int:
