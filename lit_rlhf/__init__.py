@@ -34,7 +34,7 @@ _PUBLIC = {
     ),
     "data": ("Demonstrations", "Preferences", "Prompts"),
     "errors": ("UserError",),
-    "generation": ("Ahead", "Engine", "NativeEngine", "Sampling"),
+    "generation": ("Ahead", "Engine", "NativeEngine", "Sampling", "VLLMEngine"),
     "models.loading": ("RandomWeights",),
     "modules": (
         "DPO",

@@ -1,19 +1,26 @@
 """A client of services that take and return JSON over HTTP: engines and rewards on other machines."""
 
+import queue
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from lit_rlhf.errors import UserError
 
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 """The HTTP status codes after which a later attempt may succeed."""
+RETRIED_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+"""The errors after which a later attempt may succeed: no connection, no answer in time, half an answer."""
+CONNECT_SECONDS = 10.0
+"""The maximum number of seconds to wait for a connection, which a service accepts even when it is busy."""
+NOTICE_SECONDS = 0.2
+"""The maximum number of seconds until waiting for answers ends after `JSONClient.close`."""
 
 
 class JSONClient:
@@ -30,6 +37,7 @@ class JSONClient:
         retries: The maximum number of times that a request is repeated.
         token: The bearer token to send; None for none.
         connections: The maximum number of requests that `post_all` sends at the same time.
+        retry_timeouts: Whether a request is also repeated if it was sent and no answer came in time.
 
     Raises:
         UserError: if the address does not begin with ``http://`` or ``https://``.
@@ -49,6 +57,7 @@ class JSONClient:
         retries: int = 4,
         token: str | None = None,
         connections: int = 1,
+        retry_timeouts: bool = True,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{option} is {url!r}: it must begin with http:// or https://")
@@ -56,20 +65,16 @@ class JSONClient:
         self.option = option
         self.timeout = timeout
         self.connections = connections
-        retry = Retry(
-            total=retries,
-            backoff_factor=0.5,
-            status_forcelist=RETRIED_STATUS,
-            allowed_methods=None,  # all methods
-            raise_on_status=False,
-        )
+        self.retries = retries
+        self.retry_timeouts = retry_timeouts
+        self._closed = threading.Event()
         self._session = requests.Session()
         local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._session.trust_env = not local  # the environment's proxies do not know this machine's ports
         if token is not None:
             self._session.headers["Authorization"] = f"Bearer {token}"
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=retry))
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
     def get(self, path: str) -> Any:
         """Return the JSON value with which the service answers a GET request, or None if the answer is empty.
@@ -107,31 +112,90 @@ class JSONClient:
         Raises:
             UserError: if one of the requests fails, for the reasons in `post`.
         """
-        with ThreadPoolExecutor(max(1, min(self.connections, len(bodies)))) as pool:
-            futures = [pool.submit(self.post, path, body) for body in bodies]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        waiting: queue.SimpleQueue[tuple[int, Mapping[str, Any]]] = queue.SimpleQueue()
+        for numbered in enumerate(bodies):
+            waiting.put(numbered)
+        answered: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        failed = threading.Event()
+
+        def send() -> None:
+            while not failed.is_set():
+                try:
+                    index, body = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    answered.put((index, self.post(path, body), None))
+                except BaseException as error:
+                    failed.set()
+                    answered.put((index, None, error))
+
+        # daemons: Python's exit does not wait for them, so that requests in progress do not keep a run from ending
+        for _ in range(min(self.connections, len(bodies))):
+            threading.Thread(target=send, daemon=True).start()
+        answers: dict[int, Any] = {}
+        try:
+            while len(answers) < len(bodies):
+                try:
+                    index, answer, error = answered.get(timeout=NOTICE_SECONDS)
+                except queue.Empty:
+                    self._check_open()
+                    continue
+                if error is not None:
+                    raise error
+                answers[index] = answer
+        finally:
+            failed.set()
+        return [answers[index] for index in range(len(bodies))]
+
+    def close(self) -> None:
+        """Give up: requests are not sent or repeated any more, and `post_all` does not wait for answers in any thread.
+
+        >>> client = JSONClient("http://localhost:9", "model.engine.url")
+        >>> client.close()
+        >>> client.get("/health")
+        Traceback (most recent call last):
+            ...
+        lit_rlhf.errors.UserError: model.engine.url: requests to http://localhost:9 were given up
+        """
+        self._closed.set()
+        self._session.close()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise UserError(f"{self.option}: requests to {self.url} were given up")
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         address, start = f"{self.url}{path}", time.monotonic()
-        try:
-            answer = self._session.request(method, address, json=body, timeout=self.timeout)
-        except requests.RequestException as error:
-            seconds = time.monotonic() - start
-            reason = _reason(error)
-            raise UserError(f"{self.option}: no answer from {address} after {seconds:.0f} s ({reason})") from error
+        timeout = min(CONNECT_SECONDS, self.timeout), self.timeout
+        for attempt in count():
+            last, pause = attempt == self.retries, 0.0 if attempt == 0 else 2.0 ** (attempt - 1)
+            self._check_open()
+            try:
+                answer = self._session.request(method, address, json=body, timeout=timeout)
+            except requests.RequestException as error:
+                given_up = isinstance(error, requests.ReadTimeout) and not self.retry_timeouts
+                if last or given_up or not isinstance(error, RETRIED_ERRORS):
+                    seconds, reason = time.monotonic() - start, _reason(error)
+                    message = f"{self.option}: no answer from {address} after {seconds:.0f} s ({reason})"
+                    raise UserError(message) from error
+            else:
+                if last or answer.status_code not in RETRIED_STATUS:
+                    return self._read(answer, address)
+                asked = answer.headers.get("Retry-After", "")
+                pause = float(asked) if asked.isdecimal() else pause
+            self._closed.wait(pause)
+
+    def _read(self, answer: requests.Response, address: str) -> Any:
         if not answer.ok:
-            text = " ".join(answer.text.split())[:200]
-            raise UserError(f"{self.option}: {address} answered {answer.status_code} {answer.reason}: {text}")
+            status = f"{answer.status_code} {answer.reason}"
+            raise UserError(f"{self.option}: {address} answered {status}: {_one_line(answer.text)}")
         if not answer.content:
             return None
         try:
             return answer.json()
         except requests.JSONDecodeError as error:
-            text = " ".join(answer.text.split())[:200]
+            text = _one_line(answer.text)
             raise UserError(f"{self.option}: the answer of {address} is not JSON: {text!r}") from error
 
 
@@ -141,5 +205,9 @@ def _reason(error: Exception) -> str:
     while True:
         inner = getattr(cause, "reason", None) or next((x for x in cause.args if isinstance(x, Exception)), None)
         if not isinstance(inner, Exception):
-            return " ".join(str(cause).split())[:200]
+            return _one_line(str(cause))
         cause = inner
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -55,6 +55,28 @@ def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor
     return torch.from_numpy(np.stack(numbers)).to(rows.device)
 
 
+def row_seeds(stream: Stream, iteration: int, rows: Tensor) -> list[int]:
+    """Return a seed for each row of a batch, for a generator that is not this package's, such as a server's.
+
+    Args:
+        stream: The purpose of the numbers that are drawn with the seeds.
+        iteration: The training iteration or, in validation and prediction, the index of the batch.
+        rows: [B] int64, the index of each row in the global batch.
+
+    Returns:
+        B integers in [0, 2⁶³), of which each depends on its own row alone.
+
+    >>> seeds = row_seeds(Stream.ROLLOUT, iteration=0, rows=torch.arange(8))
+    >>> seeds[5:] == row_seeds(Stream.ROLLOUT, iteration=0, rows=torch.tensor([5, 6, 7])), len(set(seeds))
+    (True, 8)
+    """
+    seed = global_seed()
+    states = [
+        np.random.SeedSequence([seed, stream, iteration, row]).generate_state(1, np.uint64) for row in rows.tolist()
+    ]
+    return [int(state[0]) % 2**63 for state in states]
+
+
 def generator(stream: Stream, *key: int) -> torch.Generator:
     """Return a CPU generator that is seeded from the global seed, the stream and the key.
 

@@ -9,7 +9,9 @@ from lit_rlhf.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "strategy").glob("*.yaml"))
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS))
+PRINT = "--print_config"
+ENGINES = sorted((CONFIGS / "engine").glob("*.yaml"))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - set(ENGINES))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -38,6 +40,24 @@ def test_strategy(overlay, capsys):
     else:
         assert whole["trainer"]["strategy"] == strategy
     assert whole["trainer"]["default_root_dir"] == "runs/ppo"
+    assert any(str(overlay.relative_to(CONFIGS.parent)) in line for line in overlay.read_text().splitlines()[:3])
+
+
+@pytest.mark.parametrize("overlay", ENGINES, ids=lambda path: path.stem)
+def test_engine(overlay, capsys):
+    strategy = CONFIGS / "strategy" / "ddp.yaml"
+    with pytest.raises(SystemExit) as exit_:
+        main(
+            ["fit", *(word for c in (CONFIGS / "ppo.yaml", strategy, overlay) for word in ("--config", str(c))), PRINT]
+        )
+    assert exit_.value.code == 0
+    whole = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(overlay.read_text())
+    engine, used = given["model"]["init_args"]["engine"], whole["model"]["init_args"]["engine"]
+    assert used["class_path"].endswith(engine["class_path"])
+    assert engine["init_args"].items() <= used["init_args"].items()
+    assert whole["trainer"]["devices"] == given["trainer"]["devices"]
+    assert not set(engine["init_args"]["devices"]) & set(given["trainer"]["devices"])
     assert any(str(overlay.relative_to(CONFIGS.parent)) in line for line in overlay.read_text().splitlines()[:3])
 
 

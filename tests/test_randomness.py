@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from lit_rlhf.randomness import Stream, generator, global_seed, uniforms
+from lit_rlhf.randomness import Stream, generator, global_seed, row_seeds, uniforms
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,18 @@ def test_every_key_has_its_own_numbers(monkeypatch):
         seen += draw(range(4), stream, iteration).tolist()
     assert len({tuple(row) for row in seen}) == 2 * len(Stream) * 3 * 4
     assert len({number for row in seen for number in row}) > 0.99 * 8 * len(seen)
+
+
+def test_seeds_of_rows(monkeypatch):
+    rows = torch.arange(10)
+    assert row_seeds(Stream.ROLLOUT, 5, rows[[7, 0]]) == [row_seeds(Stream.ROLLOUT, 5, rows)[i] for i in (7, 0)]
+    seen = []
+    for seed, stream, iteration in itertools.product(["0", "1"], Stream, range(3)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        seen += row_seeds(stream, iteration, rows)
+    assert len(set(seen)) == 2 * len(Stream) * 3 * 10
+    assert 2**61 < max(seen) < 2**63
+    assert 0 <= min(seen) < 2**60
 
 
 def test_uniform():

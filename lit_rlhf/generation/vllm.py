@@ -1,0 +1,395 @@
+"""Generation by a vLLM server, over HTTP: vLLM need not be installed in the environment of the training."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation.completions import Response, completion_request, draw_responses, to_rollout
+from lit_rlhf.generation.engine import DetachedEngine, EngineContext, PendingRollout, Sampling, SpecialTokens
+from lit_rlhf.generation.server import Server
+from lit_rlhf.generation.weights_folder import WeightsFolder
+from lit_rlhf.http import JSONClient
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.scoring import strip_prefix
+from lit_rlhf.models.sharding import full_state_dict
+from lit_rlhf.randomness import Stream, row_seeds
+from lit_rlhf.types import PromptBatch, Rollout
+
+LOGPROBS_MODE = "processed_logprobs"
+"""The mode in which vLLM's log-probabilities are those after the division by the temperature."""
+RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
+"""The maximum number of times that the server is asked to forget what it computed with older weights, and the pause."""
+ENDING_SECONDS = 2.0
+"""The maximum number of seconds for which a server that fails is still running."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What process 0 asks of the server for one rollout."""
+
+    folder: Path  # with the weights
+    requests: list[dict[str, Any]]  # one for each response, of all processes
+    rows: list[int]  # the number of responses of each process
+    min_tokens: int
+    vocabulary: int  # the number of tokens of the model
+
+
+class VLLMEngine(DetachedEngine):
+    """An engine that lets a vLLM server generate: one that runs already, or one that it starts and ends with the run.
+
+    The server receives the actor's weights before it generates, as files: they are written to a folder by process 0,
+    and read by the server. Each response is one request with a seed of its own, a function of the seed of the run, the
+    iteration and the row.
+
+    The engine does not give entropies (they are 0). Its log-probabilities equal the actor's up to rounding in float32;
+    under ``bf16-mixed``, they differ more, because the server keeps in bfloat16 what the actor keeps in float32.
+
+    ``top_k`` and ``top_p`` are refused, because the server's log-probabilities would be those of the restricted
+    distribution. With ``min_tokens``, a stop token that comes too early is drawn again; at temperature 0, the server
+    forbids it instead, and the log-probabilities of the first tokens are those without the stop tokens.
+
+    A server that runs already must be of vLLM 0.32 or later, with the environment variable ``VLLM_SERVER_DEV_MODE=1``
+    and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16`` for ``bf16-mixed``). Whoever
+    reaches its port can control it. On a CPU, its model must not have tied embeddings.
+
+    Args:
+        url: The address of a server that runs already, such as ``http://127.0.0.1:8000``; None to start one.
+        python: The Python program of an environment in which vLLM is installed; None to use ``url``.
+        devices: The indices of the GPUs for the server that is started, among those that the training may use; None for
+            all of them. vLLM divides each layer between several GPUs (tensor parallelism).
+        max_model_len: The maximum number of tokens in a prompt with its response, for the server that is started; None
+            for what the model and the memory allow.
+        weights_dir: The folder in which weights are passed to the server; None for shared memory if there is room for
+            them, and for the directory of temporary files otherwise. A server on another machine must see the same
+            folder under the same path.
+        timeout: The maximum number of seconds to wait for a response, or until the server has read new weights.
+        startup_timeout: The maximum number of seconds to wait until the server has started.
+        connections: The maximum number of requests at the same time.
+        server_args: Further arguments for the server that is started, which take precedence.
+
+    Raises:
+        ValueError: if not exactly one of ``url`` and ``python`` is given, if options of a server to start are given
+            with ``url``, or if a number is out of range.
+        UserError: in ``start``, if the server cannot be reached, does not start, or is not set up for this engine.
+
+    >>> VLLMEngine(url="http://127.0.0.1:8000", python="vllm-env/bin/python")
+    Traceback (most recent call last):
+        ...
+    ValueError: engine: give either url, the address of a vLLM server, or python, a program that can start one
+
+    In a configuration, with the GPUs 0 to 2 for training and the GPU 3 for the server::
+
+        model:
+          engine:
+            class_path: VLLMEngine
+            init_args: {python: vllm-env/bin/python, devices: [3], max_model_len: 1024}
+        trainer: {devices: [0, 1, 2]}
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        python: str | None = None,
+        devices: list[int] | None = None,
+        max_model_len: int | None = None,
+        weights_dir: str | None = None,
+        timeout: float = 600.0,
+        startup_timeout: float = 600.0,
+        connections: int = 256,
+        server_args: list[str] | None = None,
+    ) -> None:
+        if (url is None) == (python is None):
+            raise ValueError(
+                "engine: give either url, the address of a vLLM server, or python, a program that can start one"
+            )
+        for name, value in (("devices", devices), ("max_model_len", max_model_len), ("server_args", server_args)):
+            if url is not None and value is not None:
+                raise ValueError(f"engine.{name} is an option of a server to start, but engine.url names one that runs")
+        for name, number in (("timeout", timeout), ("startup_timeout", startup_timeout)):
+            if number <= 0:
+                raise ValueError(f"engine.{name} must be positive, not {number}")
+        for name, whole in (("max_model_len", max_model_len), ("connections", connections)):
+            if whole is not None and whole < 1:
+                raise ValueError(f"engine.{name} must be 1 or more, not {whole}")
+        if devices is not None and (not devices or min(devices) < 0):
+            raise ValueError(f"engine.devices must be indices of GPUs, or null for all of them, not {devices}")
+        self.url = url
+        self.python = python
+        self.devices = devices
+        self.max_model_len = max_model_len
+        self.weights_dir = weights_dir
+        self.timeout = timeout
+        self.startup_timeout = startup_timeout
+        self.connections = connections
+        self.server_args = server_args
+        self._dtype = torch.float32
+        self._server: Server | None = None
+        self._client: JSONClient | None = None
+        self._folder: WeightsFolder | None = None
+        self._model: dict[str, Any] = {}  # what the server says of its model
+        self._run = ""
+        self._pushes = count(1)
+
+    # ------------------------------------------------------------------ the server
+
+    def start(self, context: EngineContext) -> None:
+        """Start the server or connect to it, on process 0; all processes call this method together.
+
+        Raises:
+            UserError: on all processes, if that is not possible.
+        """
+        self.close()
+        self._dtype = torch.bfloat16 if context.precision.startswith("bf16") else torch.float32
+        problem = ""
+        if _rank() == 0:
+            try:
+                self._connect(context)
+            except Exception as error:
+                problem = _line(error)
+        problem = _broadcast(problem)
+        if problem:
+            self.close()
+            raise UserError(problem)
+
+    def close(self) -> None:
+        """Give up requests that wait, end the server if this engine started it, and remove the weights."""
+        for part in (self._client, self._server, self._folder):
+            if part is not None:
+                part.close()
+        self._client = self._server = self._folder = None
+
+    def _connect(self, context: EngineContext) -> None:
+        url, option = self.url, "model.engine.url"
+        if url is None:
+            url, option = self._start_server(context), "model.engine"
+        self._client = JSONClient(url, option, timeout=self.timeout, connections=self.connections, retry_timeouts=False)
+        if self._server is None:
+            self._check_server(self._client)
+        else:
+            self._server.when_ended(self._client.close)
+        self._model = self._client.get("/v1/models")["data"][0]
+        self._run = uuid.uuid4().hex[:8]
+
+    def _start_server(self, context: EngineContext) -> str:
+        assert self.python is not None
+        actor = context.load_actor()
+        folder = self._write(actor, full_state_dict(actor))
+        context.tokenizer.save_pretrained(folder)
+        arguments = ["--dtype", str(self._dtype).removeprefix("torch."), "--logprobs-mode", LOGPROBS_MODE]
+        arguments += ["--max-model-len", str(self.max_model_len or "auto"), "--generation-config", "vllm"]
+        arguments += ["--disable-uvicorn-access-log"]
+        if self.devices is not None:
+            arguments += ["--tensor-parallel-size", str(len(self.devices))]
+        elif context.device.type == "cpu":
+            arguments += ["--enforce-eager"]  # compilation takes a minute, and gains little
+        arguments += self.server_args or []
+        assert self._folder is not None
+        self._server = Server(self.python, folder, arguments, devices=self.devices, folder=self._folder.path)
+        self._server.wait(self.startup_timeout)
+        for file in folder.glob("*.safetensors"):  # read by now, and to be replaced
+            file.unlink()
+        return self._server.url
+
+    def _check_server(self, client: JSONClient) -> None:
+        """Check a server that this engine did not start.
+
+        Raises:
+            UserError: if the server is not set up for this engine, or cannot see the weights.
+        """
+        host = urlsplit(client.url).hostname
+        if self.weights_dir is None and host not in ("localhost", "127.0.0.1", "::1"):
+            raise UserError(f"model.engine.weights_dir is not set: name a folder that {host} and this machine share")
+        try:
+            config = client.get("/server_info?config_format=json")["vllm_config"]["model_config"]
+        except UserError as error:
+            if "answered 404" not in str(error):
+                raise
+            raise UserError(f"{error}; start vLLM (0.32 or later) with VLLM_SERVER_DEV_MODE=1") from error
+        if config["logprobs_mode"] != LOGPROBS_MODE:
+            raise UserError(
+                f"{client.option}: the server's --logprobs-mode must be {LOGPROBS_MODE}, not {config['logprobs_mode']}"
+            )
+
+    # ------------------------------------------------------------------ a rollout
+
+    def begin(
+        self,
+        actor: Actor,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        special_tokens: SpecialTokens,
+        *,
+        stream: Stream,
+        iteration: int,
+    ) -> PendingRollout:
+        """Write the actor's current weights for the server; the arguments are those of `Engine.generate`.
+
+        Raises:
+            UserError: if sampling is restricted by top-k or top-p.
+        """
+        for option, is_off in (("top_k", sampling.top_k == 0), ("top_p", sampling.top_p == 1)):
+            if not is_off:
+                raise UserError(
+                    f"model.sampling.{option} is {getattr(sampling, option)}: VLLMEngine samples from the full "
+                    "distribution only, because the server's log-probabilities would be those of the restricted one"
+                )
+        n = sampling.responses
+        rows = (prompts.group[:, None] * n + torch.arange(n, device=prompts.group.device)).flatten()
+        seeds = row_seeds(stream, iteration, rows)
+        texts = [tokens[mask].tolist() for tokens, mask in zip(prompts.tokens.cpu(), prompts.mask.cpu(), strict=True)]
+        asked = _gather([(text, seed) for i, text in enumerate(texts) for seed in seeds[i * n : (i + 1) * n]])
+        weights = full_state_dict(actor)
+        pending = _PendingRollout(self, prompts, sampling, special_tokens)
+        if _rank() == 0:
+            assert self._client is not None, "call start() first"
+            try:
+                self._check_length(max(len(text) for part in asked for text, _ in part), sampling)
+                folder = self._write(actor, weights)
+            except Exception as error:  # the other processes must hear of it, too
+                pending.problem = _line(error)
+                return pending
+            name = self._model["id"]
+            pending.job = Job(
+                folder=folder,
+                requests=[
+                    completion_request(name, text, seed, sampling, special_tokens)
+                    for part in asked
+                    for text, seed in part
+                ],
+                rows=[len(part) for part in asked],
+                min_tokens=sampling.min_tokens if sampling.temperature else 0,
+                vocabulary=actor.model.config.vocab_size,
+            )
+        return pending
+
+    def answer(self, job: Job) -> list[list[Response]]:
+        """Let the server read the weights and generate; remove the weights in any case.
+
+        Args:
+            job: What to ask of the server.
+
+        Returns:
+            The responses of each process.
+
+        Raises:
+            UserError: if the server does not answer, or answers something else.
+        """
+        client = self._client
+        assert client is not None, "the engine is closed"
+        try:
+            version = self._push(client, job.folder)
+            responses = iter(draw_responses(client, job.requests, job.min_tokens, job.vocabulary))
+            self._check_version(client, version)
+            return [list(islice(responses, rows)) for rows in job.rows]
+        except UserError as error:
+            if self._server is None:
+                raise
+            ended = self._server.ended(ENDING_SECONDS)
+            raise UserError(ended or f"{error} (the server's log: {self._server.log})") from error
+        finally:
+            shutil.rmtree(job.folder, ignore_errors=True)
+
+    def _push(self, client: JSONClient, folder: Path) -> str:
+        """Let the server read the weights in a folder, and return the name under which it knows them now."""
+        version = f"{self._run}-{next(self._pushes)}"
+        client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        for _ in range(RESET_ATTEMPTS):  # fails as long as a request is active, such as one that was given up
+            if client.post("/reset_prefix_cache", {})["success"]:
+                break
+            time.sleep(RESET_SECONDS)
+        else:
+            raise UserError(f"{client.option}: the server cannot forget older weights: another program is using it")
+        client.post("/update_weight_version", {"new_version": version})
+        return version
+
+    def _check_version(self, client: JSONClient, version: str) -> None:
+        """Check that the server still has the weights of this name, as it has not after a restart.
+
+        Raises:
+            UserError: if it has other weights.
+        """
+        found = client.get("/weight_info")["weight_version"]
+        if found != version:
+            raise UserError(
+                f"{client.option}: the server has the weights {found!r} instead of {version!r}: it was restarted, or "
+                "another run uses it"
+            )
+
+    def _check_length(self, longest: int, sampling: Sampling) -> None:
+        most = self._model["max_model_len"]
+        if longest + sampling.max_tokens > most:
+            raise UserError(
+                f"model.engine.max_model_len: the server takes {most} tokens, but the longest prompt has {longest}, "
+                f"and model.sampling.max_tokens is {sampling.max_tokens}"
+            )
+
+    def _write(self, actor: Actor, weights: dict[str, Tensor]) -> Path:
+        """Write weights, given as the actor's full ``state_dict``, to a new folder."""
+        own = strip_prefix("model.", weights)
+        if self._folder is None:
+            size = sum(weight.numel() for weight in own.values()) * self._dtype.itemsize
+            self._folder = WeightsFolder(self.weights_dir, size)
+        return self._folder.write(actor.model, own, self._dtype)
+
+
+class _PendingRollout(PendingRollout):
+    def __init__(
+        self, engine: VLLMEngine, prompts: PromptBatch, sampling: Sampling, special_tokens: SpecialTokens
+    ) -> None:
+        self.engine, self.prompts, self.sampling, self.special_tokens = engine, prompts, sampling, special_tokens
+        self.job: Job | None = None  # on process 0
+        self.responses: list[list[Response]] = []  # of each process, on process 0
+        self.problem = ""
+
+    def run(self) -> None:
+        if self.job is None:
+            return
+        try:
+            self.responses = self.engine.answer(self.job)
+        except Exception as error:
+            self.problem = _line(error)
+
+    def result(self) -> Rollout:
+        problem, responses = _broadcast((self.problem, self.responses))
+        if problem:
+            raise UserError(problem)
+        return to_rollout(responses[_rank()], self.prompts, self.sampling, self.special_tokens)
+
+
+def _line(error: Exception) -> str:
+    """Return what happened in one line: the message of a UserError, or the name and the text of another error."""
+    return " ".join((str(error) if isinstance(error, UserError) else f"model.engine: {error!r}").split())
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gather(value: T) -> list[T]:
+    """Return the values of all processes."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _broadcast(value: T) -> T:
+    """Return the value of process 0."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,140 @@
+"""Weights on their way to a server, in folders that exist only until the server has read them."""
+
+import glob
+import json
+import os
+import shutil
+import socket
+import tempfile
+import weakref
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lit_rlhf.errors import UserError
+
+PREFIX = "lit-rlhf-weights"
+SHARED_MEMORY = Path("/dev/shm")
+COPIES = 3
+"""The number of copies of the weights for which there must be room in shared memory: in use, waiting, being written."""
+OPTION = "model.engine.weights_dir"
+
+
+class WeightsFolder:
+    """The folder of one run, in which each set of weights has a folder of its own.
+
+    The folder is removed when this object is closed or when the process exits. A process that is killed leaves it
+    behind; the next run on the same machine removes it then.
+
+    Args:
+        parent: The folder in which to make the folder; None for shared memory if ``size`` fits into it several times,
+            and for the directory of temporary files otherwise.
+        size: The number of bytes of one set of weights.
+
+    Raises:
+        UserError: if the folder cannot be made.
+
+    >>> folder = WeightsFolder(None, size=0)
+    >>> folder.path.is_dir()
+    True
+    >>> folder.close()
+    >>> folder.path.is_dir()
+    False
+    """
+
+    def __init__(self, parent: str | None, size: int) -> None:
+        place = _roomy(size) if parent is None else Path(parent)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            _remove_stale(place)
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_owner(os.getpid())}-", dir=place)).absolute()
+        except OSError as error:
+            raise UserError(f"{OPTION}: no folder for weights can be made in {place} ({error.strerror})") from error
+        self.close = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._names = count()
+
+    def write(self, model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Path:
+        """Write a model with these weights to a new folder, as `save_untied` does, and return the folder.
+
+        Raises:
+            UserError: if the folder cannot be written; nothing of it is left.
+        """
+        folder = self.path / str(next(self._names))
+        try:
+            save_untied(model, weights, folder, dtype)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) or "I/O error" in str(error):  # the second is safetensors'
+                raise UserError(f"{OPTION}: the weights cannot be written to {self.path} ({error})") from error
+            raise
+        return folder
+
+
+def save_untied(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Write a model as a Hugging Face folder, with the output layer's weight even if it is tied to the embeddings.
+
+    vLLM on a CPU keeps a packed copy of the output layer, and does not renew this copy when it loads new weights into a
+    model whose output layer is tied; so it must not be told that the layer is.
+
+    Args:
+        model: A causal language model, of which the configuration and the names of the weights are used.
+        weights: The model's full ``state_dict``.
+        folder: The folder to write.
+        dtype: The floating-point type of the weights in the file.
+    """
+    copies = {
+        name: (weight.to(dtype) if weight.is_floating_point() else weight).cpu() for name, weight in weights.items()
+    }
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    head, embeddings = (names[id(m)] for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if copies.get(head, copies[embeddings]).data_ptr() == copies[embeddings].data_ptr():
+        copies[head] = copies[embeddings].clone()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict=copies)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"tie_word_embeddings": False, "dtype": str(dtype).removeprefix("torch.")}
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _roomy(size: int) -> Path:
+    """Return shared memory if several sets of weights fit into it, and the directory of temporary files otherwise."""
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= COPIES * size:
+        return SHARED_MEMORY
+    return Path(tempfile.gettempdir())
+
+
+def _owner(process: int | str) -> str:
+    """Return the beginning of the name of a process's folder: the machine, the space of process ids, and the id."""
+    namespace = Path("/proc/self/ns/pid")  # a container has its own
+    number = namespace.stat().st_ino if namespace.exists() else 0
+    return f"{PREFIX}-{socket.gethostname()}-{number}-{process}"
+
+
+def _remove_stale(place: Path) -> None:
+    """Remove the folders of processes of this machine that have ended."""
+    prefix = _owner("")
+    for folder in place.glob(f"{glob.escape(prefix)}*"):
+        process = folder.name.removeprefix(prefix).partition("-")[0]
+        if process.isdecimal() and not _is_running(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
