@@ -19,6 +19,8 @@ RETRIED_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exception
 """The errors after which a later attempt may succeed: no connection, no answer in time, half an answer."""
 CONNECT_SECONDS = 10.0
 """The maximum number of seconds to wait for a connection, which a service accepts even when it is busy."""
+MAX_PAUSE_SECONDS = 60.0
+"""The maximum number of seconds for which a service can ask to wait before the next attempt (Retry-After)."""
 NOTICE_SECONDS = 0.2
 """The maximum number of seconds until waiting for answers ends after `JSONClient.close`."""
 
@@ -71,8 +73,9 @@ class JSONClient:
         self._session = requests.Session()
         local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._session.trust_env = not local  # the environment's proxies do not know this machine's ports
+        self._token = token
         if token is not None:
-            self._session.headers["Authorization"] = f"Bearer {token}"
+            self._session.auth = self._authorize  # takes precedence over the user's netrc file
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
@@ -80,7 +83,7 @@ class JSONClient:
         """Return the JSON value with which the service answers a GET request, or None if the answer is empty.
 
         Args:
-            path: What follows the address of the service, beginning with a slash.
+            path: What follows the address of the service: nothing, or a path that begins with a slash.
 
         Raises:
             UserError: if no attempt succeeds, or if the answer reports an error or is not JSON.
@@ -91,7 +94,7 @@ class JSONClient:
         """Return the JSON value with which the service answers a POST request, or None if the answer is empty.
 
         Args:
-            path: What follows the address of the service, beginning with a slash.
+            path: What follows the address of the service: nothing, or a path that begins with a slash.
             body: The JSON object to send.
 
         Raises:
@@ -106,7 +109,7 @@ class JSONClient:
         that are still waiting are not sent any more.
 
         Args:
-            path: What follows the address of the service, beginning with a slash.
+            path: What follows the address of the service: nothing, or a path that begins with a slash.
             bodies: The JSON object of each request.
 
         Raises:
@@ -161,6 +164,14 @@ class JSONClient:
         self._closed.set()
         self._session.close()
 
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+    def _shown(self, text: str) -> str:
+        """Return the beginning of an answer for a message: in one line, and without the token if it repeats that."""
+        return _one_line(text.replace(self._token, "***") if self._token else text)
+
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise UserError(f"{self.option}: requests to {self.url} were given up")
@@ -183,19 +194,19 @@ class JSONClient:
                 if last or answer.status_code not in RETRIED_STATUS:
                     return self._read(answer, address)
                 asked = answer.headers.get("Retry-After", "")
-                pause = float(asked) if asked.isdecimal() else pause
+                pause = min(float(asked), MAX_PAUSE_SECONDS) if asked.isdecimal() else pause
             self._closed.wait(pause)
 
     def _read(self, answer: requests.Response, address: str) -> Any:
         if not answer.ok:
             status = f"{answer.status_code} {answer.reason}"
-            raise UserError(f"{self.option}: {address} answered {status}: {_one_line(answer.text)}")
+            raise UserError(f"{self.option}: {address} answered {status}: {self._shown(answer.text)}")
         if not answer.content:
             return None
         try:
             return answer.json()
         except requests.JSONDecodeError as error:
-            text = _one_line(answer.text)
+            text = self._shown(answer.text)
             raise UserError(f"{self.option}: the answer of {address} is not JSON: {text!r}") from error
 
 
