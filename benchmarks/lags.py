@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE))
 import recipes  # noqa: E402
 
 LAGS = (0, 1, 2, 4, 8)
-ITERATIONS = {"bandit": 25, "chain": 50, "stories": 40}
+ITERATIONS = {"bandit": 25, "chain": 50, "stories": 30}
 CORRECTIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "TIS": {},
@@ -41,6 +41,8 @@ CORRECTIONS: dict[str, dict[str, Any] | None] = {
     "bypass": {"bypass": True},
     "V-trace": None,
 }
+WITH_STORIES = ("none", "TIS", "bypass", "V-trace")
+"""The corrections that are measured with the stories, too, which take longer."""
 OPENINGS = ("Once upon a time", "One day,", "There was a little", "In a big house,", "It was a sunny day.", "Long ago,")
 NAMES = ("a dog", "Lily", "Tom", "a cat", "Sue", "Ben", "a bird", "Mia", "a bear", "Max", "Anna", "a fish")
 
@@ -122,7 +124,11 @@ def measure(tasks: list[str], stories: str | None, seeds: int, jobs: int, path: 
     results = json.loads(path.read_text()) if path.exists() else []
     done = {(r["task"], r["correction"], r["lag"], r["seed"]) for r in results}
     settings = itertools.product(tasks, CORRECTIONS, LAGS, range(1, seeds + 1))
-    wanted = [s for s in settings if s not in done and (s[2] > 0 or s[1] in ("none", "V-trace"))]
+    wanted = [
+        s
+        for s in settings
+        if s not in done and (s[2] or s[1] in ("none", "V-trace")) and (s[0] != "stories" or s[1] in WITH_STORIES)
+    ]
     with ProcessPoolExecutor(jobs) as pool:
         for future in [pool.submit(run, *setting, stories) for setting in wanted]:
             results.append(future.result())
@@ -136,6 +142,8 @@ def table(results: list[dict[str, Any]]) -> str:
     for task in dict.fromkeys(result["task"] for result in results):
         for correction in CORRECTIONS:
             scores = [scores_of(results, task, correction, lag) for lag in LAGS]
+            if not scores[1]:
+                continue
             cells = [f"{statistics.mean(of_seeds):.3f}" if of_seeds else "" for of_seeds in scores]
             lines.append(f"| {task} | {correction} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -160,7 +168,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         for correction in CORRECTIONS:
             means, lows, highs = [], [], []
             for lag in LAGS:
-                scores = scores_of(results, task, correction, lag)
+                scores = scores_of(results, task, correction, lag) or [float("nan")]
                 means.append(statistics.mean(scores))
                 lows.append(statistics.mean(scores) - min(scores))
                 highs.append(max(scores) - statistics.mean(scores))
