@@ -2,10 +2,12 @@
 
     python benchmarks/ahead.py [--iterations 6]
 
-One thread for each process, so that two cores suffice. The models and the geometric response lengths are those of
-iteration.py. *PPO*: 64 responses, 4 epochs of 4 minibatches; learning takes most of the time. *Balanced*: 512 responses
-and one epoch with the critic on the actor's trunk; generation takes about as long as learning. Prints medians over all
-iterations but the first or, with a lag, the first two, which fill the pipeline.
+One thread for each process, so that two cores suffice. The models are those of iteration.py, with geometric response
+lengths. *PPO*: 64 responses of 64 tokens on average, 4 epochs of 4 minibatches; learning takes most of the time.
+*Balanced*: 16 responses of 256 tokens on average and at most 1,024, one epoch, the critic on the actor's trunk;
+generation takes about as long as learning. *Lag 1, one process* does the work of lag 1 without overlap, so that
+generation and learning are measured alone. Prints medians over all iterations but the first or, with a lag, the first
+two, which fill the pipeline.
 """
 
 import argparse
@@ -20,9 +22,9 @@ from typing import Any
 from models import write_models
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = {
-    "PPO, 64 responses": [],
-    "balanced, 512 responses": ["--batch", "64", "--responses", "8", "--epochs", "1", "--critic", "shared"],
+SETTINGS: dict[str, tuple[float, list[str]]] = {  # the mean length of the responses, and options of ours_ppo.py
+    "PPO": (64.0, ["--batch", "64", "--response", "256"]),
+    "balanced": (256.0, ["--batch", "16", "--response", "1024", "--epochs", "1", "--critic", "shared"]),
 }
 
 
@@ -40,21 +42,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=6)
     options = parser.parse_args()
-    print("| | lag | s per iteration | generate | judge and update | waits for rollouts | waits for the learner |")
+    print("| | | s per iteration | generate | judge and update | waits for rollouts | waits for the learner |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        models = write_models(Path(folder), mean_length=64.0)
-        for name, words in SETTINGS.items():
+        for name, (mean_length, words) in SETTINGS.items():
+            models = write_models(Path(folder, name), mean_length=mean_length)
             fixed = [str(models), "--iterations", str(options.iterations), "--max-tokens", "2048", *words]
-            alone, ahead = run(*fixed), run(*fixed, "--lag", "1")
-            learning = alone["judge"] + alone["update"]
-            waits = [f"{ahead[f'wait_for_{side}']:.1f}" for side in ("rollouts", "learner")]
-            print(f"| {name} | 0 | {alone['median']:.1f} | {alone['generate']:.1f} | {learning:.1f} | | |")
-            cells = [name, "1", f"{ahead['median']:.1f}", "", f"{ahead['judge'] + ahead['update']:.1f}", *waits]
-            print("| " + " | ".join(cells) + " |")
-            longer = max(learning, alone["generate"])
-            print(f"| | | {ahead['median'] / longer:.2f} of the longer part alone, ", end="")
-            print(f"{alone['median'] / ahead['median']:.2f} times as fast | | | | |", flush=True)
+            synchronous = run(*fixed)
+            alone = run(*fixed, "--lag", "1", "--workers", "0")
+            ahead = run(*fixed, "--lag", "1")
+            for label, measured in (("lag 0", synchronous), ("lag 1, one process", alone), ("lag 1", ahead)):
+                learning = measured["judge"] + measured["update"]
+                cells = [name, label, f"{measured['median']:.1f}", f"{measured['generate']:.1f}", f"{learning:.1f}"]
+                cells += [f"{measured.get(f'wait_for_{side}', 0):.1f}" for side in ("rollouts", "learner")]
+                print("| " + " | ".join(cells) + " |")
+            longer = max(alone["judge"] + alone["update"], alone["generate"])
+            print(f"{name}: {ahead['median'] / longer:.2f} of the longer part alone, ", end="")
+            print(f"{synchronous['median'] / ahead['median']:.2f} times as fast as lag 0", flush=True)
 
 
 if __name__ == "__main__":

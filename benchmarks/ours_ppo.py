@@ -31,9 +31,8 @@ parser.add_argument("--max-tokens", type=int, default=8192)
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--minibatches", type=int, default=4)
-parser.add_argument(
-    "--lag", type=int, default=0, help="iterations by which generation runs ahead, in a process of its own"
-)
+parser.add_argument("--lag", type=int, default=0, help="iterations by which generation runs ahead")
+parser.add_argument("--workers", type=int, default=1, help="the worker processes of a lag")
 
 
 def main() -> None:
@@ -71,7 +70,7 @@ def main() -> None:
         rewards=[RewardModel(f"{models}/reward")],
         sampling=Sampling(max_tokens=options.response, responses=options.responses),
         update=Update(epochs=options.epochs, minibatches=options.minibatches, max_tokens=options.max_tokens),
-        engine=Ahead(lag=options.lag),
+        engine=Ahead(lag=options.lag, workers=options.workers),
         iterations=options.iterations,
     )
     with contextlib.redirect_stdout(io.StringIO()):

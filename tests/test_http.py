@@ -219,9 +219,11 @@ def test_closing_ends_the_pauses():
 
 def test_a_token_is_not_shown():
     """Not even if the service repeats it in its answer."""
-    with serving(lambda handler, number, body: handler.answer(403, handler.headers["Authorization"])) as server:
-        with pytest.raises(UserError, match=r"answered 403 Forbidden: Bearer \*\*\*$"):
-            JSONClient(server.url, "rewards.url", token="secret").post("/", {})
+    with (
+        serving(lambda handler, number, body: handler.answer(403, handler.headers["Authorization"])) as server,
+        pytest.raises(UserError, match=r"answered 403 Forbidden: Bearer \*\*\*$"),
+    ):
+        JSONClient(server.url, "rewards.url", token="secret").post("/", {})
 
 
 def test_a_token_takes_precedence_over_netrc(tmp_path, monkeypatch):

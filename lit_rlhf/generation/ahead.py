@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,7 +73,8 @@ class Ahead(Engine):
             use, or for the CPU if the training is on the CPU.
 
     Raises:
-        ValueError: if ``lag`` or ``workers`` is negative, or ``threads`` is less than 1.
+        ValueError: if ``lag`` or ``workers`` is negative, ``threads`` is less than 1, ``engine`` is an `Ahead`, or the
+            name of a device is not like ``cpu`` or ``cuda:1``.
 
     >>> Ahead(lag=2).lag
     2
@@ -94,6 +97,11 @@ class Ahead(Engine):
         for name, value, least in (("lag", lag, 0), ("workers", workers, 0), ("threads", threads, 1)):
             if value < least:
                 raise ValueError(f"engine.{name} must be {least} or more, not {value}")
+        if isinstance(engine, Ahead):
+            raise ValueError("engine.engine must be an engine that generates, not Ahead itself")
+        for name in devices or ():
+            if not re.fullmatch(r"cpu|cuda:\d+", name):
+                raise ValueError(f"engine.devices must be names such as cuda:1, not {name!r}")
         self.engine = engine
         self.lag = lag
         self.workers = workers
@@ -101,7 +109,8 @@ class Ahead(Engine):
         self.devices = devices
         self.flights: dict[int, Flight] = {}  # by the iteration that learns from the rollout
         self._context: EngineContext | None = None
-        self._detached: DetachedEngine | None = None
+        self._unstarted = engine  # what worker processes start themselves
+        self._detached: DetachedEngine | Workers | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._threads_before: int | None = None
         self._idle_since = 0.0
@@ -113,7 +122,7 @@ class Ahead(Engine):
 
     def start(self, context: EngineContext) -> None:
         """Start the inner engine; worker processes start with the first `launch`."""
-        self._context = context
+        self._context, self._unstarted = context, deepcopy(self.engine)
         self.engine.start(context)
 
     def close(self) -> None:
@@ -148,7 +157,14 @@ class Ahead(Engine):
         return pending.result()
 
     def launch(
-        self, actor: Actor, prompts: PromptBatch, sampling: Sampling, special_tokens: SpecialTokens, iteration: int
+        self,
+        actor: Actor,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        special_tokens: SpecialTokens,
+        *,
+        iteration: int,
+        keep_weights: bool = True,
     ) -> None:
         """Begin to generate the responses of an iteration with the actor's current weights; do not wait for them.
 
@@ -160,6 +176,7 @@ class Ahead(Engine):
             sampling: The options for sampling.
             special_tokens: The stop tokens and the padding token.
             iteration: The iteration that will learn from the responses.
+            keep_weights: Whether `weights_of` will be needed.
         """
         if self._thread is None:
             self._start_working()
@@ -170,7 +187,8 @@ class Ahead(Engine):
             pending: PendingRollout = _InThisProcess(generate)
         else:
             pending = self._detached.begin(actor, prompts, sampling, special_tokens, **keys)
-        weights = [_local(parameter).to("cpu", copy=True) for parameter in _trained(actor)]
+        kept = _trained(actor) if keep_weights or self._detached is None else []
+        weights = [_local(parameter).to("cpu", copy=True) for parameter in kept]
         self.flights[iteration] = Flight(pending, self._thread.submit(self._run, pending), weights)
 
     def land(self, iteration: int) -> Landing:
@@ -185,9 +203,10 @@ class Ahead(Engine):
 
     @contextmanager
     def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
-        """Give the actor the weights that draw the responses of an iteration, inside this context."""
-        pairs = list(zip(map(_local, _trained(actor)), self.flights[iteration].weights, strict=True))
-        now = [weight.clone() for weight, _ in pairs]
+        """Give the actor the weights that draw an iteration's responses, inside this context, if they were kept."""
+        kept = self.flights[iteration].weights
+        pairs = list(zip(map(_local, _trained(actor)), kept, strict=True)) if kept else []
+        now = [weight.to("cpu", copy=True) for weight, _ in pairs]
         for weight, old in pairs:
             weight.copy_(old)
         try:
@@ -217,8 +236,12 @@ class Ahead(Engine):
         if devices[0].type == "cpu":
             self._threads_before = torch.get_num_threads()
             torch.set_num_threads(max(1, self._threads_before - self.workers * self.threads))
-        workers = Workers(self.engine, self.workers, slots=self.lag + 1, threads=self.threads, devices=devices)
-        workers.start(context)
+        workers = Workers(self._unstarted, self.workers, slots=self.lag + 1, threads=self.threads, devices=devices)
+        try:
+            workers.start(context)
+        except BaseException:
+            workers.close()
+            raise
         return workers
 
     def _devices(self, context: EngineContext) -> Sequence[torch.device]:
@@ -229,10 +252,11 @@ class Ahead(Engine):
         """
         if self.devices is None and context.device.type == "cpu":
             return [context.device] * self.workers
-        names = self.devices or [f"cuda:{number}" for number in range(context.processes, torch.cuda.device_count())]
+        free = (number for number in range(torch.cuda.device_count()) if number not in context.device_ids)
+        names = self.devices or [f"cuda:{number}" for number in free]
         mine = names[context.process * self.workers : (context.process + 1) * self.workers]
         if len(mine) < self.workers:
-            needed = context.processes * self.workers
+            needed = len(context.device_ids) * self.workers
             raise UserError(
                 f"model.engine.devices: {needed} worker processes need {needed} devices besides those of the training, "
                 f"not {len(names)}; use fewer GPUs for training (trainer.devices), or lag: 0"

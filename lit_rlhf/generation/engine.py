@@ -84,8 +84,8 @@ class EngineContext:
     load_actor: Callable[[], Actor]  # can be pickled; loads a copy of the run's actor, with the initial weights
     tokenizer: PreTrainedTokenizerBase
     device: torch.device  # of this process
-    processes: int  # the number of training processes on this machine
-    process: int  # the index of this one
+    device_ids: tuple[int, ...]  # the indices of the GPUs of the training processes on this machine, or their own
+    process: int  # the index of this process among them
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
     rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 

@@ -8,14 +8,14 @@ import uuid
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.generation.collectives import broadcast, gather, rank
 from lit_rlhf.generation.completions import Response, completion_request, draw_responses, to_rollout
 from lit_rlhf.generation.engine import DetachedEngine, EngineContext, PendingRollout, Sampling, SpecialTokens
 from lit_rlhf.generation.server import Server
@@ -33,7 +33,6 @@ RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
 """The maximum number of times that the server is asked to forget what it computed with older weights, and the pause."""
 ENDING_SECONDS = 2.0
 """The maximum number of seconds for which a server that fails is still running."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +153,12 @@ class VLLMEngine(DetachedEngine):
         self.close()
         self._dtype = torch.bfloat16 if context.precision.startswith("bf16") else torch.float32
         problem = ""
-        if _rank() == 0:
+        if rank() == 0:
             try:
                 self._connect(context)
             except Exception as error:
                 problem = _line(error)
-        problem = _broadcast(problem)
+        problem = broadcast(problem)
         if problem:
             self.close()
             raise UserError(problem)
@@ -250,10 +249,10 @@ class VLLMEngine(DetachedEngine):
         rows = (prompts.group[:, None] * n + torch.arange(n, device=prompts.group.device)).flatten()
         seeds = row_seeds(stream, iteration, rows)
         texts = [tokens[mask].tolist() for tokens, mask in zip(prompts.tokens.cpu(), prompts.mask.cpu(), strict=True)]
-        asked = _gather([(text, seed) for i, text in enumerate(texts) for seed in seeds[i * n : (i + 1) * n]])
+        asked = gather([(text, seed) for i, text in enumerate(texts) for seed in seeds[i * n : (i + 1) * n]])
         weights = full_state_dict(actor)
         pending = _PendingRollout(self, prompts, sampling, special_tokens)
-        if _rank() == 0:
+        if rank() == 0:
             assert self._client is not None, "call start() first"
             try:
                 self._check_length(max(len(text) for part in asked for text, _ in part), sampling)
@@ -363,33 +362,12 @@ class _PendingRollout(PendingRollout):
             self.problem = _line(error)
 
     def result(self) -> Rollout:
-        problem, responses = _broadcast((self.problem, self.responses))
+        problem, responses = broadcast((self.problem, self.responses))
         if problem:
             raise UserError(problem)
-        return to_rollout(responses[_rank()], self.prompts, self.sampling, self.special_tokens)
+        return to_rollout(responses[rank()], self.prompts, self.sampling, self.special_tokens)
 
 
 def _line(error: Exception) -> str:
     """Return what happened in one line: the message of a UserError, or the name and the text of another error."""
     return " ".join((str(error) if isinstance(error, UserError) else f"model.engine: {error!r}").split())
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(value: T) -> list[T]:
-    """Return the values of all processes."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _broadcast(value: T) -> T:
-    """Return the value of process 0."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
-    return values[0]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -34,6 +36,7 @@ class Assignment:
     threads: int
     float32_precision: str  # of matrix products on CUDA
     deterministic: bool
+    warns_only: bool  # whether operations that are not deterministic only warn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +78,12 @@ def serve(connection: Connection) -> None:
     assignment: Assignment = receive(connection)
     torch.set_num_threads(assignment.threads)
     if assignment.deterministic:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=assignment.warns_only)
     if assignment.context.device.type == "cuda":
         torch.cuda.set_device(assignment.context.device)
         torch.backends.cuda.matmul.fp32_precision = assignment.float32_precision
     device, half = assignment.context.device, assignment.context.precision == "bf16-mixed"
+    assignment.engine.start(assignment.context)
     actor = assignment.context.load_actor().to(device)
     if half:
         store_in_bfloat16(actor, all_weights=assignment.context.rounds_all_weights)
@@ -115,10 +119,11 @@ def main(descriptor: int) -> None:
         serve(connection)
     except EOFError:
         return
-    except BaseException as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        send(connection, Answer(error=reason))
-        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        send(connection, Answer(error=" ".join(reason.split())))
+        sys.exit(1)
 
 
 def _end_with(parent: int) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.generation.engine import DetachedEngine, Engine, EngineContext, PendingRollout, Sampling, SpecialTokens
+from lit_rlhf.generation.collectives import gather
+from lit_rlhf.generation.engine import Engine, EngineContext, PendingRollout, Sampling, SpecialTokens
 from lit_rlhf.generation.shared import Layout, map_tensors, open_shared_memory, trained_weights
 from lit_rlhf.generation.worker import Answer, Assignment, Job, receive, send
 from lit_rlhf.models.actor import Actor
@@ -34,16 +35,16 @@ class WorkerProcess:
     """A process that generates responses with another engine, for one job at a time.
 
     Args:
-        assignment: What the process is to be.
+        threads: The number of threads of the process.
         memories: The file descriptors of the shared memories that its jobs may name.
         name: The name of the process in messages.
     """
 
-    def __init__(self, assignment: Assignment, memories: Sequence[int], name: str) -> None:
+    def __init__(self, threads: int, memories: Sequence[int], name: str) -> None:
         self.name = name
         self._connection, other = Pipe()
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path))
-        environment["OMP_NUM_THREADS"] = str(assignment.threads)
+        environment["OMP_NUM_THREADS"] = str(threads)
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from lit_rlhf.generation.worker import main; main({other.fileno()})"],
             env=environment,
@@ -52,7 +53,6 @@ class WorkerProcess:
         )
         other.close()  # so that the end of the process closes the connection
         self.end = weakref.finalize(self, _end, self._process, self._connection)
-        self.give(assignment)
 
     def give(self, message: Assignment | Job) -> None:
         """Send a message to the process.
@@ -92,7 +92,7 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     process.wait()
 
 
-class Workers(DetachedEngine):
+class Workers:
     """Several worker processes that divide the prompts of a batch between them.
 
     Each process holds a copy of the actor. The trained weights reach all of them through one shared memory, in which
@@ -134,15 +134,18 @@ class Workers(DetachedEngine):
         self.memories = [open_shared_memory() for _ in range(self.slots)]
         self.free = list(self.memories)
         for number in range(self.count):
+            name = f"the worker process {number} of model.engine"
+            self.processes.append(WorkerProcess(self.threads, self.memories, name))
+        for process, device in zip(self.processes, self.devices, strict=True):
             assignment = Assignment(
                 engine=self.engine,
-                context=replace(context, device=self.devices[number]),
+                context=replace(context, device=device),
                 threads=self.threads,
                 float32_precision=torch.backends.cuda.matmul.fp32_precision,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
+                warns_only=torch.is_deterministic_algorithms_warn_only_enabled(),
             )
-            name = f"the worker process {number} of model.engine"
-            self.processes.append(WorkerProcess(assignment, self.memories, name))
+            process.give(assignment)
 
     def close(self) -> None:
         """End the processes, and free the shared memory."""
@@ -166,11 +169,10 @@ class Workers(DetachedEngine):
         """Copy the actor's weights into free shared memory; the arguments are those of `Engine.generate`.
 
         Raises:
-            UserError: if a worker has ended, or could not load the actor.
+            UserError: on all training processes, if a worker of one of them has ended or could not load the actor.
         """
         if self.layout is None:
-            layouts = [process.take(Layout) for process in self.processes]
-            self.layout = layouts[0]
+            self.layout = self._loaded()
             self.tensors = {memory: map_tensors(memory, self.layout) for memory in self.memories}
         memory = self.free.pop()
         with unsharded(actor):
@@ -186,12 +188,29 @@ class Workers(DetachedEngine):
         )
         return _PendingRollout(self, job)
 
+    def _loaded(self) -> Layout:
+        """Wait until all workers have loaded the actor, and return the layout of its trained weights."""
+        layouts, error = [], ""
+        try:
+            layouts = [process.take(Layout) for process in self.processes]
+        except UserError as problem:
+            error = str(problem)
+        _raise_first(error)
+        return layouts[0]
+
+
+def _raise_first(error: str) -> None:
+    """Raise the first error of all training processes, if there is any; all of them call this function together."""
+    for problem in gather(error):
+        if problem:
+            raise UserError(problem)
+
 
 class _PendingRollout(PendingRollout):
     def __init__(self, workers: Workers, job: Job) -> None:
         self.workers, self.job = workers, job
         self.answers: list[Answer] = []
-        self.error: UserError | None = None
+        self.error = ""
 
     def run(self) -> None:
         used = []
@@ -201,11 +220,10 @@ class _PendingRollout(PendingRollout):
                 used.append(process)
             self.answers += [process.take(Answer) for process in used]
         except UserError as error:
-            self.error = error
+            self.error = str(error)
 
     def result(self) -> Rollout:
-        if self.error is not None:
-            raise self.error
+        _raise_first(self.error)
         self.workers.free.append(self.job.memory)
         rollouts = [answer.rollout for answer in self.answers if answer.rollout is not None]
         return concatenate(rollouts, self.job.special_tokens.pad).to(self.workers.device)

@@ -11,7 +11,7 @@ from lit_rlhf.modules.forwards import response_logprobs, rounds_float32
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.types import Rollout
 
-FLOAT32_BOUND, ROUNDED_BOUND = 1e-4, 0.05
+FLOAT32_BOUND, ROUNDED_BOUND = 1e-4, 0.1
 """The default bounds, in nats per token: with float32 numbers, and with factors rounded to bfloat16 or TF32."""
 
 
@@ -33,7 +33,7 @@ class Guard:
     Args:
         responses: The number of responses that each process checks; 0 for no check.
         bound: The largest mean of |log π − log μ|, in nats per token, where μ is the engine's policy and π the actor's;
-            None for 1e-4 in float32, and for 0.05 if numbers are rounded to bfloat16 or TF32.
+            None for 1e-4 in float32, and for 0.1 if numbers are rounded to bfloat16 or TF32.
 
     Raises:
         ValueError: if ``responses`` is negative or ``bound`` is not positive.
@@ -55,7 +55,7 @@ class Guard:
         """Return the bound for a precision of the Trainer, in nats per token.
 
         >>> Guard().bound_for("bf16-mixed", torch.device("cpu"))
-        0.05
+        0.1
         """
         if self.bound is not None:
             return self.bound

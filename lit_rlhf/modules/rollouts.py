@@ -27,6 +27,7 @@ class Learner(Protocol):
     """What this file uses of `OnPolicy`, besides what every module has."""
 
     special_tokens: SpecialTokens
+    shards_actor: bool
     generate: Callable[[PromptBatch, Actor, Stream, int], Rollout]
 
 
@@ -64,22 +65,23 @@ class Rollouts(lightning.Callback):
     # ----------------------------------------------------------- a callback's hooks
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Start the engine."""
+        """Forget the rollouts of an earlier run, and start the engine."""
+        self.landed.clear()
+        self.saved.clear()
         context = EngineContext(
             load_actor=self.load_actor,
             tokenizer=cast(AlignmentModule, pl_module).tokenizer,
             device=pl_module.device,
-            processes=trainer.num_devices,
+            device_ids=tuple(trainer.device_ids),
             process=trainer.local_rank,
             precision=str(trainer.precision),
-            rounds_all_weights=isinstance(trainer.strategy, FSDP2 | FSDP),
+            rounds_all_weights=isinstance(trainer.strategy, FSDP2 | FSDP) and cast(Learner, pl_module).shards_actor,
         )
         self.engine.start(context)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Close the engine at the end of a run."""
         self.engine.close()
-        self.landed.clear()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -94,8 +96,9 @@ class Rollouts(lightning.Callback):
         if self.ahead is None:
             return
         module = cast(AlignmentModule, pl_module)
-        for iteration in list(self.ahead.flights):
-            self.landed[iteration] = self._land(self.ahead, module, iteration)
+        with trainer.precision_plugin.forward_context():  # Lightning saves checkpoints outside of it
+            for iteration in list(self.ahead.flights):
+                self.landed[iteration] = self._land(self.ahead, module, iteration)
         landed = {iteration: self._saved(module, checked) for iteration, checked in self.landed.items()}
         checkpoint["rollouts"] = self.saved | landed
 
@@ -140,7 +143,8 @@ class Rollouts(lightning.Callback):
             if not (number in ahead.flights or number in self.landed or number in self.saved):
                 prompts = _upcoming(module, number - iteration)
                 special_tokens = cast(Learner, module).special_tokens
-                ahead.launch(module.actor, prompts, self.sampling, special_tokens, number)
+                parts = module.actor, prompts, self.sampling, special_tokens
+                ahead.launch(*parts, iteration=number, keep_weights=self.guard.responses > 0)
 
     def _take(self, ahead: Ahead, module: AlignmentModule, batch: PromptBatch, iteration: int) -> CheckedRollout:
         if iteration in self.saved:
@@ -206,8 +210,10 @@ def _check_prompts(rollout: Rollout, batch: PromptBatch, responses: int) -> None
     Raises:
         UserError: if it does not.
     """
-    group, lengths = (x.repeat_interleave(responses) for x in (batch.group, batch.mask.sum(1)))
-    if not (torch.equal(rollout.group, group) and torch.equal(rollout.prompt_lengths, lengths)):
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device).repeat_interleave(responses)
+    is_prompt = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device) < rollout.prompt_lengths[:, None]
+    same_rows = torch.equal(rollout.group, batch.group[rows])
+    if not (same_rows and torch.equal(rollout.tokens[is_prompt], batch.tokens[rows][batch.mask[rows]])):
         raise UserError(
             "model.engine: the rollouts of the checkpoint answer other prompts than this run's; resume with the same "
             "data, batch size and number of responses"

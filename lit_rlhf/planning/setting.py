@@ -182,7 +182,7 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
     sampling, engine = module.sampling, module.engine
     longest = min(data.encoder.first_tokens or data.encoder.max_tokens, data.encoder.max_tokens)
     prompt = prompt_tokens or longest
-    elsewhere = isinstance(engine, DetachedEngine) or (isinstance(engine, Ahead) and engine.lag > 0)
+    in_workers = isinstance(engine, Ahead) and engine.lag > 0 and engine.workers > 0 and not data.sources["validation"]
     engine = engine.engine if isinstance(engine, Ahead) else engine
     native = engine if isinstance(engine, NativeEngine) else NativeEngine()
     exact = module.engine.is_exact and not common["half"] and common["device"].is_cpu
@@ -199,7 +199,7 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
         judged=(*(["actor"] if needed else []), "critic", "reference", "reward"),
         full_kl=module.reference_kl.is_full,
         generation=None
-        if elsewhere
+        if in_workers or isinstance(engine, DetachedEngine)
         else Generation(
             prompt_tokens=prompt, sampling=sampling, cache_tokens=native.cache_tokens, compiled=native.compile
         ),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import lightning
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from lit_rlhf.callbacks import IterationCheckpoint
+from lit_rlhf.data import Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Engine, NativeEngine, Sampling
+from lit_rlhf.generation.engine import EngineContext
 from lit_rlhf.generation.shared import Layout, map_tensors, open_shared_memory
 from lit_rlhf.generation.workers import concatenate
 from lit_rlhf.models.actor import Actor
@@ -28,6 +31,10 @@ class Weights(lightning.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.weights.append({name: x.clone() for name, x in pl_module.actor.state_dict().items()})
         self.prompts.append(batch)
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=3e-3)
 
 
 @pytest.fixture
@@ -152,6 +159,95 @@ def test_an_error_in_a_worker_is_reported(run):
         run(Ahead(Refusing(), lag=1))
 
 
+class NeedsStart(NativeEngine):
+    """An engine that can be used only where it was started, and that cannot be pickled then."""
+
+    def start(self, context):
+        object.__setattr__(self, "lock", threading.Lock())
+
+    def generate(self, *arguments, **options):
+        with self.lock:
+            return super().generate(*arguments, **options)
+
+
+def test_the_engine_is_started_in_each_worker(run):
+    _, recorder, _ = run(Ahead(NeedsStart(), lag=1), iterations=2)
+    assert len(recorder.metrics) == 2
+
+
+def test_rollouts_of_a_checkpoint_answer_the_run_s_prompts(make_module, make_trainer, prompt_file, tmp_path):
+    """Other prompts of the same lengths are noticed."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(reversed(prompt_file.read_text().replace("w1", "w2").splitlines(keepends=True))))
+    checkpoint = IterationCheckpoint(every_n=1, dirpath=str(tmp_path))
+    options = {"engine": Ahead(lag=1, workers=0), "sampling": Sampling(max_tokens=4)}
+    lengths = {"first_tokens": 2, "batch_size": 8}
+    trainer = make_trainer([checkpoint], max_steps=8)
+    trainer.fit(make_module(iterations=4, **options), datamodule=Prompts(train=str(prompt_file), **lengths))
+    with pytest.raises(UserError, match="the rollouts of the checkpoint answer other prompts than this run's"):
+        make_trainer().fit(
+            make_module(iterations=4, **options),
+            datamodule=Prompts(train=str(other), **lengths),
+            ckpt_path=str(tmp_path / "last.ckpt"),
+        )
+
+
+class Interrupt(lightning.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            raise UserError("stop")
+
+
+def test_a_module_forgets_the_rollouts_of_an_interrupted_run(make_module, fit):
+    module = make_module(engine=Ahead(lag=2, workers=0), iterations=4)
+    with pytest.raises(UserError, match="stop"):
+        fit(module, [Interrupt(), IterationCheckpoint(every_n=1)])
+    assert module.rollouts.landed
+    recorder, weights = Recorder(), Weights()
+    fit(module, [recorder, weights])
+    for rollout, prompts in zip(rollouts(recorder), weights.prompts, strict=True):
+        width = int(rollout.prompt_lengths[0])
+        assert torch.equal(rollout.tokens[0, :width], prompts.tokens[0][prompts.mask[0]])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_saving_does_not_change_the_samples_in_half_precision(make_module, fit, tmp_path, workers):
+    """Checkpoints are saved outside of autocast, but the rollouts for which they wait belong inside."""
+    runs = []
+    for every_n in (1, 100):
+        recorder = Recorder()
+        module = make_module(engine=Ahead(lag=1, workers=workers), iterations=4, actor_optimizer=adam)
+        checkpoint = IterationCheckpoint(every_n=every_n, dirpath=str(tmp_path / str(every_n)))
+        fit(module, [recorder, checkpoint], precision="bf16-mixed")
+        runs.append(recorder)
+    for one, other in zip(*map(rollouts, runs), strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+    mismatches = [[metrics["engine/mismatch_mean"] for metrics in run.metrics] for run in runs]
+    assert mismatches[0] == mismatches[1]
+    assert mismatches[0][-1] > 1e-4  # in bfloat16
+
+
+@pytest.mark.parametrize(("used", "expected"), [((0, 1), ["cuda:2", "cuda:3"]), ((2, 3), ["cuda:0", "cuda:1"])])
+def test_workers_use_the_gpus_that_the_training_does_not_use(monkeypatch, used, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def device(process, **options):
+        context = EngineContext(
+            load_actor=None,
+            tokenizer=None,
+            device=torch.device("cuda", used[process]),
+            device_ids=used,
+            process=process,
+            precision="32-true",
+        )
+        return [str(device) for device in Ahead(**options)._devices(context)]
+
+    assert device(0) + device(1) == expected
+    assert device(1, devices=["cuda:5", "cuda:6"]) == ["cuda:6"]
+    with pytest.raises(UserError, match="4 worker processes need 4 devices besides those of the training, not 2"):
+        device(1, workers=2)
+
+
 def test_validation_has_no_lag(make_module, fit):
     recorder = Recorder()
     module = make_module(engine=Ahead(lag=1), iterations=2)
@@ -167,9 +263,12 @@ def test_options_out_of_range(option, value):
         Ahead(**{option: value})
 
 
-def test_other_loaders_are_refused(make_module, make_trainer, prompt_file):
-    from lit_rlhf.data import Prompts
+def test_not_around_itself():
+    with pytest.raises(ValueError, match=r"engine.engine must be an engine that generates, not Ahead itself"):
+        Ahead(Ahead())
 
+
+def test_other_loaders_are_refused(make_module, make_trainer, prompt_file):
     module = make_module(engine=Ahead(lag=1), iterations=2)
 
     class Others:

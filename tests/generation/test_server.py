@@ -116,7 +116,7 @@ def started(tiny_model, tmp_path, python):
                 load_actor=lambda: Actor(load_model(folder)),
                 tokenizer=load_tokenizer(folder),
                 device=torch.device("cpu"),
-                processes=1,
+                device_ids=(0,),
                 process=0,
                 precision="32-true",
             )

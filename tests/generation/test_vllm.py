@@ -41,7 +41,7 @@ def context(folder, precision="32-true"):
         load_actor=lambda: Actor(load_model(str(folder))),
         tokenizer=load_tokenizer(str(folder)),
         device=CPU,
-        processes=1,
+        device_ids=(0,),
         process=0,
         precision=precision,
     )
@@ -455,7 +455,7 @@ class KillTheServer(lightning.Callback):
 
 
 @pytest.mark.skipif(VLLM is None, reason="LIT_RLHF_VLLM_PYTHON does not name a Python program with vLLM")
-@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-4), ("bf16-mixed", 0.05)])
+@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-4), ("bf16-mixed", 0.1)])
 def test_ppo_learns_from_vllm(small_llama, make_module, fit, tmp_path, precision, bound):
     recorder, killer = Recorder(), KillTheServer()
     engine = VLLMEngine(python=VLLM, weights_dir=str(tmp_path / "weights"))

@@ -33,7 +33,7 @@ def main(url, folder, weights_dir, out):
         load_actor=lambda: Actor(load_model(folder)),
         tokenizer=tokenizer,
         device=CPU,
-        processes=1,
+        device_ids=(0,),
         process=0,
         precision="32-true",
     )

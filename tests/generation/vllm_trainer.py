@@ -17,7 +17,7 @@ context = EngineContext(
     load_actor=lambda: Actor(load_model(folder)),
     tokenizer=load_tokenizer(folder),
     device=torch.device("cpu"),
-    processes=1,
+    device_ids=(0,),
     process=0,
     precision="32-true",
 )
