@@ -202,7 +202,7 @@ def gather_rollout(
     sum_over_ranks: Callable[[Tensor], Tensor],
     max_over_ranks: Callable[..., list[int]],
 ) -> Rollout:
-    """Gather the rows of all processes, in the order of the global batch; see `gather_experience`."""
+    """Gather the rollouts of all processes, in the order of the global batch, as `gather_experience` does."""
     return _Table(rollout, responses, sum_over_ranks, max_over_ranks).rollout(rollout)
 
 

@@ -242,7 +242,7 @@ UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 """A class that does not exist."""
 
 OPTIONS_OR_NULL = re.compile(r"Subtypes: \[<class '(lit_rlhf\.[^']+)'>, <class 'NoneType'>\]")
-"""A dataclass, whose options or null an option accepts."""
+"""The dataclass of an option that accepts either this dataclass's options or null."""
 
 ABSTRACT_CLASS = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
 """An abstract class; also the message about options that are given without their class."""
@@ -254,7 +254,7 @@ UNKNOWN_COMMAND = re.compile(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+
 """A subcommand that does not exist, and the subcommands that do."""
 
 CHOICE_EXPECTED = re.compile(
-    r"Expected a typing\.Literal\[(.+?)\](?:\. Got value: |(?:\n.*)*?\n\s*Given value: )(.*)"  # the latter in a union
+    r"Expected a typing\.Literal\[(.+?)\](?:\. Got value: |(?:\n.*)*?\n\s*Given value: )(.*)"  # the latter for a union
 )
 """The choices of an option, and the value found."""
 

@@ -22,15 +22,15 @@ CONNECT_SECONDS = 10.0
 MAX_PAUSE_SECONDS = 60.0
 """The maximum number of seconds for which a service can ask to wait before the next attempt (Retry-After)."""
 NOTICE_SECONDS = 0.2
-"""The maximum number of seconds until waiting for answers ends after `JSONClient.close`."""
+"""The maximum number of seconds after `JSONClient.close` until `JSONClient.post_all` stops waiting for answers."""
 
 
 class JSONClient:
     """A client of one service; several threads may use it at once.
 
     A request is repeated if the connection fails, if no answer comes in time, or if the status code says that a later
-    attempt may succeed. The pauses before the repetitions are 0, 1, 2, 4, … seconds, or as long as the header
-    ``Retry-After`` of the answer asks for. A repeated request must therefore be harmless.
+    attempt may succeed. The pauses before the repetitions are 0, 1, 2, 4, … seconds, or as many seconds (60 at most) as
+    the header ``Retry-After`` of the answer asks for. A repeated request must therefore be harmless.
 
     Args:
         url: The address of the service; a slash at the end is removed.
@@ -86,7 +86,7 @@ class JSONClient:
             path: What follows the address of the service: nothing, or a path that begins with a slash.
 
         Raises:
-            UserError: if no attempt succeeds, or if the answer reports an error or is not JSON.
+            UserError: if no attempt succeeds, the answer reports an error or is not JSON, or the client is closed.
         """
         return self._request("GET", path, None)
 
@@ -98,7 +98,7 @@ class JSONClient:
             body: The JSON object to send.
 
         Raises:
-            UserError: if no attempt succeeds, or if the answer reports an error or is not JSON.
+            UserError: if no attempt succeeds, the answer reports an error or is not JSON, or the client is closed.
         """
         return self._request("POST", path, body)
 
@@ -113,7 +113,7 @@ class JSONClient:
             bodies: The JSON object of each request.
 
         Raises:
-            UserError: if one of the requests fails, for the reasons in `post`.
+            UserError: if one of the requests fails, for the reasons in `post`, or if the client is closed meanwhile.
         """
         waiting: queue.SimpleQueue[tuple[int, Mapping[str, Any]]] = queue.SimpleQueue()
         for numbered in enumerate(bodies):
@@ -152,7 +152,7 @@ class JSONClient:
         return [answers[index] for index in range(len(bodies))]
 
     def close(self) -> None:
-        """Give up: requests are not sent or repeated any more, and `post_all` does not wait for answers in any thread.
+        """Give up: no request is sent or repeated any more, and calls of `post_all` in all threads stop waiting.
 
         >>> client = JSONClient("http://localhost:9", "model.engine.url")
         >>> client.close()
@@ -169,7 +169,7 @@ class JSONClient:
         return request
 
     def _shown(self, text: str) -> str:
-        """Return the beginning of an answer for a message: in one line, and without the token if it repeats that."""
+        """Return the beginning of an answer for a message: in one line, with ``***`` wherever it repeats the token."""
         return _one_line(text.replace(self._token, "***") if self._token else text)
 
     def _check_open(self) -> None:

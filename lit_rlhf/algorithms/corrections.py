@@ -68,8 +68,9 @@ class Correction:
         mask_level: The level of the ratio by which tokens or whole responses are left out; None to leave none out.
         mask_above: The ratio above which the weight is 0; None for no bound.
         mask_below: The ratio below which the weight is 0; None for no bound.
-        bypass: Whether the old policy of the objective, of ``policy/kl_to_old`` and of ``update.target_kl`` is μ. There
-            is no importance weight then, so ``level`` and its bounds have no effect; a mask has.
+        bypass: Whether the old policy of the objective, of ``policy/kl_to_old`` and of ``update.target_kl`` is μ (in
+            `TRPO`, that of the surrogate alone). There is no importance weight then, so ``level`` and its bounds must
+            be left out; a mask still applies.
 
     Raises:
         ValueError: if a level is unknown, a bound is not positive and finite or not above the other one, or options
@@ -111,7 +112,7 @@ class Correction:
         return self.bypass or self.level is not None
 
     def _check_weight(self) -> None:
-        """Refuse options of the importance weight, other than the defaults, where there is none."""
+        """Refuse options of the importance weight where there is none, and a correction without a weight and a mask."""
         if not self.bypass and self.level is not None:
             return
         reason = "with bypass" if self.bypass else "without a level"
@@ -179,7 +180,11 @@ def importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
 
 
 def _check_bounds(**bounds: float | None) -> None:
-    """Check an upper and a lower bound, in this order, of which each may be None."""
+    """Check an upper and a lower bound, in this order, of which each may be None.
+
+    Raises:
+        ValueError: if a bound is not positive and finite, or if the lower bound is not less than the upper one.
+    """
     for name, value in bounds.items():
         if value is not None and not 0.0 < value < inf:
             raise ValueError(f"correction.{name} must be positive and finite, or null for no bound, not {value}")

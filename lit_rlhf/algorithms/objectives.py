@@ -2,10 +2,11 @@
 
 Objectives do not average: the tokens are weighted once, for the whole optimizer step (`masked.token_weights`).
 
-In the first step after sampling, all ratios are 1 and every objective with token-level ratios has the gradient
-−Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a policy that has moved since sampling: not at all
-(`VanillaPG`), by importance weights (`Surrogate`), by a KL penalty as well (`KLPenalty`), or by removing the gradient
-of ratios beyond a bound (`Clip`). `off_policy_objectives` holds two that are meant for responses of an older policy.
+In the first step of an update, all ratios are 1 (unless `Correction.bypass` makes the engine's policy π_old), and every
+objective with token-level ratios has the gradient −Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a
+policy that has moved since: not at all (`VanillaPG`), by importance weights (`Surrogate`), by a KL penalty as well
+(`KLPenalty`), or by removing the gradient of ratios beyond a bound (`Clip`). The module `off_policy_objectives` has two
+more, for responses of an older policy.
 """
 
 from abc import ABC, abstractmethod

@@ -124,10 +124,10 @@ class ResumableLoader:
             yield self._load(batch)
 
     def upcoming(self, distance: int) -> Any:
-        """Return the batch that comes ``distance`` batches after the last one given out, and stay at the position.
+        """Return the batch that comes ``distance`` batches after the last one given out; the position is kept.
 
         Args:
-            distance: The number of batches, 0 for the last one given out.
+            distance: The number of batches; 0 for the last one given out.
         """
         epoch, number = divmod(self.yielded - 1 + distance, len(self))
         return self._load(next(self.batches.epoch(epoch if self.batches.shuffle else 0, number)))

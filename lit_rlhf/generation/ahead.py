@@ -30,12 +30,12 @@ class Flight:
     """A rollout that is being generated, with the weights that draw it."""
 
     pending: PendingRollout
-    idle: Future[float]  # done when the responses are; the seconds for which the generators had nothing to do before
+    idle: Future[float]  # done when the responses are; the result: for how many seconds the generators were idle before
     weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor
 
 
 class Landing(NamedTuple):
-    """A rollout that was generated ahead, and who waited for whom, in seconds."""
+    """A rollout that was generated ahead, and the seconds for which the learner and the generators waited."""
 
     rollout: Rollout
     learner_waited: float
@@ -47,13 +47,14 @@ class Ahead(Engine):
 
     Iteration i learns from responses that the policy after iteration i − 1 − lag drew (the initial policy in the first
     iterations). The lag is fixed, not "whatever is ready", so that the responses remain a function of the seed, the
-    iteration and the row: a run has the same result each time, also if it is interrupted and resumed.
+    iteration and the row: a run has the same result each time, even if it is interrupted and resumed.
 
-    An engine that works in the training process, such as `NativeEngine`, moves to worker processes for training, on
-    other GPUs or with cores of their own; a server generates on its own devices. Validation generates without lag.
+    An engine that works in the training process, such as `NativeEngine`, generates the responses to learn from in
+    worker processes instead, on other GPUs or with CPU cores of their own; a server generates them on its own devices.
+    Responses for validation and prediction are generated without a lag.
 
-    The host's memory holds lag + 1 copies of the actor's trained weights for the worker processes, in the precision of
-    their computation, and lag + 1 copies of this process's part of them for the guard, besides the workers' actors.
+    The host's memory holds lag + 1 copies of the actor's trained weights for the worker processes, in the precision in
+    which the workers hold them, and lag + 1 copies of this process's part of these weights for the guard.
 
     With a lag, the responses are off-policy: ``model.correction`` or `VTrace` correct for this. The ratio π / π₀ of
     the objectives still begins at 1, because π₀ is the actor at the beginning of the update.
@@ -68,9 +69,11 @@ class Ahead(Engine):
         workers: The number of worker processes, which divide the responses of a batch between them; each process of
             the training has its own. Their number does not change the samples. With 0, the training process generates
             the same responses itself, from a copy of the older weights: slower, but without a second device.
-        threads: The number of threads of each worker process without a GPU; the training process has as many fewer.
-        devices: The devices of the worker processes, such as ``cuda:1``; None for the GPUs that the training does not
-            use, or for the CPU if the training is on the CPU.
+        threads: The number of CPU threads of each worker process. If the workers compute on the CPU, the training
+            process gives up as many threads as its workers have together, but keeps at least one.
+        devices: The devices of the worker processes, such as ``cuda:1``: the first ``workers`` of them for the first
+            training process of a machine, the next ones for the second, and so on. None for the GPUs that the training
+            does not use, or for the CPU if the training is on the CPU.
 
     Raises:
         ValueError: if ``lag`` or ``workers`` is negative, ``threads`` is less than 1, ``engine`` is an `Ahead`, or the
@@ -109,7 +112,7 @@ class Ahead(Engine):
         self.devices = devices
         self.flights: dict[int, Flight] = {}  # by the iteration that learns from the rollout
         self._context: EngineContext | None = None
-        self._unstarted = engine  # what worker processes start themselves
+        self._unstarted = engine  # a copy of it, as it was before its start, is sent to the worker processes
         self._detached: DetachedEngine | Workers | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._threads_before: int | None = None
@@ -117,7 +120,7 @@ class Ahead(Engine):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the inner engine is exact, and the weights that drew the responses are the actor's."""
+        """Whether the inner engine is exact and draws the responses with the actor's current weights."""
         return self.engine.is_exact and self.lag == 0
 
     def start(self, context: EngineContext) -> None:
@@ -149,7 +152,10 @@ class Ahead(Engine):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """Generate responses with the actor's current weights, and wait for them."""
+        """Generate responses with the actor's current weights, and wait for them.
+
+        They are generated after the rollouts that were launched before. The arguments are those of `Engine.generate`.
+        """
         if self._thread is None or not isinstance(self.engine, DetachedEngine):
             return self.engine.generate(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
         pending = self.engine.begin(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
@@ -168,7 +174,7 @@ class Ahead(Engine):
     ) -> None:
         """Begin to generate the responses of an iteration with the actor's current weights; do not wait for them.
 
-        All processes call this method together.
+        All processes call this method together. The first call starts the worker processes.
 
         Args:
             actor: The policy.
@@ -176,7 +182,12 @@ class Ahead(Engine):
             sampling: The options for sampling.
             special_tokens: The stop tokens and the padding token.
             iteration: The iteration that will learn from the responses.
-            keep_weights: Whether `weights_of` will be needed.
+            keep_weights: Whether to keep a copy of the weights for `weights_of`. Without worker processes or a server,
+                they are kept in any case, because the responses are only generated in `land`.
+
+        Raises:
+            UserError: if there are not enough devices for the worker processes, or if a worker process has ended or
+                could not load the actor.
         """
         if self._thread is None:
             self._start_working()
@@ -192,7 +203,12 @@ class Ahead(Engine):
         self.flights[iteration] = Flight(pending, self._thread.submit(self._run, pending), weights)
 
     def land(self, iteration: int) -> Landing:
-        """Wait for the responses of an iteration; all processes call this method together, inside `weights_of`.
+        """Wait for the responses of an iteration, and return them with the times of waiting.
+
+        All processes call this method together, inside `weights_of`.
+
+        Args:
+            iteration: The iteration that learns from the responses, as in `launch`.
 
         Raises:
             UserError: if the responses could not be generated.
@@ -203,7 +219,7 @@ class Ahead(Engine):
 
     @contextmanager
     def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
-        """Give the actor the weights that draw an iteration's responses, inside this context, if they were kept."""
+        """Inside this context, give the actor the weights that draw an iteration's responses, if they were kept."""
         kept = self.flights[iteration].weights
         pairs = list(zip(map(_local, _trained(actor)), kept, strict=True)) if kept else []
         now = [weight.to("cpu", copy=True) for weight, _ in pairs]
@@ -216,7 +232,7 @@ class Ahead(Engine):
                 weight.copy_(current)
 
     def _run(self, pending: PendingRollout) -> float:
-        """Generate a rollout, and return the seconds since the one before it was complete."""
+        """Generate a rollout, and return the seconds that had passed since the rollout before it was complete."""
         idle = time.monotonic() - self._idle_since
         pending.run()
         self._idle_since = time.monotonic()
@@ -271,7 +287,7 @@ class _InThisProcess(PendingRollout):
         self.generate = generate
 
     def run(self) -> None:
-        """Do nothing, since this thread is not the one that trains."""
+        """Do nothing: `result` generates the responses, in the thread that trains."""
 
     def result(self) -> Rollout:
         return self.generate()

@@ -1,4 +1,4 @@
-"""Requests to vLLM for one response each, and the check of its answers."""
+"""Requests to a vLLM server for one response each, and the checks of its answers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ def completion_request(
         model: The name by which the server knows its model.
         prompt: The ids of the prompt's tokens.
         seed: The seed of the random numbers, less than 2⁶³.
-        sampling: The options for sampling: its lengths and its temperature.
+        sampling: The options for sampling, of which the lengths and the temperature are used.
         special_tokens: The stop tokens and the padding token.
 
     >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
@@ -76,10 +76,10 @@ def draw_responses(
 ) -> list[Response]:
     """Let the server draw one response for each request.
 
-    A stop token before the minimum length is drawn again, with another seed, until it is another token. Tokens then
-    have the distribution without the stop tokens, and the log-probabilities are those of the full distribution. With
-    the server's own minimum length, they would be those without the stop tokens, too; it is used at temperature 0 only,
-    where drawing again would not help.
+    If a stop token is drawn before the minimum length, the token is drawn again, with another seed, until it is not a
+    stop token. These tokens then have the distribution without the stop tokens, while their log-probabilities are those
+    of the full distribution. The server's own option for the minimum length would leave the stop tokens out of the
+    log-probabilities, too; it is used at temperature 0 only, where drawing again would give the same token.
 
     Args:
         client: The client of the server.
@@ -134,7 +134,7 @@ def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, opti
         option: The name of the option that holds the server's address, for messages.
 
     Raises:
-        UserError: if the answer is not what a server of vLLM gives to such a request.
+        UserError: if the answer is not what a vLLM server gives to such a request.
 
     >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
     >>> choice = {"token_ids": [7, 1], "logprobs": {"token_logprobs": [-0.5, -2.0]}}
@@ -172,7 +172,13 @@ def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, opti
 def to_rollout(
     responses: Sequence[Response], prompts: PromptBatch, sampling: Sampling, special_tokens: SpecialTokens
 ) -> Rollout:
-    """Return the rollout of checked responses in prompt-major order, on the prompts' device, with entropies of 0.
+    """Return the rollout of B n checked responses, on the prompts' device, with entropies of 0.
+
+    Args:
+        responses: The B n responses, in prompt-major order.
+        prompts: The B prompts.
+        sampling: The options for sampling, of which only the number n of responses for each prompt is used.
+        special_tokens: The stop tokens and the padding token.
 
     >>> tokens, group = torch.tensor([[2, 6]]), torch.tensor([0])
     >>> prompts = PromptBatch(tokens=tokens, mask=tokens > 0, group=group, prompts=["w0"], columns={})

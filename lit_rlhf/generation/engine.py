@@ -84,8 +84,8 @@ class EngineContext:
     load_actor: Callable[[], Actor]  # can be pickled; loads a copy of the run's actor, with the initial weights
     tokenizer: PreTrainedTokenizerBase
     device: torch.device  # of this process
-    device_ids: tuple[int, ...]  # the indices of the GPUs of the training processes on this machine, or their own
-    process: int  # the index of this process among them
+    device_ids: tuple[int, ...]  # the GPUs of the training processes on this machine; on CPUs, one number per process
+    process: int  # the index of this process among those on this machine
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
     rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 
@@ -166,7 +166,7 @@ class Engine(ABC):
 
 
 class PendingRollout(ABC):
-    """A rollout that is generated outside the training process, from weights that were already passed on."""
+    """A rollout that was requested and is generated later, usually outside the training process."""
 
     @abstractmethod
     def run(self) -> None:

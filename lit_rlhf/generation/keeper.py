@@ -1,8 +1,8 @@
-"""The program that keeps a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs a command, and ends it in time.
+"""The program that keeps a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs a command and ends it with PARENT.
 
 The command runs in a process group of its own. All processes of this group end, and the folder is removed, as soon as
-the command or the parent process ends, however it ends, or when the parent closes this program's standard input. The
-program is run by its path and imports only the standard library, so that it starts at once.
+the command or the parent process ends, however it ends, when the parent closes this program's standard input, or when
+this program receives SIGTERM. It is run by its path and imports only the standard library, so that it starts at once.
 """
 
 import os
@@ -43,7 +43,7 @@ def keep(parent: int, folder: str, command: list[str]) -> int:
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """End all processes of the group that a process leads, by force if asking does not help."""
+    """Ask all processes of the group that a process leads to end; after ``PATIENCE_SECONDS``, end them by force."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     try:
         os.killpg(process.pid, signal.SIGTERM)

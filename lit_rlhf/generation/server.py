@@ -20,7 +20,7 @@ MODULE = "vllm.entrypoints.openai.api_server"
 """What ``vllm serve`` runs; the command itself is not installed with every build of vLLM."""
 SERVED_NAME = "actor"
 SETTINGS = {
-    "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights
+    "VLLM_SERVER_DEV_MODE": "1",  # opens the routes for weights
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; has no effect on GPUs, like the next
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would bind its threads to the cores that the training uses
@@ -58,7 +58,7 @@ class Server:
         if program is None:
             raise UserError(f"model.engine.python: there is no program {python}")
         port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"  # whoever reaches the port can do anything: for this machine alone
+        self.url = f"http://127.0.0.1:{port}"  # this machine alone may reach it: whoever does controls the server
         handle, name = tempfile.mkstemp(prefix=f"lit-rlhf-vllm-{os.getpid()}-", suffix=".log")
         self.log = Path(name)
         command = [program, "-m", MODULE, "--model", str(model), "--served-model-name", SERVED_NAME]
@@ -77,6 +77,9 @@ class Server:
 
     def wait(self, seconds: float) -> None:
         """Wait until the server answers.
+
+        Args:
+            seconds: The maximum number of seconds to wait.
 
         Raises:
             UserError: if the server ends, or does not answer within this time.
@@ -116,7 +119,7 @@ class Server:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines) if ERROR.search(line)]
-        causes = [number for number in errors if "root cause" not in lines[number]]  # other lines refer to it
+        causes = [number for number in errors if "root cause" not in lines[number]]  # the others refer to it
         number = (causes or errors or [len(lines) - 1])[-1]
         last = " ".join(lines[number : number + 2]) if lines else "the log is empty"  # some errors have two lines
         found = ERROR.search(last)

@@ -50,7 +50,8 @@ class Layout:
 def open_shared_memory() -> int:
     """Return the file descriptor of new memory without contents, which child processes can inherit.
 
-    The memory has no name in a file system, so that none of it is left when the last process has ended.
+    The memory (a temporary file, on systems without ``memfd_create``) has no name in a file system, so that nothing of
+    it is left when the last process that uses it has ended.
     """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("lit-rlhf-weights", 0)

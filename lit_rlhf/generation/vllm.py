@@ -30,9 +30,9 @@ from lit_rlhf.types import PromptBatch, Rollout
 LOGPROBS_MODE = "processed_logprobs"
 """The mode in which vLLM's log-probabilities are those after the division by the temperature."""
 RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
-"""The maximum number of times that the server is asked to forget what it computed with older weights, and the pause."""
+"""How often, at most, the server is asked to forget what it computed with older weights, and the pause in between."""
 ENDING_SECONDS = 2.0
-"""The maximum number of seconds for which a server that fails is still running."""
+"""The maximum number of seconds after a failed request in which the end of the server is taken for the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class VLLMEngine(DetachedEngine):
 
     ``top_k`` and ``top_p`` are refused, because the server's log-probabilities would be those of the restricted
     distribution. With ``min_tokens``, a stop token that comes too early is drawn again; at temperature 0, the server
-    forbids it instead, and the log-probabilities of the first tokens are those without the stop tokens.
+    forbids it instead, and the log-probabilities of the first ``min_tokens`` tokens are those without the stop tokens.
 
     A server that runs already must be of vLLM 0.32 or later, with the environment variable ``VLLM_SERVER_DEV_MODE=1``
     and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16`` for ``bf16-mixed``). Whoever
@@ -67,8 +67,9 @@ class VLLMEngine(DetachedEngine):
     Args:
         url: The address of a server that runs already, such as ``http://127.0.0.1:8000``; None to start one.
         python: The Python program of an environment in which vLLM is installed; None to use ``url``.
-        devices: The indices of the GPUs for the server that is started, among those that the training may use; None for
-            all of them. vLLM divides each layer between several GPUs (tensor parallelism).
+        devices: The indices of the GPUs for the server that is started, among those that the training may use. vLLM
+            divides each layer between several GPUs (tensor parallelism). None to let the server see all of these GPUs,
+            of which it uses one, unless ``server_args`` ask for more.
         max_model_len: The maximum number of tokens in a prompt with its response, for the server that is started; None
             for what the model and the memory allow.
         weights_dir: The folder in which weights are passed to the server; None for shared memory if there is room for
@@ -77,7 +78,7 @@ class VLLMEngine(DetachedEngine):
         timeout: The maximum number of seconds to wait for a response, or until the server has read new weights.
         startup_timeout: The maximum number of seconds to wait until the server has started.
         connections: The maximum number of requests at the same time.
-        server_args: Further arguments for the server that is started, which take precedence.
+        server_args: Further arguments for the server that is started; they take precedence over the engine's own.
 
     Raises:
         ValueError: if not exactly one of ``url`` and ``python`` is given, if options of a server to start are given
@@ -147,8 +148,11 @@ class VLLMEngine(DetachedEngine):
     def start(self, context: EngineContext) -> None:
         """Start the server or connect to it, on process 0; all processes call this method together.
 
+        Args:
+            context: What the engine needs to know about the run.
+
         Raises:
-            UserError: on all processes, if that is not possible.
+            UserError: on all processes, if the server cannot be started or reached, or is not set up for this engine.
         """
         self.close()
         self._dtype = torch.bfloat16 if context.precision.startswith("bf16") else torch.float32
@@ -198,7 +202,7 @@ class VLLMEngine(DetachedEngine):
         assert self._folder is not None
         self._server = Server(self.python, folder, arguments, devices=self.devices, folder=self._folder.path)
         self._server.wait(self.startup_timeout)
-        for file in folder.glob("*.safetensors"):  # read by now, and to be replaced
+        for file in folder.glob("*.safetensors"):  # the server has read them, and will get new ones
             file.unlink()
         return self._server.url
 
@@ -234,7 +238,9 @@ class VLLMEngine(DetachedEngine):
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Write the actor's current weights for the server; the arguments are those of `Engine.generate`.
+        """Write the actor's current weights for the server, and return the rollout to generate with them.
+
+        The arguments are those of `Engine.generate`. Errors of process 0 are raised by the rollout's ``result``.
 
         Raises:
             UserError: if sampling is restricted by top-k or top-p.
@@ -302,7 +308,11 @@ class VLLMEngine(DetachedEngine):
             shutil.rmtree(job.folder, ignore_errors=True)
 
     def _push(self, client: JSONClient, folder: Path) -> str:
-        """Let the server read the weights in a folder, and return the name under which it knows them now."""
+        """Let the server read the weights in a folder, and return the name under which it knows them now.
+
+        Raises:
+            UserError: if the server does not read the weights, or cannot forget what it computed with older ones.
+        """
         version = f"{self._run}-{next(self._pushes)}"
         client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         for _ in range(RESET_ATTEMPTS):  # fails as long as a request is active, such as one that was given up
@@ -315,7 +325,7 @@ class VLLMEngine(DetachedEngine):
         return version
 
     def _check_version(self, client: JSONClient, version: str) -> None:
-        """Check that the server still has the weights of this name, as it has not after a restart.
+        """Check that the server still has the weights of this name, which it does not have after a restart.
 
         Raises:
             UserError: if it has other weights.

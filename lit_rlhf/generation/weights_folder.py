@@ -21,7 +21,7 @@ from lit_rlhf.errors import UserError
 PREFIX = "lit-rlhf-weights"
 SHARED_MEMORY = Path("/dev/shm")
 COPIES = 3
-"""The number of copies of the weights for which there must be room in shared memory: in use, waiting, being written."""
+"""The number of sets of weights that must fit into shared memory: one in use, one waiting, and one being written."""
 OPTION = "model.engine.weights_dir"
 
 
@@ -29,7 +29,8 @@ class WeightsFolder:
     """The folder of one run, in which each set of weights has a folder of its own.
 
     The folder is removed when this object is closed or when the process exits. A process that is killed leaves it
-    behind; the next run on the same machine removes it then.
+    behind; then the keeper of its server removes it or, without one, the next run with the same parent folder on the
+    same machine.
 
     Args:
         parent: The folder in which to make the folder; None for shared memory if ``size`` fits into it several times,
@@ -59,7 +60,9 @@ class WeightsFolder:
         self._names = count()
 
     def write(self, model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Path:
-        """Write a model with these weights to a new folder, as `save_untied` does, and return the folder.
+        """Write a model with these weights to a new folder, and return the folder.
+
+        The arguments are those of `save_untied`, which writes the files.
 
         Raises:
             UserError: if the folder cannot be written; nothing of it is left.
@@ -79,7 +82,7 @@ def save_untied(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: P
     """Write a model as a Hugging Face folder, with the output layer's weight even if it is tied to the embeddings.
 
     vLLM on a CPU keeps a packed copy of the output layer, and does not renew this copy when it loads new weights into a
-    model whose output layer is tied; so it must not be told that the layer is.
+    model whose output layer is tied, so the configuration that it reads says that the layer is not tied.
 
     Args:
         model: A causal language model, of which the configuration and the names of the weights are used.
@@ -115,7 +118,7 @@ def _roomy(size: int) -> Path:
 
 
 def _owner(process: int | str) -> str:
-    """Return the beginning of the name of a process's folder: the machine, the space of process ids, and the id."""
+    """Return the beginning of the name of a process's folder: the machine, the namespace of process ids, the id."""
     namespace = Path("/proc/self/ns/pid")  # a container has its own
     number = namespace.stat().st_ino if namespace.exists() else 0
     return f"{PREFIX}-{socket.gethostname()}-{number}-{process}"

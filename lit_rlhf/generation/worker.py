@@ -29,13 +29,13 @@ from lit_rlhf.types import PromptBatch, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """The first message to a worker: what it is to be."""
+    """The first message to a worker: the engine that it uses, and the settings of its process."""
 
     engine: Engine
     context: EngineContext  # with the worker's own device
     threads: int
     float32_precision: str  # of matrix products on CUDA
-    deterministic: bool
+    deterministic: bool  # whether torch must use deterministic algorithms
     warns_only: bool  # whether operations that are not deterministic only warn
 
 
@@ -74,7 +74,14 @@ def receive(connection: Connection) -> Any:
 
 
 def serve(connection: Connection) -> None:
-    """Load the actor, send the layout of its trained weights, and do one job after the other."""
+    """Load the actor, send the layout of its trained weights, and do one job after the other.
+
+    Args:
+        connection: The connection to the parent process, which sends an `Assignment` and then each `Job`.
+
+    Raises:
+        EOFError: if the parent has ended or has closed the connection.
+    """
     assignment: Assignment = receive(connection)
     torch.set_num_threads(assignment.threads)
     if assignment.deterministic:
@@ -111,7 +118,14 @@ def serve(connection: Connection) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Serve the parent process on the other side of a connection, and end with it."""
+    """Serve the parent process on the other side of a connection, and end with it.
+
+    Args:
+        descriptor: The file descriptor of the connection.
+
+    Raises:
+        SystemExit: if the actor cannot be loaded or a job fails; the error has then been sent to the parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = Connection(descriptor)

@@ -32,7 +32,7 @@ Message = TypeVar("Message", Layout, Answer)
 
 
 class WorkerProcess:
-    """A process that generates responses with another engine, for one job at a time.
+    """A worker process, which generates responses with the engine that its first message names, one job at a time.
 
     Args:
         threads: The number of threads of the process.
@@ -68,6 +68,9 @@ class WorkerProcess:
     def take(self, kind: type[Message]) -> Message:
         """Wait for the process's next message, and return it.
 
+        Args:
+            kind: The type that the message must have.
+
         Raises:
             UserError: if the process has ended, or reports an error.
         """
@@ -95,14 +98,14 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
 class Workers:
     """Several worker processes that divide the prompts of a batch between them.
 
-    Each process holds a copy of the actor. The trained weights reach all of them through one shared memory, in which
-    `begin` leaves a copy. The random numbers of a response depend on its row in the global batch, so that the samples
-    are the same for any number of workers.
+    Each process holds a copy of the actor. The trained weights reach the processes through shared memory, in which
+    `begin` leaves one copy for all of them. The random numbers of a response depend on its row in the global batch, so
+    that the samples are the same for any number of workers.
 
     Args:
         engine: The engine that each worker uses.
         count: The number of workers.
-        slots: The maximum number of rollouts that are pending at the same time; each needs memory for the weights.
+        slots: The maximum number of rollouts that are pending at the same time; each has a shared memory of its own.
         threads: The number of threads of each worker.
         devices: The device of each worker.
     """
@@ -129,7 +132,14 @@ class Workers:
         self.tensors: dict[int, dict[str, Tensor]] = {}
 
     def start(self, context: EngineContext) -> None:
-        """Start the processes; they load the actor while this process goes on."""
+        """Start the processes; they load the actor while this process goes on.
+
+        Args:
+            context: What the engine of each worker may need to know about the run.
+
+        Raises:
+            UserError: if a process has ended already.
+        """
         self.device = context.device
         self.memories = [open_shared_memory() for _ in range(self.slots)]
         self.free = list(self.memories)
@@ -166,7 +176,9 @@ class Workers:
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Copy the actor's weights into free shared memory; the arguments are those of `Engine.generate`.
+        """Copy the actor's weights into free shared memory, and return the rollout to generate with them.
+
+        All training processes call this method together; the arguments are those of `Engine.generate`.
 
         Raises:
             UserError: on all training processes, if a worker of one of them has ended or could not load the actor.
@@ -189,7 +201,11 @@ class Workers:
         return _PendingRollout(self, job)
 
     def _loaded(self) -> Layout:
-        """Wait until all workers have loaded the actor, and return the layout of its trained weights."""
+        """Wait until all workers have loaded the actor, and return the layout of its trained weights.
+
+        Raises:
+            UserError: on all training processes, if a worker of one of them has ended or could not load the actor.
+        """
         layouts, error = [], ""
         try:
             layouts = [process.take(Layout) for process in self.processes]
@@ -200,7 +216,14 @@ class Workers:
 
 
 def _raise_first(error: str) -> None:
-    """Raise the first error of all training processes, if there is any; all of them call this function together."""
+    """Raise the first error of all training processes, if there is any; all of them call this function together.
+
+    Args:
+        error: The message of this process's error; empty for none.
+
+    Raises:
+        UserError: on all training processes, if one of them has an error.
+    """
     for problem in gather(error):
         if problem:
             raise UserError(problem)

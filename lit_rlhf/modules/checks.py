@@ -18,7 +18,15 @@ def check_settings(
     has_critic: bool,
     bootstrap_truncated: bool,
 ) -> None:
-    """Check that the settings of an on-policy module fit together; the arguments are those of the module.
+    """Check that the settings of an on-policy module fit together; warn if a critic is trained but not used.
+
+    Args:
+        scores: The rewards and their combination.
+        sampling: The options for sampling.
+        advantages: The advantage estimator.
+        correction: The correction for responses of another policy; None for none.
+        has_critic: Whether the module has a critic, either with its own weights or on the actor's trunk.
+        bootstrap_truncated: Whether the critic's value follows the last token of a truncated response.
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a

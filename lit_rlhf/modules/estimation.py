@@ -32,7 +32,11 @@ def estimate_experience(
         correction: The correction for responses that the engine's policy drew; None for none.
         update: The options of the update, which say whether rewards and advantages are whitened.
         reduce: A function that returns the sum of a tensor over all processes.
-        metrics: Receives the advantages' deviation, the critic's explained variance, and the metrics ``off_policy/…``.
+        metrics: Receives the standard deviation of the advantages before they are whitened, the explained variance of
+            the critic, and the metrics ``off_policy/…``.
+
+    Returns:
+        The experience, with the rows of ``scored``.
     """
     mask, scale = trajectory.mask, torch.ones_like(trajectory.rewards)
     if update.whiten_rewards:

@@ -52,7 +52,7 @@ class Guard:
             raise ValueError(f"guard.bound must be positive or null, not {self.bound}")
 
     def bound_for(self, precision: str | int, device: torch.device) -> float:
-        """Return the bound for a precision of the Trainer, in nats per token.
+        """Return the bound for a precision of the Trainer and the device of the actor, in nats per token.
 
         >>> Guard().bound_for("bf16-mixed", torch.device("cpu"))
         0.1

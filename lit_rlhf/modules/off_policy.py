@@ -14,10 +14,8 @@ from lit_rlhf.types import ScoredRollout
 class Corrected(NamedTuple):
     """What the objective gets from a correction."""
 
-    old_logprobs: (
-        Tensor  # [B, T], of its old policy: the actor at the start of the update or, with bypass, the engine's
-    )
-    policy_weights: Tensor  # [B, T], the factor of its loss
+    old_logprobs: Tensor  # [B, T], of the objective's old policy: π_old of the actor or, with bypass, μ of the engine
+    policy_weights: Tensor  # [B, T], the factor of the objective's loss
 
 
 def corrected(scored: ScoredRollout, correction: Correction | None, metrics: Metrics) -> Corrected:
@@ -40,11 +38,12 @@ def corrected(scored: ScoredRollout, correction: Correction | None, metrics: Met
 
 
 def measure_off_policy(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, metrics: Metrics) -> None:
-    """Record how far the engine's policy μ is from the actor π_old at the start of the update, in nats per token.
+    """Record how far the engine's policy μ is from the actor π_old at the start of the update.
 
-    ``off_policy/logprob_diff_mean`` and ``…_max`` are those of |log π_old − log μ|, ``off_policy/kl`` is KL(μ ‖ π_old),
-    estimated by k3 at the tokens, which μ drew, and ``off_policy/effective_sample_size`` is that of the tokens, as a
-    fraction of their number, if they are weighted by π_old / μ.
+    ``off_policy/logprob_diff_mean`` and ``off_policy/logprob_diff_max`` are the mean and the maximum of
+    |log π_old − log μ| over the tokens, in nats. ``off_policy/kl`` is KL(μ ‖ π_old) in nats per token, estimated by k3
+    at the tokens, which μ drew. ``off_policy/effective_sample_size`` is the effective sample size of the tokens if they
+    are weighted by π_old / μ, as a fraction of their number.
 
     Args:
         old_logprobs: [B, T], log π_old of the tokens.

@@ -171,7 +171,7 @@ class OnPolicy(AlignmentModule):
         """Do one iteration, and return the scored rollout for callbacks.
 
         Raises:
-            UserError: if the engine cannot use the model, if a reward fails, or for the reasons that `learn` lists.
+            UserError: if the engine or a reward fails, if the guard refuses the responses, or as listed in `learn`.
         """
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("generate"):

@@ -37,14 +37,14 @@ class CheckedRollout:
 
     rollout: Rollout
     mismatch: Mismatch | None
-    learner_waited: float = 0.0  # seconds
-    generators_waited: float = 0.0  # seconds
+    learner_waited: float = 0.0  # the seconds for which the learner waited for this rollout
+    generators_waited: float = 0.0  # the seconds for which the generators had nothing to do before this rollout
 
 
 class Rollouts(lightning.Callback):
-    """The source of rollouts, which the guard has checked; as a callback, it starts and closes the engine.
+    """The source of rollouts, each checked by the guard; as a callback, it starts and closes the engine.
 
-    Its state in checkpoints are the rollouts that no iteration has learned from yet.
+    With `Ahead`, checkpoints store the rollouts that no iteration has learned from yet.
 
     Args:
         engine: The engine that generates the responses.
@@ -119,8 +119,8 @@ class Rollouts(lightning.Callback):
             metrics: Receives the mismatch and, with `Ahead`, the times for which the learner and the generators waited.
 
         Raises:
-            UserError: if responses could not be generated, or if their log-probabilities are not those of the policy
-                that should have drawn them.
+            UserError: if responses could not be generated, if their log-probabilities are not those of the policy that
+                should have drawn them, or if the rollouts of a checkpoint answer other prompts.
         """
         iteration = int(module.iteration)
         if self.ahead is None:
@@ -137,7 +137,7 @@ class Rollouts(lightning.Callback):
         return checked.rollout
 
     def _launch(self, ahead: Ahead, module: AlignmentModule, iteration: int) -> None:
-        """Begin to generate whatever the iterations up to the lag need and is not under way."""
+        """Begin to generate the rollouts, up to ``lag`` iterations ahead, that are neither under way nor generated."""
         last = iteration + ahead.lag if module.iterations is None else module.iterations - 1
         for number in range(iteration, min(iteration + ahead.lag, last) + 1):
             if not (number in ahead.flights or number in self.landed or number in self.saved):
@@ -195,7 +195,11 @@ def _rows_of(saved: dict[str, Any], batch: PromptBatch) -> CheckedRollout:
 
 
 def _upcoming(module: AlignmentModule, distance: int) -> PromptBatch:
-    """Return the prompts that come ``distance`` iterations after the current one, on the module's device."""
+    """Return this process's prompts for ``distance`` iterations after the current one, on the module's device.
+
+    Raises:
+        UserError: if the prompts do not come from a `ResumableLoader`.
+    """
     loader = module.trainer.train_dataloader
     if not isinstance(loader, ResumableLoader):
         raise UserError(

@@ -14,8 +14,8 @@ class Update:
     Args:
         epochs: The number of passes over the experience.
         minibatches: The number of minibatches in each pass; each takes one optimizer step.
-        shuffle: Whether the rows are shuffled before they are cut into minibatches. If not, each minibatch has the
-            responses to consecutive prompts, such as those that one worker process of `Ahead` drew.
+        shuffle: Whether the rows are shuffled before they are cut into minibatches. If not, each minibatch has
+            consecutive rows, such as the responses that one worker process of `Ahead` drew.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
             On a single GPU, an update that runs out of memory halves this number for the rest of the run.
         aggregation: How the losses of the tokens are averaged: ``token``, ``sequence`` or ``constant``.

@@ -26,7 +26,7 @@ Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """How the responses of an iteration are generated."""
+    """How a training process generates the responses of an iteration."""
 
     prompt_tokens: int  # in each prompt, at most
     sampling: Sampling
@@ -57,7 +57,8 @@ class Setting:
         minibatches: The number of optimizer steps in each pass.
         judged: The names of the roles that judge the texts before the update.
         full_kl: Whether the KL to the reference is computed over the vocabulary.
-        generation: How the texts are generated; None if they come from a data set.
+        generation: How each process generates the texts; None if they come from a data set, or if worker processes or
+            a server generate them.
     """
 
     method: str

@@ -54,8 +54,8 @@ class RemoteReward(Reward):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if ``token_env`` cannot be the name of a variable; in ``prepare``, if the variable is not set, or if
-            the address does not begin with ``http://`` or ``https://``.
+        UserError: if ``token_env`` cannot be the name of a variable; in ``prepare``, if the variable is not set, if a
+            header cannot carry its value, or if the address does not begin with ``http://`` or ``https://``.
 
     >>> reward = RemoteReward("http://judge:8000/helpfulness", weight=0.5, token_env="JUDGE_TOKEN")
     >>> reward.name
@@ -98,7 +98,7 @@ class RemoteReward(Reward):
 
     @property
     def name(self) -> str:
-        """The given name or, without one, the last part of the path in the address; the class's name if it has none."""
+        """The given name or, without one, the last part of the address's path; without a path, the class's name."""
         return self._name or urlsplit(self.url).path.rstrip("/").rpartition("/")[2] or super().name
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -94,7 +94,7 @@ def column_of(reward_inputs: RewardInputs, name: str) -> Sequence[Any]:
 
 
 def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor:
-    """Return the scores that code or a service outside this package computed, as a tensor.
+    """Check the scores that code or a service outside this package computed, and return them as a tensor.
 
     Args:
         scores: What was returned, which should be one finite number for each response.
