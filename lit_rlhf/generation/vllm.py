@@ -125,7 +125,7 @@ class VLLMEngine(DetachedEngine):
             if whole is not None and whole < 1:
                 raise ValueError(f"engine.{name} must be 1 or more, not {whole}")
         if devices is not None and (not devices or min(devices) < 0):
-            raise ValueError(f"engine.devices must be indices of GPUs, or null for all of them, not {devices}")
+            raise ValueError(f"engine.devices must be indices of GPUs, or null for vLLM's choice, not {devices}")
         self.url = url
         self.python = python
         self.devices = devices
