@@ -41,7 +41,7 @@ CORRECTIONS: dict[str, dict[str, Any] | None] = {
     "bypass": {"bypass": True},
     "V-trace": None,
 }
-WITH_STORIES = ("none", "TIS", "bypass", "V-trace")
+WITH_STORIES = ("none", "TIS", "bypass")
 """The corrections that are measured with the stories, too, which take longer."""
 OPENINGS = ("Once upon a time", "One day,", "There was a little", "In a big house,", "It was a sunny day.", "Long ago,")
 NAMES = ("a dog", "Lily", "Tom", "a cat", "Sue", "Ben", "a bird", "Mia", "a bear", "Max", "Anna", "a fish")
