@@ -163,7 +163,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = list(dict.fromkeys(result["task"] for result in results))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
         for correction in CORRECTIONS:
             means, lows, highs = [], [], []
@@ -173,10 +173,9 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 lows.append(statistics.mean(scores) - min(scores))
                 highs.append(max(scores) - statistics.mean(scores))
             axis.errorbar(range(len(LAGS)), means, [lows, highs], label=correction, capsize=2, marker="o", markersize=3)
-        axis.set(title=task, xlabel="lag", xticks=range(len(LAGS)), xticklabels=LAGS)
+        axis.set(title=task, xlabel="lag", xticks=range(len(LAGS)), xticklabels=LAGS, ylim=(0, None))
     axes[0][0].set_ylabel("score after equal responses")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
