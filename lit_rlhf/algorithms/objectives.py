@@ -64,7 +64,7 @@ class Objective(ABC):
 
         Args:
             logprobs: [B, T], log π(aₜ|sₜ) of the current policy.
-            old_logprobs: [B, T], log π_old(aₜ|sₜ) at the start of the update; no gradient flows into them.
+            old_logprobs: [B, T], log π_old(aₜ|sₜ) of the old policy; no gradient flows into them.
             advantages: [B, T]; no gradient flows into them.
             mask: Bool [B, T], True at the tokens that count.
 

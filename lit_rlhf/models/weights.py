@@ -160,7 +160,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def local_folder(path: str) -> Path:
-    """Return a model's folder; the files of a hub id are downloaded unless they are in the cache already."""
+    """Return a model's folder; of a hub id, JSON and safetensors files are downloaded unless they are in the cache."""
     if Path(path).is_dir():
         return Path(path)
     return Path(snapshot_download(path, allow_patterns=["*.json", WEIGHT_FILES]))

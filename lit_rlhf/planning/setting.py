@@ -149,8 +149,8 @@ def setting_of(
             used for modules that generate responses.
 
     Raises:
-        UserError: if a module, a data module or a strategy of this kind cannot be planned, or if the configuration or
-            the tokenizer of a model cannot be loaded.
+        UserError: if a module or a strategy of this kind cannot be planned, if the data module does not fit the module,
+            or if the configuration or the tokenizer of a model cannot be loaded.
     """
     spread, offload = _spread(strategy, processes)
     common: dict[str, Any] = {"method": type(module).__name__, "roles": roles_of(module), "device": device}
