@@ -53,8 +53,10 @@ class Ahead(Engine):
     worker processes instead, on other GPUs or with CPU cores of their own; a server generates them on its own devices.
     Responses for validation and prediction are generated without a lag.
 
-    The host's memory holds lag + 1 copies of the actor's trained weights for the worker processes, in the precision in
-    which the workers hold them, and lag + 1 copies of this process's part of these weights for the guard.
+    For each training process, the host's memory holds lag + 1 full copies of the actor's trained weights for its worker
+    processes, in the precision in which the workers hold them, and lag + 1 copies of the process's own part of these
+    weights for the guard. On eight processes with a lag of 1, these are 16 full copies: 256 GB for 8 billion parameters
+    in bfloat16.
 
     With a lag, the responses are off-policy: ``model.correction`` or `VTrace` correct for this. The ratio π / π₀ of
     the objectives still begins at 1, because π₀ is the actor at the beginning of the update.

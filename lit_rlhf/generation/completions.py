@@ -163,7 +163,7 @@ def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, opti
             raise wrong(f"the server's response has the log-probability {logprob!r}")
     ends = [token in request["stop_token_ids"] for token in tokens]
     if any(ends[:-1]):
-        raise wrong("the server's response goes on after a stop token")
+        raise wrong("the server's response continues after a stop token")
     if not ends[-1] and count < request["max_tokens"]:
         raise wrong(f"the server's response ends after {count} tokens, before max_tokens and without a stop token")
     return Response(tokens, logprobs)

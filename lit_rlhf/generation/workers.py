@@ -1,4 +1,4 @@
-"""Generation in worker processes, on devices of their own or with a share of the cores, while training goes on."""
+"""Generation in worker processes, on devices of their own or with a share of the cores, while training continues."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Workers:
         self.tensors: dict[int, dict[str, Tensor]] = {}
 
     def start(self, context: EngineContext) -> None:
-        """Start the processes; they load the actor while this process goes on.
+        """Start the processes; they load the actor while this process continues.
 
         Args:
             context: What the engine of each worker may need to know about the run.

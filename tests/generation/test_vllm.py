@@ -343,7 +343,7 @@ NONSENSE = {
     "NaN": ({"logprobs": {"token_logprobs": [-1.0] * 5 + [math.nan]}}, "has the log-probability nan"),
     "null": ({"logprobs": {"token_logprobs": [-1.0] * 5 + [None]}}, "has the log-probability None"),
     "positive": ({"logprobs": {"token_logprobs": [-1.0] * 5 + [0.5]}}, "has the log-probability 0.5"),
-    "after the stop token": ({"token_ids": [7, 1, 7, 7, 7, 7]}, "goes on after a stop token"),
+    "after the stop token": ({"token_ids": [7, 1, 7, 7, 7, 7]}, "continues after a stop token"),
     "too short": ({"token_ids": [7], "logprobs": {"token_logprobs": [-1]}}, "ends after 1 tokens, before max_tokens"),
 }
 
