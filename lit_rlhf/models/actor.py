@@ -84,8 +84,8 @@ class Actor(nn.Module):
 
         Args:
             tokens: Token ids, [B, S] int64, right-padded (a causal model does not attend to padding after a text).
-            response_tokens_mask: Bool [B, S], True at the tokens to score; never at the first token of a row, which has
-                no prediction.
+            response_tokens_mask: Bool [B, S], True at the tokens to score; never at the first token of a text, which
+                nothing predicts.
             other: The actor to which the full KL(π ‖ π_other) is computed, without a gradient for that actor; None for
                 no KL. If ``other`` is this actor itself, the KL is 0, and its second derivative is the Fisher matrix.
             positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text; None if
@@ -183,7 +183,7 @@ def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
     >>> head, bool((head.weight == 0).all())
     (Linear(in_features=8, out_features=1, bias=True), True)
     """
-    device = torch.device("cpu") if model.device.type == "meta" else model.device  # a new head has no file to be read
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # no file holds a new head's weights
     head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=bias, device=device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
@@ -213,7 +213,7 @@ def _scatter(x: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_head(actor: Actor) -> None:
-    """Check that the trunk and the head, applied one after the other, give the logits of the whole model.
+    """Check that `_logits`, applied to the trunk's last hidden state, gives the logits of the whole model.
 
     Raises:
         UserError: if they do not.

@@ -66,7 +66,7 @@ def is_unpadded(trunk: nn.Module) -> bool:
 def may_be_unpadded(model: PreTrainedModel) -> bool:
     """Return whether a model's attention can be replaced.
 
-    Attention within chunks of a text cannot, because only the attention mask contains the bounds of the chunks.
+    Chunked attention cannot be replaced, because only the attention mask contains the bounds of the chunks of a text.
     """
     chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
     return attention_can_be_set(model) and not chunked
@@ -76,8 +76,8 @@ def may_be_unpadded(model: PreTrainedModel) -> bool:
 def use_unpadded_attention(model: PreTrainedModel) -> None:
     """Make a model use this module's attention if that leaves the model's output unchanged.
 
-    The output would change for models whose attention depends on anything besides queries, keys, values and positions
-    (ALiBi, soft caps, attention sinks), and for state-space models.
+    The output would change for models that add something to causal or sliding-window softmax attention (ALiBi, soft
+    caps, attention sinks), and for state-space models.
     """
     if not may_be_unpadded(model):
         return
@@ -92,8 +92,8 @@ def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> b
 
     Args:
         model: A causal language model or a sequence classifier.
-        attention: The name of the attention to use for the packed row, which the model then keeps; None for the
-            model's own attention.
+        attention: The name of the attention with which the model processes the packed row; the model keeps this
+            attention afterwards. None for the model's own attention.
     """
     tokens = torch.arange(7, device=model.device)[None] % model.config.vocab_size
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=model.device)
@@ -128,7 +128,7 @@ def _attend(
     """
     if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError
-    if cu_seq_lens_q is None:  # decoding: the mask is complete
+    if cu_seq_lens_q is None:  # decoding: the mask also contains the sliding window
         if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # a single query is faster in float32
             with torch.autocast("cpu", enabled=False):
                 query, key, value = query.float(), key.float(), value.float()

@@ -76,7 +76,7 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
             if os.path.isdir(path):
                 raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load") from error
             raise _unreachable(path, field, error) from error
-        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # an empty one, made up
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers made up an empty tokenizer
             raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{field}: the tokenizer of {path} has no end-of-sequence token (eos_token)")
@@ -206,15 +206,15 @@ def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
         folder = local_folder(path)
         with parameters_on_meta():
             model = _AUTO[task].from_config(config, dtype=torch.float32)
-        with_weights(model)  # later checks of the architecture will need it
-    except Exception:  # loading it with its weights will give the reason
+        with_weights(model)  # must not fail in the later checks of the architecture
+    except Exception:  # loading the model with its weights will give the reason
         return None
     known_head = task == "causal" or isinstance(getattr(model, "score", None), nn.Linear)
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized or not known_head or not unread.add(model, folder):
         return None
     if task == "score":
-        unread.read_now(model.score)  # it is small, and a critic that starts from this model rescales it
+        unread.read_now(model.score)  # the head is small, and a critic that starts from this model rescales it
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -244,6 +244,6 @@ def _unreachable(path: str, field: str, error: Exception) -> UserError:
 
 
 def _reason(error: Exception, longest: int = 300) -> str:
-    """Return the message of an error on one line, cut to ``longest`` characters."""
+    """Return an error's message (or its type, if there is no message) on one line, cut to ``longest`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"

@@ -58,14 +58,14 @@ def rounded_weights(model: nn.Module, *, all_weights: bool) -> list[nn.Parameter
     """
     others = [module for module in model.modules() if type(module) not in (nn.Linear, Conv1D)]
     kept = set() if all_weights else {id(x) for module in others for x in module.parameters(recurse=False)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in kept]  # tied weights are one
+    return [parameter for parameter in model.parameters() if id(parameter) not in kept]  # yields tied weights once
 
 
 def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     """Store float32 weights of a frozen model in bfloat16, in place, where this does not change the model's output.
 
     Weights that each forward pass would round can be rounded once; see `rounded_weights`. (State-space layers are an
-    exception: they use the weights of plain linear layers directly, so that the rounding changes their output.)
+    exception: they use the weights of plain linear layers directly, so rounding changes their output.)
 
     Args:
         model: The model, which is only used under autocast to bfloat16.

@@ -38,7 +38,7 @@ class ScalarModel(nn.Module):
 
         Args:
             tokens: Token ids, [B, S] int64, right-padded.
-            lengths: The number of tokens in each row without padding, [B] int64; None if there is no padding.
+            lengths: The number of tokens in each row, not counting padding, [B] int64; None if there is no padding.
 
         Returns:
             The values or scores, [B, S] float32; undefined at padding.
@@ -153,7 +153,7 @@ def to_classifier(
     """
     config: Any = deepcopy(scalar.trunk.config)
     config.num_labels = 1
-    # transformers scores the last token that is not padding, so the end-of-text token must not count as padding
+    # transformers scores the last token that is not padding, so the end-of-sequence token must not count as padding
     config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     for name in ("score_mean", "score_std"):  # they describe the model that training started from
         if hasattr(config, name):

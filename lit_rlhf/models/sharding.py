@@ -78,7 +78,7 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
     """Hold the full weights of these models on every process, inside this context.
 
     Forward passes then need no communication, so each process may run a different number of them. Only forward passes
-    without gradient are allowed, such as decoding, scoring and validation. All processes must enter the context
+    without gradients are allowed, such as decoding, scoring and validation. All processes must enter the context
     together. Models that are not sharded stay as they are.
     """
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: FSDPModule) -> Iterator[None]:
-    """Gather the full weights of an FSDP2 model, and remove FSDP2's hooks, which take longer than a small layer."""
+    """Gather the full weights of an FSDP2 model, and remove FSDP2's hooks, which are slower than a small layer."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]  # type: ignore[attr-defined]
     for part in parts:
         part.unshard()
@@ -136,7 +136,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's ``state_dict`` with full weights.
+    """Return the model's ``state_dict`` with full weights; with FSDP1, without buffers.
 
     For a sharded model, the result is in CPU memory on process 0 and empty on the other processes, and all processes
     must call this function together.

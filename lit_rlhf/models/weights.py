@@ -1,7 +1,7 @@
 """Models that are built without weights, placed on their devices, and only then filled from their files.
 
-A process reads only the part of each tensor that it holds, so that no process ever holds a whole model in its host's
-memory, and nothing is held twice.
+Each process reads only the part of each tensor that it holds, so no process needs memory for the whole of a sharded
+model, or for a second copy of any weight.
 """
 
 import warnings
@@ -33,7 +33,7 @@ class Location(NamedTuple):
     attribute: str
 
     def tensor(self) -> Tensor:
-        """Return the tensor that is there now, without its gradient."""
+        """Return the tensor that is there now, detached from the autograd graph."""
         return getattr(self.module, self.attribute).detach()
 
 
@@ -102,7 +102,7 @@ class UnreadWeights:
         weights are read here or by transformers, the other processes may not take part.
 
         Args:
-            model: The model, which may have parts besides those that were remembered; these keep their values.
+            model: The model, which may have parts besides those that were remembered; such parts keep their values.
             device: The device of this process's part.
         """
         materialize(model, device)
@@ -123,8 +123,9 @@ def unread_weights() -> Iterator[UnreadWeights]:
     """Let `load_model` build models from files without reading their weights, where possible, inside this context.
 
     The context yields the object that reads the weights afterwards. Weights are loaded at once if they are random or
-    quantized, if the files' tensors have other names or shapes than the model's parameters, if the head of a sequence
-    classifier is not a linear layer named ``score``, or if the model cannot be built on the meta device.
+    quantized, if safetensors files do not hold them under the names and in the shapes of the model's parameters, if the
+    head of a sequence classifier is not a linear layer named ``score``, or if the model cannot be built on the meta
+    device.
     """
     unread = UnreadWeights()
     token = _unread.set(unread)
@@ -160,7 +161,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def local_folder(path: str) -> Path:
-    """Return a model's folder; of a hub id, JSON and safetensors files are downloaded unless they are in the cache."""
+    """Return a model's folder; for a hub id, JSON and safetensors files are downloaded unless they are in the cache."""
     if Path(path).is_dir():
         return Path(path)
     return Path(snapshot_download(path, allow_patterns=["*.json", WEIGHT_FILES]))
