@@ -58,8 +58,9 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
         The folder that was written.
 
     Raises:
-        UserError: if the run or the checkpoint does not exist, the checkpoint is incomplete or lacks the model, or the
-            tokenizer or the model that the run started from cannot be loaded.
+        UserError: if the run or the checkpoint does not exist, the run's configuration does not name its main model, the
+            checkpoint is incomplete or lacks the model, the tokenizer or the model that the run started from cannot be
+            loaded, or transformers has no sequence classifier of the critic's or reward model's architecture.
 
     >>> export(Path("runs/ppo"), role="critic")
     Traceback (most recent call last):
@@ -152,7 +153,7 @@ def _scalar_model(
         models = [r["init_args"]["model"] for r in options["rewards"] if r["class_path"].endswith("RewardModel")]
         initial = models[0]
     model = load_critic(_as_source(initial), f"model.{role}", bias="head.bias" in weights)
-    if "head.bias" in weights and model.head.bias is None:  # the critic of a normalised reward model has a bias
+    if "head.bias" in weights and model.head.bias is None:  # a critic from a normalised reward model has a bias
         model.head.bias = nn.Parameter(torch.zeros(1))
     model.load_state_dict(weights)
     return model
@@ -183,7 +184,7 @@ def main(args: Sequence[str]) -> None:
 
     Raises:
         UserError: if the model cannot be exported, as in `export`.
-        SystemExit: if an option does not exist, or has a wrong value.
+        SystemExit: if an argument is missing, unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf export", description="Export a model from a checkpoint as a Hugging Face folder."

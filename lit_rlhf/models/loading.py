@@ -206,7 +206,7 @@ def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
         folder = local_folder(path)
         with parameters_on_meta():
             model = _AUTO[task].from_config(config, dtype=torch.float32)
-        with_weights(model)  # must not fail in the later checks of the architecture
+        with_weights(model)  # an error should occur here, not in later checks of the architecture
     except Exception:  # loading the model with its weights will give the reason
         return None
     known_head = task == "causal" or isinstance(getattr(model, "score", None), nn.Linear)

@@ -40,7 +40,7 @@ class DPO(PreferenceModule):
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
-        reference: The frozen reference model, given in the same ways as the actor; None for the initial actor.
+        reference: The frozen reference model, given in the same way as the actor; None for the initial actor.
         beta: β > 0, in units of reward per nat; a larger value keeps the policy closer to the reference.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         cache_reference: Whether to compute the reference's log-probabilities of all training responses once, before the
@@ -156,7 +156,7 @@ class DPO(PreferenceModule):
         training step for this hook, so this method sets it.
 
         Raises:
-            UserError: if the batches do not come from the data module `Preferences`.
+            UserError: if the data module is for another kind of training.
         """
         if not self.cache_reference:
             return

@@ -1,4 +1,4 @@
-"""Forward passes of actor, reference and critic over a whole rollout, without gradients and in micro-batches.
+"""Forward passes of the actor, the reference and the critic over a rollout, without gradients and in micro-batches.
 
 The functions `actor_outputs`, `response_logprobs` and `critic_values` must be called on all processes at the same time,
 because sharded weights are gathered first. The forward passes then need no communication, so the number of

@@ -1,4 +1,4 @@
-"""The guard: a run stops if its engine's log-probabilities are not those of the actor that should have drawn them."""
+"""The guard: a run stops if the engine's log-probabilities differ from those of the actor's policy."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.types import Rollout
 
 FLOAT32_BOUND, ROUNDED_BOUND = 1e-4, 0.1
-"""The default bounds, in nats per token: with float32 numbers, and with factors rounded to bfloat16 or TF32."""
+"""The default bounds, in nats per token: for matrix products of float32 numbers, and of numbers rounded to bfloat16 or TF32."""
 
 
 class Mismatch(NamedTuple):
@@ -27,8 +27,9 @@ class Guard:
     """The check that an engine draws responses from the actor's policy, before each update.
 
     In every iteration, the actor that should have drawn the responses computes the log-probabilities of a sample of
-    them. If their mean distance to the engine's exceeds the bound, the run stops. The usual causes are stale or damaged
-    weights, another temperature, a truncated distribution (top-k, top-p), and another prompt template.
+    these responses. If the mean distance between the actor's and the engine's log-probabilities exceeds the bound, the
+    run stops. The usual causes are stale or damaged weights, another temperature, a truncated distribution (top-k,
+    top-p), and another prompt template.
 
     Args:
         responses: The number of responses that each process checks; 0 for no check.

@@ -106,7 +106,7 @@ class Losses:
         return StepLoss(self.weighted_sum(total, micro_batch, totals), kl_to_old.sum(), means)
 
     def of_critic(self, micro_batch: Experience, totals: Tensor, metrics: Metrics) -> StepLoss:
-        """Return the part of a critic with its own weights; the arguments are those of `of_actor`."""
+        """Return the part of the loss for a critic with its own weights; the arguments are those of `of_actor`."""
         value = self.value(micro_batch, None, metrics)
         loss = self.weighted_sum(self.update.value_coef * value, micro_batch, totals)
         mean = masked_mean(value.detach(), micro_batch.rollout.response_mask)

@@ -107,7 +107,7 @@ class Metrics:
         """Add the values at which the mask is True to the mean of this name; both have the same shape.
 
         The other values are replaced by 0 and have the weight 0. To leave them out, the host would have to wait for the
-        device, because the number of the remaining values is the shape of a tensor.
+        device, because the number of remaining values would be the shape of a tensor.
         """
         self.add(name, torch.where(mask, values.detach(), 0.0), mask)
 
@@ -159,7 +159,7 @@ class Metrics:
 
 
 def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
-    """Record an iteration's scores, rewards, KL to the reference, KL coefficient, entropies and response lengths."""
+    """Record an iteration's scores, rewards, KL to the reference, KL coefficient, entropies, lengths and truncations."""
     rollout, mask = scored.rollout, trajectory.mask
     metrics.add("objective/score", scored.scores)
     metrics.add("objective/reward", trajectory.rewards.sum(1))
@@ -180,7 +180,7 @@ def measure_held_out(
     rewards: Mapping[str, Tensor],
     kl_to_ref: Tensor,
 ) -> None:
-    """Record the scores, rewards, KL to the reference, lengths and win rate of responses to held-out prompts.
+    """Record the scores, rewards, KL to the reference, lengths, truncations and win rate of responses to held-out prompts.
 
     The win rate is the fraction of responses that score higher than the reference's response to the same prompt,
     sampled with the same random numbers; a tie counts half.

@@ -27,7 +27,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""For each optimizer, by name: a function that makes it from parameters, and one that makes its schedule, or None."""
+"""By optimizer name: a function that makes the optimizer from parameters, and one that makes its schedule, or None."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -224,8 +224,8 @@ class AlignmentModule(lightning.LightningModule):
 
         The host's memory holds only what belongs on the host: if a model is sharded or goes to a GPU, each process
         reads just its own part of the model from the files. There are two exceptions, in which each process loads the
-        whole model first: FSDP1, and weights that cannot be read later (see `unread_weights`). Models are placed one
-        after the other.
+        whole model first: FSDP1, and weights that cannot be read later (see `unread_weights`). Each process places its
+        models one after the other, so it holds at most one such whole model at a time.
 
         Args:
             build: A function that loads the model with `load_model`.

@@ -43,8 +43,8 @@ class PolicyGradient(OnPolicy):
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
         objective: The loss of the policy.
-        correction: How the update corrects for responses that the engine drew from another policy than the actor; None
-            for no correction.
+        correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
+            None for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
             rewards that would have followed; if False, those count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.

@@ -67,7 +67,8 @@ class PreferenceModule(AlignmentModule):
         """Do one optimizer step on a batch.
 
         Raises:
-            UserError: if the loss or the gradient norm is not finite, or if memory runs out (see `within_memory`).
+            UserError: if the loss or the gradient norm is not finite, if memory runs out (see `within_memory`), or as
+                listed in `loss`.
         """
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("update"):
@@ -153,7 +154,7 @@ class PreferenceModule(AlignmentModule):
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Add a batch to the held-out metrics.
 
-        ``accuracy_of_length`` is the accuracy of the rule "the longer response wins" on the same pairs;
+        ``accuracy_of_length`` is the accuracy of the rule "the longer response wins" on all pairs;
         ``accuracy_if_longer`` and ``accuracy_if_shorter`` are the model's accuracies on the pairs whose better response
         is the longer or the shorter one; ``ece`` is the expected calibration error of the predicted probability that
         the response with the higher score is the better one.
@@ -184,7 +185,7 @@ class PreferenceModule(AlignmentModule):
         """Return the means that are not NaN, with the standard deviation of the scores and the calibration error."""
         means["score_std"] = pop_standard_deviation(means)
         means["ece"] = float(self.calibration.compute())
-        return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN without such pairs
+        return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN if there was no such pair
 
 
 class Pairs(NamedTuple):
@@ -192,7 +193,7 @@ class Pairs(NamedTuple):
 
     ahead: Tensor  # [B, P], the difference in score, better minus worse
     longer: Tensor  # [B, P], the difference in response length, in tokens
-    both: Tensor  # [B, P] bool, False where the ranking has fewer responses
+    both: Tensor  # [B, P] bool, True where the ranking has both responses
 
 
 def pairs(scores: Tensor, batch: PreferenceBatch) -> Pairs:

@@ -50,7 +50,7 @@ class Rollouts(lightning.Callback):
         engine: The engine that generates the responses.
         sampling: The options for sampling.
         guard: The check of the engine's log-probabilities.
-        load_actor: A function that loads an actor like the run's, with its initial weights; it can be pickled.
+        load_actor: A picklable function that loads a copy of the run's actor with the initial weights.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, guard: Guard, load_actor: Callable[[], Actor]) -> None:
@@ -120,7 +120,8 @@ class Rollouts(lightning.Callback):
 
         Raises:
             UserError: if responses could not be generated, if their log-probabilities are not those of the policy that
-                should have drawn them, or if the rollouts of a checkpoint answer other prompts.
+                should have drawn them, if the rollouts of a checkpoint answer other prompts, or if `Ahead` is used
+                without the data module `Prompts`.
         """
         iteration = int(module.iteration)
         if self.ahead is None:

@@ -40,11 +40,11 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
         Whether the optimizers stepped; if not, the gradients are dropped.
 
     Raises:
-        UserError: if a loss or a norm is not finite, or if the GPU's memory does not suffice.
+        UserError: if a loss or a norm is not finite, or if memory runs out (see `within_memory`).
     """
 
     def attempt() -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean KL to the old policy, [], and this process's losses to check, [] each."""
+        """Add the gradients; return the mean KL to the old policy, [], and this process's losses to check, [] each."""
         batches, parts = module.micro_batches(minibatch), losses.parts
         totals, kl_to_old = module.sum_over_ranks(step_totals(batches)), torch.zeros((), device=module.device)
         means: dict[str, Tensor] = {}
@@ -149,8 +149,8 @@ def drop_gradients(module: AlignmentModule) -> None:
     """Free the memory of the gradients, so that decoding and judging can use it.
 
     With ``gradient_as_bucket_view``, the gradients are parts of the buffers that DDP sends, which exist during the
-    whole run. They are set to 0 in this case, because new gradients would need memory besides the buffers. FSDP1 keeps
-    its shards of the gradients until the next forward pass with gradient.
+    whole run. In this case, the gradients are set to 0, because new ones would need memory besides the buffers. FSDP1
+    keeps its shards of the gradients until the next forward pass with gradients.
     """
     model = module.trainer.model
     in_buffers = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
@@ -176,7 +176,7 @@ def within_memory(
         metrics: The metrics to which the attempt adds, if any.
 
     Raises:
-        UserError: if the attempt ran out of memory under DDP or FSDP, or when a single row or ranking already has
+        UserError: if the attempt ran out of memory under DDP or FSDP, or if a single row or ranking already has
             ``max_tokens`` tokens or more.
     """
     while True:
@@ -185,7 +185,7 @@ def within_memory(
             return attempt()
         except torch.OutOfMemoryError as error:
             _check_can_halve(module, int(sizes.max()), error)
-        # the handler has ended, because the traceback of an error refers to the tensors of the attempt
+        # after the handler, when the error's traceback no longer keeps the attempt's tensors alive
         drop_gradients(module)
         if metrics is not None:
             metrics.restore(before)
@@ -234,7 +234,7 @@ def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) ->
     Args:
         parameters: The parameters of one optimizer.
         reduce: A function that sums a tensor over all ranks; needed if each rank holds its shards of the gradients as
-            plain tensors (FSDP1). None to count only this process.
+            plain tensors (FSDP1), otherwise None.
 
     >>> weight = torch.zeros(2, requires_grad=True)
     >>> (3.0 * weight[0] + 4.0 * weight[1]).backward()

@@ -98,7 +98,7 @@ class TRPO(OnPolicy):
     pass, its backward pass, and the backward pass of both; together these take as long as 14 forward passes (measured
     on a Llama of 5 layers with 180 tokens on a CPU). There are ``cg_iterations`` + 1 products, over
     1 / ``fisher_every`` of the responses. Each step of the line search takes 3 forward passes. With the defaults, the
-    actor's step takes as long as about 50 forward passes, while PPO's 4 epochs of the actor take as long as 14.
+    actor's step takes about as long as 50 forward passes, and the actor's part of PPO's 4 epochs as long as 14.
 
     Memory: the actor has no optimizer state, but needs a frozen copy of itself (the old policy) and 8 vectors of its
     size. Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of every other
@@ -122,8 +122,8 @@ class TRPO(OnPolicy):
         reference_kl: Where the KL to the reference enters the training, and how it is estimated.
         advantages: The advantage estimator.
         region: The size of the actor's step, and how the step is computed.
-        correction: How the update corrects for responses that the engine drew from another policy than the actor; None
-            for no correction.
+        correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
+            None for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
             rewards that would have followed; if False, those count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
@@ -275,7 +275,7 @@ class TRPO(OnPolicy):
         return loss, gradient
 
     def _fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
-        """Return the function v ↦ (F + damping) v, where F is the actor's Fisher matrix, averaged over tokens."""
+        """Return the function v ↦ (F + damping · I) v, where F is the actor's Fisher matrix, averaged over tokens."""
         rows = (experience.rollout.group % self.region.fisher_every == 0).nonzero().squeeze(1)
         batches = self.micro_batches(experience.select(rows))
         tokens = self.sum_over_ranks(step_totals(batches))[0]
@@ -328,7 +328,8 @@ class TRPO(OnPolicy):
     def _add_critic_gradients(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> Tensor:
         """Compute the critic's gradient on a minibatch, and return the value loss to check, [].
 
-        DDP does not average here, because its backward passes would have to reach the actor too.
+        This method averages the gradients over the ranks; DDP cannot, since its backward passes would have to reach the
+        actor too.
         """
         batches, value_loss = self.micro_batches(minibatch), torch.zeros((), device=self.device)
         totals, parameters = self.sum_over_ranks(step_totals(batches)), self.trained_parameters()["value"]
