@@ -58,9 +58,9 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
         The folder that was written.
 
     Raises:
-        UserError: if the run or the checkpoint does not exist, the run's configuration does not name its main model, the
-            checkpoint is incomplete or lacks the model, the tokenizer or the model that the run started from cannot be
-            loaded, or transformers has no sequence classifier of the critic's or reward model's architecture.
+        UserError: if the run or the checkpoint does not exist, the run's configuration does not name its main model,
+            the checkpoint is incomplete or lacks the model, the tokenizer or the model that the run started from cannot
+            be loaded, or transformers has no sequence classifier of the critic's or reward model's architecture.
 
     >>> export(Path("runs/ppo"), role="critic")
     Traceback (most recent call last):

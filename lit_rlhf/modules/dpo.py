@@ -151,7 +151,7 @@ class DPO(PreferenceModule):
     def on_train_start(self) -> None:
         """Compute the reference's log-probabilities of all training responses, if ``cache_reference`` is set.
 
-        Each batch is computed whole by one rank, and the batches are in file order, so that the results are the
+        Each whole batch is computed by a single rank, and the batches are in file order, so that the results are the
         same, bit for bit, on any number of ranks and after a resume. Lightning does not set the precision of the
         training step for this hook, so this method sets it.
 

@@ -12,7 +12,7 @@ from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.types import Rollout
 
 FLOAT32_BOUND, ROUNDED_BOUND = 1e-4, 0.1
-"""The default bounds, in nats per token: for matrix products of float32 numbers, and of numbers rounded to bfloat16 or TF32."""
+"""The default bounds, in nats per token: for matrix products in float32, and for those in bfloat16 or TF32."""
 
 
 class Mismatch(NamedTuple):

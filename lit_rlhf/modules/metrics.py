@@ -159,7 +159,7 @@ class Metrics:
 
 
 def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
-    """Record an iteration's scores, rewards, KL to the reference, KL coefficient, entropies, lengths and truncations."""
+    """Record the scores, rewards, KL to the reference, KL coefficient, entropies and lengths of an iteration."""
     rollout, mask = scored.rollout, trajectory.mask
     metrics.add("objective/score", scored.scores)
     metrics.add("objective/reward", trajectory.rewards.sum(1))
@@ -180,7 +180,7 @@ def measure_held_out(
     rewards: Mapping[str, Tensor],
     kl_to_ref: Tensor,
 ) -> None:
-    """Record the scores, rewards, KL to the reference, lengths, truncations and win rate of responses to held-out prompts.
+    """Record scores, rewards, KL to the reference, lengths, truncations and win rate of responses to held-out prompts.
 
     The win rate is the fraction of responses that score higher than the reference's response to the same prompt,
     sampled with the same random numbers; a tie counts half.

@@ -42,8 +42,8 @@ def measure_off_policy(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Ten
 
     ``off_policy/logprob_diff_mean`` and ``off_policy/logprob_diff_max`` are the mean and the maximum of
     |log π_old − log μ| over the tokens, in nats. ``off_policy/kl`` is KL(μ ‖ π_old) in nats per token, estimated by k3
-    at the tokens, which μ drew. ``off_policy/effective_sample_size`` is the effective sample size of the tokens if they
-    are weighted by π_old / μ, as a fraction of their number.
+    from the tokens, which μ drew. ``off_policy/effective_sample_size`` is the effective sample size of the tokens with
+    the weights π_old / μ, as a fraction of their number.
 
     Args:
         old_logprobs: [B, T], log π_old of the tokens.

@@ -306,7 +306,7 @@ class OnPolicy(AlignmentModule):
         self.kl.update(logged["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
         self.count_iteration()
-        logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # those of process 0
+        logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0
         logged["progress/iteration"] = float(self.iteration)
         logged["progress/responses"] = float(self.iteration) * responses
         self.log_iteration(logged, shown=("objective/score", "objective/kl_to_ref", "perf/tokens_per_second"))

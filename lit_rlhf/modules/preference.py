@@ -79,7 +79,7 @@ class PreferenceModule(AlignmentModule):
         self.count_iteration()
         self.after_step()
         logged = {f"train/{name}": value for name, value in metrics.compute().items()}
-        logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # those of process 0
+        logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0
         logged["progress/iteration"] = float(self.iteration)
         self.log_iteration(logged, shown=("train/loss", "train/accuracy"))
 

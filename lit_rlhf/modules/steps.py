@@ -71,8 +71,8 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
 def add_gradient(module: AlignmentModule, loss: Tensor, *, last: bool, untouched: Sequence[nn.Parameter] = ()) -> None:
     """Add the gradient of a part of the step's loss to the gradients of the trained parameters.
 
-    Under DDP, only the last backward pass of a step averages the gradients over the ranks, those of the earlier passes
-    included; strategies that shard models average in every pass.
+    Under DDP, only the last backward pass of a step averages the gradients over the ranks, including those of
+    earlier passes; strategies that shard models average in every pass.
 
     Args:
         module: The module that trains.
