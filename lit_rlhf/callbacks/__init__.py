@@ -1,4 +1,4 @@
-"""Callbacks: the plan, checkpoints, metrics, progress, samples, predictions, export, compiled or recomputed layers."""
+"""Callbacks: plan, checkpoints, metrics, progress, samples, predictions, export, and compiled or recomputed layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd

@@ -42,7 +42,7 @@ class CompileLayers(Callback):
             )
         for layer in _layers(pl_module, self):
             forward: Any = layer.forward
-            if isinstance(forward, _Recomputed):  # torch.compile does not look into a checkpoint: compile what it calls
+            if isinstance(forward, _Recomputed):  # torch.compile does not look into checkpoint(): compile what it calls
                 forward.forward = torch.compile(forward.forward, dynamic=True)
             else:
                 layer.forward = torch.compile(forward, dynamic=True)

@@ -40,7 +40,7 @@ class PrintPlan(Callback):
                 plan = self.plan(trainer, pl_module)
                 added = plan.checkpointing_added
                 print(*summary(plan), sep="\n")
-            except Exception as error:  # a training must not fail for its plan, nor leave the other processes waiting
+            except Exception as error:  # a run must not fail because of its plan, nor leave other processes waiting
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 print(f"plan: none ({reason})")
         if trainer.strategy.broadcast(added):

@@ -30,8 +30,8 @@ class Flight:
     """A rollout that is being generated, with the weights that draw it."""
 
     pending: PendingRollout
-    idle: Future[float]  # done when the responses are; the result: for how many seconds the generators were idle before
-    weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor
+    idle: Future[float]  # complete when the responses are; its result: the seconds of the generators' idle time before
+    weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor; empty if not kept
 
 
 class Landing(NamedTuple):
@@ -54,12 +54,12 @@ class Ahead(Engine):
     Responses for validation and prediction are generated without a lag.
 
     For each training process, the host's memory holds lag + 1 full copies of the actor's trained weights for its worker
-    processes, in the precision in which the workers hold them, and lag + 1 copies of the process's own part of these
-    weights for the guard. On eight processes with a lag of 1, these are 16 full copies: 256 GB for 8 billion parameters
-    in bfloat16.
+    processes, in the precision in which the workers hold them, and for `Guard` lag + 1 copies of the process's own part
+    of these weights. With eight training processes and a lag of 1, the workers' copies are 16 in all: 256 GB for 8
+    billion parameters in bfloat16.
 
-    With a lag, the responses are off-policy: ``model.correction`` or `VTrace` correct for this. The ratio π / π₀ of
-    the objectives still begins at 1, because π₀ is the actor at the beginning of the update.
+    With a lag, the responses are off-policy: ``model.correction`` or `VTrace` corrects for this. The ratio π / π_old of
+    the objectives still begins at 1, because π_old is the actor at the beginning of the update (without a bypass).
 
     Source: Noukhovitch et al. 2024 (asynchronous RLHF, arXiv 2410.18252), section 3; actors with an older policy as in
     Espeholt et al. 2018 (IMPALA, arXiv 1802.01561), section 3.
@@ -68,14 +68,14 @@ class Ahead(Engine):
         engine: The engine that generates the responses.
         lag: The number of iterations by which the policy that draws the responses is older than without this class;
             with 0, the engine is used in the training process, as if this class were not there.
-        workers: The number of worker processes, which divide the responses of a batch between them; each process of
-            the training has its own. Their number does not change the samples. With 0, the training process generates
-            the same responses itself, from a copy of the older weights: slower, but without a second device.
+        workers: The number of worker processes, which divide the responses of a batch between them; each training
+            process has its own. Their number does not change the samples. With 0, the training process generates the
+            same responses itself, from a copy of the older weights: slower, but without a second device.
         threads: The number of CPU threads of each worker process. If the workers compute on the CPU, the training
             process gives up as many threads as its workers have together, but keeps at least one.
         devices: The devices of the worker processes, such as ``cuda:1``: the first ``workers`` of them for the first
-            training process of a machine, the next ones for the second, and so on. None for the GPUs that the training
-            does not use, or for the CPU if the training is on the CPU.
+            training process of a machine, the next ones for the second, and so on. None for the GPUs that are not
+            used for training, or for the CPU if training is on the CPU.
 
     Raises:
         ValueError: if ``lag`` or ``workers`` is negative, ``threads`` is less than 1, ``engine`` is an `Ahead`, or the
@@ -156,7 +156,8 @@ class Ahead(Engine):
     ) -> Rollout:
         """Generate responses with the actor's current weights, and wait for them.
 
-        They are generated after the rollouts that were launched before. The arguments are those of `Engine.generate`.
+        A server generates them after the rollouts that were launched before. The arguments are those of
+        `Engine.generate`.
         """
         if self._thread is None or not isinstance(self.engine, DetachedEngine):
             return self.engine.generate(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
@@ -185,11 +186,11 @@ class Ahead(Engine):
             special_tokens: The stop tokens and the padding token.
             iteration: The iteration that will learn from the responses.
             keep_weights: Whether to keep a copy of the weights for `weights_of`. Without worker processes or a server,
-                they are kept in any case, because the responses are only generated in `land`.
+                a copy is kept in any case, because the responses are only generated in `land`.
 
         Raises:
-            UserError: if there are not enough devices for the worker processes, or if a worker process has ended or
-                could not load the actor.
+            UserError: if there are not enough devices for the worker processes, if a worker process has ended or could
+                not load the actor, or if the inner engine refuses the options for sampling.
         """
         if self._thread is None:
             self._start_working()
@@ -205,7 +206,7 @@ class Ahead(Engine):
         self.flights[iteration] = Flight(pending, self._thread.submit(self._run, pending), weights)
 
     def land(self, iteration: int) -> Landing:
-        """Wait for the responses of an iteration, and return them with the times of waiting.
+        """Wait for the responses of an iteration, and return them with the waiting times.
 
         All processes call this method together, inside `weights_of`.
 
@@ -234,14 +235,14 @@ class Ahead(Engine):
                 weight.copy_(current)
 
     def _run(self, pending: PendingRollout) -> float:
-        """Generate a rollout, and return the seconds that had passed since the rollout before it was complete."""
+        """Generate a rollout, and return the seconds from the end of the previous rollout to the start of this one."""
         idle = time.monotonic() - self._idle_since
         pending.run()
         self._idle_since = time.monotonic()
         return idle
 
     def _start_working(self) -> None:
-        """Start the engine that works outside this process, if there is one, and the thread that waits for it."""
+        """Start the worker processes, if the engine needs any, and the thread that generates the pending rollouts."""
         assert self._context is not None, "call start() first"
         if isinstance(self.engine, DetachedEngine):
             self._detached = self.engine

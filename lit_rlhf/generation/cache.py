@@ -90,7 +90,7 @@ class _Layer(CacheLayerMixin):
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether transformers must keep every mask; otherwise, it looks for padding and drops masks that have none.
 
-        To look, the host would have to wait for a GPU at each token. Besides, recorded operations must not depend on
+        To look, the host would have to wait for a GPU at each token. Besides, compiled operations must not depend on
         values.
         """
         return self.cache.column is not None or _keys_values(self)[0].device.type != "cpu"
@@ -132,7 +132,7 @@ class _Layer(CacheLayerMixin):
         return self.cache.end - self.cache.start + query_length, 0
 
     def get_seq_length(self) -> Any:
-        """Return the number of columns before the one to be written next, as a tensor if steps have a fixed shape."""
+        """Return how many of a step's columns precede the one to be written; a tensor if steps have a fixed shape."""
         return self.cache.end - self.cache.start if self.cache.column is None else self.cache.column
 
     def get_max_length(self) -> int:

@@ -1,4 +1,4 @@
-"""Communication between the processes of a run, for engines: nothing to do in a run of one process."""
+"""Communication between the processes of a run, for engines; a run of one process needs none."""
 
 from typing import Any, TypeVar
 

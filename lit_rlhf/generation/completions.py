@@ -27,7 +27,7 @@ ROUNDING = 1e-5
 
 
 ATTEMPTS_PER_TOKEN = 100
-"""The maximum number of attempts to draw each of the first ``min_tokens`` tokens, on average over a response."""
+"""The maximum number of times that stop tokens of a response are drawn again, for each token of ``min_tokens``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,10 +112,10 @@ class Engine(ABC):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the engine's log-probabilities and entropies equal the actor's own up to rounding.
+        """Whether the engine's log-probabilities and entropies equal the actor's own, up to rounding.
 
         If so, training in full float32 uses the engine's numbers as they are, unless it also needs the actor's values
-        or full KL. In all other cases, the actor computes them again. The default is False.
+        or the full KL. In all other cases, the actor computes them again. The default is False.
         """
         return False
 

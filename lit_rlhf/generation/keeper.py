@@ -1,8 +1,9 @@
-"""The program that keeps a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs a command and ends it with PARENT.
+"""The program that keeps a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs a command until PARENT ends.
 
 The command runs in a process group of its own. All processes of this group end, and the folder is removed, as soon as
 the command or the parent process ends, however it ends, when the parent closes this program's standard input, or when
-this program receives SIGTERM. It is run by its path and imports only the standard library, so that it starts at once.
+this program receives SIGTERM. PARENT is the id of the parent process, and FOLDER the folder to remove. The program is
+run by its path and imports only the standard library, so that it starts at once.
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 
 PATIENCE_SECONDS = 5.0
-"""The time between the request to end, SIGTERM, and the end by force, SIGKILL."""
+"""The maximum time between SIGTERM, the request to end, and SIGKILL, the end by force."""
 WATCH_SECONDS = 0.5
 """The maximum time until this program notices that its parent or the command has ended."""
 

@@ -1,4 +1,4 @@
-"""Generation with the actor's own weights: sequences that have ended leave the batch, and waiting prompts join it."""
+"""Generation with the actor's own weights and continuous batching: ended sequences leave, and waiting prompts join."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,15 +23,15 @@ from lit_rlhf.types import PromptBatch, Rollout
 CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
 """The number of steps between two checks for rows that have ended; in each check, the host waits for the GPU."""
 INITIAL_COLUMNS = 64
-"""The number of response tokens that the cache first has memory for; the cache grows later, often with fewer rows."""
+"""The number of response tokens that the cache initially has memory for; it grows later, often with fewer rows."""
 MIN_FREE_FRACTION = 0.125
 """The fraction of rows that must be free for waiting prompts to join, so that a forward pass prefills several."""
 MIN_USED_FRACTION = 0.25
-"""The fraction of rows in use at which the cache drops free rows if decoding steps compute all rows."""
+"""The fraction of rows in use at or below which the cache drops free rows if decoding steps compute all rows."""
 PREFILL_TOKENS = 8192
 """The maximum number of tokens in a forward pass over prompts, including padding; a longer prompt is computed alone."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""The kernels for attention. cuDNN would build a plan for each number of keys, that is, one at every token."""
+"""The kernels for attention, without cuDNN's, which would need a new plan for each number of keys: one per token."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class _Decoding:
         self.next_prompt = 0  # the first prompt that has not started
         self.check_every = CHECK_ENDED_EVERY_CPU if device.type == "cpu" else CHECK_ENDED_EVERY_GPU
         self.longest_prompt = max(self.prompt_lengths)
-        # the most columns; a row that has ended still writes some until the next check
+        # the maximum number of columns; a row that has ended still writes some until the next check
         self.max_columns = self.longest_prompt + sampling.max_tokens + self.check_every
         rows = len(uniforms)
         if cache_tokens is not None and rows * self.max_columns > cache_tokens:
-            self.max_columns += self.max_columns // 4  # so that the contents move to the left less often
+            self.max_columns += self.max_columns // 4  # so that the contents have to move left less often
             rows = min(rows, max(1, cache_tokens // (self.max_columns * sampling.responses)) * sampling.responses)
         columns = self._columns(self.longest_prompt + INITIAL_COLUMNS)
         self.cache = RowCache(rows, columns, end=self.longest_prompt)
@@ -219,7 +219,7 @@ class _Decoding:
     def _sample(self, logits: Tensor) -> Tensor:
         """Sample and record the next token of every row in use, and return the tokens, [rows]."""
         max_tokens = self.sampling.max_tokens
-        index = self.response, torch.where(self.ended, max_tokens, self.time)  # the last column is never read
+        index = self.response, torch.where(self.ended, max_tokens, self.time)  # what ended rows write is never read
         forbidden = None
         if self.sampling.min_tokens:
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
@@ -273,7 +273,11 @@ class _Decoding:
         return logits
 
     def _resize_cache(self) -> None:
-        """Add columns up to the maximum, move the contents left, and drop free rows if no prompt is waiting."""
+        """Choose a new number of columns, move the contents left, and drop free rows if no prompt is waiting.
+
+        The new number is twice the number of columns in use, or enough for a new prompt if this is more, but at most
+        the maximum.
+        """
         cache = self.cache
         old_end, width = cache.end, cache.end - cache.start
         mask = self.mask[: cache.used, cache.start : cache.end]
@@ -288,7 +292,7 @@ class _Decoding:
         self.static_step = None
 
     def _columns(self, columns: int) -> int:
-        """Limit a number of columns to the maximum, and round it up to a multiple of 8, as GPUs need for masks."""
+        """Limit a number of columns to the maximum, and round it up to a multiple of 8, as masks on GPUs require."""
         return -(-min(self.max_columns, columns) // 8) * 8
 
 

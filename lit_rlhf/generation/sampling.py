@@ -50,7 +50,7 @@ def draw(
 
 
 def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose share is at least ``top_p``; set other probabilities to 0."""
+    """Keep the smallest set of most likely tokens whose share is at least ``top_p``; set the others to 0."""
     ordered, order = probabilities.sort(-1, descending=True)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     before = _cumulative(ordered, ordered.dtype) - ordered
@@ -59,10 +59,10 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def _cumulative(probabilities: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the cumulative sums of each row's probabilities, exactly if results must be deterministic.
+    """Compute the cumulative sums of each row's probabilities, with integers if results must be deterministic.
 
     A GPU adds floating-point numbers in an order that varies, which PyTorch refuses to do in that case. Probabilities
-    are then rounded down to multiples of 2⁻⁵², and integers are added.
+    are then rounded down to multiples of 2⁻⁵², and added as integers.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return probabilities.cumsum(-1, dtype=dtype)

@@ -17,20 +17,20 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.http import JSONClient
 
 MODULE = "vllm.entrypoints.openai.api_server"
-"""What ``vllm serve`` runs; the command itself is not installed with every build of vLLM."""
+"""The module that ``vllm serve`` runs; the command itself is not installed with every build of vLLM."""
 SERVED_NAME = "actor"
 SETTINGS = {
     "VLLM_SERVER_DEV_MODE": "1",  # opens the routes for weights
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; has no effect on GPUs, like the next
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would bind its threads to the cores that the training uses
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would bind its threads to the cores that training uses
 }
 """Environment variables of the server, unless they are set already."""
 NOT_INHERITED = re.compile(
     r"(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(GROUP|ROLE|TORCHELASTIC)_.*"
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_ALLOC_CONF|PYTORCH_(CUDA|HIP)_ALLOC_CONF)"
 )
-"""The names of environment variables that belong to the training: its processes, its packages and its memory."""
+"""The environment variables that the server does not inherit: those of the run's processes, packages and memory."""
 ERROR = re.compile(r"[\w.]*(Error|Exception|error): ")
 POLL_SECONDS = 0.2
 GIVE_UP_SECONDS = 15.0
@@ -41,14 +41,14 @@ class Server:
     """A vLLM server in a process group of its own, which ends with this process, however this process ends.
 
     Args:
-        python: The Python program of an environment in which vLLM is installed.
+        python: The Python interpreter of an environment in which vLLM is installed.
         model: The folder of the model to start with.
         arguments: Further arguments of vLLM's command line.
         devices: The indices of the server's GPUs among those that this process may use; None for all of them.
         folder: A folder that is removed when the server has ended.
 
     Raises:
-        UserError: if there is no such program, or no such GPU.
+        UserError: if there is no such interpreter, or no such GPU.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Server:
         if program is None:
             raise UserError(f"model.engine.python: there is no program {python}")
         port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"  # this machine alone may reach it: whoever does controls the server
+        self.url = f"http://127.0.0.1:{port}"  # of this machine only: whoever reaches the port controls the server
         handle, name = tempfile.mkstemp(prefix=f"lit-rlhf-vllm-{os.getpid()}-", suffix=".log")
         self.log = Path(name)
         command = [program, "-m", MODULE, "--model", str(model), "--served-model-name", SERVED_NAME]
@@ -106,7 +106,7 @@ class Server:
         threading.Thread(target=watch, daemon=True).start()
 
     def ended(self, patience: float = 0.0) -> str:
-        """Return a message if the server has ended or ends within ``patience`` seconds, and an empty text otherwise."""
+        """Return a message if the server has ended or ends within ``patience`` seconds, otherwise an empty string."""
         try:
             code = self._process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -119,7 +119,7 @@ class Server:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines) if ERROR.search(line)]
-        causes = [number for number in errors if "root cause" not in lines[number]]  # the others refer to it
+        causes = [number for number in errors if "root cause" not in lines[number]]  # the others name no cause
         number = (causes or errors or [len(lines) - 1])[-1]
         last = " ".join(lines[number : number + 2]) if lines else "the log is empty"  # some errors have two lines
         found = ERROR.search(last)
@@ -127,7 +127,7 @@ class Server:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask the keeper to end the server, and wait until it has."""
+    """Ask the keeper to end the server, and wait until the keeper has ended."""
     assert process.stdin is not None
     process.stdin.close()
     try:

@@ -43,12 +43,12 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """The number of bytes of all tensors."""
+        """The number of bytes of all tensors, each rounded up to the alignment."""
         return sum(self.sizes)
 
 
 def open_shared_memory() -> int:
-    """Return the file descriptor of new memory without contents, which child processes can inherit.
+    """Return the file descriptor of new, empty shared memory; child processes can inherit it.
 
     The memory (a temporary file, on systems without ``memfd_create``) has no name in a file system, so that nothing of
     it is left when the last process that uses it has ended.
@@ -88,7 +88,7 @@ def map_tensors(descriptor: int, layout: Layout) -> dict[str, Tensor]:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model that are trained, by the names that they have without sharding.
+    """Return the trained parameters of a model, by the names that they have without sharding.
 
     Tied parameters are returned once. Inside `unsharded`, the parameters of a sharded model are full tensors.
     """

@@ -35,7 +35,7 @@ class StaticStep:
         self.replay: Callable[[], Tensor] | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Compute the logits of the next token for the rows in use, [used, V]; they last until the next call.
+        """Compute the logits of the next token for the rows in use, [used, V]; they are valid until the next call.
 
         Args:
             tokens: The newest tokens, [used] int64.
@@ -60,7 +60,7 @@ def _compiled_next_logits() -> Callable[..., Tensor]:
 def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Return a function that computes a step from the current contents of the same tensors.
 
-    On a GPU, the function launches a CUDA graph, which needs no work of the CPU for each operation.
+    On a GPU, the function launches a CUDA graph, so that the CPU does not launch each operation.
 
     Args:
         step: The step, which must be repeatable, because it runs once before it is captured.

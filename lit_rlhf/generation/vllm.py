@@ -1,4 +1,4 @@
-"""Generation by a vLLM server, over HTTP: vLLM need not be installed in the environment of the training."""
+"""Generation by a vLLM server, over HTTP: vLLM need not be installed in the training environment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOGPROBS_MODE = "processed_logprobs"
 RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
 """How often, at most, the server is asked to forget what it computed with older weights, and the pause in between."""
 ENDING_SECONDS = 2.0
-"""The maximum number of seconds after a failed request in which the end of the server is taken for the cause."""
+"""The maximum number of seconds after a failed request in which the end of the server is taken as the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Job:
 
 
 class VLLMEngine(DetachedEngine):
-    """An engine that lets a vLLM server generate: one that runs already, or one that it starts and ends with the run.
+    """An engine that lets a vLLM server generate: one that runs already, or one that starts and ends with the run.
 
     The server receives the actor's weights before it generates, as files: they are written to a folder by process 0,
     and read by the server. Each response is one request with a seed of its own, a function of the seed of the run, the
@@ -60,14 +60,14 @@ class VLLMEngine(DetachedEngine):
     distribution. With ``min_tokens``, a stop token that comes too early is drawn again; at temperature 0, the server
     forbids it instead, and the log-probabilities of the first ``min_tokens`` tokens are those without the stop tokens.
 
-    A server that runs already must be of vLLM 0.32 or later, with the environment variable ``VLLM_SERVER_DEV_MODE=1``
+    A server that runs already must be vLLM 0.32 or later, with the environment variable ``VLLM_SERVER_DEV_MODE=1``
     and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16`` for ``bf16-mixed``). Whoever
     reaches its port can control it. On a CPU, its model must not have tied embeddings.
 
     Args:
         url: The address of a server that runs already, such as ``http://127.0.0.1:8000``; None to start one.
-        python: The Python program of an environment in which vLLM is installed; None to use ``url``.
-        devices: The indices of the GPUs for the server that is started, among those that the training may use. vLLM
+        python: The Python interpreter of an environment in which vLLM is installed; None to use ``url``.
+        devices: The indices of the GPUs for the server that is started, among those that the run may use. vLLM
             divides each layer between several GPUs (tensor parallelism). None to let the server see all of these GPUs,
             of which it uses one, unless ``server_args`` ask for more.
         max_model_len: The maximum number of tokens in a prompt with its response, for the server that is started; None
@@ -75,7 +75,7 @@ class VLLMEngine(DetachedEngine):
         weights_dir: The folder in which weights are passed to the server; None for shared memory if there is room for
             them, and for the directory of temporary files otherwise. A server on another machine must see the same
             folder under the same path.
-        timeout: The maximum number of seconds to wait for a response, or until the server has read new weights.
+        timeout: The maximum number of seconds to wait for a response, or for the server to read new weights.
         startup_timeout: The maximum number of seconds to wait until the server has started.
         connections: The maximum number of requests at the same time.
         server_args: Further arguments for the server that is started; they take precedence over the engine's own.
@@ -90,7 +90,7 @@ class VLLMEngine(DetachedEngine):
         ...
     ValueError: engine: give either url, the address of a vLLM server, or python, a program that can start one
 
-    In a configuration, with the GPUs 0 to 2 for training and the GPU 3 for the server::
+    In a configuration, with GPUs 0 to 2 for training and GPU 3 for the server::
 
         model:
           engine:
@@ -168,7 +168,7 @@ class VLLMEngine(DetachedEngine):
             raise UserError(problem)
 
     def close(self) -> None:
-        """Give up requests that wait, end the server if this engine started it, and remove the weights."""
+        """Give up waiting requests, end the server if this engine started it, and remove the weights."""
         for part in (self._client, self._server, self._folder):
             if part is not None:
                 part.close()
@@ -290,7 +290,7 @@ class VLLMEngine(DetachedEngine):
             The responses of each process.
 
         Raises:
-            UserError: if the server does not answer, or answers something else.
+            UserError: if the server does not answer, or its answer is not what was asked for.
         """
         client = self._client
         assert client is not None, "the engine is closed"
@@ -379,5 +379,5 @@ class _PendingRollout(PendingRollout):
 
 
 def _line(error: Exception) -> str:
-    """Return what happened in one line: the message of a UserError, or the name and the text of another error."""
+    """Return an error as one line: the message of a UserError, or the name and the message of another error."""
     return " ".join((str(error) if isinstance(error, UserError) else f"model.engine: {error!r}").split())

@@ -118,14 +118,14 @@ def _roomy(size: int) -> Path:
 
 
 def _owner(process: int | str) -> str:
-    """Return the beginning of the name of a process's folder: the machine, the namespace of process ids, the id."""
+    """Return the beginning of a process's folder name: the machine, the namespace of process ids, and the id."""
     namespace = Path("/proc/self/ns/pid")  # a container has its own
     number = namespace.stat().st_ino if namespace.exists() else 0
     return f"{PREFIX}-{socket.gethostname()}-{number}-{process}"
 
 
 def _remove_stale(place: Path) -> None:
-    """Remove the folders of processes of this machine that have ended."""
+    """Remove the folders of those processes of this machine that have ended."""
     prefix = _owner("")
     for folder in place.glob(f"{glob.escape(prefix)}*"):
         process = folder.name.removeprefix(prefix).partition("-")[0]

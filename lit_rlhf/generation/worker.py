@@ -36,7 +36,7 @@ class Assignment:
     threads: int
     float32_precision: str  # of matrix products on CUDA
     deterministic: bool  # whether torch must use deterministic algorithms
-    warns_only: bool  # whether operations that are not deterministic only warn
+    warns_only: bool  # whether operations that are not deterministic only cause a warning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ def receive(connection: Connection) -> Any:
 
 
 def serve(connection: Connection) -> None:
-    """Load the actor, send the layout of its trained weights, and do one job after the other.
+    """Load the actor, send the layout of its trained weights, and do one job after another.
 
     Args:
         connection: The connection to the parent process, which sends an `Assignment` and then each `Job`.

@@ -32,12 +32,12 @@ Message = TypeVar("Message", Layout, Answer)
 
 
 class WorkerProcess:
-    """A worker process, which generates responses with the engine that its first message names, one job at a time.
+    """A worker process, which generates responses with the engine in its first message, one job at a time.
 
     Args:
         threads: The number of threads of the process.
         memories: The file descriptors of the shared memories that its jobs may name.
-        name: The name of the process in messages.
+        name: The name of the process in error messages.
     """
 
     def __init__(self, threads: int, memories: Sequence[int], name: str) -> None:
@@ -252,7 +252,10 @@ class _PendingRollout(PendingRollout):
         return concatenate(rollouts, self.job.special_tokens.pad).to(self.workers.device)
 
     def _shares(self) -> list[PromptBatch]:
-        """Divide the prompts into one part of consecutive prompts for each worker; no part is empty."""
+        """Divide the prompts into parts of consecutive prompts, one for each worker; no part is empty.
+
+        If there are fewer prompts than workers, each part is one prompt, and some workers get none.
+        """
         prompts, total = self.job.prompts, len(self.job.prompts.tokens)
         count = min(self.workers.count, total)
         bounds = [total * number // count for number in range(count + 1)]
@@ -270,7 +273,7 @@ def _rows(prompts: PromptBatch, start: int, end: int) -> PromptBatch:
 
 
 def concatenate(rollouts: Sequence[Rollout], padding: int) -> Rollout:
-    """Return the rows of several rollouts as one rollout, padded on the right to the longest.
+    """Return the rows of several rollouts as one rollout, padded on the right to the longest row.
 
     Args:
         rollouts: The rollouts, at least one.

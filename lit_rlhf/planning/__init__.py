@@ -1,1 +1,1 @@
-"""What a training needs, computed from its configuration: memory, FLOPs and time."""
+"""What a run needs, computed from its configuration: memory, FLOPs and time."""

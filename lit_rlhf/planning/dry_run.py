@@ -57,13 +57,13 @@ class Footprint(NamedTuple):
 
     layer: int  # that each decoder layer keeps for the backward pass
     rest: int  # at the peak, besides what the layers keep
-    end: int  # at the end of the backward pass, when the layers keep nothing any more; excludes new gradients
+    end: int  # at the end of the backward pass, when the layers no longer keep anything; excludes new gradients
 
 
 class LiveBytes:
-    """A count of the bytes of all tensors that operations make while they are watched, as long as the tensors live.
+    """A count of the bytes of all tensors that watched operations make, as long as the tensors live.
 
-    The attribute ``now`` is the present count, and ``peak`` is the highest count since `take_peak` was last called.
+    The attribute ``now`` is the current count, and ``peak`` is the highest count since `take_peak` was last called.
 
     >>> live = LiveBytes()
     >>> with watch_results(live.see):
@@ -77,7 +77,7 @@ class LiveBytes:
         self._known: set[int] = set()
 
     def see(self, tensor: Tensor, size: int | None = None) -> None:
-        """Count the storage of a tensor of any shape, unless that storage is counted already.
+        """Count the storage of a tensor, unless that storage is counted already, as for a view.
 
         Args:
             tensor: The tensor.
@@ -108,7 +108,7 @@ Gradients: TypeAlias = Literal["new", "kept", "shards"]
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
-    """Return the parameters of a model that are held in bfloat16."""
+    """Return those parameters of a model that are held in bfloat16."""
     return [] if rounding == "none" else rounded_weights(model, all_weights=rounding == "all")
 
 
@@ -346,6 +346,6 @@ def _refused(model: PreTrainedModel) -> Iterator[None]:
     """Turn any error of a dry run inside this context into a `UserError` that names the model's class."""
     try:
         yield
-    except Exception as error:  # of many types: an operation needs values, or does not know tensors without memory
+    except Exception as error:  # of many types: an operation needs values, or refuses tensors without memory
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"plan: {type(model).__name__} cannot be run without weights: {reason}") from error

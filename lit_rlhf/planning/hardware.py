@@ -1,4 +1,4 @@
-"""Devices that a plan can be made for: public peak rates of GPUs, and the rates of this machine's CPU, measured."""
+"""Devices that a plan can be made for: GPUs with public peak rates, and this machine's CPU with measured rates."""
 
 import os
 import time

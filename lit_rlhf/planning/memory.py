@@ -55,7 +55,7 @@ def phases(setting: Setting) -> tuple[Phase, ...]:
 
 
 class Held(NamedTuple):
-    """The bytes that a process holds of a model; gradients exist in the update only, except under DDP."""
+    """The bytes that a process holds for a model; gradients exist in the update only, except under DDP."""
 
     weights: float
     gradients: float
@@ -63,7 +63,7 @@ class Held(NamedTuple):
 
 
 def held(setting: Setting, role: Role) -> Held:
-    """Return what a process holds of a role's model: a share of the weights, float32 gradients and optimizer state."""
+    """Return what a process holds for a role: its share of the weights, float32 gradients and optimizer state."""
     weights = weight_bytes(role, _rounding(setting, role, used=False))
     gradients, state = (FLOAT, role.stepping.state) if role.stepping is not None else (0, 0.0)
     return Held(*(size / setting.shards for size in (weights, gradients * role.parameters, state * role.parameters)))
@@ -72,7 +72,7 @@ def held(setting: Setting, role: Role) -> Held:
 def host_bytes(setting: Setting) -> float:
     """Return the bytes that the models need, at most, in the memory of a host with up to eight GPUs.
 
-    Models are loaded one after the other, in float32. A process reads its share of a model that FSDP2 shards, and the
+    Models are loaded one after another, in float32. A process reads its share of a model that FSDP2 shards, and the
     whole of any other model. (With random weights under FSDP2, the result is too small, because each process then
     builds the whole model.) Shards that are offloaded stay on the host.
     """
@@ -125,7 +125,7 @@ def _decoding(setting: Setting) -> Iterator[Part]:
 
 
 def cache_size(setting: Setting) -> tuple[int, int]:
-    """Return the rows and the columns of the key-value cache if all responses are as long as allowed.
+    """Return the numbers of rows and columns of the key-value cache if all responses are as long as allowed.
 
     As in `lit_rlhf.generation.native`, a quarter is added to the columns if a limit on the cache's tokens applies.
     """
@@ -202,7 +202,7 @@ def _updating(setting: Setting) -> tuple[Part, ...]:
 def _moments(setting: Setting) -> Iterator[_Moment]:
     """Yield the moments at which the peak may be: in each model's backward pass, at its end, and in the step.
 
-    Models learn one after the other. In a step of one micro-batch, gradients are made by the backward passes, while
+    Models are updated one after another. In a step of one micro-batch, gradients are made by the backward passes, while
     activations are freed; otherwise, all gradients exist from the second micro-batch on. Under DDP they always exist,
     and under FSDP they are counted as if they did.
     """

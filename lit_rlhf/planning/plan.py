@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits the memory of the devices."""
+        """Whether every phase fits into the memory of the devices."""
         return self.advice is None
 
 
@@ -98,7 +98,7 @@ def needs_checkpointing(setting: Setting) -> bool:
 
 
 def available(setting: Setting) -> float:
-    """Return the bytes of a process's device that are left to tensors; processes on a CPU share its memory."""
+    """Return the bytes of a process's device that are left to tensors; on CPUs, processes share a host's memory."""
     sharing = min(setting.processes, PROCESSES_ON_A_HOST) if setting.device.is_cpu else 1
     return setting.device.memory / sharing - RESERVED
 

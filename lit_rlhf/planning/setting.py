@@ -145,7 +145,7 @@ def setting_of(
         strategy: The Trainer's strategy, or its name.
         half: Whether matrix products are computed in bfloat16.
         recompute: Whether the backward pass recomputes the activations of the trained layers.
-        prompt_tokens: The number of tokens in each prompt; None for the most that the data module lets through. Only
+        prompt_tokens: The number of tokens in each prompt; None for the maximum that the data module allows. Only
             used for modules that generate responses.
 
     Raises:

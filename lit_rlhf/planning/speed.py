@@ -87,7 +87,7 @@ def _decoding(setting: Setting) -> Work:
 
     On average, the cache holds the prompts and half of the responses. A step takes the longest of three times: to read,
     to compute, and on a GPU to launch the operations, unless they are compiled. If the cache does not hold all rows,
-    those that wait take as many steps again.
+    the waiting rows take as many steps again.
     """
     generation = setting.generation
     assert generation is not None

@@ -52,8 +52,8 @@ def make_tiny_model(
         folder: The folder to write.
         architecture: The ``model_type`` of the model.
         task: ``causal`` for a language model, ``score`` for a sequence classifier with one label.
-        special: ``distinct`` for different beginning, end and padding tokens; ``bos_is_eos`` or ``pad_is_eos`` to use
-            the end token as the beginning or the padding token as well.
+        special: ``distinct`` for different BOS, EOS and padding tokens; ``bos_is_eos`` or ``pad_is_eos`` to use the EOS
+            token as the BOS or the padding token as well.
         seed: The seed of the weights.
         chat: Whether the tokenizer has a chat template.
 
