@@ -69,7 +69,7 @@ class ResumableData(lightning.LightningDataModule):
         """Fill the cache; Lightning calls this method in one process of each node, while the others wait.
 
         Raises:
-            UserError: for the same reasons as in ``setup``.
+            UserError: for the same reasons as ``setup``.
         """
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
