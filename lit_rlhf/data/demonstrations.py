@@ -81,7 +81,9 @@ class DemonstrationEncoder:
 
 
 class Demonstrations(ResumableData):
-    """Texts, or prompts with responses, from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
+    """Texts to imitate, or prompts with responses to imitate.
+
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
     Args:
         train: The source of the texts to imitate.
