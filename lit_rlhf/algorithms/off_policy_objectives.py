@@ -1,8 +1,8 @@
 """Policy objectives for responses that were drawn several updates ago, so that many ratios are far from 1.
 
 `Clip` removes the gradient of every token whose ratio is beyond a bound in the direction of its advantage. These
-objectives do so less often: `CISPO` never, as it bounds the weight of the gradient instead, and `DPPO` only where the
-probability itself has changed a lot.
+objectives do so less often: `CISPO` never does, because it bounds the weight of the gradient instead, and `DPPO` does
+only where the probability itself has changed a lot.
 """
 
 from dataclasses import dataclass
