@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row, one of which, ``kept``, tells whether a loader hands the row out."""
+        """The columns of a row, one of which, ``kept``, tells whether loaders use the row."""
 
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]

@@ -189,8 +189,8 @@ class Preferences(ResumableData):
         ValueError: if a number is out of range.
         UserError: in ``setup``, if a source cannot be read, a column is missing, a ranking has fewer than two
             responses or contains a tie, two responses are equal and ``ties`` is ``refuse``, a prompt or a response has
-            the wrong type or is refused by the chat template, a margin is not a finite number beside a pair, only some
-            records have prompts, or no record is left.
+            the wrong type or is refused by the chat template, a margin is not a finite number or does not belong to
+            a pair, only some records have prompts, or no record is left.
 
     >>> data = Preferences(train="lit_rlhf.data.reviews:pairs", ties="drop")
     >>> Preferences(validation_batch_size=0)
