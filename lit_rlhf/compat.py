@@ -206,7 +206,7 @@ INAPPLICABLE_WARNINGS = (
     r".*module\(s\) in eval mode.*",
     r".*Total length of `list` across ranks is zero.*",
 )
-"""Lightning's warnings about what is intended here, such as no worker processes, dropout off, or no validation set."""
+"""Lightning's warnings about things that are intended here, such as modules in eval mode or no validation set."""
 
 # argparse and jsonargparse
 

@@ -274,7 +274,7 @@ class Experience:
     policy_weights: Tensor  # [B, T], the factor of the objective's loss; 1 without a correction
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T]
-    reward_scale: Tensor  # [B, T], product of the factors by which whitening scaled rewards and advantages
+    reward_scale: Tensor  # [B, T], the factor by which whitening rewards and advantages scaled the rewards
 
     def select(self, rows: Tensor) -> "Experience":
         """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""
