@@ -145,8 +145,8 @@ class FSDP(FSDPStrategy):
         """Start the communication between the processes, and let batches and buffers keep their data types.
 
         Lightning would cast the buffers, and would raise an error for the batches, which it cannot cast because they
-        are frozen dataclasses. Autocast works as in Lightning's other strategies: on the device of the models, and without
-        a cache of cast weights, which would be outdated after an optimizer step within the same training step.
+        are frozen dataclasses. Autocast works as in Lightning's other strategies: on the device of the models, and
+        without a cache of cast weights, which would be outdated after an optimizer step within the same training step.
         """
         super().setup_environment()
         for name in ("convert_input", "convert_module"):
