@@ -1,4 +1,4 @@
-"""How batches are cut: into minibatches, into each process's rows, and into micro-batches of rows of similar length."""
+"""How batches are cut (into minibatches, each process's rows, and micro-batches) and gathered from all processes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -88,8 +88,8 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
     Args:
         experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        generator: A CPU generator, the only source of randomness, with which the rows are shuffled; None to keep their
-            order, in which each minibatch has consecutive rows.
+        generator: A CPU generator with which the rows are shuffled, the only source of randomness; None to keep the
+            order of the rows, so that each minibatch has consecutive rows.
     """
     rows_in_all = len(experience.advantages)
     order = torch.arange(rows_in_all) if generator is None else torch.randperm(rows_in_all, generator=generator)
@@ -98,7 +98,7 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
 
 
 def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
-    """Return this process's share of the rows, grouped by length into equally many micro-batches on every process.
+    """Return this process's share of the rows, grouped by length; every process gets the same number of micro-batches.
 
     Args:
         experience: The rows of all processes, the same on every process.
@@ -207,7 +207,7 @@ def gather_rollout(
 
 
 class _Table:
-    """A table of zeros with room for the rows of all processes: each writes its own, and the tables are summed."""
+    """A table of zeros for the rows of all processes: each process fills in its own rows, and the tables are summed."""
 
     def __init__(
         self,

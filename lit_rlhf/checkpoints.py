@@ -74,7 +74,7 @@ def remove(path: Path) -> None:
 
 
 class AnyCheckpoint(TorchCheckpointIO):
-    """A Trainer plugin that lets strategies without sharding resume from a checkpoint folder and replace it by a file.
+    """A Trainer plugin with which unsharded strategies resume from a checkpoint folder and replace it with a file.
 
     For example, to continue a sharded run under DDP::
 

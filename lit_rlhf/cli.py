@@ -20,17 +20,17 @@ commands:
   quickstart   SFT, a reward model and PPO from scratch, on a small corpus that is included
   fit          train: lit-rlhf fit --config configs/ppo.yaml
   plan         say what fit will need: memory, FLOPs, seconds; lit-rlhf plan --config configs/ppo.yaml --gpu h100
-  validate     score held-out prompts
-  test         score test prompts
+  validate     evaluate a model on the validation data
+  test         evaluate a model on the test data
   predict      write responses as JSONL
   export       write a checkpoint's model as a Hugging Face folder
 
-lit-rlhf COMMAND --help shows a command's options, lit-rlhf fit --model.help PolicyGradient those of a model.
+lit-rlhf COMMAND --help shows a command's options; lit-rlhf fit --model.help PolicyGradient shows those of a model.
 """
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command, and report a mistake of the user in one line and by a non-zero exit status.
+    """Run a command, and report a mistake of the user in one line and with a non-zero exit status.
 
     Args:
         args: The command and its options; None to read the command line.

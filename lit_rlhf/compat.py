@@ -82,8 +82,8 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
     """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
 
     Removes from ``_forward_pre_hooks`` and ``_forward_hooks`` what belongs to the object that ``_get_fsdp_state``
-    returns, and from the module itself the ``methods`` that ``register_fsdp_forward_method`` has set; puts everything
-    back in the same order.
+    returns, and from the module itself the ``methods`` that ``register_fsdp_forward_method`` has set; at the end of the
+    context, puts everything back in the same order.
     """
     state, part = module._get_fsdp_state(), vars(module)
     hooks = [(entries, dict(entries)) for entries in (part["_forward_pre_hooks"], part["_forward_hooks"])]
@@ -105,8 +105,8 @@ def tensors_without_memory() -> AbstractContextManager[Any]:
     """Return a context in which operations compute the shapes and data types of their results, but no values.
 
     Uses ``FakeTensorMode``. The public meta device would not do: it has no autocast, and no attention kernels but the
-    one that stores the scores of all pairs of tokens. The mode's logger is silenced: it reports errors that are raised
-    as well.
+    one that stores the scores of all pairs of tokens. The mode's logger is silenced, because it also reports
+    errors that are raised anyway.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -135,7 +135,7 @@ def watch_results(seen: Callable[[Tensor], None]) -> AbstractContextManager[Any]
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""Phrases of gloo, the operating system and NCCL in the RuntimeError of a collective that lost another process."""
+"""Phrases of gloo, the operating system and NCCL in the RuntimeError of a collective when another process has ended."""
 
 LEAF_SPEC_WARNING = r".*`isinstance\(treespec, LeafSpec\)`.*"
 """A pattern of torch's warning about a deprecated class that Lightning still uses."""
@@ -206,7 +206,7 @@ INAPPLICABLE_WARNINGS = (
     r".*module\(s\) in eval mode.*",
     r".*Total length of `list` across ranks is zero.*",
 )
-"""Lightning's warnings about what is intended here, such as no worker processes, dropout off, or no validation set."""
+"""Lightning's warnings about things that are intended here, such as modules in eval mode or no validation set."""
 
 # argparse and jsonargparse
 
@@ -234,7 +234,7 @@ UNKNOWN_OPTION = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
     re.compile(r"(?:Option|option) '(?P<group>)(?P<name>[^']+)'"),
     re.compile(r"[Uu]nrecognized arguments: (?:--)?(?P<group>)(?P<name>[^\s=]+)"),
-    re.compile(r"Key '(?P<group>)(?P<name>[^']+)' is not expected"),  # of older versions
+    re.compile(r"Key '(?P<group>)(?P<name>[^']+)' is not expected"),  # in older versions of jsonargparse
 )
 """An option that does not exist, with its group if the message names the group."""
 

@@ -130,7 +130,7 @@ def _options(owner: type) -> list[str]:
     """Return the names of a class's options, with dotted names for the fields of options that are dataclasses."""
     names = []
     for parameter in inspect.signature(owner).parameters.values():
-        if parameter.name in ("params", "optimizer"):  # the first of an optimizer or a schedule, not for users
+        if parameter.name in ("params", "optimizer"):  # arguments of optimizers and schedules that are not options
             continue
         names.append(parameter.name)
         default = type(parameter.default)

@@ -16,11 +16,11 @@ from lit_rlhf.errors import UserError
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 """The HTTP status codes after which a later attempt may succeed."""
 RETRIED_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-"""The errors after which a later attempt may succeed: no connection, no answer in time, half an answer."""
+"""The errors after which a later attempt may succeed: no connection, no answer in time, an incomplete answer."""
 CONNECT_SECONDS = 10.0
 """The maximum number of seconds to wait for a connection, which a service accepts even when it is busy."""
 MAX_PAUSE_SECONDS = 60.0
-"""The maximum number of seconds for which a service can ask to wait before the next attempt (Retry-After)."""
+"""The longest pause before the next attempt, in seconds, that a service can ask for (Retry-After)."""
 NOTICE_SECONDS = 0.2
 """The maximum number of seconds after `JSONClient.close` until `JSONClient.post_all` stops waiting for answers."""
 
@@ -37,7 +37,7 @@ class JSONClient:
         option: The name of the option that holds the address, for messages.
         timeout: The maximum number of seconds to wait for an answer, in each attempt.
         retries: The maximum number of times that a request is repeated.
-        token: The bearer token to send; None for none.
+        token: The bearer token to send; None to send no token.
         connections: The maximum number of requests that `post_all` sends at the same time.
         retry_timeouts: Whether a request is also repeated if it was sent and no answer came in time.
 
@@ -105,8 +105,8 @@ class JSONClient:
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return the answers to several POST requests, as `post` does, in the order of the requests.
 
-        At most ``connections`` requests are sent at the same time. When the failure of one of them is noticed, requests
-        that are still waiting are not sent any more.
+        At most ``connections`` requests are sent at the same time. When one of them fails, requests that are still
+        waiting are not sent any more.
 
         Args:
             path: What follows the address of the service: nothing, or a path that begins with a slash.

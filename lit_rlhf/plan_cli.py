@@ -1,4 +1,4 @@
-"""The command ``lit-rlhf plan``: what a training will need, from its configuration alone."""
+"""The command ``lit-rlhf plan``: what a training run will need, from its configuration alone."""
 
 from __future__ import annotations
 

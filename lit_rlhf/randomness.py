@@ -1,4 +1,4 @@
-"""Random numbers as a function of the seed, the stream, the iteration and the row alone.
+"""Random numbers that depend only on the seed, the stream, the iteration and the row.
 
 The same configuration therefore gives the same samples on one rank and on eight, for any batching of the rows, and
 after a resume, without storing the state of a generator.
@@ -64,7 +64,7 @@ def row_seeds(stream: Stream, iteration: int, rows: Tensor) -> list[int]:
         rows: [B] int64, the index of each row in the global batch.
 
     Returns:
-        B integers in [0, 2⁶³), of which each depends on its own row alone.
+        B integers in [0, 2⁶³), each of which is independent of the other rows.
 
     >>> seeds = row_seeds(Stream.ROLLOUT, iteration=0, rows=torch.arange(8))
     >>> seeds[5:] == row_seeds(Stream.ROLLOUT, iteration=0, rows=torch.tensor([5, 6, 7])), len(set(seeds))

@@ -1,7 +1,7 @@
 """The strategies ``fsdp2`` and ``fsdp``, which shard models over processes; Lightning's ``ddp`` works as well.
 
 The option ``--trainer.strategy`` selects a strategy by name. Importing this module registers the names with Lightning,
-and replaces Lightning's ``ddp`` with one in which the gradients are parts of the buffers that DDP sends.
+and replaces Lightning's ``ddp`` with one in which the gradients are views of the buffers that DDP sends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FSDP2(ModelParallelStrategy):
     >>> FSDP2(cpu_offload=True).cpu_offload
     True
 
-    In a configuration, ``fsdp2`` selects the defaults; options need the class::
+    In a configuration, ``fsdp2`` selects the default options; other options need the class::
 
         trainer:
           strategy: {class_path: lit_rlhf.FSDP2, init_args: {cpu_offload: true}}
@@ -132,7 +132,7 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 class FSDP(FSDPStrategy):
-    """A strategy that shards by FSDP1 and saves a checkpoint as one file; use `FSDP2` unless FSDP1 is required.
+    """A strategy that shards with FSDP1 and saves a checkpoint as one file; use `FSDP2` unless FSDP1 is required.
 
     >>> FSDP().sharding_strategy.name
     'FULL_SHARD'
@@ -144,16 +144,16 @@ class FSDP(FSDPStrategy):
     def setup_environment(self) -> None:
         """Start the communication between the processes, and let batches and buffers keep their data types.
 
-        Lightning would cast the buffers, and would raise an error at the batches, which it cannot cast because they are
-        frozen dataclasses. Autocast works as in Lightning's other strategies: on the device of the models, and without
-        a cache of cast weights, which would be outdated after an optimizer step within the same training step.
+        Lightning would cast the buffers, and would raise an error for the batches, which it cannot cast because they
+        are frozen dataclasses. Autocast works as in Lightning's other strategies: on the device of the models, and
+        without a cache of cast weights, which would be outdated after an optimizer step within the same training step.
         """
         super().setup_environment()
         for name in ("convert_input", "convert_module"):
             setattr(self.precision_plugin, name, lambda it: it)
         if self.precision_plugin.precision == "bf16-mixed":
             context = partial(torch.autocast, self.root_device.type, dtype=torch.bfloat16, cache_enabled=False)
-            vars(self.precision_plugin)["forward_context"] = context  # takes precedence over the class's
+            vars(self.precision_plugin)["forward_context"] = context  # takes precedence over the class's method
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Shard a model over the processes, and return the wrapped model."""
@@ -171,7 +171,7 @@ class FSDP(FSDPStrategy):
 
 StrategyRegistry.register("fsdp", FSDP, description="sharded over all processes by FSDP1", override=True)
 StrategyRegistry.register("fsdp2", FSDP2, description="sharded over all processes by FSDP2")
-# the gradients are parts of the buffers that DDP sends: it otherwise holds a second copy of them
+# the gradients are views of the buffers that DDP sends; otherwise, DDP would hold a second copy of them
 StrategyRegistry.register(
     "ddp", DDPStrategy, description="a copy on every process", override=True, gradient_as_bucket_view=True
 )

@@ -81,9 +81,9 @@ class PreferenceBatch:
     lengths: Tensor  # [N] int64, tokens of prompt and response
     ranking: Tensor  # [B, K] int64, rows of ``tokens``, best first; 0 where the ranking has fewer than K responses
     mask: Tensor  # [B, K] bool, False where the ranking has fewer than K responses
-    margin: Tensor | None  # [B] float32, the score difference that a pair's better response should have
+    margin: Tensor | None  # [B] float32, by how much a pair's better response should outscore the other
     number: Tensor  # [B] int64, the index of each ranking in its split
-    prompts: Sequence[list[int]]  # B, the prompts' tokens, ready to be continued; empty lists for records without one
+    prompts: Sequence[list[int]]  # B, the prompts' tokens, ready to be continued; [] for a record without a prompt
 
     @property
     def response_tokens_mask(self) -> Tensor:
@@ -221,9 +221,9 @@ class ScoredRollout:
     ref_logprobs: Tensor  # [B, T]
     full_kl: Tensor | None  # [B, T], KL(π ‖ π_ref) over the vocabulary, in nats; None if the reward does not use it
     values: Tensor | None  # [B, T]; None without a critic
-    bootstrap: Tensor | None  # [B], the value after the last token of a truncated response; None for 0 everywhere
+    bootstrap: Tensor | None  # [B], the value after a truncated response, 0 for the others; None for all 0
     rewards: Mapping[str, Tensor]  # [B] for each reward, unweighted
-    scores: Tensor  # [B], their weighted sum
+    scores: Tensor  # [B], the weighted sum of the rewards
     shaped_scores: Tensor  # [B], after normalisation, clipping and the penalty for truncated responses
 
 
@@ -265,7 +265,7 @@ class Estimates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """A rollout with all that the update of the actor and the critic needs."""
+    """A rollout with everything that the update of the actor and the critic needs."""
 
     rollout: Rollout
     old_logprobs: Tensor  # [B, T], the actor's at the start of the update or, if a correction says so, the engine's
@@ -274,7 +274,7 @@ class Experience:
     policy_weights: Tensor  # [B, T], the factor of the objective's loss; 1 without a correction
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T]
-    reward_scale: Tensor  # [B, T], the factor by which whitening scaled the rewards in the advantages; 1 if off
+    reward_scale: Tensor  # [B, T], the factor by which whitening rewards and advantages scaled the rewards
 
     def select(self, rows: Tensor) -> "Experience":
         """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""

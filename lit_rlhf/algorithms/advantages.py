@@ -43,7 +43,7 @@ class AdvantageEstimator(ABC):
     needs_group: ClassVar[bool] = False
     """Whether the estimator compares the responses to a prompt; it then needs 2 or more of them, but no critic."""
     weights_by_ratio: ClassVar[bool] = False
-    """Whether the advantages hold the importance weights of responses that another policy than the actor has drawn."""
+    """Whether the advantages include importance weights for responses drawn from a policy other than the actor's."""
 
     @abstractmethod
     def __call__(self, trajectory: Trajectory) -> Estimates:
@@ -198,8 +198,8 @@ class GAE(AdvantageEstimator):
 class LeaveOneOut(AdvantageEstimator):
     """The response's return minus the mean return of the other responses to its prompt, the same at every token.
 
-    Aᵢ = Rᵢ − Σ_{j≠i} Rⱼ / (n − 1) for the n responses to a prompt, with R = Σₜ rₜ (+ bootstrap). The estimate is
-    unbiased, because the baseline does not depend on response i.
+    Aᵢ = Rᵢ − Σ_{j≠i} Rⱼ / (n − 1) for the n non-empty responses to a prompt, with R = Σₜ rₜ (+ bootstrap). The estimate
+    is unbiased, because the baseline does not depend on response i.
 
     Source: Ahmadian et al. 2024 (RLOO, arXiv 2402.14740), section 3.2; Kool et al. 2019.
 
@@ -224,8 +224,8 @@ class LeaveOneOut(AdvantageEstimator):
 class GroupNormalized(AdvantageEstimator):
     """The response's return, standardised over the responses to its prompt, the same at every token.
 
-    Aᵢ = (Rᵢ − mean R) / (std R + 1e-8) for the n responses to a prompt, with R = Σₜ rₜ (+ bootstrap) and the sample
-    standard deviation std R = √(Σᵢ (Rᵢ − mean R)² / (n − 1)). If all n returns are equal, A = 0.
+    Aᵢ = (Rᵢ − mean R) / (std R + 1e-8) for the n non-empty responses to a prompt, with R = Σₜ rₜ (+ bootstrap) and the
+    sample standard deviation std R = √(Σᵢ (Rᵢ − mean R)² / (n − 1)). If all n returns are equal, A = 0.
 
     Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2; without the division: Liu et al. 2025 (Dr. GRPO,
     arXiv 2503.20783), section 3.1, because the division favours prompts whose responses have nearly equal returns.
@@ -310,7 +310,7 @@ def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
     check_shapes(rows=mask.any(1), discount=discount if isinstance(discount, Tensor) else None)
     x = torch.where(mask, x, 0.0)
     total, sums = x.new_zeros(len(x)), torch.zeros_like(x)
-    for t in reversed(range(x.shape[1])):  # a few operations a token, where decoding takes hundreds a token
+    for t in reversed(range(x.shape[1])):  # cheap: a few operations per token; decoding takes hundreds
         total = torch.where(mask[:, t], x[:, t] + discount * total, total)
         sums[:, t] = total
     return torch.where(mask, sums, 0.0)
@@ -335,7 +335,7 @@ def n_step_sum(x: Tensor, mask: Tensor, n: int, discount: float) -> Tensor:
     tensor([[2., 4., 4.]])
     """
     check_shapes(x=x, mask=mask)
-    x, end = torch.where(mask, x, 0.0), x.shape[1]  # padding adds a column of zeros at ``end``, its own successor
+    x, end = torch.where(mask, x, 0.0), x.shape[1]  # ``pad`` adds a column of zeros, its own successor, at ``end``
     padded, successor = pad(x, (0, 1)), pad(_next_token(mask), (0, 1), value=end)
     index, total = torch.arange(end, device=x.device).expand_as(x), torch.zeros_like(x)
     for k in range(min(n, end)):
@@ -352,7 +352,7 @@ def _next_token(mask: Tensor) -> Tensor:
 
 
 def _estimates(advantages: Tensor, trajectory: Trajectory, critic_advantages: Tensor | None = None) -> Estimates:
-    """Return the advantages and the critic's targets Aₜ + Vₜ, with ``critic_advantages`` as Aₜ if they are given."""
+    """Return the advantages, and the critic's targets Aₜ + Vₜ; Aₜ in the targets is ``critic_advantages``, if given."""
     targets = advantages if critic_advantages is None else critic_advantages
     if trajectory.values is not None:
         targets = targets + torch.where(trajectory.mask, trajectory.values, 0.0)

@@ -1,8 +1,8 @@
-"""Corrections for responses that were not drawn from the actor, by importance weights, masks, or another old policy.
+"""Corrections for responses that were not drawn from the actor: importance weights, masks, or another old policy.
 
-The engine's policy μ, which drew the tokens, may differ from the actor π_old at the start of the update: the engine
+The engine's policy μ, which drew the tokens, may differ from π_old, the actor at the start of the update: the engine
 rounds differently, or it still had older weights. The ratio here is ρₜ = π_old(aₜ|sₜ) / μ(aₜ|sₜ), which is constant
-during the update; the ratio of the objectives is π(aₜ|sₜ) / π_old(aₜ|sₜ), which starts at 1.
+during the update; the ratio of the objectives is π(aₜ|sₜ) / π_old(aₜ|sₜ), which starts at 1 (without ``bypass``).
 """
 
 from dataclasses import dataclass
@@ -36,12 +36,12 @@ class PolicyWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Correction:
-    """What an update does about responses that were drawn from the engine's policy μ instead of the actor π_old.
+    """What an update does about responses that were drawn from the engine's policy μ instead of the actor's, π_old.
 
-    The objective's loss of token t is multiplied by a weight that is a constant: the ratio ρₜ = π_old / μ, clipped to
-    [``truncate_below``, ``truncate_above``], and 0 if the ratio is outside [``mask_below``, ``mask_above``]. The
-    weights apply neither to the entropy bonus nor to the KL to the reference nor to the critic, and the loss is still
-    divided by the number of all tokens. The ratio is taken at one of three levels:
+    The objective's loss of token t is multiplied by a constant weight: the ratio ρₜ = π_old / μ, clipped to
+    [``truncate_below``, ``truncate_above``], or 0 if the ratio is outside [``mask_below``, ``mask_above``]. The weights
+    do not apply to the entropy bonus, the KL to the reference or the critic, and tokens with a weight of 0 still count
+    in the mean of the loss. The ratio is taken at one of three levels:
 
     - ``token``: ρₜ;
     - ``sequence``: ρ(y) = Πₜ ρₜ for all tokens of a response, usually further from 1 the longer the response is;
@@ -68,13 +68,13 @@ class Correction:
         mask_level: The level of the ratio by which tokens or whole responses are left out; None to leave none out.
         mask_above: The ratio above which the weight is 0; None for no bound.
         mask_below: The ratio below which the weight is 0; None for no bound.
-        bypass: Whether the old policy of the objective, of ``policy/kl_to_old`` and of ``update.target_kl`` is μ (in
-            `TRPO`, that of the surrogate alone). There is no importance weight then, so ``level`` and its bounds must
-            be left out; a mask still applies.
+        bypass: Whether μ is the old policy in the objective, ``policy/kl_to_old`` and ``update.target_kl`` (with
+            `TRPO`, in the surrogate only). There is no importance weight then, so ``level`` and its bounds must be left
+            out; a mask still applies.
 
     Raises:
-        ValueError: if a level is unknown, a bound is not positive and finite or not above the other one, or options
-            contradict each other or change nothing.
+        ValueError: if a level is unknown, a bound is not positive and finite, a lower bound is not less than the upper
+            one, or options contradict each other or change nothing.
 
     >>> mask = torch.tensor([[True, True, False]])
     >>> old_logprobs, rollout_logprobs = torch.tensor([[0.8, 0.2, 0.5]]).log(), torch.tensor([[0.3, 0.4, 0.5]]).log()
@@ -112,7 +112,7 @@ class Correction:
         return self.bypass or self.level is not None
 
     def _check_weight(self) -> None:
-        """Refuse options of the importance weight where there is none, and a correction without a weight and a mask."""
+        """Refuse options of the importance weight if there is none, and a correction with neither weight nor mask."""
         if not self.bypass and self.level is not None:
             return
         reason = "with bypass" if self.bypass else "without a level"
@@ -151,7 +151,7 @@ class Correction:
 def importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: Level = "token") -> Tensor:
     """Compute ρₜ = π_old(aₜ|sₜ) / μ(aₜ|sₜ), its product over the response, or its geometric mean over the response.
 
-    The logarithm of the result is clamped to [−20, 20]: at the level of the response, after the sum or the mean.
+    The logarithm of the result is clamped to [−20, 20]; for a whole response, this follows the sum or the mean.
 
     Args:
         old_logprobs: [B, T], log π_old(aₜ|sₜ) of the actor at the start of the update; no gradient flows into them.
@@ -180,7 +180,7 @@ def importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
 
 
 def _check_bounds(**bounds: float | None) -> None:
-    """Check an upper and a lower bound, in this order, of which each may be None.
+    """Check an upper and a lower bound, in this order; each may be None.
 
     Raises:
         ValueError: if a bound is not positive and finite, or if the lower bound is not less than the upper one.

@@ -215,9 +215,9 @@ class ReferenceKL:
     The gradient of E[Σₜ KLₜ] has two parts: the effect of a token on the KL of the states after it, and the effect of
     the policy on the KL of the token's own state. Any estimator in the reward gives the first part (k2, whose value is
     biased, only approximately). k1 in the reward also gives the second part (k2 and k3 do not), because the expected
-    gradient of k1 itself is 0. ``full`` depends on the state alone, so the second part is added to the loss, on the
-    scale of the advantages. With ``where="loss"``, the coefficient is in units of advantage per nat, whether the
-    advantages are whitened or not.
+    gradient of k1 itself is 0. ``full`` depends on the state and not on the sampled token, so in the reward it gives
+    only the first part; the second part is added to the loss, on the scale of the advantages. With ``where="loss"``,
+    the coefficient is in units of advantage per nat, whether the advantages are whitened or not.
 
     Args:
         where: ``reward`` subtracts coef × estimate from the reward of every token; ``loss`` adds coef × estimate to the

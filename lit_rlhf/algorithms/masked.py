@@ -1,7 +1,7 @@
 """Statistics of the elements of a tensor where a boolean mask is True, and the weights of the tokens in a loss.
 
 Elements outside the mask, NaN included, affect neither values nor gradients: they are replaced *before* any
-arithmetic, because ``NaN * 0`` is NaN, and so is its gradient.
+arithmetic, because ``NaN * 0`` is NaN, in the forward and in the backward pass.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def masked_var(x: Tensor, mask: Tensor, reduce: Reduce = _no_reduction) -> Tenso
 
 
 class Whitened(NamedTuple):
-    """The result of `masked_whiten`: the whitened elements, their variance before whitening, and their scale.
+    """The result of `masked_whiten`: the whitened elements, the variance before whitening, and the scale.
 
     >>> whitened = masked_whiten(torch.tensor([1.0, 5.0]), torch.tensor([True, True]))
     >>> whitened.values, whitened.var, whitened.scale

@@ -2,11 +2,11 @@
 
 Objectives do not average: the tokens are weighted once, for the whole optimizer step (`masked.token_weights`).
 
-In the first step of an update, all ratios are 1 (unless `Correction.bypass` makes the engine's policy π_old), and every
+In the first step of an update, all ratios are 1 (unless `Correction.bypass` makes π_old the engine's policy), and every
 objective with token-level ratios has the gradient −Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a
 policy that has moved since: not at all (`VanillaPG`), by importance weights (`Surrogate`), by a KL penalty as well
-(`KLPenalty`), or by removing the gradient of ratios beyond a bound (`Clip`). The module `off_policy_objectives` has two
-more, for responses of an older policy.
+(`KLPenalty`), or by removing the gradient of tokens whose ratio is beyond a bound (`Clip`). The module
+`off_policy_objectives` has two more, for responses of an older policy.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +36,7 @@ class PolicyLoss(NamedTuple):
     """
 
     loss: Tensor  # [B, T], 0 outside the mask; gradients flow into the log-probabilities only
-    ratio: Tensor  # [B, T], π / π_old as the objective uses it, 1 outside the mask
+    ratio: Tensor  # [B, T], π / π_old before any clipping, 1 outside the mask
     clipped: Tensor  # bool [B, T], True where the objective removes the gradient of the token, or bounds its weight
 
 
@@ -55,7 +55,7 @@ class Objective(ABC):
 
     @property
     def follows_kl(self) -> bool:
-        """Whether ``update`` uses the KL to the old policy, whose measurement costs a forward pass."""
+        """Whether ``update`` uses the KL to the old policy; measuring this KL costs a forward pass."""
         return False
 
     @abstractmethod
@@ -133,7 +133,7 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
 class VanillaPG(Objective):
     """The plain policy gradient: lossₜ = −Aₜ log π(aₜ|sₜ).
 
-    This loss is correct on-policy only: use one epoch and one minibatch, since later steps are off-policy and nothing
+    This loss is correct only on-policy: use one epoch and one minibatch, since later steps are off-policy and nothing
     corrects for that.
 
     Source: Williams 1992 (REINFORCE); Sutton & Barto 2018, equation 13.11.
@@ -185,7 +185,7 @@ class Surrogate(Objective):
 class KLPenalty(nn.Module, Objective):
     """The surrogate with a penalty on the KL from the old policy: lossₜ = −ρₜ Aₜ + β KLₜ(π_old ‖ π).
 
-    KLₜ is estimated at tokens sampled from the old policy by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are
+    KLₜ is estimated from tokens sampled from the old policy by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are
     unbiased for KL(π_old ‖ π). With ``adaptive``, β follows the KL measured after each iteration's update: β is
     multiplied by ``factor`` if the KL is above ``high`` × target, and divided by ``factor`` if the KL is below
     target / ``low``. β is saved in the checkpoint.

@@ -1,8 +1,8 @@
 """Policy objectives for responses that were drawn several updates ago, so that many ratios are far from 1.
 
 `Clip` removes the gradient of every token whose ratio is beyond a bound in the direction of its advantage. These
-objectives do so less often: `CISPO` never, as it bounds the weight of the gradient instead, and `DPPO` only where the
-probability itself has changed a lot.
+objectives do so less often: `CISPO` never does, because it bounds the weight of the gradient instead, and `DPPO` does
+only where the probability itself has changed a lot.
 """
 
 from dataclasses import dataclass
@@ -60,17 +60,17 @@ class DPPO(Objective):
     """The surrogate without the tokens whose probability has already moved far: lossₜ = −keepₜ ρₜ Aₜ + c (log ρₜ)².
 
     keepₜ is 0 if Aₜ > 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) > δ, or if Aₜ < 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) < −δ, and otherwise
-    1. A bound on the difference of the probabilities lets rare tokens change by a large factor, and common ones by a
-    small one only; a bound on the ratio does the opposite.
+    1. A bound on the difference between the probabilities lets the probability of a rare token change by a large
+    factor, and that of a common token only by a small one; a bound on the ratio allows the same factor for all tokens.
 
-    The distance should be that from the policy that drew the tokens: use ``correction: {bypass: true}``, so that π_old
-    is the engine's policy.
+    The difference should be measured from the policy that drew the tokens: use ``correction: {bypass: true}``, so that
+    π_old is the engine's policy.
 
     Source: Qi et al. 2026 (arXiv 2602.04879), the binary approximation of the total variation; the penalty is that of
     prime-rl's default loss.
 
     Args:
-        delta: δ, the largest difference between the probabilities, in (0, 1).
+        delta: δ, the largest difference between the probabilities of a token that is kept, in (0, 1).
         coef: c, the factor of the squared log-ratio, which pulls π towards π_old; 0 for none.
 
     Raises:

@@ -1,7 +1,7 @@
 """Preference losses for pairs of responses, one better than the other, and for rankings of several responses.
 
 Both losses are negative log-likelihoods under a model in which each response has a score: the output of a reward model,
-or the implicit reward of a policy (DPO). The losses depend on differences of scores only.
+or the implicit reward of a policy (DPO). The losses depend only on score differences.
 """
 
 import torch
@@ -16,7 +16,8 @@ def bradley_terry(
 ) -> Tensor:
     """Compute the Bradley–Terry loss of pairs, −log σ(d) with d = s_chosen − s_rejected − margin.
 
-    With label smoothing ε, the loss is −(1 − ε) log σ(d) − ε log σ(−d): a label is assumed wrong with probability ε.
+    With label smoothing ε, the loss is −(1 − ε) log σ(d) − ε log σ(−d): each label is assumed to be wrong with
+    probability ε.
 
     Source: Bradley & Terry 1952; margin: Touvron et al. 2023 (Llama 2, arXiv 2307.09288), equation 2; label smoothing:
     Mitchell 2023, "A note on DPO with noisy preferences" (cDPO).
@@ -48,7 +49,7 @@ def plackett_luce(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the Plackett–Luce loss of rankings, −log P with P = Π_k exp(s_k) / Σ_{j≥k} exp(s_j).
 
     P is the probability of the ranking if the best response is drawn from a softmax over the scores, then the best of
-    the remaining responses, and so on. For K = 2, the loss is that of Bradley and Terry.
+    the remaining responses, and so on. For K = 2, this is the Bradley–Terry loss.
 
     Source: Plackett 1975; Rafailov et al. 2023 (DPO, arXiv 2305.18290), equation 18 with scores as rewards.
 

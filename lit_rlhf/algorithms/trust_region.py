@@ -142,7 +142,7 @@ def longest_step(direction: Tensor, product: Product, max_kl: float) -> Tensor:
 def line_search(
     measure: Callable[[float], tuple[float, float]], max_kl: float, backtracks: int = 10, ratio: float = 0.5
 ) -> float:
-    """Find the largest fraction of a step, of 1, ratio, ratio², …, that improves the surrogate within the KL bound.
+    """Find the largest of the fractions 1, ratio, ratio², … of a step that improves the surrogate within the KL bound.
 
     Args:
         measure: A function that takes a fraction of the full step; it returns the improvement of the surrogate over the

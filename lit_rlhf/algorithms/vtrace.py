@@ -16,11 +16,12 @@ class VTrace(AdvantageEstimator):
 
     vₜ − Vₜ = min(ρ̄, ρₜ) δₜ + γλ min(c̄, ρₜ) (vₜ₊₁ − Vₜ₊₁) and Aₜ = min(ρ̄, ρₜ) (δₜ + γλ (vₜ₊₁ − Vₜ₊₁)),
 
-    where δₜ = rₜ + γ Vₜ₊₁ − Vₜ, and ρₜ = π_old(aₜ|sₜ) / μ(aₜ|sₜ) in ``trajectory.ratios`` is the ratio of the actor at
-    the start of the update to the engine's policy. The critic's target is vₜ, and with λ = 1, Aₜ is
-    min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ − Vₜ). ρ̄ determines the policy whose values the targets are: π_old for ρ̄ = ∞, and one
-    between μ and π_old for a smaller ρ̄. c̄ determines how far the TD errors of later tokens reach back, and with it
-    the variance. If all ratios are 1, the estimates are those of `GAE`, and with λ = 1 of `MonteCarlo`.
+    where δₜ = rₜ + γ Vₜ₊₁ − Vₜ, and ρₜ = π_old(aₜ|sₜ) / μ(aₜ|sₜ), given in ``trajectory.ratios``, is the probability of
+    the token under the actor at the start of the update, divided by that under the engine's policy. The critic's target
+    is vₜ, and with λ = 1, Aₜ is min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ − Vₜ). ρ̄ determines the policy whose values the targets
+    estimate: π_old for ρ̄ = ∞, and one between μ and π_old for a smaller ρ̄. c̄ determines how far the TD errors of
+    later tokens reach back, and with it the variance. If all ratios are 1, and ρ̄ and c̄ are at least 1, the estimates
+    are those of `GAE`, and with λ = 1 those of `MonteCarlo`.
 
     The advantages already hold the importance weight min(ρ̄, ρₜ), so a `Correction` may only add a mask.
 

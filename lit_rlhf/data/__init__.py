@@ -2,6 +2,7 @@
 
 Records and their tokens are memory-mapped from the cache of `datasets`, in the folder that the environment variable
 ``HF_DATASETS_CACHE`` names (``~/.cache/huggingface/datasets`` by default); that folder can be deleted between runs.
+The records of a Python function and their tokens stay in memory.
 """
 
 from lit_rlhf.data.demonstrations import Demonstrations

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationEncoder:
-    """An encoder that makes one row from each record: the tokens of prompt and response, and the prompt's length.
+    """An encoder that makes one row from each record: its tokens, and how many of them belong to the prompt.
 
     Prompt and response are tokenized as one text, so that a text that was split in two gets the same tokens as a text
     that was not. The tokens of the prompt are those that the prompt alone and the whole text have in common at the
@@ -40,7 +40,7 @@ class DemonstrationEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row; ``cut`` tells whether the text was cut, ``prompt`` is the number of prompt tokens."""
+        """The columns of a row; ``cut`` tells whether the text was cut, and ``prompt`` counts the prompt's tokens."""
         flags = {name: pyarrow.bool_() for name in ("kept", "cut")}
         return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32()), "prompt": pyarrow.int64()})
 
@@ -66,8 +66,8 @@ class DemonstrationEncoder:
         """Return two pieces: the prompt, and the prompt with the response.
 
         Raises:
-            UserError: if a column has no value, the prompt or the response has the wrong type, or the prompt is a
-                conversation and the tokenizer has no chat template.
+            UserError: if a column has no value, the prompt is neither text nor a conversation, the response to a text
+                is not text, or the prompt is a conversation and the tokenizer has no chat template.
         """
         prompt = value_of(record, self.prompt, where) if self.prompt else ""
         response = value_of(record, self.response, where)
@@ -81,18 +81,20 @@ class DemonstrationEncoder:
 
 
 class Demonstrations(ResumableData):
-    """Texts, or prompts with responses, from JSON(L), CSV or Parquet files, the Hugging Face hub, or a Python function.
+    """Texts to imitate, or prompts with responses to imitate.
+
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
     Args:
-        train: The source of the texts to learn.
+        train: The source of the texts to imitate.
         validation: The source of the held-out texts.
         prompt: The column of the prompts, which may be texts or conversations. If None, each record is one text.
         response: The column of the responses, or of the whole texts if ``prompt`` is None.
         loss_on: Whether to train on the response only or on all tokens.
         packing: Whether to put several short texts into one row of at most ``max_tokens``, which saves padding. The
-            loss stays the same, since no text sees another.
-        max_tokens: The largest number of tokens of prompt and response together; longer texts are cut at the end, and
-            counted.
+            loss stays the same, since no text attends to another.
+        max_tokens: The largest number of tokens in a text, or in a prompt and its response together; longer texts are
+            cut at the end, and counted.
         batch_size: The number of texts in a batch, over all processes.
 
     Raises:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = dict[str, Any]
 LARGE_SPLIT = 20_000
-"""The number of records above which tokenizing shows a progress bar, and the minimum for each of several processes."""
+"""The number of records above which tokenizing shows a progress bar; also the minimum for each of several processes."""
 TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
 """The settings in a saved tokenizer's files that only tell how it was last called or where it was loaded from."""
 
@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row, one of which, ``kept``, tells whether a loader hands the row out."""
+        """The columns of a row, one of which, ``kept``, tells whether loaders use the row."""
 
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
@@ -47,7 +47,7 @@ class Encoder(Protocol):
         Args:
             tokenizer: The trained model's tokenizer.
             records: The records to tokenize.
-            where: The field, number and source of each record, as one text for each record, for messages.
+            where: For each record, a text with its field, number and source, for messages.
 
         Raises:
             UserError: if a record cannot be used.
@@ -146,7 +146,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a name for the rows in the cache: a hash of records, options, tokenizer and the code that tokenizes."""
+    """Return the name of the rows in the cache: a hash of everything that they depend on.
+
+    This is the key of the records, the options, the tokenizer, the tokenizing code, the versions of its libraries and,
+    if the chat template contains the date, the date.
+    """
     parts_of_code = (encode, token_rows, Records, *type(encoder).__mro__[:-1])  # the last one is object
     code = [inspect.getsource(module) for module in map(inspect.getmodule, parts_of_code) if module]
     versions = [version("transformers"), version("tokenizers")]
@@ -177,7 +181,7 @@ def _processes(records: int) -> int | None:
 
 @contextmanager
 def _same_environment() -> Iterator[None]:
-    """Restore ``os.environ`` and the setting of tokenizers' threads at the end of the context.
+    """Restore ``os.environ`` and the setting for the threads of `tokenizers` at the end of the context.
 
     With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and switches the threads off.
     """

@@ -1,4 +1,4 @@
-"""A loader whose order is a function of seed and epoch, and whose position can be saved and restored."""
+"""A loader whose order is a function of the seed and the epoch, and whose position can be saved and restored."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -124,7 +124,7 @@ class ResumableLoader:
             yield self._load(batch)
 
     def upcoming(self, distance: int) -> Any:
-        """Return the batch that comes ``distance`` batches after the last one given out; the position is kept.
+        """Return the batch ``distance`` batches after the last one given out, without changing the loader's position.
 
         Args:
             distance: The number of batches; 0 for the last one given out.

@@ -69,7 +69,7 @@ class ResumableData(lightning.LightningDataModule):
         """Fill the cache; Lightning calls this method in one process of each node, while the others wait.
 
         Raises:
-            UserError: for the same reasons as in ``setup``.
+            UserError: for the same reasons as ``setup``.
         """
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
@@ -123,7 +123,7 @@ class ResumableData(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Return the training loader's state.
 
-        Lightning saves this state with the loader, too, but does not always restore it from there.
+        Lightning also saves this state with the loader, but does not always restore it from there.
         """
         return self._train_loader.state_dict() if self._train_loader else {}
 

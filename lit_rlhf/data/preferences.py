@@ -110,8 +110,8 @@ class PreferenceEncoder:
         """Return the responses of a record, best first.
 
         Raises:
-            UserError: if the record has neither a ranking nor a pair, or if its ranking has fewer than two responses or
-                a tie.
+            UserError: if the record has neither a ranking nor a pair, or if its ranking is not a list, has fewer than
+                two responses or contains a tie.
         """
         if record.get(self.responses) is not None:
             responses = record[self.responses]
@@ -180,8 +180,8 @@ class Preferences(ResumableData):
         as_pairs: Whether to split each ranking into all its pairs.
         ties: What to do with a record that has two equal responses, neither of which can be better: ``refuse`` raises
             an error, ``drop`` leaves the record out and counts it.
-        max_tokens: The largest number of tokens of prompt and response together; a pair or ranking with a longer
-            response is dropped, and counted.
+        max_tokens: The largest number of tokens in a prompt and a response together; a pair or ranking in which a
+            response exceeds it is dropped, and counted.
         batch_size: The number of pairs or rankings in a batch, over all processes.
         validation_batch_size: The number of pairs or rankings in a validation batch, over all processes.
 
@@ -189,8 +189,8 @@ class Preferences(ResumableData):
         ValueError: if a number is out of range.
         UserError: in ``setup``, if a source cannot be read, a column is missing, a ranking has fewer than two
             responses or contains a tie, two responses are equal and ``ties`` is ``refuse``, a prompt or a response has
-            the wrong type or is refused by the chat template, a margin is not a finite number beside a pair, only some
-            records have prompts, or no record is left.
+            the wrong type or is refused by the chat template, a margin is not a finite number or does not belong to
+            a pair, only some records have prompts, or no record is left.
 
     >>> data = Preferences(train="lit_rlhf.data.reviews:pairs", ties="drop")
     >>> Preferences(validation_batch_size=0)

@@ -123,11 +123,11 @@ class Prompts(ResumableData):
         template: A text with columns in braces, such as ``"{question} Think step by step."``, from which to make each
             prompt. If None, the prompt is the value of ``column``.
         chat: Whether to make each text the user's turn of a conversation.
-        first_tokens: The number of tokens from the start of each text to use as a prompt to continue. If None, the
-            whole text is the prompt.
-        max_tokens: The largest number of tokens of a prompt.
+        first_tokens: The number of tokens to keep at the start of each prompt, for the actor to continue. If None, the
+            whole prompt is kept.
+        max_tokens: The largest number of tokens in a prompt.
         too_long: What to do with longer prompts: ``drop`` leaves them out, ``cut_left`` removes tokens at the start,
-            ``cut_right`` at the end.
+            ``cut_right`` removes tokens at the end.
         batch_size: The number of prompts in an iteration, over all processes.
         validation_batch_size: The number of prompts in a validation, test or prediction batch, over all processes.
 

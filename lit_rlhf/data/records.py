@@ -202,7 +202,7 @@ def _read_file(path: Path, field: str) -> Records:
         return _read_jsonl(path, field)
     import datasets
 
-    # named by the content of the file, not only by its time
+    # named after the content of the file, because datasets compares only its path and modification time
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, f"lit-rlhf-{_digest(path, field)}")
     with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE):
         try:
@@ -254,7 +254,7 @@ def _digest(path: Path, field: str) -> str:
 
 
 def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
-    """Yield the lines that are not blank, after checking that each is a JSON object, so that errors name the line.
+    """Yield the lines that are not blank, each after checking that it is a JSON object, so that errors name the line.
 
     Raises:
         UserError: if a line is not a JSON object, all lines are blank, or the file's content does not have the hash
@@ -268,7 +268,7 @@ def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
                 _check_line(line, f"{field}: {path}, line {number}")
                 yield {"line": line}
                 empty = False
-    if content.hexdigest()[:32] != digest:  # the cache would have other lines than its name says
+    if content.hexdigest()[:32] != digest:  # the cached lines would not match the hash in their name
         raise UserError(f"{field}: {path} changed while it was read")
     if empty:  # datasets has no empty splits
         raise UserError(f"{field}: {path} has no records")

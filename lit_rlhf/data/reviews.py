@@ -64,7 +64,7 @@ def openings() -> list[str]:
 
 
 def review(rng: random.Random) -> str:
-    """Draw all of a review but its opening; the clauses lean towards praise, towards complaint or towards neither.
+    """Draw a review without its opening; the clauses lean towards praise, towards complaint or towards neither.
 
     >>> review(random.Random(0))[:58]
     'the soup was quite lovely . the dessert was cold but the b'
@@ -191,7 +191,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def _pairs(texts: Sequence[str], seed: int) -> list[dict[str, str]]:
     """Draw two reviews for each opening; the first is chosen with probability σ(3 × the difference in positivity).
 
-    This is the model of Bradley & Terry.
+    This is the Bradley–Terry model. If the two reviews are equal, the opening is left out.
     """
     rng, made = random.Random(seed), []
     for text in texts:

@@ -64,7 +64,7 @@ class RewardModel(Reward):
         return model
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load the model unless it is loaded, and keep its tokenizer if the vocabulary differs from the actor's.
+        """Load the model unless it is already loaded; keep its tokenizer if the vocabulary differs from the actor's.
 
         Args:
             tokenizer: The actor's tokenizer.

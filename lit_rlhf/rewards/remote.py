@@ -35,10 +35,10 @@ class RemoteReward(Reward):
 
         {"scores": [1.0, 0.0]}
 
-    Each process sends its own responses, and waits for all answers. A request is sent again if the connection fails, if
-    no answer comes in time, or if the status of the answer is 429, 500, 502, 503 or 504, after the pauses of
-    `JSONClient`; the service may therefore receive the same responses more than once. ``docs/rewards.md`` shows a
-    complete service.
+    Each process sends its own responses, and waits for all answers. After the pauses of `JSONClient`, a request is sent
+    again if the connection fails, if no answer comes in time, or if the status of the answer is 429, 500, 502, 503 or
+    504; the service may therefore receive the same responses more than once. ``docs/rewards.md`` shows a complete
+    service.
 
     Args:
         url: The address that takes the requests, such as ``http://judge:8000/score``.

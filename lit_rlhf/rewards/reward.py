@@ -1,4 +1,4 @@
-"""The interface of rewards, functions that several of them use, and one that makes inputs for trying them out."""
+"""The interface of rewards, functions that several rewards use, and a function that makes inputs to try rewards out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -77,7 +77,7 @@ class Scores(nn.Module):
         """Prepare and freeze the rewards.
 
         What a reward loads here is loaded on the CPU; Lightning moves it to the process's device afterwards. A reward
-        model that is loaded already stays where it is.
+        model that is already loaded stays where it is.
 
         Args:
             tokenizer: The actor's tokenizer.
