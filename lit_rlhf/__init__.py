@@ -35,6 +35,7 @@ _PUBLIC = {
     "data": ("Demonstrations", "Preferences", "Prompts"),
     "errors": ("UserError",),
     "generation": ("Ahead", "Engine", "NativeEngine", "Sampling", "VLLMEngine"),
+    "models.adapters": ("LoRA",),
     "models.loading": ("RandomWeights",),
     "modules": (
         "DPO",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import lightning
     import torch
     from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+    from peft.tuners.lora import LoraLayer
     from torch import Tensor, nn
     from torch.distributed.fsdp import FSDPModule
     from transformers import PretrainedConfig, PreTrainedModel
@@ -306,3 +307,23 @@ def decoder_layer_names(model: PreTrainedModel) -> set[str]:
     Uses ``_no_split_modules``, the layers that must not be split across devices.
     """
     return set(model._no_split_modules or ())
+
+
+# peft
+
+
+def selected_adapters(layer: LoraLayer) -> tuple[str, ...]:
+    """Return the names of the adapters whose outputs a layer adds; none if its adapters are off."""
+    return () if layer.disable_adapters else tuple(layer.active_adapters)
+
+
+def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> None:
+    """Let layers add the outputs of these adapters alone, in this order; of none, if no adapter is named.
+
+    Sets ``_active_adapter`` and ``_disable_adapters``, because the public ``set_adapter`` and ``enable_adapters`` also
+    change which parameters are trained, while these layers serve several roles in each step.
+    """
+    names = list(adapters)
+    for layer in layers:
+        layer._active_adapter = names or layer._active_adapter
+        layer._disable_adapters = not names

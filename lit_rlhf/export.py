@@ -16,8 +16,11 @@ import lit_rlhf
 from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapter_folders import read_adapter
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, load_critic, strip_prefix, to_classifier
+from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 
 Role = Literal["actor", "critic", "reward"]
 
@@ -43,8 +46,10 @@ def save_folder(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: Role | None = None) -> Path:
-    """Export a model from a checkpoint as a Hugging Face folder.
+def export(
+    run: Path, checkpoint: str = "last", out: Path | None = None, role: Role | None = None, merge: bool = False
+) -> Path:
+    """Export a model from a checkpoint as a Hugging Face folder, or as peft's if an adapter was trained.
 
     Args:
         run: The run's folder, which contains ``config.yaml``.
@@ -53,6 +58,7 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
             trained besides its main one.
         role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modelling,
             the actor for all other runs.
+        merge: Whether to add a trained adapter to the weights of its base, and to export the result as a whole model.
 
     Returns:
         The folder that was written.
@@ -80,15 +86,53 @@ def export(run: Path, checkpoint: str = "last", out: Path | None = None, role: R
     role = role or main_role
     source = _source(options, main_role, config_file)
     tokenizer = load_tokenizer(source, f"model.{main_role}")
-    if role == "actor":
+    folder = out or run / ("export" if role == main_role else f"export_{role}")
+    card = model_card(run, role, int(state["iteration"]))
+    adapter = None
+    if options.get("adapter") is not None:
+        adapter = _trained_adapter(options, str(source), state, path, role)
+    if adapter is not None and not merge:
+        adapter.save(tokenizer, folder, card)
+        return folder
+    if adapter is not None:
+        model = adapter.merged(tokenizer)
+    elif role == "actor":
         model = _actor(source, state, path)
     else:
         model = to_classifier(_scalar_model(options, source, state, path, role), tokenizer)
-        if "score_std" in state and torch.isfinite(state["score_std"]):
-            model.config.score_mean, model.config.score_std = float(state["score_mean"]), float(state["score_std"])
-    folder = out or run / ("export" if role == main_role else f"export_{role}")
-    save_folder(model, tokenizer, folder, model_card(run, role, int(state["iteration"])))
+        if (scale := _scale(state)) is not None:
+            model.config.score_mean, model.config.score_std = scale
+    save_folder(model, tokenizer, folder, card)
     return folder
+
+
+def _trained_adapter(
+    options: dict[str, Any], source: str, state: dict[str, Tensor], path: Path, role: Role
+) -> TrainedAdapter:
+    critic, below = options.get("critic"), None
+    name = "actor" if role == "critic" and critic == "shared" else role
+    prefix = "reward.trunk." if role == "reward" else "actor.model."
+    weights = weights_of(_weights(prefix, state, path, role), name)
+    if role == "critic" and critic == "reward":
+        below = read_adapter(_first_reward_model(options), "model.critic")
+    elif role == "critic" and critic not in ("actor", "shared"):
+        below = read_adapter(str(critic), "model.critic")
+    head = None
+    if role != "actor":
+        trained = _weights("actor.value_head." if name == "actor" else f"{role}.head.", state, path, role)
+        head = nn.Linear(trained["weight"].shape[1], 1, bias="bias" in trained)
+        head.load_state_dict(trained)
+    lora = LoRA(**options["adapter"])
+    return TrainedAdapter(
+        source=source, lora=lora, name=name, weights=weights, below=below, head=head, scale=_scale(state)
+    )
+
+
+def _scale(state: dict[str, Tensor]) -> tuple[float, float] | None:
+    """Return the mean and the standard deviation of a reward model's scores; None before they are measured."""
+    if "score_std" not in state or not torch.isfinite(state["score_std"]):
+        return None
+    return float(state["score_mean"]), float(state["score_std"])
 
 
 def model_card(run: Path, role: str, iterations: int) -> str:
@@ -150,13 +194,16 @@ def _scalar_model(
     if role == "critic" and initial == "actor":
         initial = source
     elif role == "critic" and initial == "reward":
-        models = [r["init_args"]["model"] for r in options["rewards"] if r["class_path"].endswith("RewardModel")]
-        initial = models[0]
+        initial = _first_reward_model(options)
     model = load_critic(_as_source(initial), f"model.{role}", bias="head.bias" in weights)
     if "head.bias" in weights and model.head.bias is None:  # a critic from a normalised reward model has a bias
         model.head.bias = nn.Parameter(torch.zeros(1))
     model.load_state_dict(weights)
     return model
+
+
+def _first_reward_model(options: dict[str, Any]) -> Any:
+    return next(r["init_args"]["model"] for r in options["rewards"] if r["class_path"].endswith("RewardModel"))
 
 
 def _weights(prefix: str, state: dict[str, Tensor], path: Path, role: str) -> dict[str, Tensor]:
@@ -200,6 +247,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="the folder to write (default: RUN/export or RUN/export_ROLE)"
     )
+    parser.add_argument("--merge", action="store_true", help="of a run with an adapter: write a whole model instead")
     parsed = parser.parse_args(args)
     transformers_logging.disable_progress_bar()
-    print(f"exported: {export(parsed.run, parsed.checkpoint, parsed.out, parsed.role)}")
+    print(f"exported: {export(parsed.run, parsed.checkpoint, parsed.out, parsed.role, parsed.merge)}")

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     MINIBATCHES = 2
     VALIDATION = 3
     PREDICTION = 4
+    ADAPTERS = 5
 
 
 def global_seed() -> int:

@@ -25,9 +25,14 @@ class ExportAtEnd(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the folder from process 0; the other processes contribute their shards."""
         assert isinstance(pl_module, AlignmentModule)
-        weights = full_state_dict(pl_module.get_submodule(pl_module.role))
-        if trainer.is_global_zero:
-            run = Path(trainer.default_root_dir)
-            card = model_card(run, pl_module.role, int(pl_module.iteration))
-            model, weights = pl_module.trained_model(weights)
-            save_folder(model, pl_module.tokenizer, run / self.name, card, weights)
+        adapter = pl_module.adapter
+        weights = full_state_dict(pl_module.get_submodule(pl_module.role), trained_only=adapter is not None)
+        if not trainer.is_global_zero:
+            return
+        run = Path(trainer.default_root_dir)
+        card = model_card(run, pl_module.role, int(pl_module.iteration))
+        if adapter is not None:
+            pl_module.trained_adapter(weights).save(pl_module.tokenizer, run / self.name, card)
+            return
+        model, weights = pl_module.trained_model(weights)
+        save_folder(model, pl_module.tokenizer, run / self.name, card, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -11,7 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_rlhf.compat import selected_adapters
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import adapted_layers, selected
 from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules.trpo import TRPO
 
@@ -68,7 +71,7 @@ class ActivationCheckpointing(Callback):
         """
         for layer in _layers(pl_module, self):
             if any(parameter.requires_grad for parameter in layer.parameters()):
-                layer.forward = _Recomputed(layer.forward)
+                layer.forward = _Recomputed(layer)
 
 
 def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Module]:
@@ -81,10 +84,15 @@ def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Mo
 class _Recomputed:
     """A layer's forward pass that stores only its inputs, and is repeated in the backward pass."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
+    def __init__(self, layer: nn.Module) -> None:
+        self.forward: Callable[..., Any] = layer.forward
+        self.adapted = adapted_layers(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.adapted:  # the backward pass repeats the forward pass when other adapters may be selected
+            adapters = selected_adapters(self.adapted[0])
+            options["context_fn"] = lambda: (nullcontext(), selected(self.adapted, adapters))
+        return checkpoint(self.forward, *args, **options, **kwargs)

@@ -297,7 +297,7 @@ class _InThisProcess(PendingRollout):
 
 
 def _trained(actor: Actor) -> list[Tensor]:
-    return [parameter.detach() for parameter in actor.parameters() if parameter.requires_grad]
+    return [parameter.detach() for parameter in actor.own_parameters().values()]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Faster matrix products with few rows on a CPU, for decoding, with the weights in oneDNN's blocked layout."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlhf.compat import block_weight, multiply_by_blocks
+from lit_rlhf.models.adapters import AdapterView, adapted_layers, merged_weight, selected, whole_model
 
 
 @contextmanager
@@ -24,12 +26,17 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
         rows: The typical number of rows in the input of a linear layer.
     """
     packed = []
-    for layer in model.modules():
-        if type(layer) is nn.Linear and _can_be_packed(layer.weight):
-            dtype = _compute_dtype(layer.weight)
-            weight = block_weight(layer.weight.detach().to(dtype), rows)
+    with ExitStack() as stack:
+        if isinstance(model, AdapterView):
+            stack.enter_context(selected(model.base_model.layers, model.base_model.adapters))
+        for layer in _linear_layers(whole_model(model)):
+            with _weight_of(layer) as weight:
+                if not _can_be_packed(weight):
+                    continue
+                dtype = _compute_dtype(weight)
+                blocks = block_weight(weight.detach().to(dtype), rows)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-            vars(layer)["forward"] = partial(multiply_by_blocks, weight, bias)  # hides the method of the class
+            vars(layer)["forward"] = partial(multiply_by_blocks, blocks, bias)  # hides the method of the class
             packed.append(layer)
     try:
         yield
@@ -38,9 +45,26 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
             del vars(layer)["forward"]
 
 
+def _linear_layers(model: nn.Module) -> Iterator[Any]:
+    """Yield the plain linear layers of a model and, where products are in float32, the adapted ones.
+
+    A layer with adapters becomes one product with the merged weight. Half precision would round a small adapter away in
+    the merged weight, so there only the base's layer is packed.
+    """
+    adapted = {id(layer.get_base_layer()): layer for layer in adapted_layers(model)}
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            layer = adapted.get(id(module))
+            yield module if layer is None or _compute_dtype(module.weight) != torch.float32 else layer
+
+
+def _weight_of(layer: Any) -> AbstractContextManager[Tensor]:
+    return nullcontext(layer.weight) if type(layer) is nn.Linear else merged_weight(layer)
+
+
 def _can_be_packed(weight: Tensor) -> bool:
     return (
-        type(weight) is nn.Parameter
+        type(weight) in (nn.Parameter, Tensor)
         and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and _compute_dtype(weight) in (torch.float32, torch.bfloat16)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lit_rlhf.models.actor import Actor
 
 ALIGNMENT = 64
 """The address of each tensor is a multiple of this number of bytes, as vector instructions prefer."""
@@ -87,10 +89,14 @@ def map_tensors(descriptor: int, layout: Layout) -> dict[str, Tensor]:
     return tensors
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained parameters of a model, by the names that they have without sharding.
+def trained_weights(actor: Actor) -> dict[str, Tensor]:
+    """Return an actor's own parameters without the value head, by the names that they have without sharding.
 
     Tied parameters are returned once. Inside `unsharded`, the parameters of a sharded model are full tensors.
     """
-    named = model.named_parameters()
-    return {name.replace("_fsdp_wrapped_module.", ""): p.detach() for name, p in named if p.requires_grad}
+    own = actor.own_parameters()
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): parameter.detach()
+        for name, parameter in own.items()
+        if not name.startswith("value_head.")
+    }

@@ -23,6 +23,7 @@ import torch
 from lit_rlhf.generation.engine import Engine, EngineContext, Sampling, SpecialTokens
 from lit_rlhf.generation.shared import Layout, map_tensors, trained_weights
 from lit_rlhf.models.precision import store_in_bfloat16
+from lit_rlhf.models.scoring import freeze
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PromptBatch, Rollout
 
@@ -92,9 +93,10 @@ def serve(connection: Connection) -> None:
     device, half = assignment.context.device, assignment.context.precision == "bf16-mixed"
     assignment.engine.start(assignment.context)
     actor = assignment.context.load_actor().to(device)
+    freeze(actor)
     if half:
         store_in_bfloat16(actor, all_weights=assignment.context.rounds_all_weights)
-    weights = trained_weights(actor.model)
+    weights = trained_weights(actor)
     layout = Layout.of(weights)
     send(connection, layout)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False) if half else nullcontext()

@@ -188,7 +188,7 @@ class Workers:
             self.tensors = {memory: map_tensors(memory, self.layout) for memory in self.memories}
         memory = self.free.pop()
         with unsharded(actor):
-            for name, weight in trained_weights(actor.model).items():
+            for name, weight in trained_weights(actor).items():
                 self.tensors[memory][name].copy_(weight)
         job = Job(
             memory=memory,

@@ -1,6 +1,6 @@
 """The actor: a language model that gives log-probabilities of response tokens and logits of the next token."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from transformers import Cache, PreTrainedModel
 
 from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import AdapterView, adapter_parameters, whole_model
 from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 from lit_rlhf.models.weights import with_weights
@@ -37,12 +38,13 @@ class Actor(nn.Module):
     tokens only, one chunk at a time, and the backward pass recomputes them.
 
     Args:
-        model: A causal language model from transformers.
+        model: A causal language model from transformers, or a view of one that another actor owns.
         temperature: The divisor of the logits in all log-probabilities and entropies.
         shared_critic: Whether the actor also predicts values, with a linear head (initially 0) on the model's last
             hidden state.
         value_grad_scale: The factor on the gradient that flows from the value head into the model; 0 stops this
             gradient.
+        adapter: The name of the adapter that is the actor's own part of the model; None if the whole model is.
 
     Raises:
         UserError: if the model changes the logits after its head in a way that is not supported.
@@ -61,17 +63,20 @@ class Actor(nn.Module):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | AdapterView,
         temperature: float = 1.0,
         shared_critic: bool = False,
         value_grad_scale: float = 1.0,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = cast(PreTrainedModel, model)
         self.temperature = temperature
         self.value_grad_scale = value_grad_scale
+        self.adapter = adapter
         self.value_head = new_value_head(model) if shared_critic else None
-        _check_head(self)
+        if isinstance(model, PreTrainedModel):
+            _check_head(model)
 
     def forward(
         self,
@@ -122,6 +127,18 @@ class Actor(nn.Module):
         """Return the trunk's last hidden state, [B, S, H]; the arguments are those of `last_hidden_state`."""
         return last_hidden_state(self.model.base_model, tokens, real, positions)
 
+    def run_trunk(self, **inputs: Any) -> Any:
+        """Run the trunk with the selected adapters, for the roles that share it; the arguments are the trunk's."""
+        return self.model.base_model(**inputs)
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the actor's own parameters by name: all, or those of its adapter and of its value head."""
+        if self.adapter is None:
+            return dict(self.named_parameters())
+        found = adapter_parameters(whole_model(self.model), self.adapter)
+        head = {} if self.value_head is None else dict(self.value_head.named_parameters())
+        return {f"model.{name}": p for name, p in found.items()} | {f"value_head.{name}": p for name, p in head.items()}
+
     def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Compute the logits of the next token.
 
@@ -171,7 +188,7 @@ class Actor(nn.Module):
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, full_kl(logits, other_logits)
 
 
-def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
+def new_value_head(model: PreTrainedModel | AdapterView, bias: bool = True) -> nn.Linear:
     """Create a linear map from hidden state to value, initialised to 0, so that advantages equal returns at first.
 
     Args:
@@ -190,7 +207,7 @@ def new_value_head(model: PreTrainedModel, bias: bool = True) -> nn.Linear:
     return head
 
 
-def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel | AdapterView, hidden: Tensor) -> Tensor:
     config, logits = model.config, model.get_output_embeddings()(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if scaling := getattr(config, "logits_scaling", None):  # Granite
@@ -212,13 +229,13 @@ def _scatter(x: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check_head(actor: Actor) -> None:
-    """Check that `_logits`, applied to the trunk's last hidden state, gives the logits of the whole model.
+def _check_head(checked: PreTrainedModel) -> None:
+    """Check that the trunk and the head, applied one after the other, give the logits of the whole model.
 
     Raises:
         UserError: if they do not.
     """
-    model = with_weights(actor.model)
+    model = with_weights(checked)
     was_training = model.training
     model.eval()
     with model.device:  # not the default device, to which the model may be moved later

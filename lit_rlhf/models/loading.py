@@ -21,8 +21,15 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapter_folders import base_of, find_adapter, merge_adapter, read_adapter
 from lit_rlhf.models.attention import use_unpadded_attention
-from lit_rlhf.models.weights import current_unread_weights, local_folder, parameters_on_meta, with_weights
+from lit_rlhf.models.weights import (
+    current_unread_weights,
+    local_folder,
+    parameters_on_meta,
+    weights_at_once,
+    with_weights,
+)
 from lit_rlhf.references import is_reference, load_reference
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
@@ -50,7 +57,7 @@ class RandomWeights:
 
 
 ModelSource: TypeAlias = str | RandomWeights
-"""A folder, a hub id, or a configuration for random weights."""
+"""A folder, a hub id, or a configuration for random weights; a folder may hold an adapter, which names its base."""
 Task: TypeAlias = Literal["causal", "score"]
 _AUTO = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
@@ -66,6 +73,8 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
         UserError: if the tokenizer cannot be loaded, or has no end-of-sequence token.
     """
     path = source if isinstance(source, str) else source.tokenizer
+    if find_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of(path)
     if is_reference(path):
         tokenizer = load_reference(path, field)()
     else:
@@ -105,6 +114,8 @@ def load_model(source: ModelSource, task: Task = "causal", field: str = "model")
     with torch.device("cpu"):
         if isinstance(source, RandomWeights):
             model = _random_model(source, task, field)
+        elif find_adapter(source):
+            return _merged_model(source, field)
         else:
             model = _unread_model(source, task, field) or _pretrained_model(source, task, field)
         if task == "score" and model.config.num_labels != 1:
@@ -141,6 +152,8 @@ def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
         UserError: if the configuration cannot be loaded, or its ``model_type`` is missing or unknown to transformers.
     """
     if isinstance(source, str):
+        check_exists(source, field)
+        source = base_of(source)
         check_exists(source, field)
         try:
             return AutoConfig.from_pretrained(source)
@@ -188,6 +201,13 @@ def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
     if report["missing_keys"]:
         raise UserError(f"{field}: {path} is not a {role}: it has no {min(report['missing_keys'])}")
     return model
+
+
+def _merged_model(source: str, field: str) -> PreTrainedModel:
+    """Load the base of an adapter as a causal language model, and add the adapter to its weights."""
+    saved = read_adapter(source, field)
+    with weights_at_once():
+        return merge_adapter(load_model(saved.base, "causal", field), saved, field).eval()
 
 
 def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:

@@ -62,10 +62,11 @@ def rounded_weights(model: nn.Module, *, all_weights: bool) -> list[nn.Parameter
 
 
 def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
-    """Store float32 weights of a frozen model in bfloat16, in place, where this does not change the model's output.
+    """Store the frozen float32 weights of a model in bfloat16, in place, where this does not change the model's output.
 
     Weights that each forward pass would round can be rounded once; see `rounded_weights`. (State-space layers are an
-    exception: they use the weights of plain linear layers directly, so rounding changes their output.)
+    exception: they use the weights of plain linear layers directly, so rounding changes their output.) Weights that are
+    trained, and those of adapters, which are small, stay in float32.
 
     Args:
         model: The model, which is only used under autocast to bfloat16.
@@ -76,6 +77,9 @@ def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     >>> model[0].weight.dtype, model[1].weight.dtype
     (torch.float32, torch.bfloat16)
     """
+    kept = {
+        id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name
+    }
     for parameter in rounded_weights(model, all_weights=all_weights):
-        if parameter.dtype == torch.float32:
+        if parameter.dtype == torch.float32 and id(parameter) not in kept:
             parameter.data = parameter.data.to(torch.bfloat16)

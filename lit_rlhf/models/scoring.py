@@ -10,6 +10,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import new_value_head
+from lit_rlhf.models.adapter_folders import SavedAdapter, find_adapter, read_adapter
+from lit_rlhf.models.adapters import AdaptedTrunk, adapter_parameters
 from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, read_config
 
@@ -18,8 +20,10 @@ class ScalarModel(nn.Module):
     """A decoder's trunk with a linear head that gives one number after each token.
 
     Args:
-        trunk: The decoder without its language-model head.
+        trunk: The decoder without its language-model head, or a view of one that another model owns.
         head: The linear map from a hidden state to one number.
+        adapter: The name of the adapter that is this model's own part of the trunk; None if the whole trunk is.
+        scale: Of a reward model, the mean and the standard deviation of its scores on its training set, if known.
 
     >>> from transformers import GPT2Config, GPT2Model
     >>> trunk = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
@@ -28,10 +32,18 @@ class ScalarModel(nn.Module):
     torch.Size([2, 3])
     """
 
-    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Module,
+        adapter: str | None = None,
+        scale: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
+        self.scale = scale
         self.trunk = trunk
         self.head = head
+        self.adapter = adapter
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Compute the value or score after each token.
@@ -48,6 +60,15 @@ class ScalarModel(nn.Module):
             mask &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         hidden = last_hidden_state(self.trunk, tokens, mask)
         return self.head(hidden).squeeze(-1).float().clone()  # not a view, because FSDP registers a hook on it
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the model's own parameters by name: all, or those of its adapter and of its head."""
+        if self.adapter is None:
+            return dict(self.named_parameters())
+        trunk: Any = self.trunk.owner.model if isinstance(self.trunk, AdaptedTrunk) else self.trunk
+        found = adapter_parameters(trunk, self.adapter)
+        head = {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+        return {f"trunk.{name}": parameter for name, parameter in found.items()} | head
 
 
 def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
@@ -71,7 +92,17 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
     bias = getattr(model.config, "value_bias", None)
     if bias is not None:
         head.bias = nn.Parameter(torch.tensor([bias], device=head.weight.device))
-    return ScalarModel(model.base_model, head)
+    return ScalarModel(model.base_model, head, scale=scale_of(vars(model.config)))
+
+
+def scale_of(settings: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the mean and the standard deviation of the scores in a reward model's configuration; None without them.
+
+    >>> scale_of({"score_mean": 0.5, "score_std": 2.0})
+    (0.5, 2.0)
+    """
+    mean, deviation = settings.get("score_mean"), settings.get("score_std")
+    return None if mean is None or deviation is None else (mean, deviation)
 
 
 def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel:
@@ -93,7 +124,37 @@ def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel
     >>> model(torch.tensor([[2, 6, 7]])).shape  # a score after each token
     torch.Size([1, 3])
     """
+    if find_adapter(source):
+        return _from_adapter(str(source), field)
     return from_classifier(load_model(source, "score", field), field)
+
+
+def _from_adapter(source: str, field: str) -> ScalarModel:
+    """Load a reward model from the folder of an adapter, which also holds the head, with the adapter merged."""
+    saved = read_adapter(source, field)
+    model = load_model(source, "causal", field)
+    return ScalarModel(model.base_model, saved_head(saved, field), scale=scale_of(saved.settings))
+
+
+def saved_head(saved: SavedAdapter, field: str) -> nn.Linear:
+    """Return the head of a reward model or a critic that is saved as an adapter.
+
+    Args:
+        saved: The adapter.
+        field: The name of the configuration field, for error messages.
+
+    Raises:
+        UserError: if the adapter has no head, or one with several outputs.
+    """
+    if saved.head is None or len(saved.head) != 1:
+        what = "has no head" if saved.head is None else f"has {len(saved.head)} labels, not one"
+        raise UserError(f"{field}: the adapter {saved.source} {what}: it is not a reward model")
+    bias = saved.settings.get("value_bias")
+    head = nn.Linear(saved.head.shape[1], 1, bias=bias is not None, device="cpu")
+    head.weight = nn.Parameter(saved.head.float())
+    if bias is not None:
+        head.bias = nn.Parameter(torch.tensor([bias], device="cpu"))
+    return head
 
 
 def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -> ScalarModel:
@@ -117,6 +178,8 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
     >>> critic(torch.tensor([[2, 6, 7]])).tolist()
     [[0.0, 0.0, 0.0]]
     """
+    if find_adapter(source) and read_adapter(str(source), field).head is not None:
+        return load_reward_model(source, field)
     architectures = [] if isinstance(source, RandomWeights) else read_config(source, field).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return load_reward_model(source, field)
@@ -151,16 +214,8 @@ def to_classifier(
     >>> bool(torch.isclose(classifier(tokens).logits[0, 0], scalar(tokens)[0, -1], atol=1e-5))
     True
     """
-    config: Any = deepcopy(scalar.trunk.config)
-    config.num_labels = 1
-    # transformers scores the last token that is not padding, so the end-of-sequence token must not count as padding
-    config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
-    for name in ("score_mean", "score_std"):  # they describe the model that training started from
-        if hasattr(config, name):
-            delattr(config, name)
     weights = scalar.state_dict() if weights is None else weights
-    if "head.bias" in weights:
-        config.value_bias = float(weights["head.bias"])
+    config = classifier_config(scalar.trunk.config, tokenizer, weights.get("head.bias"))
     try:
         model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
@@ -168,6 +223,26 @@ def to_classifier(
     model.base_model.load_state_dict(strip_prefix("trunk.", weights))
     model.score.load_state_dict({"weight": weights["head.weight"]})
     return model.eval()
+
+
+def classifier_config(trunk: Any, tokenizer: PreTrainedTokenizerBase, bias: Tensor | None) -> Any:
+    """Return the configuration of a sequence classifier with one label.
+
+    Args:
+        trunk: The configuration of the trunk.
+        tokenizer: The model's tokenizer.
+        bias: The bias of the head, [1], which is stored in ``value_bias``; None if it has none.
+    """
+    config = deepcopy(trunk)
+    config.num_labels = 1
+    # transformers scores the last token that is not padding, so the end-of-sequence token must not count as padding
+    config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    for name in ("score_mean", "score_std"):  # they describe the model that training started from
+        if hasattr(config, name):
+            delattr(config, name)
+    if bias is not None:
+        config.value_bias = float(bias)
+    return config
 
 
 def strip_prefix(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

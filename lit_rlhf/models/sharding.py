@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from transformers import PreTrainedModel
 
 from lit_rlhf.compat import decoder_layer_names, without_forward_hooks
+from lit_rlhf.models.adapters import AdaptedTrunk
 
-FORWARD_METHODS = ("next_logits", "hidden")
+FORWARD_METHODS = ("next_logits", "hidden", "run_trunk")
 """The names of methods besides ``forward`` that compute with a model's weights."""
 
 
@@ -81,13 +82,19 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
     without gradients are allowed, such as decoding, scoring and validation. All processes must enter the context
     together. Models that are not sharded stay as they are.
     """
+    found = [part for model in models if model is not None for part in (model, *owners(model))]
     with ExitStack() as stack:
-        for model in models:
+        for model in dict.fromkeys(found):
             if isinstance(model, FSDPModule):
                 stack.enter_context(_unsharded(model))
             elif isinstance(model, FullyShardedDataParallel):
                 stack.enter_context(_summoned(model))
         yield
+
+
+def owners(model: nn.Module) -> list[nn.Module]:
+    """Return the models that own the bases through which a model computes; none if it owns all its weights."""
+    return [part.owner for part in model.modules() if isinstance(part, AdaptedTrunk)]
 
 
 @contextmanager
@@ -135,17 +142,24 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule | FullyShardedDataParallel)
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     """Return the model's ``state_dict`` with full weights; with FSDP1, without buffers.
 
     For a sharded model, the result is in CPU memory on process 0 and empty on the other processes, and all processes
     must call this function together.
+
+    Args:
+        model: The model.
+        trained_only: Whether to leave out frozen weights, such as those below adapters; not with FSDP1.
     """
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False, rank0_only=True):
             named = [*model.named_parameters(remove_duplicate=False)] if torch.distributed.get_rank() == 0 else []
             return {name: weight.detach().cpu().clone() for name, weight in named}
     if isinstance(model, FSDPModule):
-        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        state: Any = get_model_state_dict(model, options=options)
         return state
+    if trained_only:
+        return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     return model.state_dict()

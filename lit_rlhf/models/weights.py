@@ -135,6 +135,16 @@ def unread_weights() -> Iterator[UnreadWeights]:
         _unread.reset(token)
 
 
+@contextmanager
+def weights_at_once() -> Iterator[None]:
+    """Make `load_model` read weights at once inside this context, even within `unread_weights`."""
+    token = _unread.set(None)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
+
+
 def current_unread_weights() -> UnreadWeights | None:
     """Return what the innermost active `unread_weights` yielded, or None if none is active."""
     return _unread.get()

@@ -18,12 +18,14 @@ from lit_rlhf.data.prompts import left_pad
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.preference import PreferenceModule
-from lit_rlhf.modules.roles import load_roles
+from lit_rlhf.modules.roles import RoleSources, load_roles
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PreferenceBatch, PromptBatch
 
@@ -53,6 +55,7 @@ class DPO(PreferenceModule):
         optimizer: The optimizer of the actor.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
+        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
 
     Raises:
         ValueError: if a number is out of range.
@@ -79,9 +82,11 @@ class DPO(PreferenceModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__(
             source=actor,
+            adapter=adapter,
             label_smoothing=label_smoothing,
             max_tokens=max_tokens,
             clip_grad_norm=clip_grad_norm,
@@ -111,15 +116,14 @@ class DPO(PreferenceModule):
         """
         if self.is_configured:
             return
-        roles = load_roles(
-            self.source,
-            None,
-            self.reference_source,
-            rewards=[],
-            temperature=self.sampling.temperature or 1.0,
-            value_grad_scale=1.0,
-            place=self.place,
+        sources = RoleSources(
+            actor=self.source,
+            critic=None,
+            reference=self.reference_source,
+            temperature=self.sampling.temperature,
+            adapter=self.adapter,
         )
+        roles = (load_roles if self.adapter is None else load_adapted_roles)(sources, place=self.place)
         self.actor, self.reference = roles.actor, roles.reference
         self.train(self.training)
 

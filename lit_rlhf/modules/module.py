@@ -18,9 +18,11 @@ from typing_extensions import Self
 from lit_rlhf.compat import strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
-from lit_rlhf.models.precision import check_precision, is_frozen, store_in_bfloat16
+from lit_rlhf.models.precision import check_precision, store_in_bfloat16
 from lit_rlhf.models.scoring import strip_prefix
+from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.strategies import FSDP, FSDP2
@@ -37,6 +39,7 @@ class AlignmentModule(lightning.LightningModule):
         source: The model to train: a folder, a hub id, or a configuration for random weights.
         iterations: The number of iterations; None to leave the limit to the Trainer.
         optimizers: The functions that make the optimizers and their learning-rate schedules, by optimizer name.
+        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
 
     Raises:
         UserError: if the model is not named, or if iterations is less than 1.
@@ -55,7 +58,13 @@ class AlignmentModule(lightning.LightningModule):
     max_tokens: int  # the maximum number of tokens in a micro-batch, including padding; halved if memory runs out
     iteration: Tensor  # [] int64, saved in the checkpoint
 
-    def __init__(self, source: ModelSource, iterations: int | None, optimizers: OptimizerFactories) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        iterations: int | None,
+        optimizers: OptimizerFactories,
+        adapter: LoRA | None = None,
+    ) -> None:
         super().__init__()
         if not source:
             raise UserError(
@@ -66,6 +75,9 @@ class AlignmentModule(lightning.LightningModule):
         self.source = source
         self.iterations = iterations
         self.optimizer_factories = optimizers
+        self.adapter = adapter
+        if adapter is not None:
+            keep_out_of_checkpoints(self, ())
         self.held_out = Metrics(self.device)  # of the current validation or test
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
@@ -99,6 +111,16 @@ class AlignmentModule(lightning.LightningModule):
         """
         return self.actor.model, strip_prefix("model.", weights)
 
+    def trained_adapter(self, weights: dict[str, Tensor]) -> TrainedAdapter:
+        """Return the trained adapter, to be saved.
+
+        Args:
+            weights: The trained part of the full ``state_dict`` of the trained model.
+        """
+        assert self.adapter is not None
+        own = weights_of(strip_prefix("model.", weights), "actor")
+        return TrainedAdapter(source=str(self.source), lora=self.adapter, name="actor", weights=own)
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of this module; the models in it stay in eval mode, because dropout is off in every stage."""
         super().train(mode)
@@ -109,7 +131,7 @@ class AlignmentModule(lightning.LightningModule):
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the trained parameters, keyed by the name of their optimizer."""
         (name,) = self.optimizer_factories
-        return {name: list(self.get_submodule(self.role).parameters())}
+        return {name: list(getattr(self, self.role).own_parameters().values())}
 
     def configure_optimizers(self) -> Any:
         """Return an optimizer for each entry of ``trained_parameters``, with its learning-rate schedule, if any."""
@@ -250,13 +272,13 @@ class AlignmentModule(lightning.LightningModule):
     def shard(self, model: nn.Module) -> Any:
         """Return a model sharded as the strategy requires, or unsharded if the strategy does not shard models.
 
-        With ``bf16-mixed``, a frozen model's weights are stored in bfloat16 where this does not change its output.
+        With ``bf16-mixed``, frozen weights are stored in bfloat16 where this does not change the model's output.
 
         Raises:
             UserError: if a strategy that shards models is not supported, or is used with inference mode.
         """
         strategy = strategy_of(self)
-        if strategy is not None and strategy.precision_plugin.precision == "bf16-mixed" and is_frozen(model):
+        if strategy is not None and strategy.precision_plugin.precision == "bf16-mixed":
             store_in_bfloat16(model, all_weights=isinstance(strategy, FSDP2 | FSDP))
         if isinstance(strategy, FSDP2 | FSDP):
             if self.trainer.validate_loop.inference_mode:  # tensors made in inference mode cannot be trained later
@@ -297,20 +319,29 @@ def _unchanged(model: Any) -> Any:
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
 
-    The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder
-    with one shard per process.
+    With an adapter, all frozen parameters are left out. The hooks that do this are on the module itself, so that they
+    run for every kind of checkpoint: a file, or a folder with one shard per process.
 
     Args:
         module: The LightningModule.
         prefixes: The names of the frozen submodules, each with a dot at its end.
     """
 
+    def frozen() -> set[str]:
+        if getattr(module, "adapter", None) is None:
+            return set()
+        return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
     def drop(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-        for key in [k for k in state if k.startswith(tuple(prefix + p for p in prefixes))]:
+        names = {prefix + name for name in frozen()}
+        for key in [k for k in state if k in names or k.startswith(tuple(prefix + p for p in prefixes))]:
             del state[key]
 
     def ignore_missing(owner: nn.Module, incompatible: Any) -> None:
-        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
+        names = frozen()
+        incompatible.missing_keys[:] = [
+            k for k in incompatible.missing_keys if not (k in names or k.startswith(prefixes))
+        ]
 
     module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_post_hook(ignore_missing)

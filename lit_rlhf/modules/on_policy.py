@@ -22,9 +22,11 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, Sampling
 from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.scoring import ScalarModel
-from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.models.sharding import owners, unsharded
+from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.estimation import estimate_experience
@@ -33,7 +35,7 @@ from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
-from lit_rlhf.modules.roles import load_actor, load_roles
+from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
 from lit_rlhf.modules.update import Update
 from lit_rlhf.randomness import Stream, generator
@@ -55,6 +57,7 @@ class OnPolicy(AlignmentModule):
     max_tokens_option = "model.update.max_tokens"
     shards_actor: ClassVar[bool] = True
     """Whether a strategy that shards models may shard the actor."""
+    copies: ClassVar[tuple[str, ...]] = ()  # the names of further adapters like the actor's, which are not trained
 
     critic: ScalarModel | None  # set by configure_model; None without a critic, and for a head on the actor's trunk
     reference: Actor  # set by configure_model, frozen
@@ -66,6 +69,7 @@ class OnPolicy(AlignmentModule):
         rewards: list[Reward] | None,
         critic: ModelSource | None,
         reference: ModelSource | None,
+        adapter: LoRA | None,
         sampling: Sampling,
         engine: Engine,
         guard: Guard,
@@ -81,13 +85,13 @@ class OnPolicy(AlignmentModule):
         iterations: int | None,
         optimizers: OptimizerFactories,
     ) -> None:
-        super().__init__(actor, iterations, optimizers)
+        super().__init__(actor, iterations, optimizers, adapter)
         self.automatic_optimization = False
         self.critic_source = critic
         self.reference_source = reference
         self.sampling = sampling
         self.engine = engine
-        self.rollouts = Rollouts(engine, sampling, guard, partial(load_actor, actor, sampling.temperature))
+        self.rollouts = Rollouts(engine, sampling, guard, partial(load_actor, actor, sampling.temperature, adapter))
         self.kl = kl
         self.reference_kl = reference_kl
         self.advantages = advantages
@@ -148,20 +152,18 @@ class OnPolicy(AlignmentModule):
         """
         if self.is_configured:
             return
-        reward_models = [reward for reward in self.scores.rewards if isinstance(reward, RewardModel)]
-        for reward in reward_models:
-            reward.model = self.place(reward.load)
-        self.scores.prepare(self.tokenizer)
-        roles = load_roles(
-            self.source,
-            self.critic_source,
-            self.reference_source,
-            rewards=reward_models,
+        sources = RoleSources(
+            actor=self.source,
+            critic=self.critic_source,
+            reference=self.reference_source,
             temperature=self.sampling.temperature,
+            adapter=self.adapter,
+            rewards=[reward for reward in self.scores.rewards if isinstance(reward, RewardModel)],
             value_grad_scale=self.value_grad_scale,
-            place=self.place,
-            place_actor=partial(self.place, sharded=self.shards_actor),
+            copies=self.copies,
         )
+        load, prepare = load_adapted_roles if self.adapter else load_roles, partial(self.scores.prepare, self.tokenizer)
+        roles = load(sources, prepare=prepare, place=self.place, shards_actor=self.shards_actor)
         self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
         self.train(self.training)
 
@@ -180,7 +182,7 @@ class OnPolicy(AlignmentModule):
             scored = self.judge(rollout, batch)
             trajectory = self.reward(scored)
             experience = self.estimate(scored, trajectory, metrics)
-        compared = self.reference if self.reference_kl.is_full else None
+        compared = self.reference if self.reference_kl.is_full and not owners(self.reference) else None
         with watch.phase("update"), self.profile("update"), unsharded(compared):
             self.learn(self.all_ranks(experience), metrics)
         self._finish(scored, trajectory, metrics, watch)

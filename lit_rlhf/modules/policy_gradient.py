@@ -12,6 +12,7 @@ from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL, k3
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Objective
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.guard import Guard
@@ -35,6 +36,8 @@ class PolicyGradient(OnPolicy):
             a head on the actor's trunk; otherwise a model to start from (``./actor`` for a folder of that name); None
             for no critic.
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
+        adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
+            shared by all roles; None to train whole models.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
@@ -77,6 +80,7 @@ class PolicyGradient(OnPolicy):
         rewards: list[Reward] | None = None,
         critic: ModelSource | None = "actor",
         reference: ModelSource | None = None,
+        adapter: LoRA | None = None,
         sampling: Sampling = Sampling(),
         engine: Engine = NativeEngine(),
         guard: Guard = Guard(),
@@ -100,6 +104,7 @@ class PolicyGradient(OnPolicy):
             rewards=rewards,
             critic=critic,
             reference=reference,
+            adapter=adapter,
             sampling=sampling,
             engine=engine,
             guard=guard,
@@ -122,8 +127,8 @@ class PolicyGradient(OnPolicy):
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of the actor and, if there is one, of the critic; a shared trunk is the actor's."""
         head = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
-        actor = [p for p in self.actor.parameters() if not any(p is h for h in head)]
-        critic = head if self.critic is None else list(self.critic.parameters())
+        actor = [p for p in self.actor.own_parameters().values() if not any(p is h for h in head)]
+        critic = head if self.critic is None else list(self.critic.own_parameters().values())
         return {"policy": actor, "value": critic} if critic else {"policy": actor}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:

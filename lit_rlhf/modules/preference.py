@@ -15,6 +15,7 @@ from torchmetrics.classification import BinaryCalibrationError
 from lit_rlhf.algorithms.preferences import bradley_terry, plackett_luce
 from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, pop_standard_deviation
@@ -40,6 +41,7 @@ class PreferenceModule(AlignmentModule):
         self,
         *,
         source: ModelSource,
+        adapter: LoRA | None,
         label_smoothing: float,
         max_tokens: int,
         clip_grad_norm: float | None,
@@ -47,7 +49,7 @@ class PreferenceModule(AlignmentModule):
         scheduler: LRSchedulerCallable | None,
         iterations: int | None,
     ) -> None:
-        super().__init__(source, iterations, {"model": (optimizer, scheduler)})
+        super().__init__(source, iterations, {"model": (optimizer, scheduler)}, adapter)
         if not 0.0 <= label_smoothing < 0.5:
             raise ValueError(f"model.label_smoothing must be in [0, 0.5), not {label_smoothing}")
         check_limits(max_tokens, clip_grad_norm)

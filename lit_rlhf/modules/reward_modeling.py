@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.batching import preference_micro_batches
+from lit_rlhf.models.adapted import load_adapted_reward_model
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
-from lit_rlhf.models.scoring import ScalarModel, load_critic, to_classifier
+from lit_rlhf.models.scoring import ScalarModel, load_critic, strip_prefix, to_classifier
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.types import PreferenceBatch
 
@@ -32,6 +37,7 @@ class RewardModeling(PreferenceModule):
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
+        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
 
     Raises:
         ValueError: if a number is out of range.
@@ -56,9 +62,11 @@ class RewardModeling(PreferenceModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__(
             source=reward,
+            adapter=adapter,
             label_smoothing=label_smoothing,
             max_tokens=max_tokens,
             clip_grad_norm=clip_grad_norm,
@@ -76,8 +84,13 @@ class RewardModeling(PreferenceModule):
             UserError: if the model cannot be loaded.
         """
         if not self.is_configured:
-            self.reward = self.place(lambda: load_critic(self.source, "model.reward", bias=False))
+            self.reward = self.place(self._load_reward)
             self.train(self.training)
+
+    def _load_reward(self) -> ScalarModel:
+        if self.adapter is None:
+            return load_critic(self.source, "model.reward", bias=False)
+        return load_adapted_reward_model(self.source, self.adapter, "model.reward")
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model as a sequence classifier, and its weights.
@@ -94,6 +107,20 @@ class RewardModeling(PreferenceModule):
         if torch.isfinite(self.score_mean):
             model.config.score_mean, model.config.score_std = float(self.score_mean), float(self.score_std)
         return model, model.state_dict()
+
+    def trained_adapter(self, weights: dict[str, Tensor]) -> TrainedAdapter:
+        """Return the trained adapter with the head, to be saved.
+
+        Args:
+            weights: The trained part of the full ``state_dict`` of the trained model.
+        """
+        assert self.adapter is not None
+        head = nn.Linear(weights["head.weight"].shape[1], 1, bias="head.bias" in weights)
+        head.load_state_dict(strip_prefix("head.", weights))
+        scale = (float(self.score_mean), float(self.score_std)) if torch.isfinite(self.score_mean) else None
+        own = weights_of(strip_prefix("trunk.", weights), "reward")
+        parts: Any = {"source": str(self.source), "lora": self.adapter, "name": "reward", "weights": own}
+        return TrainedAdapter(**parts, head=head, scale=scale)
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """Return the score at the last token of each response, [N]."""

@@ -10,6 +10,8 @@ from torch import nn
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapted import load_adapted
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_critic, load_reward_model
 from lit_rlhf.rewards import RewardModel
@@ -20,11 +22,15 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 class Place(Protocol):
     """The type of `AlignmentModule.place`."""
 
-    def __call__(self, build: Callable[[], ModuleType], /) -> ModuleType:
+    def __call__(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
         """Return the model that ``build`` makes, on the process's device, and sharded if the strategy requires it."""
 
 
-def _as_built(build: Callable[[], ModuleType], /) -> ModuleType:
+def nothing() -> None:
+    """Do nothing: there are no rewards to prepare."""
+
+
+def _as_built(build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
     return build()
 
 
@@ -37,74 +43,104 @@ class Roles:
     reference: Actor  # frozen
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleSources:
+    """What the models of an iteration are loaded from.
+
+    Args:
+        actor: The source of the actor.
+        critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; ``shared`` for
+            a head on the actor's trunk; otherwise the source of the critic; None for no critic.
+        reference: The source of the reference; None for the initial actor.
+        temperature: The number by which the actor's and the reference's logits are divided.
+        adapter: The options of the adapters of the actor and the critic; None to train whole models.
+        rewards: The reward models.
+        value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
+        copies: The names of further adapters like the actor's, which are not trained.
+    """
+
+    actor: ModelSource
+    critic: ModelSource | None
+    reference: ModelSource | None
+    temperature: float
+    adapter: LoRA | None = None
+    rewards: Sequence[RewardModel] = ()
+    value_grad_scale: float = 1.0
+    copies: tuple[str, ...] = ()
+
+
 def load_actor(
-    source: ModelSource, temperature: float, value_head: bool = False, value_grad_scale: float = 1.0
+    source: ModelSource,
+    temperature: float,
+    adapter: LoRA | None = None,
+    value_head: bool = False,
+    value_grad_scale: float = 1.0,
 ) -> Actor:
     """Load an actor.
 
     Args:
         source: The source of the model.
         temperature: The number by which the actor's logits are divided.
+        adapter: The options of the adapter that is trained; None to train the whole model.
         value_head: Whether the actor has a value head on its trunk, for a shared critic.
         value_grad_scale: The factor by which the value loss's gradient into the trunk is scaled.
 
     Raises:
         UserError: if the model cannot be loaded.
     """
-    return Actor(load_model(source, "causal", "model.actor"), temperature, value_head, value_grad_scale)
+    if adapter is None:
+        return Actor(load_model(source, "causal", "model.actor"), temperature, value_head, value_grad_scale)
+    model = load_adapted(source, adapter, "model.actor", trained=["actor"])
+    return Actor(model, temperature, value_head, value_grad_scale, adapter="actor")
 
 
 def load_roles(
-    actor: ModelSource,
-    critic: ModelSource | None,
-    reference: ModelSource | None,
+    sources: RoleSources,
     *,
-    rewards: Sequence[RewardModel],
-    temperature: float,
-    value_grad_scale: float,
+    prepare: Callable[[], None] = nothing,
     place: Place = _as_built,
-    place_actor: Place | None = None,
+    shards_actor: bool = True,
 ) -> Roles:
-    """Load the actor, the reference and the critic, one after the other.
+    """Load the reward models, the actor, the reference and the critic as whole models, one after the other.
 
     Args:
-        actor: The source of the actor.
-        critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; ``shared`` for
-            a head on the actor's trunk; otherwise the source of the critic; None for no critic.
-        reference: The source of the reference; None for the source of the actor.
-        rewards: The reward models, on which ``prepare`` has been called.
-        temperature: The number by which the actor's and the reference's logits are divided.
-        value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
+        sources: What to load.
+        prepare: A function that prepares the rewards; it is called when the reward models are loaded.
         place: A function that calls its argument, which builds a model, and returns this model on the process's device,
             sharded if the strategy requires it; see `AlignmentModule.place`.
-        place_actor: The same function for the actor; None for ``place``.
+        shards_actor: Whether ``place`` may shard the actor.
 
     Raises:
-        UserError: if a model cannot be loaded, if the critic is ``reward`` but there is no reward model, or if the
-            critic's or the reference's vocabulary differs in size from the actor's.
+        UserError: if a model or a reward cannot be loaded, if the critic is ``reward`` but there is no reward model, or
+            if the critic's or the reference's vocabulary differs in size from the actor's.
     """
+    for reward in sources.rewards:
+        reward.model = place(reward.load)
+    prepare()
+    options = sources.temperature, None, sources.critic == "shared", sources.value_grad_scale
+    actor = place(partial(load_actor, sources.actor, *options), sharded=shards_actor)
+    reference = place(partial(load_reference, sources.reference or sources.actor, sources.temperature))
+    build_critic = _critic_builder(sources.critic, sources.actor, sources.rewards)
+    critic = None if build_critic is None else place(build_critic)
+    if critic is not None:
+        check_vocabulary("critic", critic.trunk, actor)
+    check_vocabulary("reference", reference.model, actor)
+    return Roles(actor=actor, critic=critic, reference=reference)
 
-    build_actor = partial(load_actor, actor, temperature, critic == "shared", value_grad_scale)
 
-    def build_reference() -> Actor:
-        built = Actor(load_model(reference or actor, "causal", "model.reference"), temperature)
-        freeze(built)
-        return built
+def load_reference(source: ModelSource, temperature: float) -> Actor:
+    """Load a whole model as a frozen reference.
 
-    trained, frozen = (place_actor or place)(build_actor), place(build_reference)
-    build_critic = _critic_builder(critic, actor, rewards)
-    loaded_critic = None if build_critic is None else place(build_critic)
-    size = vocabulary_size(trained.model)
-    for role, other in (
-        ("critic", None if loaded_critic is None else loaded_critic.trunk),
-        ("reference", frozen.model),
-    ):
-        if other is not None and vocabulary_size(other) != size:
-            raise UserError(
-                f"model.{role}: its vocabulary has {vocabulary_size(other)} tokens, the actor's {size}; "
-                "the two read the same tokens"
-            )
-    return Roles(actor=trained, critic=loaded_critic, reference=frozen)
+    Args:
+        source: The source of the model.
+        temperature: The number by which the reference's logits are divided.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+    reference = Actor(load_model(source, "causal", "model.reference"), temperature)
+    freeze(reference)
+    return reference
 
 
 def _critic_builder(
@@ -125,16 +161,42 @@ def _critic_builder(
 
 
 def _load_rescaled(reward: RewardModel) -> ScalarModel:
-    """Load a reward model, rescaled to its term of the score: weight × (r − mean) / deviation."""
     critic = load_reward_model(reward.source, "model.critic")
+    rescale(critic.head, reward)
+    return critic
+
+
+def rescale(head: Any, reward: RewardModel) -> None:
+    """Rescale a copy of a reward model's head, in place, to the reward's term of the score: weight × (r − mean) / std.
+
+    Args:
+        head: A linear map from a hidden state to one number.
+        reward: The reward, on which ``prepare`` has been called.
+    """
     mean, deviation = reward.scale
     factor = reward.weight / deviation
     if (mean, factor) != (0.0, 1.0):
-        head: Any = critic.head
         bias = 0.0 if head.bias is None else float(head.bias.detach())
         head.weight.data *= factor
         head.bias = nn.Parameter(torch.tensor([factor * (bias - mean)], device=head.weight.device))
-    return critic
+
+
+def check_vocabulary(role: str, model: nn.Module, actor: Actor) -> None:
+    """Check that a model reads as many tokens as the actor.
+
+    Args:
+        role: The name of the model's option, for the error message.
+        model: The critic's trunk or the reference's model.
+        actor: The actor.
+
+    Raises:
+        UserError: if the vocabularies differ in size.
+    """
+    found, size = vocabulary_size(model), vocabulary_size(actor.model)
+    if found != size:
+        raise UserError(
+            f"model.{role}: its vocabulary has {found} tokens, the actor's {size}; the two read the same tokens"
+        )
 
 
 def vocabulary_size(model: nn.Module) -> int:

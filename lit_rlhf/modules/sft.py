@@ -14,11 +14,13 @@ from lit_rlhf.algorithms.masked import masked_mean
 from lit_rlhf.batching import demonstration_micro_batches
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.attention import keeps_texts_apart
-from lit_rlhf.models.loading import ModelSource, load_model
+from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.models.weights import with_weights
 from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.modules.roles import load_actor
 from lit_rlhf.modules.steps import add_gradients, step_optimizers, within_memory
 from lit_rlhf.modules.update import check_limits
 from lit_rlhf.types import DemonstrationBatch
@@ -38,6 +40,7 @@ class SFT(AlignmentModule):
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each optimizer step; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs or max_steps.
+        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
 
     Raises:
         ValueError: if a number is out of range.
@@ -58,8 +61,9 @@ class SFT(AlignmentModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,
+        adapter: LoRA | None = None,
     ) -> None:
-        super().__init__(actor, iterations, {"actor": (optimizer, scheduler)})
+        super().__init__(actor, iterations, {"actor": (optimizer, scheduler)}, adapter)
         check_limits(max_tokens, clip_grad_norm)
         self.automatic_optimization = False
         self.max_tokens = max_tokens
@@ -77,7 +81,7 @@ class SFT(AlignmentModule):
             self.train(self.training)
 
     def _load_actor(self) -> Actor:
-        actor = Actor(load_model(self.source, "causal", "model.actor"))
+        actor = load_actor(self.source, temperature=1.0, adapter=self.adapter)
         self._separates_packed_texts = keeps_texts_apart(with_weights(actor.model))  # before a strategy rounds weights
         return actor
 

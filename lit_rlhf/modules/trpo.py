@@ -28,6 +28,8 @@ from lit_rlhf.algorithms.trust_region import (
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapted import starts_from
+from lit_rlhf.models.adapters import AdapterView, LoRA
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
@@ -114,6 +116,8 @@ class TRPO(OnPolicy):
         critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; otherwise a
             model to start from (``./actor`` for a folder of that name); None for no critic.
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
+        adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
+            shared by all roles; None to train whole models.
         sampling: How responses are sampled.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
@@ -143,6 +147,7 @@ class TRPO(OnPolicy):
     """
 
     shards_actor = False  # sharded weights cannot be differentiated twice
+    copies = ("old",)
     old: Actor  # set by configure_model, frozen: the actor at the start of the update
 
     def __init__(
@@ -151,6 +156,7 @@ class TRPO(OnPolicy):
         rewards: list[Reward] | None = None,
         critic: ModelSource | None = "actor",
         reference: ModelSource | None = None,
+        adapter: LoRA | None = None,
         sampling: Sampling = Sampling(),
         engine: Engine = NativeEngine(),
         guard: Guard = Guard(),
@@ -175,6 +181,7 @@ class TRPO(OnPolicy):
             rewards=rewards,
             critic=critic,
             reference=reference,
+            adapter=adapter,
             sampling=sampling,
             engine=engine,
             guard=guard,
@@ -202,7 +209,11 @@ class TRPO(OnPolicy):
         if self.is_configured:
             return
         super().configure_model()
-        self.old = self.place(self._load_old, sharded=False)
+        if self.adapter is None:
+            self.old = self.place(self._load_old, sharded=False)
+        else:
+            below = starts_from(self.source, self.adapter)
+            self.old = Actor(AdapterView(self.actor, (*below, "old")), self.sampling.temperature, adapter="old")
 
     def _load_old(self) -> Actor:
         old = Actor(load_model(self.source, "causal", "model.actor"), self.sampling.temperature)
@@ -211,7 +222,7 @@ class TRPO(OnPolicy):
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the critic's parameters, if there is a critic; the actor has no optimizer."""
-        return {} if self.critic is None else {"value": list(self.critic.parameters())}
+        return {} if self.critic is None else {"value": list(self.critic.own_parameters().values())}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
         """Do one step of the actor within its trust region, then the critic's epochs.
@@ -225,7 +236,7 @@ class TRPO(OnPolicy):
                 out (see `within_memory`).
         """
         losses = self.losses()
-        assign(list(self.old.parameters()), flatten([p.detach() for p in self.actor.parameters()]))
+        assign(_own(self.old), flatten([p.detach() for p in _own(self.actor)]))
         step_actor = partial(self._step_actor, experience, losses, metrics)
         within_memory(self, step_actor, experience.rollout.lengths, metrics)
         if experience.values is not None:
@@ -236,7 +247,7 @@ class TRPO(OnPolicy):
 
     def _step_actor(self, experience: Experience, losses: Losses, metrics: Metrics) -> None:
         """Step the actor from the old policy, even if an attempt that ran out of memory left the actor elsewhere."""
-        parameters, start = list(self.actor.parameters()), flatten(list(self.old.parameters()))
+        parameters, start = _own(self.actor), flatten(_own(self.old))
         assign(parameters, start)
         batches = self.micro_batches(experience)
         totals = self.sum_over_ranks(step_totals(batches))
@@ -264,7 +275,7 @@ class TRPO(OnPolicy):
         Raises:
             UserError: if the loss or the norm of the gradient is not finite.
         """
-        parameters = list(self.actor.parameters())
+        parameters = _own(self.actor)
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
         for micro_batch in batches:
             part = losses.weighted_sum(losses.policy(micro_batch, metrics).loss, micro_batch, totals)
@@ -279,7 +290,7 @@ class TRPO(OnPolicy):
         rows = (experience.rollout.group % self.region.fisher_every == 0).nonzero().squeeze(1)
         batches = self.micro_batches(experience.select(rows))
         tokens = self.sum_over_ranks(step_totals(batches))[0]
-        parameters = list(self.actor.parameters())
+        parameters = _own(self.actor)
 
         def product(vector: Tensor) -> Tensor:
             total = torch.zeros_like(vector)
@@ -341,3 +352,7 @@ class TRPO(OnPolicy):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             assign(gradients, self.sum_over_ranks(flatten(gradients)) / self.trainer.world_size)
         return value_loss
+
+
+def _own(actor: Actor) -> list[nn.Parameter]:
+    return list(actor.own_parameters().values())

@@ -1,7 +1,5 @@
 """A reward model: a sequence classifier with one label."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -76,10 +74,9 @@ class RewardModel(Reward):
         if self.model is None:
             self.model = self.load()
         if self.normalize:
-            config: Any = self.model.trunk.config
-            if getattr(config, "score_std", None) is None:
+            if self.model.scale is None:
                 raise UserError(f"rewards.normalize: {self.source} has no score_mean and score_std in its config.json")
-            self.scale = (config.score_mean, config.score_std)
+            self.scale = self.model.scale
         own_tokenizer = load_tokenizer(self.source, "rewards.model")
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             self.retokenizer = own_tokenizer

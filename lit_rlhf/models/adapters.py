@@ -1,0 +1,312 @@
+"""Low-rank adapters (LoRA) on a frozen base model, which several roles may share in memory.
+
+A base carries one adapter or more by name, and its linear layers add the outputs of those that are selected. The model
+that owns the base, the actor in most methods, selects its own adapters; every other role looks at the same base through
+an `AdapterView`, which selects that role's adapters during its forward passes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_rlhf.compat import select_adapters, selected_adapters
+from lit_rlhf.errors import UserError
+from lit_rlhf.randomness import Stream, generator
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+SOURCE = "source"
+"""The name of the frozen adapter that the trained model started from."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The options of a low-rank adapter, W x + scaling · B A x, of which only A and B are trained.
+
+    W [out, in] is the frozen weight of a linear layer of the base, A is [rank, in] and B [out, rank]. A starts from
+    Kaiming's uniform distribution and B from 0, so that an untrained adapter changes nothing. There is no dropout,
+    because log-probabilities could not be reproduced with it.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685), equation 3; rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732), equation 5;
+    DoRA: Liu et al. 2024 (arXiv 2402.09353), equation 5.
+
+    Args:
+        rank: The rank r of B A (``r`` in peft).
+        alpha: The scaling of B A is alpha / rank (``lora_alpha`` in peft).
+        target_modules: The linear layers to adapt: ``all-linear`` for all except the head, or the last parts of their
+            names, such as ``[q_proj, v_proj]``.
+        rslora: Whether the scaling is alpha / √rank, which keeps the size of the updates independent of the rank.
+        dora: Whether the norm of each row of the adapted weight is trained as well, as a separate vector.
+        chained: What happens to an adapter that the model to train already is: ``stacked`` keeps it as a frozen
+            adapter below the new one, and ``merged`` adds it to the base's weights.
+
+    Raises:
+        UserError: if a number is out of range, or no target module is given.
+
+    >>> LoRA(rank=8, alpha=16, target_modules=["q_proj", "v_proj"]).scaling
+    2.0
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    chained: Literal["stacked", "merged"] = "stacked"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"model.adapter.rank must be 1 or more, not {self.rank}")
+        if not 0 < self.alpha < float("inf"):
+            raise UserError(f"model.adapter.alpha must be positive, not {self.alpha}")
+        if not self.target_modules:
+            raise UserError("model.adapter.target_modules is empty: use all-linear, or the names of linear layers")
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def config(self, model: PreTrainedModel) -> LoraConfig:
+        """Return peft's configuration, with the target modules of this model by name.
+
+        Args:
+            model: A model without adapters.
+
+        Raises:
+            UserError: if a target module is not a linear layer of the model.
+        """
+        from peft import LoraConfig
+
+        targets = target_names(model, self.target_modules)
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=0.0,
+            target_modules=targets,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+        )
+
+
+def target_names(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
+    """Return the last parts of the names of the linear layers to adapt, in alphabetical order.
+
+    Args:
+        model: A model without adapters.
+        targets: ``all-linear`` for all linear layers except the head, or the last parts of their names.
+
+    Raises:
+        UserError: if a name belongs to no linear layer, or to the head.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_hidden_layers=1, **shape))
+    >>> target_names(model, "all-linear")
+    ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
+    """
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if module is not head and is_linear(module)
+    }
+    if targets == "all-linear":
+        return sorted(linear)
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    for name in chosen:
+        if name.rpartition(".")[2] not in linear:
+            raise UserError(
+                f"model.adapter.target_modules: {name} is not a linear layer of {type(model).__name__} that can be "
+                f"adapted; it has {', '.join(sorted(linear))}"
+            )
+    return sorted(chosen)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, quantized or not."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)  # bitsandbytes' layers derive from nn.Linear
+
+
+def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: int = 0) -> None:
+    """Add an adapter to a model in place; its output is 0 at first, and neither it nor the model is trained.
+
+    Args:
+        model: The model, which may have other adapters, and whose weights may not be read yet.
+        name: The adapter's name.
+        config: Its options, whose target modules are names.
+        number: Selects other random numbers for the initial weights, for adapters of the same run.
+
+    Raises:
+        UserError: if peft cannot adapt one of the layers.
+    """
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of GPT-2's layers, which peft recognises
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the roles before
+        torch.manual_seed(generator(Stream.ADAPTERS, number).initial_seed())
+        try:
+            inject_adapter_in_model(config, model, name)
+        except ValueError as error:
+            raise UserError(f"model.adapter: {' '.join(str(error).split())[:300]}") from error
+        for layer in adapted_layers(model):
+            if name in layer.lora_A and layer.lora_A[name].weight.is_meta:  # as its base, which is not read yet
+                for part in (layer.lora_A[name], layer.lora_B[name]):
+                    part.to_empty(device="cpu")
+                layer.reset_lora_parameters(name, True)
+    model.requires_grad_(False)
+
+
+def adapted_layers(model: nn.Module) -> list[LoraLayer]:
+    """Return the layers of a model that carry adapters; none if the model has no adapters."""
+    return [module for module in model.modules() if hasattr(module, "lora_A")]  # type: ignore[misc]
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of one adapter, by the names that they have in the model."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name and adapter in name.split(".")
+    }
+
+
+class Owner(Protocol):
+    """What a view uses of the model that owns the base: an `Actor`."""
+
+    model: Any
+
+    def run_trunk(self, **inputs: Any) -> Any:
+        """Run the trunk of the base with the adapters that are selected."""
+
+
+class AdaptedTrunk(nn.Module):
+    """The trunk of a base with a role's adapters; it has no parameters of its own.
+
+    Args:
+        owner: The model that owns the base. It runs the trunk, so that a strategy can gather sharded weights.
+        adapters: The names of the role's adapters; none for the base alone.
+    """
+
+    def __init__(self, owner: Owner, adapters: Sequence[str]) -> None:
+        super().__init__()
+        self._owner = (owner,)  # in a tuple, so that the owner does not become a submodule
+        self.adapters = tuple(adapters)
+        self.layers = tuple(adapted_layers(owner.model))
+
+    @property
+    def owner(self) -> Any:
+        """The model that owns the base."""
+        return self._owner[0]
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the base."""
+        return self.owner.model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the trunk with the role's adapters; the arguments are those of the trunk."""
+        with selected(self.layers, self.adapters):
+            return self.owner.run_trunk(**inputs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the base's embedding."""
+        return self.owner.model.get_input_embeddings()
+
+
+class AdapterView(nn.Module):
+    """A base with a role's adapters, in the place of a causal language model; it has no parameters of its own.
+
+    Args:
+        owner: The model that owns the base.
+        adapters: The names of the role's adapters; none for the base alone.
+
+    >>> from lit_rlhf.models.actor import Actor
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).eval()
+    >>> add_adapter(model, "actor", LoRA(rank=2).config(model))
+    >>> actor = Actor(model)
+    >>> reference = Actor(AdapterView(actor, adapters=()))
+    >>> tokens, mask = torch.tensor([[2, 6, 7]]), torch.tensor([[False, False, True]])
+    >>> torch.equal(reference(tokens, mask).logprobs, actor(tokens, mask).logprobs)  # B is 0
+    True
+    """
+
+    def __init__(self, owner: Owner, adapters: Sequence[str]) -> None:
+        super().__init__()
+        self.base_model = AdaptedTrunk(owner, adapters)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base, with the adapters of all roles."""
+        return self.base_model.owner.model
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the base."""
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the base."""
+        return self.base.device
+
+    @property
+    def generation_config(self) -> Any:
+        """The generation configuration of the base."""
+        return getattr(self.base, "generation_config", None)
+
+    def get_output_embeddings(self) -> Any:
+        """Return the base's head."""
+        return self.base.get_output_embeddings()
+
+    def get_input_embeddings(self) -> Any:
+        """Return the base's embedding."""
+        return self.base.get_input_embeddings()
+
+
+def whole_model(model: Any) -> Any:
+    """Return the model that a view shows, or the given model itself if it is not a view."""
+    return model.base if isinstance(model, AdapterView) else model
+
+
+@contextmanager
+def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[None]:
+    """Let layers add the outputs of these adapters alone, inside this context.
+
+    Nothing is copied, and whether a parameter is trained does not change.
+
+    Args:
+        layers: The adapted layers of a model.
+        adapters: The names of the adapters; none for the base alone.
+    """
+    before = selected_adapters(layers[0])
+    select_adapters(layers, adapters)
+    try:
+        yield
+    finally:
+        select_adapters(layers, before)
+
+
+@contextmanager
+def merged_weight(layer: LoraLayer) -> Iterator[Tensor]:
+    """Yield a layer's weight with its selected adapters added to it, a new tensor; the layer itself does not change."""
+    base: Any = layer.get_base_layer()
+    weight = base.weight.data
+    layer.merge(safe_merge=True, adapter_names=list(selected_adapters(layer)))
+    try:
+        yield base.weight.data
+    finally:
+        base.weight.data = weight
+        layer.merged_adapters.clear()

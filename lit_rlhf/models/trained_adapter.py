@@ -1,0 +1,130 @@
+"""Folders of trained adapters, as peft reads them, and whole models with the adapters merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapted import load_adapted
+from lit_rlhf.models.adapter_folders import HEAD, SavedAdapter, base_of, joined_adapter, merge_all
+from lit_rlhf.models.adapters import SOURCE, LoRA, adapter_parameters
+from lit_rlhf.models.scoring import ScalarModel, classifier_config, to_classifier
+from lit_rlhf.models.weights import unread_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedAdapter:
+    """An adapter that a run has trained, and what it is on top of.
+
+    Args:
+        source: What the trained model started from: a whole model, or an adapter, which the new one is on top of.
+        lora: The options of the adapter.
+        name: The name of the adapter in the run: ``actor``, ``critic`` or ``reward``.
+        weights: Its weights, by their names in the causal language model or in its trunk.
+        below: An adapter of the same base that takes the place of the source's, as for a critic; None for the source's.
+        head: The head of a critic or a reward model; None for an actor.
+        scale: The mean and the standard deviation of a reward model's scores, if they were measured.
+    """
+
+    source: str
+    lora: LoRA
+    name: str
+    weights: Mapping[str, Tensor]
+    below: SavedAdapter | None = None
+    head: nn.Linear | None = None
+    scale: tuple[float, float] | None = None
+
+    def save(self, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+        """Write the adapter as one that peft loads; it includes the adapter that it is on top of.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            folder: The folder to write.
+            card: The model card, in Markdown.
+
+        Raises:
+            UserError: if the base or an adapter cannot be loaded.
+        """
+        with unread_weights():  # only the adapters' weights are needed
+            model, names = self._load()
+        if len(names) == 1:
+            from peft import get_peft_model_state_dict
+
+            config: Any = model.peft_config[names[0]]
+            state = get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name=names[0])
+            weights = {f"base_model.model.{name}": weight for name, weight in state.items()}
+        else:
+            config, weights = joined_adapter(model, names)
+        config.base_model_name_or_path = base_of(self.source)
+        config.task_type = "CAUSAL_LM" if self.head is None else "SEQ_CLS"
+        config.inference_mode = True
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.head is not None:
+            config.modules_to_save = ["score"]
+            weights[HEAD] = self.head.weight.detach()
+            self._set_scale(classifier_config(model.config, tokenizer, self.head.bias)).save_pretrained(folder)
+        config.save_pretrained(folder)
+        cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        save_file(cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Return a whole model: the base with the adapter, and the one that it is on top of, added to its weights.
+
+        Args:
+            tokenizer: The model's tokenizer.
+
+        Raises:
+            UserError: if the base or an adapter cannot be loaded.
+        """
+        model = merge_all(*self._load())
+        if self.head is None:
+            return model
+        classifier = to_classifier(ScalarModel(model.base_model, self.head), tokenizer)
+        self._set_scale(classifier.config)
+        return classifier
+
+    def _load(self) -> tuple[PreTrainedModel, list[str]]:
+        """Load the base with the trained adapter and the one below it, and return the names of these adapters."""
+        source = self.source if self.below is None else base_of(self.source)
+        saved = {} if self.below is None else {"below": self.below}
+        lora = replace(self.lora, chained="stacked")
+        model = load_adapted(source, lora, "model", trained=[self.name], saved=saved)
+        prefix = f"{model.base_model_prefix}."
+        parameters = {name.removeprefix(prefix): p for name, p in adapter_parameters(model, self.name).items()}
+        weights = {name.removeprefix(prefix): weight for name, weight in self.weights.items()}
+        if parameters.keys() != weights.keys():
+            raise UserError(f"the checkpoint's adapter {self.name} does not fit the base {base_of(self.source)}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        names = [name for name in (SOURCE, "below", self.name) if adapter_parameters(model, name)]
+        return model, names
+
+    def _set_scale(self, config: Any) -> Any:
+        if self.scale is not None:
+            config.score_mean, config.score_std = self.scale
+        return config
+
+
+def weights_of(state: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """Return the weights of one adapter, by name.
+
+    Args:
+        state: A state dictionary of a model with adapters.
+        adapter: The name of the adapter.
+
+    >>> state = {"q.lora_A.actor.weight": torch.ones(1), "q.lora_A.critic.weight": torch.zeros(1)}
+    >>> weights_of(state, "critic")
+    {'q.lora_A.critic.weight': tensor([0.])}
+    """
+    return {name: weight for name, weight in state.items() if ".lora_" in name and adapter in name.split(".")}
