@@ -152,19 +152,20 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     """
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of GPT-2's layers, which peft recognises
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the roles before
-        torch.manual_seed(generator(Stream.ADAPTERS, number).initial_seed())
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
             raise UserError(f"model.adapter: {' '.join(str(error).split())[:300]}") from error
+        torch.manual_seed(generator(Stream.ADAPTERS, number).initial_seed())
         for layer in adapted_layers(model):
-            if name in layer.lora_A and layer.lora_A[name].weight.is_meta:  # as its base, which is not read yet
+            if name in layer.lora_A:
                 for part in (layer.lora_A[name], layer.lora_B[name]):
-                    part.to_empty(device="cpu")
-                layer.reset_lora_parameters(name, True)
+                    if part.weight.is_meta:  # as its base, which is not read yet
+                        part.to_empty(device="cpu")
+                layer.reset_lora_parameters(name, True)  # the same numbers, whether or not the base is read
     model.requires_grad_(False)
 
 
