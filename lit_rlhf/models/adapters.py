@@ -276,6 +276,11 @@ class AdapterView(nn.Module):
         return self.base.get_input_embeddings()
 
 
+def active_adapters(model: Any) -> tuple[str, ...]:
+    """Return the names of the adapters that a model with adapters, or a view of one, computes with."""
+    return model.base_model.adapters if isinstance(model, AdapterView) else selected_adapters(adapted_layers(model)[0])
+
+
 def whole_model(model: Any) -> Any:
     """Return the model that a view shows, or the given model itself if it is not a view."""
     return model.base if isinstance(model, AdapterView) else model

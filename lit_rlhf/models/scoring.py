@@ -241,7 +241,7 @@ def classifier_config(trunk: Any, tokenizer: PreTrainedTokenizerBase, bias: Tens
         if hasattr(config, name):
             delattr(config, name)
     if bias is not None:
-        config.value_bias = float(bias)
+        config.value_bias = float(bias.detach())
     return config
 
 
