@@ -149,7 +149,7 @@ def test_adapters_are_sent_alone(make_module, fit, tmp_path, tiny_model):
         assert paths.count("/v1/load_lora_adapter") == paths.count("/v1/unload_lora_adapter") > 3
         assert "/collective_rpc" not in paths
     assert [metrics["engine/mismatch_mean"] < 1e-5 for metrics in recorder.metrics] == [True] * 3
-    assert recorder.metrics[-1]["objective/kl_to_ref"] > 1e-5
+    assert abs(recorder.metrics[-1]["objective/kl_to_ref"]) > 1e-5  # the actor has changed
     assert not list((tmp_path / "weights").glob("*"))
 
 
