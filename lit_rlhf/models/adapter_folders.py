@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -163,6 +164,36 @@ def merge_all(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
         setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
     del model.peft_config
     return model.requires_grad_(True)
+
+
+def write_adapter(model: PreTrainedModel, adapters: list[str], base: str, folder: Path, head: Tensor | None) -> None:
+    """Write adapters of a model as one adapter that peft and vLLM load.
+
+    Args:
+        model: The base, of which the weights may not be read, with its adapters.
+        adapters: The names of the adapters, of which the folder gets the sum.
+        base: The folder or the hub id of the base.
+        folder: The folder to write.
+        head: The weight of the head of a reward model or a critic, [1, H]; None for a language model.
+    """
+    from peft import get_peft_model_state_dict
+
+    if len(adapters) == 1:
+        config: Any = deepcopy(model.peft_config[adapters[0]])
+        state = get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name=adapters[0])
+        weights = {f"base_model.model.{name}": weight for name, weight in state.items()}
+    else:
+        config, weights = joined_adapter(model, adapters)
+    config.base_model_name_or_path = base
+    config.task_type = "CAUSAL_LM" if head is None else "SEQ_CLS"
+    config.inference_mode = True
+    if head is not None:
+        config.modules_to_save = ["score"]
+        weights[HEAD] = head
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def joined_adapter(model: PreTrainedModel, adapters: list[str]) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -116,17 +116,16 @@ def target_names(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
     ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
     """
     head = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if module is not head and is_linear(module)
-    }
+    linear = [name for name, module in model.named_modules() if module is not head and is_linear(module)]
+    last_parts = sorted({name.rpartition(".")[2] for name in linear})
     if targets == "all-linear":
-        return sorted(linear)
+        return last_parts
     chosen = [targets] if isinstance(targets, str) else list(targets)
-    for name in chosen:
-        if name.rpartition(".")[2] not in linear:
+    for target in chosen:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise UserError(
-                f"model.adapter.target_modules: {name} is not a linear layer of {type(model).__name__} that can be "
-                f"adapted; it has {', '.join(sorted(linear))}"
+                f"model.adapter.target_modules: {target} is not a linear layer of {type(model).__name__} that can be "
+                f"adapted; it has {', '.join(last_parts)}"
             )
     return sorted(chosen)
 
@@ -275,6 +274,11 @@ class AdapterView(nn.Module):
     def get_input_embeddings(self) -> Any:
         """Return the base's embedding."""
         return self.base.get_input_embeddings()
+
+
+def active_adapters(model: Any) -> tuple[str, ...]:
+    """Return the names of the adapters that a model with adapters, or a view of one, computes with."""
+    return model.base_model.adapters if isinstance(model, AdapterView) else selected_adapters(adapted_layers(model)[0])
 
 
 def whole_model(model: Any) -> Any:

@@ -151,7 +151,7 @@ def saved_head(saved: SavedAdapter, field: str) -> nn.Linear:
         raise UserError(f"{field}: the adapter {saved.source} {what}: it is not a reward model")
     bias = saved.settings.get("value_bias")
     head = nn.Linear(saved.head.shape[1], 1, bias=bias is not None, device="cpu")
-    head.weight = nn.Parameter(saved.head.float().clone())  # a reward model and a critic may start from one adapter
+    head.weight = nn.Parameter(saved.head.to(torch.float32, copy=True))  # several models may start from it
     if bias is not None:
         head.bias = nn.Parameter(torch.tensor([bias], device="cpu"))
     return head
@@ -241,7 +241,7 @@ def classifier_config(trunk: Any, tokenizer: PreTrainedTokenizerBase, bias: Tens
         if hasattr(config, name):
             delattr(config, name)
     if bias is not None:
-        config.value_bias = float(bias)
+        config.value_bias = float(bias.detach())
     return config
 
 
