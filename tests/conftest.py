@@ -54,6 +54,39 @@ def prompt_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model, tmp_path_factory):
+    """Return a function that lets peft write an adapter of a tiny model, with random weights and without tokenizer.
+
+    Args of the function: the architecture, the task (causal or score), the seed, and options of peft's LoraConfig.
+    """
+    made = {}
+
+    def make(architecture="llama", task="causal", seed=0, scale=None, base=None, **options) -> Path:
+        key = (architecture, task, seed, scale, base, str(options))
+        if key not in made:
+            from peft import LoraConfig, get_peft_model
+            from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+            auto, kind = {
+                "causal": (AutoModelForCausalLM, "CAUSAL_LM"),
+                "score": (AutoModelForSequenceClassification, "SEQ_CLS"),
+            }[task]
+            labels = {"num_labels": 1} if task == "score" else {}
+            made[key] = tmp_path_factory.mktemp(f"adapter_{task}")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = auto.from_pretrained(base or tiny_model(architecture), **labels)
+                common = {"r": 3, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False}
+                get_peft_model(model, LoraConfig(task_type=kind, **common | options)).save_pretrained(made[key])
+            if scale is not None:
+                model.config.score_mean, model.config.score_std = scale
+                model.config.save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
 def low_words(responses):
     """Return the share of w0 … w7 among each response's words, a reward that is learned quickly."""
     low = {f"w{i}" for i in range(8)}

@@ -96,12 +96,14 @@ class AlignmentModule(lightning.LightningModule):
         return hasattr(self, self.role)
 
     def setup(self, stage: str) -> None:
-        """Check the precision before the models are loaded; Lightning calls this method in every run.
+        """Check the precision and the strategy before the models are loaded; Lightning calls this method in every run.
 
         Raises:
-            UserError: if ``trainer.precision`` is not supported.
+            UserError: if ``trainer.precision`` is not supported, or if an adapter is to be trained with FSDP1.
         """
         check_precision(self.trainer.precision)
+        if self.adapter is not None and isinstance(self.trainer.strategy, FSDP):
+            raise UserError("trainer.strategy: fsdp cannot train an adapter (model.adapter); use fsdp2")
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
