@@ -26,7 +26,7 @@ from lit_rlhf.modules import PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import WORDS
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the tests that import `preloaded`, and for its processes
+sys.path.append(str(Path(__file__).parent))  # for the tests that import `preloaded`, and for its processes
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 

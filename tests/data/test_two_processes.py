@@ -26,16 +26,10 @@ def test_a_bad_record_ends_both_processes_with_a_one_line_error(tiny_model, prom
     path.write_text(prompt_file.read_text() + '{"text": "w2"}\n')
     words = ["fit", "--model", "SFT", "--model.actor", tiny_model("llama"), "--data", "Prompts", "--data.train", path]
     words += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    words = [
-        sys.executable,
-        "-m",
-        "lit_rlhf.cli",
-        *map(str, words),
-        "--trainer.default_root_dir",
-        str(tmp_path / "run"),
-    ]
+    words += ["--trainer.default_root_dir", tmp_path / "run"]
+    command = [sys.executable, "-m", "lit_rlhf.cli", *map(str, words)]
     environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1
     assert f"\nlit-rlhf: error: data.train: record 49 of {path} has no column 'prompt'" in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr
