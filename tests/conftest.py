@@ -13,6 +13,7 @@ if "HF_DATASETS_CACHE" not in os.environ:  # not the user's cache; processes sta
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 
 import lightning
@@ -25,6 +26,7 @@ from lit_rlhf.modules import PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import WORDS
 
+sys.path.append(str(Path(__file__).parent))  # for the tests that import `preloaded`, and for its processes
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 

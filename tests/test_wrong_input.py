@@ -2,9 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
 
+import preloaded
 import pytest
 import torch
 
@@ -321,9 +320,7 @@ def test_config_files(folder, capsys, text, patterns):
     ],
 )
 def test_the_command_itself(folder, changes, status, patterns):
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_rlhf.cli", *fit(**changes)], capture_output=True, text=True, timeout=120
-    )
+    done = preloaded.run("-m", "lit_rlhf.cli", *fit(**changes))
     lines = done.stderr.strip().splitlines()
     reported = [line for line in lines if line.startswith("lit-rlhf: error: ")]
     assert done.returncode == status
