@@ -433,6 +433,32 @@ def test_transformers_names_the_decoder_layers(model):
         assert type(model.model.layers[0]).__name__ in compat.decoder_layer_names(model)
 
 
+# peft
+
+
+def test_peft_selects_adapters_without_training_others(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with contract("peft", "LoRA layers read _active_adapter and _disable_adapters in each forward pass"):
+        for name in ("first", "second"):
+            inject_adapter_in_model(config, model, name)
+        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        layer, x = layers[0], torch.randn(1, 3, 32)
+        base, alone = layer.get_base_layer()(x), {}
+        for names in (["first"], ["second"], [], ["first", "second"]):
+            compat.select_adapters(layers, names)
+            assert all(compat.selected_adapters(layer) == tuple(names) for layer in layers)
+            alone[tuple(names)] = layer(x) - base
+        assert not alone[()].any()
+        both = alone["first",] + alone["second",]
+        torch.testing.assert_close(alone["first", "second"], both, atol=1e-5, rtol=1e-5)
+        assert alone["first",].abs().max() > 1e-3
+        assert not torch.allclose(alone["first",], alone["second",])
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
 # datasets
 
 

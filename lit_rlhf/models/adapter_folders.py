@@ -64,7 +64,10 @@ def base_of(source: str) -> str:
     path = find_adapter(source)
     if path is None:
         return source
-    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError):  # not JSON, not an object, or without this entry
+        base = None
     if not base:
         raise UserError(f"{source}: {CONFIG} names no base model (base_model_name_or_path)")
     return str(base)
