@@ -31,8 +31,6 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
             stack.enter_context(selected(model.base_model.layers, model.base_model.adapters))
         for layer in _linear_layers(whole_model(model)):
             with _weight_of(layer) as weight:
-                if not _can_be_packed(weight):
-                    continue
                 dtype = _compute_dtype(weight)
                 blocks = block_weight(weight.detach().to(dtype), rows)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
@@ -46,14 +44,14 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[Any]:
-    """Yield the plain linear layers of a model and, where products are in float32, the adapted ones.
+    """Yield the plain linear layers that can be packed and, where products are in float32, the adapted ones.
 
     A layer with adapters becomes one product with the merged weight. Half precision would round a small adapter away in
     the merged weight, so there only the base's layer is packed.
     """
     adapted = {id(layer.get_base_layer()): layer for layer in adapted_layers(model)}
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and _can_be_packed(module.weight):
             layer = adapted.get(id(module))
             yield module if layer is None or _compute_dtype(module.weight) != torch.float32 else layer
 

@@ -22,6 +22,7 @@ from lit_rlhf.generation.server import Server
 from lit_rlhf.generation.weights_folder import WeightsFolder
 from lit_rlhf.http import JSONClient
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.quantization import has_quantized_layers
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.sharding import full_state_dict
 from lit_rlhf.randomness import Stream, row_seeds
@@ -346,7 +347,13 @@ class VLLMEngine(DetachedEngine):
             )
 
     def _write(self, actor: Actor, weights: dict[str, Tensor]) -> Path:
-        """Write weights, given as the actor's full ``state_dict``, to a new folder."""
+        """Write weights, given as the actor's full ``state_dict``, to a new folder.
+
+        Raises:
+            UserError: if they are quantized, or cannot be written.
+        """
+        if has_quantized_layers(actor.model):
+            raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
         own = strip_prefix("model.", weights)
         if self._folder is None:
             size = sum(weight.numel() for weight in own.values()) * self._dtype.itemsize

@@ -58,7 +58,7 @@ def load_adapted(
     if start is not None and (lora.dora or start.config.use_dora):
         raise UserError(f"{field}: DoRA cannot be trained on top of an adapter; first merge {source} (export --merge)")
     with weights_at_once() if lora.dora else nullcontext():  # which starts from the norms of the base's weights
-        model = load_model(base_of(source) if starts else source, "causal", field)
+        model = load_model(base_of(source) if starts else source, "causal", field, lora.quantization)
     config = lora.config(model)
     for number, name in enumerate((*trained, *copies)):
         add_adapter(model, name, config, number)
