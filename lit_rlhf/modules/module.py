@@ -21,7 +21,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.precision import check_precision, store_in_bfloat16
-from lit_rlhf.models.quantization import check_package, has_quantized_layers
+from lit_rlhf.models.quantization import check_package, has_quantized_layers, is_quantized
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
@@ -105,6 +105,14 @@ class AlignmentModule(lightning.LightningModule):
         check_precision(self.trainer.precision)
         if self.adapter is not None and self.adapter.quantization is not None:
             check_package(self.adapter.quantization)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The names of the quantized weights, which DDP need not send to the other processes, and cannot.
+
+        The name of this property is that of the attribute in which DDP looks for them.
+        """
+        return [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.

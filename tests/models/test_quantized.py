@@ -8,7 +8,17 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 
-from lit_rlhf import DPO, SFT, Demonstrations, IterationCheckpoint, LoRA, RewardModeling, UserError, VLLMEngine
+from lit_rlhf import (
+    DPO,
+    SFT,
+    Demonstrations,
+    IterationCheckpoint,
+    LoRA,
+    MonteCarlo,
+    RewardModeling,
+    UserError,
+    VLLMEngine,
+)
 from lit_rlhf.compat import select_adapters
 from lit_rlhf.export import export
 from lit_rlhf.models import adapted, quantization
@@ -296,6 +306,14 @@ def test_sharding(base, kind, make_module, fit, one_process):
     module = make_module(actor=base, adapter=LoRA(quantization=kind))
     with pytest.raises(UserError, match=r"trainer.strategy must be ddp for quantized weights"):
         fit(module, strategy="fsdp2", devices=1, inference_mode=False)
+
+
+@each_kind
+def test_ddp(base, kind, make_module, fit, one_process):
+    recorder = Recorder()
+    module = make_module(actor=base, adapter=LoRA(rank=2, quantization=kind), critic=None, advantages=MonteCarlo())
+    fit(module, [recorder], strategy="ddp", devices=1, limit_train_batches=1)
+    assert any(float(weight.abs().max()) > 0 for name, weight in recorder.weights.items() if "lora_B" in name)
 
 
 @each_kind
