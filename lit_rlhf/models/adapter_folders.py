@@ -18,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_layers, adapter_parameters, add_adapter, target_names
+from lit_rlhf.models.quantization import has_quantized_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -148,7 +149,7 @@ def merge_adapter(model: PreTrainedModel, saved: SavedAdapter, field: str) -> Pr
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the adapter does not fit the model.
+        UserError: if the adapter does not fit the model, or the model is quantized.
     """
     add_saved_adapter(model, "merged", saved, field)
     return merge_all(model, ["merged"])
@@ -160,7 +161,12 @@ def merge_all(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
     Args:
         model: The base with its adapters; changed in place.
         adapters: The names of the adapters; all others are discarded.
+
+    Raises:
+        UserError: if the base is quantized.
     """
+    if has_quantized_layers(model):
+        raise UserError(f"no adapter can be merged into {model.name_or_path}, because its weights are quantized")
     for name, layer in [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]:
         layer.merge(adapter_names=adapters)
         parent, _, attribute = name.rpartition(".")
