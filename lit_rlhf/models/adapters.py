@@ -151,6 +151,8 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     """
     from peft import inject_adapter_in_model
 
+    from lit_rlhf.models.adapted_linear import use_sums
+
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of GPT-2's layers, which peft recognises
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the roles before
@@ -164,6 +166,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
                 for part in (layer.lora_A[name], layer.lora_B[name]):
                     part.to_empty(device="cpu")
                 layer.reset_lora_parameters(name, True)
+    use_sums(model)
     model.requires_grad_(False)
 
 
