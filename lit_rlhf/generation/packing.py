@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.compat import block_weight, multiply_by_blocks
+from lit_rlhf.compat import block_weight, multiply_by_blocks, selected_adapters
 from lit_rlhf.models.adapters import AdapterView, adapted_layers, merged_weight, selected, whole_model
 
 
@@ -49,13 +49,22 @@ def _linear_layers(model: nn.Module) -> Iterator[Any]:
     """Yield the plain linear layers of a model and, where products are in float32, the adapted ones.
 
     A layer with adapters becomes one product with the merged weight. Half precision would round a small adapter away in
-    the merged weight, so there only the base's layer is packed.
+    the merged weight, so there the layer's base and its selected adapters are packed one by one.
     """
-    adapted = {id(layer.get_base_layer()): layer for layer in adapted_layers(model)}
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            layer = adapted.get(id(module))
-            yield module if layer is None or _compute_dtype(module.weight) != torch.float32 else layer
+    adapted: list[Any] = adapted_layers(model)
+    inside = {id(part) for layer in adapted for part in layer.modules() if part is not layer}
+    yield from (module for module in model.modules() if type(module) is nn.Linear and id(module) not in inside)
+    for layer in adapted:
+        base = layer.get_base_layer()
+        if type(base) is not nn.Linear:
+            continue
+        if _compute_dtype(base.weight) == torch.float32:
+            yield layer
+            continue
+        yield base
+        for name in selected_adapters(layer):
+            if name in layer.lora_A:
+                yield from (layer.lora_A[name], layer.lora_B[name])
 
 
 def _weight_of(layer: Any) -> AbstractContextManager[Tensor]:

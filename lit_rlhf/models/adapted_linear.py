@@ -25,23 +25,28 @@ class AdaptedLinear(Linear):
         adapters = [name for name in selected_adapters(self) if name in self.lora_A]
         if args or kwargs or not adapters or not self._can_use_sum(x, adapters):
             return super().forward(x, *args, **kwargs)
-        weight = self.base_layer.weight
+        base: Any = self.base_layer
         rank, tokens = sum(self.r[name] for name in adapters), x.numel() // x.shape[-1]
-        if not sum_is_cheaper(weight.shape, rank, tokens, differentiates=torch.is_grad_enabled()):
+        if not sum_is_cheaper(base.weight.shape, rank, tokens, differentiates=torch.is_grad_enabled()):
             return super().forward(x)
-        return F.linear(x, self.summed_weight(adapters), self.base_layer.bias)
+        return F.linear(x, self.summed_weight(adapters), base.bias)
 
     def summed_weight(self, adapters: list[str]) -> Tensor:
-        """Return W + Σ s B A, [out, in], a new tensor.
+        """Return W + Σ s B A, [out, in].
 
         Args:
-            adapters: The names of adapters of this layer, at least one.
+            adapters: The names of adapters of this layer, for which `has_plain` holds.
         """
-        weight = self.base_layer.weight
+        layer: Any = self
+        weight: Tensor = layer.base_layer.weight
         for name in adapters:
-            up, down = self.lora_B[name].weight, self.lora_A[name].weight
+            up, down = layer.lora_B[name].weight, layer.lora_A[name].weight
             weight = torch.addmm(weight, up, down, alpha=self.scaling[name])
         return weight
+
+    def has_plain(self, adapters: list[str]) -> bool:
+        """Return whether these adapters are s B A x and nothing more, such as DoRA's norms or a bias."""
+        return not any(name in self.lora_variant or self.lora_B[name].bias is not None for name in adapters)
 
     def _can_use_sum(self, x: Tensor, adapters: list[str]) -> bool:
         return (
@@ -50,16 +55,16 @@ class AdaptedLinear(Linear):
             and not torch.is_autocast_enabled(x.device.type)
             and not self.training  # dropout
             and not self.merged
-            and not any(name in self.lora_variant or self.lora_B[name].bias is not None for name in adapters)
+            and self.has_plain(adapters)
         )
 
 
 def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differentiates: bool) -> bool:
     """Return whether (W + s B A) x takes less time than W x + s B A x.
 
-    In multiplications, for t tokens: B A takes in · out · r, and B A x takes t · r · (in + out). Each product's backward
-    pass takes twice as many; that of the sum also needs the gradient of the whole weight, t · in · out. B A x moves as
-    much memory as if its rank were 16 greater (measured on a CPU).
+    In multiplications, for t tokens: B A takes in · out · r, and B A x takes t · r · (in + out). The backward pass of
+    each takes twice as many; that of the sum also needs the gradient of the whole weight, t · in · out. The memory that
+    B A x moves takes as much time as a rank greater by 16 (measured on a CPU).
 
     Args:
         shape: The shape of W, [out, in].
@@ -69,7 +74,7 @@ def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differenti
 
     >>> sum_is_cheaper((64, 64), rank=16, tokens=1000, differentiates=True)
     True
-    >>> sum_is_cheaper((1024, 1024), rank=16, tokens=1000, differentiates=True)  # the whole weight's gradient costs more
+    >>> sum_is_cheaper((1024, 1024), rank=16, tokens=1000, differentiates=True)
     False
     >>> sum_is_cheaper((1024, 1024), rank=16, tokens=1000, differentiates=False)
     True

@@ -308,10 +308,16 @@ def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[N
 
 @contextmanager
 def merged_weight(layer: LoraLayer) -> Iterator[Tensor]:
-    """Yield a layer's weight with its selected adapters added to it, a new tensor; the layer itself does not change."""
+    """Yield a layer's weight with its selected adapters added to it; the layer itself does not change."""
+    from lit_rlhf.models.adapted_linear import AdaptedLinear
+
     base: Any = layer.get_base_layer()
+    adapters = [name for name in selected_adapters(layer) if name in layer.lora_A]
+    if isinstance(layer, AdaptedLinear) and layer.has_plain(adapters):  # peft's way takes several times as long
+        yield layer.summed_weight(adapters).detach()
+        return
     weight = base.weight.data
-    layer.merge(safe_merge=True, adapter_names=list(selected_adapters(layer)))
+    layer.merge(safe_merge=True, adapter_names=adapters)
     try:
         yield base.weight.data
     finally:

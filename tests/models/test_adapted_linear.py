@@ -48,7 +48,8 @@ def test_sums_and_separate_products_agree(adapters):
     torch.testing.assert_close(found["y"], right.detach())
     layer.__class__ = Linear
     separate = results(layer, x, weight)
-    assert found.keys() == separate.keys() and len(found) == 2 + 2 * len(adapters)
+    assert found.keys() == separate.keys()
+    assert len(found) == 2 + 2 * len(adapters)
     torch.testing.assert_close(found, separate)
 
 
