@@ -1,7 +1,9 @@
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from lit_rlhf.compat import select_adapters
 from lit_rlhf.generation.packing import packed_weights
 
 
@@ -51,3 +53,20 @@ def test_float64_weights_are_not_packed(layers):
     with packed_weights(layers, 2):
         assert all("forward" not in vars(layer) for layer in layers)
         assert layers(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("dtype", "packed"), [(None, ["0"]), (torch.bfloat16, ["0.base_layer", "A", "B"])])
+def test_of_the_adapters_only_the_selected_one_is_packed(dtype, packed):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6)).requires_grad_(False).eval()
+    for name in ("actor", "critic"):
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), model, name)
+        torch.nn.init.normal_(model[0].lora_B[name].weight)
+    select_adapters([model[0]], ["actor"])
+    x = torch.randn(3, 8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        right = model(x)
+        with packed_weights(model, 3):
+            torch.testing.assert_close(model(x), right)
+            found = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    short = {"A": "0.lora_A.actor", "B": "0.lora_B.actor"}
+    assert found == {short.get(name, name) for name in packed}
