@@ -20,6 +20,7 @@ from lit_rlhf import (
 )
 from lit_rlhf.compat import select_adapters
 from lit_rlhf.export import export
+from lit_rlhf.generation.vllm_adapters import check_adapter
 from lit_rlhf.models import adapted, quantization
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapted import load_adapted
