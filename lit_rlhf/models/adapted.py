@@ -60,7 +60,7 @@ def load_adapted(
             f"{field}: DoRA cannot be combined with another adapter; first merge {source} (lit-rlhf export --merge)"
         )
     with weights_at_once() if lora.dora else nullcontext():  # which starts from the norms of the base's weights
-        model = load_model(base_of(source) if starts else source, "causal", field)
+        model = load_model(base_of(source) if starts else source, "causal", field, lora.quantization)
     config = lora.config(model)
     for number, name in enumerate((*trained, *copies)):
         add_adapter(model, name, config, number)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.compat import select_adapters, selected_adapters
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.quantization import Quantization
 from lit_rlhf.randomness import Stream, generator
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class LoRA:
     because log-probabilities could not be reproduced with it.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), equation 3; rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732), equation 5;
-    DoRA: Liu et al. 2024 (arXiv 2402.09353), equation 5.
+    DoRA: Liu et al. 2024 (arXiv 2402.09353), equation 5; NF4: Dettmers et al. 2023 (arXiv 2305.14314), equations 5, 6.
 
     Args:
         rank: The rank r of B A (``r`` in peft).
@@ -49,9 +50,13 @@ class LoRA:
         dora: Whether the norm of each row of the adapted weight is trained as well, as a separate vector.
         chained: What happens to an adapter that the model to train already is: ``stacked`` keeps it as a frozen
             adapter below the new one, and ``merged`` adds it to the base's weights.
+        quantization: The format of the base's frozen weights W, except the head and the embeddings: ``nf4`` for 4 bits
+            (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An
+            exported adapter is the same in any case, but fits best the base with which it was trained.
 
     Raises:
-        UserError: if a number is out of range, or no target module is given.
+        UserError: if a number is out of range, no target module is given, or an adapter would be merged into a
+            quantized base.
 
     >>> LoRA(rank=8, alpha=16, target_modules=["q_proj", "v_proj"]).scaling
     2.0
@@ -63,6 +68,7 @@ class LoRA:
     rslora: bool = False
     dora: bool = False
     chained: Literal["stacked", "merged"] = "stacked"
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -71,6 +77,8 @@ class LoRA:
             raise UserError(f"model.adapter.alpha must be positive, not {self.alpha}")
         if not self.target_modules:
             raise UserError("model.adapter.target_modules is empty: use all-linear, or the names of linear layers")
+        if self.quantization is not None and self.chained == "merged":
+            raise UserError("model.adapter.chained must be stacked if quantization is set, not merged")
 
     @property
     def scaling(self) -> float:
