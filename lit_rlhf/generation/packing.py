@@ -45,7 +45,7 @@ def _selection(model: nn.Module) -> Any:
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[Any, nn.Linear]]:
     """Yield the layers to replace, each with the linear layer that holds its weight: itself, or the base's layer."""
-    adapted = adapted_layers(model)
+    adapted: list[Any] = [*adapted_layers(model)]
     inside = {id(module) for layer in adapted for module in layer.modules()}
     for module in model.modules():
         if type(module) is nn.Linear and id(module) not in inside and _can_be_packed(module.weight):
