@@ -5,11 +5,12 @@ architecture whose operations do not depend on the values of tensors. Two decode
 to need as much as the second one.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import finalize
 
 import torch
@@ -18,13 +19,17 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from lit_rlhf.compat import tensors_without_memory, watch_results
+from lit_rlhf.compat import select_adapters, selected_adapters, tensors_without_memory, watch_results
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import adapted_layers
 from lit_rlhf.models.attention import UNPADDED, may_be_unpadded
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 from lit_rlhf.models.precision import rounded_weights
 from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.models.weights import first_layers
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 LAYERS, CHUNKS = 2, 3
 """How many decoder layers run, and how many chunks of scored tokens pass through the head."""
@@ -108,8 +113,11 @@ Gradients: TypeAlias = Literal["new", "kept", "shards"]
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
-    """Return those parameters of a model that are held in bfloat16."""
-    return [] if rounding == "none" else rounded_weights(model, all_weights=rounding == "all")
+    """Return those parameters of a model that are held in bfloat16; of adapters, only if all are."""
+    if rounding == "none":
+        return []
+    adapters = {id(weight) for name, weight in model.named_parameters() if ".lora_" in name and rounding == "linear"}
+    return [x for x in rounded_weights(model, all_weights=rounding == "all") if id(x) not in adapters]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,8 +224,9 @@ def _run(
     if gradients is None:
         return Footprint(layer=0, rest=live.peak, end=0)
     kept = moments["after"] - moments["before"]
-    made = sum(x.nbytes for x in whole.parameters()) if gradients == "new" else 0
-    return Footprint(kept, moments["layers"] - len(layers) * kept, live.peak - made)
+    made = sum(x.nbytes for x in whole.parameters() if x.requires_grad) if gradients == "new" else 0
+    in_layers = moments["layers"] if "layers" in moments else live.take_peak()  # below a frozen embedding, all is over
+    return Footprint(kept, in_layers - len(layers) * kept, live.peak - made)
 
 
 class _Pass(nn.Module):
@@ -311,10 +320,34 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 
 def _shortened(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class on the meta device, with only the decoder layers that run."""
+    """Return a model of the same class on the meta device, with its adapters, but only the decoder layers that run."""
     config = first_layers(model.config, min(model.config.num_hidden_layers, LAYERS))
     with torch.device("meta"):
-        return type(model)(config).eval()
+        short = type(model)(config).eval()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        add_without_weights(short, name, adapter)
+    for name, parameter in short.named_parameters():
+        parameter.requires_grad_(name in trained)
+    if layers := adapted_layers(model):
+        select_adapters(adapted_layers(short), selected_adapters(layers[0]))
+    return short
+
+
+def add_without_weights(model: PreTrainedModel, name: str, config: "LoraConfig") -> None:
+    """Add an adapter to a model on the meta device, as `add_adapter` does, but without memory for it.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
+        config: Its options, whose target modules are names.
+    """
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # `add_adapter` names the reasons
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
+    model.requires_grad_(False)
 
 
 def _weights(module: nn.Module, live: LiveBytes, gradients: Gradients | None) -> dict[str, Tensor]:
@@ -326,7 +359,7 @@ def _weights(module: nn.Module, live: LiveBytes, gradients: Gradients | None) ->
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         weights[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         live.see(weights[name], 0)
-        if gradients is None or not isinstance(tensor, nn.Parameter):
+        if gradients is None or not tensor.requires_grad:
             continue
         weight = weights[name].requires_grad_()
         if gradients == "shards":

@@ -65,8 +65,8 @@ class Held(NamedTuple):
 def held(setting: Setting, role: Role) -> Held:
     """Return what a process holds for a role: its share of the weights, float32 gradients and optimizer state."""
     weights = weight_bytes(role, _rounding(setting, role, used=False))
-    gradients, state = (FLOAT, role.stepping.state) if role.stepping is not None else (0, 0.0)
-    return Held(*(size / setting.shards for size in (weights, gradients * role.parameters, state * role.parameters)))
+    state = 0.0 if role.stepping is None else role.stepping.state
+    return Held(*(size / setting.shards for size in (weights, FLOAT * role.trained, state * role.trained)))
 
 
 def host_bytes(setting: Setting) -> float:
@@ -78,8 +78,8 @@ def host_bytes(setting: Setting) -> float:
     """
     here = min(setting.processes, PROCESSES_ON_A_HOST)
     shares = setting.shards if setting.spread == "fsdp2" else 1
-    loading = max(FLOAT * role.parameters for role in setting.roles) * here / shares
-    return loading + (here * sum(sum(held(setting, role)) for role in setting.roles) if setting.offload else 0.0)
+    loading = max(FLOAT * role.parameters for role in setting.models) * here / shares
+    return loading + (here * sum(sum(held(setting, role)) for role in setting.models) if setting.offload else 0.0)
 
 
 def _held(setting: Setting) -> tuple[Part, Part, Part]:
@@ -87,18 +87,23 @@ def _held(setting: Setting) -> tuple[Part, Part, Part]:
 
     Only DDP holds gradients then, in its buffers. If the models are offloaded, the device holds none of the three.
     """
-    each = [] if setting.offload else [held(setting, role) for role in setting.roles]
+    each = [] if setting.offload else [held(setting, role) for role in setting.models]
     buffers = [role.gradients for role in each] if setting.spread == "ddp" else []
     weights, state = sum(role.weights for role in each), sum(role.optimizer for role in each)
     return Part("weights", weights), Part("optimizer", state), Part("gradients", sum(buffers))
 
 
 def _gathered(setting: Setting, role: Role) -> float:
-    """Return the bytes of the weights gathered to decode or to judge; FSDP1 also holds these weights in float32."""
+    """Return the bytes of the weights gathered to decode or to judge; FSDP1 also holds these weights in float32.
+
+    A shared base is gathered with the adapters of all roles.
+    """
+    shared = [model for model in setting.models if model is setting.base or model.own is not None]
+    parameters = role.parameters if role.own is None else sum(model.parameters for model in shared)
     if setting.spread == "fsdp2":
-        return role.parameters * (HALF if setting.half else FLOAT)
+        return parameters * (HALF if setting.half else FLOAT)
     if setting.spread == "fsdp":
-        return role.parameters * (FLOAT + HALF if setting.half else FLOAT)
+        return parameters * (FLOAT + HALF if setting.half else FLOAT)
     return 0.0
 
 
@@ -107,8 +112,11 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
 
     FSDP gathers all weights in bfloat16 when they are ``used``. Otherwise, trained weights are in float32, and frozen
     models hold in bfloat16 the weights that each use would round: those of linear layers or, under FSDP, all of them.
+    Adapters are in float32, whether they are trained or not, but what they are on top of is frozen.
     """
-    if not setting.half or (role.is_trained and not (used and setting.sharded)):
+    gathered = used and setting.sharded
+    is_float = role.is_trained if role.own is None else not used
+    if not setting.half or (is_float and not gathered):
         return "none"
     return "all" if setting.sharded else "linear"
 
@@ -143,13 +151,17 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 def _copied_weights(setting: Setting, actor: Role) -> float:
     """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
 
-    A CPU holds copies in blocks, unless the step is compiled. Otherwise there are copies in bfloat16 if products are
-    computed in bfloat16, unless FSDP gathers the weights in this precision.
+    A CPU holds copies in blocks, unless the step is compiled; in float32, adapters are merged into them. Otherwise
+    there are copies in bfloat16 of the weights that are held in float32, if products are computed in bfloat16, unless
+    FSDP gathers the weights in this precision.
     """
     assert setting.generation is not None
-    weights = actor.multiplied + actor.head
+    own = 0 if actor.own is None else actor.parameters - actor.value_head
     if setting.device.is_cpu and not setting.generation.compiled:
+        weights = actor.multiplied + actor.head - (0 if setting.half else own)
         return weights * (HALF if setting.half else FLOAT)
+    is_tied = actor.model.get_output_embeddings().weight is actor.model.get_input_embeddings().weight
+    weights = actor.multiplied + actor.head if actor.own is None else own + (actor.head if is_tied else 0)
     return weights * HALF if setting.half and not setting.sharded else 0.0
 
 
@@ -225,7 +237,7 @@ def _moments(setting: Setting) -> Iterator[_Moment]:
         made = min(everything, made + held(setting, role).gradients)
         yield _Moment(made, at_end, taken.end)
         if role.stepping is not None and not setting.device.is_cpu:
-            yield _Moment(everything, 0.0, 0.0, role.parameters * role.stepping.temporary / setting.shards)
+            yield _Moment(everything, 0.0, 0.0, role.trained * role.stepping.temporary / setting.shards)
 
 
 def _gathered_in_training(setting: Setting, role: Role) -> tuple[float, float]:
@@ -234,10 +246,13 @@ def _gathered_in_training(setting: Setting, role: Role) -> tuple[float, float]:
     The weights outside the layers stay gathered during the whole pass, and two layers are gathered at a time, one of
     them in advance, as under FSDP2; FSDP1 is counted in the same way. A gradient that is not reduced yet is held whole,
     in the precision of the gathered weights and again in float32: within the layers, the gradient of one layer; at the
-    end, the gradient of the weights outside the layers.
+    end, the gradient of the weights outside the layers. Only trained weights have gradients.
     """
     if not setting.sharded:
         return 0.0, 0.0
-    each, layer = HALF if setting.half else FLOAT, role.largest_layer
-    outside = role.parameters - role.layers * layer
-    return each * outside + (3 * each + FLOAT) * layer, (2 * each + FLOAT) * outside
+    each, layer, trained = HALF if setting.half else FLOAT, role.largest_layer, role.largest_trained_layer
+    whole = role.parameters if role.own is None or setting.base is None else setting.base.parameters
+    outside = max(0, whole - role.layers * layer)
+    trained_outside = max(0, role.trained - role.layers * trained)
+    in_layers = each * outside + 2 * each * layer + (each + FLOAT) * trained
+    return in_layers, each * outside + (each + FLOAT) * trained_outside

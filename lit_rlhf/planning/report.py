@@ -27,7 +27,7 @@ def show(plan: Plan, console: Console) -> None:
 
 def summary(plan: Plan) -> tuple[str, str]:
     """Return two lines: what is planned, and the verdict."""
-    roles = ", ".join(f"{role.name} {_number(role.parameters)}" for role in plan.setting.roles)
+    roles = ", ".join(f"{role.name} {_number(role.parameters)}" for role in plan.setting.models if role.parameters)
     seconds = _total([work.seconds for work in plan.work])
     time = "" if seconds is None else f", about {seconds:.2g} s"
     flops = _number(sum(work.flops for work in plan.work), "G")
@@ -48,7 +48,7 @@ def verdict(plan: Plan) -> str:
 
 def _models(plan: Plan) -> Table:
     table = _table("model", "parameters", "weights", "gradients", "optimizer")
-    for role in plan.setting.roles:
+    for role in plan.setting.models:
         table.add_row(role.name, _number(role.parameters), *(_size(part) for part in held(plan.setting, role)))
     return table
 

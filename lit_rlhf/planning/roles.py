@@ -1,4 +1,4 @@
-"""The models of a run, built without weights to count their parameters."""
+"""A model and its part in a run; models are built without weights to count their parameters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.compat import watch_results
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import adapter_parameters
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_tokenizer, read_config
 from lit_rlhf.models.sharding import decoder_layers
-from lit_rlhf.modules import DPO, SFT, TRPO, RewardModeling
-from lit_rlhf.modules.module import AlignmentModule
-from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.planning.dry_run import LiveBytes, Outputs, Rounding, held_in_half
-from lit_rlhf.rewards import RewardModel
 
 FLOAT, HALF = 4, 2
 """The bytes of a number in float32, and of one in bfloat16."""
@@ -41,7 +38,8 @@ class Role:
         model: The model on the meta device; it may have a head that the role does not use.
         outputs: What the passes of the model compute.
         max_tokens: The maximum number of tokens in a pass, including padding.
-        stepping: What the optimizer needs for each parameter; None for a frozen model.
+        stepping: What the optimizer needs for each trained parameter; None for a frozen model.
+        own: With a shared base, the names of those adapters that no other role has; None for a whole model.
     """
 
     name: str
@@ -49,6 +47,7 @@ class Role:
     outputs: Outputs
     max_tokens: int
     stepping: Stepping | None = None
+    own: tuple[str, ...] | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -57,9 +56,20 @@ class Role:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters that the role uses, including those of a linear head for values."""
-        head = self.model.config.hidden_size + 1 if self.outputs.values else 0
-        return head + sum(parameter.numel() for parameter in _used(self).parameters())
+        """The number of parameters that the role uses alone, including those of a linear head for values."""
+        return self.value_head + sum(parameter.numel() for parameter in _own_parameters(self))
+
+    @property
+    def trained(self) -> int:
+        """The number of trained parameters."""
+        if self.stepping is None:
+            return 0
+        return self.value_head + sum(x.numel() for x in _own_parameters(self) if x.requires_grad)
+
+    @property
+    def value_head(self) -> int:
+        """The number of parameters of a linear head for values; 0 without values."""
+        return self.model.config.hidden_size + 1 if self.outputs.values else 0
 
     @property
     def layers(self) -> int:
@@ -68,8 +78,14 @@ class Role:
 
     @property
     def largest_layer(self) -> int:
-        """The number of parameters of the largest decoder layer."""
+        """The number of parameters of the largest decoder layer, including its adapters."""
         return max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(self.model))
+
+    @property
+    def largest_trained_layer(self) -> int:
+        """The number of trained parameters of the decoder layer that has the most."""
+        layers = decoder_layers(self.model)
+        return max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers)
 
     @property
     def multiplied(self) -> int:
@@ -85,49 +101,17 @@ class Role:
 
 def weight_bytes(role: Role, rounding: Rounding) -> int:
     """Return the bytes of a role's weights: bfloat16 for those that `held_in_half` returns, float32 for all others."""
-    rounded = sum(parameter.numel() for parameter in held_in_half(_used(role), rounding))
+    own = {id(parameter) for parameter in _own_parameters(role)}
+    rounded = sum(x.numel() for x in held_in_half(_used(role), rounding) if id(x) in own)
     return FLOAT * (role.parameters - rounded) + HALF * rounded
 
 
-def roles_of(module: AlignmentModule) -> tuple[Role, ...]:
-    """Return the roles of a module; their models are built without weights.
+def whole(name: str, source: ModelSource, outputs: Outputs, max_tokens: int, stepping: Stepping | None = None) -> Role:
+    """Return a role with a model of its own; the arguments are those of `Role`, but for the source of the model.
 
     Raises:
-        UserError: if a module of this kind cannot be planned, or a model's configuration or tokenizer cannot be loaded.
+        UserError: if the model's configuration or tokenizer cannot be loaded.
     """
-    language, scores = Outputs(logprobs=True, values=False), Outputs(logprobs=False, values=True)
-    steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
-    if isinstance(module, SFT):
-        return (_role("actor", module.source, language, module.max_tokens, steps["actor"]),)
-    if isinstance(module, RewardModeling):
-        return (_role("reward", module.source, scores, module.max_tokens, steps["model"]),)
-    if isinstance(module, DPO):
-        actor = _role("actor", module.source, language, module.max_tokens, steps["model"])
-        reference = module.reference_source or module.source
-        return (actor, _role("reference", reference, language, module.max_tokens))
-    if isinstance(module, OnPolicy) and not isinstance(module, TRPO):
-        return _on_policy(module, steps)
-    raise UserError(f"plan: {type(module).__name__} is not among the modules that can be planned")
-
-
-def _on_policy(module: OnPolicy, steps: dict[str, Stepping]) -> tuple[Role, ...]:
-    rewards = [reward for reward in module.scores.rewards if isinstance(reward, RewardModel)]
-    shared, tokens = module.critic_source == "shared", module.update.max_tokens
-    language, scores = Outputs(logprobs=True, values=False), Outputs(logprobs=False, values=True)
-    actor = _role("actor", module.source, Outputs(logprobs=True, values=shared), tokens, steps["policy"])
-    roles = [actor]
-    if module.critic_source is not None and not shared:
-        first_reward = rewards[0].source if rewards else module.source
-        sources = {"actor": module.source, "reward": first_reward}
-        source = sources.get(str(module.critic_source), module.critic_source)
-        roles.append(_role("critic", source, scores, tokens, steps["value"]))
-    roles.append(_role("reference", module.reference_source or module.source, language, tokens))
-    for reward in rewards:
-        roles.append(_role("reward", reward.source, scores, reward.max_tokens))
-    return tuple(roles)
-
-
-def _role(name: str, source: ModelSource, outputs: Outputs, max_tokens: int, stepping: Stepping | None = None) -> Role:
     model = without_weights(source, f"model.{name}", outputs)
     return Role(name=name, model=model, outputs=outputs, max_tokens=max_tokens, stepping=stepping)
 
@@ -203,6 +187,12 @@ def _set_tokens(config: Any, source: RandomWeights, field: str) -> None:
     for name, value in {"vocab_size": len(tokenizer), **found}.items():
         if name not in source.config:
             setattr(config, name, value)
+
+
+def _own_parameters(role: Role) -> list[nn.Parameter]:
+    if role.own is None:
+        return list(_used(role).parameters())
+    return [x for name in role.own for x in adapter_parameters(role.model, name).values()]
 
 
 def _used(role: Role) -> nn.Module:

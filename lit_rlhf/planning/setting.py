@@ -17,7 +17,8 @@ from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.planning.dry_run import Shape
 from lit_rlhf.planning.hardware import Device
-from lit_rlhf.planning.roles import Role, roles_of
+from lit_rlhf.planning.models import models_of
+from lit_rlhf.planning.roles import Role
 from lit_rlhf.strategies import FSDP, FSDP2
 
 Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
@@ -59,6 +60,7 @@ class Setting:
         full_kl: Whether the KL to the reference is computed over the vocabulary.
         generation: How each process generates the texts; None if they come from a data set, or if worker processes or
             a server generate them.
+        base: The base that adapters of several roles share; None without adapters.
     """
 
     method: str
@@ -80,6 +82,12 @@ class Setting:
     judged: tuple[str, ...]
     full_kl: bool
     generation: Generation | None
+    base: Role | None = None
+
+    @property
+    def models(self) -> tuple[Role, ...]:
+        """Everything that is held in memory: the roles and, before them, the base that some of them share."""
+        return self.roles if self.base is None else (self.base, *self.roles)
 
     @property
     def sharded(self) -> bool:
@@ -153,7 +161,8 @@ def setting_of(
             or if the configuration or the tokenizer of a model cannot be loaded.
     """
     spread, offload = _spread(strategy, processes)
-    common: dict[str, Any] = {"method": type(module).__name__, "roles": roles_of(module), "device": device}
+    base, roles = models_of(module)
+    common: dict[str, Any] = {"method": type(module).__name__, "base": base, "roles": roles, "device": device}
     common |= {"processes": processes, "spread": spread, "offload": offload, "half": half, "recompute": recompute}
     expected = Prompts if isinstance(module, OnPolicy) else Demonstrations if isinstance(module, SFT) else Preferences
     if not isinstance(data, expected):

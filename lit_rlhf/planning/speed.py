@@ -53,11 +53,13 @@ def forward_flops(role: Role, rows: int, length: int, scored: int) -> float:
 def training_flops(role: Role, rows: int, length: int, scored: int, recompute: bool) -> float:
     """Return the FLOPs of a forward and a backward pass: those of 3 forward passes, or 4 if activations are recomputed.
 
-    For the head, the factor is always 4, since the backward pass always recomputes the logits. The arguments are those
-    of `forward_flops`; ``recompute`` says whether the backward pass recomputes the activations of the layers.
+    For the head, the factor is always 4, since the backward pass always recomputes the logits. On a frozen base, each
+    factor is lower by 1, because the base's weights have no gradients. The arguments are those of `forward_flops`;
+    ``recompute`` says whether the backward pass recomputes the activations of the layers.
     """
     trunk, whole = forward_flops(role, rows, length, 0), forward_flops(role, rows, length, scored)
-    return (4 if recompute else 3) * trunk + 4 * (whole - trunk)
+    less = 0 if role.own is None else 1
+    return (4 - less if recompute else 3 - less) * trunk + (4 - less) * (whole - trunk)
 
 
 def work(setting: Setting) -> tuple[Work, ...]:

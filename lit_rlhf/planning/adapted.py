@@ -1,0 +1,111 @@
+"""The models of a run with adapters, built without weights: the base, and what each role adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lit_rlhf.compat import select_adapters
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapted import starts_from
+from lit_rlhf.models.adapter_folders import base_of, find_adapter, same_model
+from lit_rlhf.models.adapters import LoRA, adapted_layers, adapter_parameters, target_names
+from lit_rlhf.models.loading import ModelSource
+from lit_rlhf.planning.dry_run import Outputs, add_without_weights
+from lit_rlhf.planning.roles import Role, Stepping, without_weights
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+LANGUAGE, TRUNK = Outputs(logprobs=True, values=False), Outputs(logprobs=False, values=False)
+
+
+class AdaptedModels:
+    """Makes the roles that share a base.
+
+    Args:
+        source: What the trained model starts from: a model, or an adapter of one.
+        field: The name of the configuration field of the source, for error messages.
+        lora: The options of the trained adapters.
+
+    Raises:
+        UserError: if the base's configuration cannot be loaded, or if a target module is not one of its linear layers.
+    """
+
+    def __init__(self, source: ModelSource, field: str, lora: LoRA) -> None:
+        self.source, self.field, self.lora = source, field, lora
+        self.config = lora.config(self._base())
+        self.starts = {name: str(source) for name in starts_from(source, lora)}
+
+    def base(self, with_head: bool) -> Role:
+        """Return the base without any adapter, and with or without its head for logits, as a role that never runs."""
+        return Role(name="base", model=self._base(), outputs=LANGUAGE if with_head else TRUNK, max_tokens=0)
+
+    def role(
+        self,
+        name: str,
+        adapters: Mapping[str, str],
+        outputs: Outputs,
+        max_tokens: int,
+        stepping: Stepping | None = None,
+        own: tuple[str, ...] = (),
+    ) -> Role:
+        """Return a role on the base.
+
+        Args:
+            name: The name of the role and, if it is trained, of its new adapter.
+            adapters: The saved adapters that the passes of the role use, by name, each as a folder or a hub id.
+            outputs: What the passes compute.
+            max_tokens: The maximum number of tokens in a pass.
+            stepping: What the optimizer needs for each parameter of the new adapter; None for a frozen role.
+            own: The names of the saved adapters that no other role has in memory.
+
+        Raises:
+            UserError: if an adapter cannot be read, or does not fit the base.
+        """
+        model, new = self._base(), () if stepping is None else (name,)
+        for saved, source in adapters.items():
+            add_without_weights(model, saved, _saved_config(model, source))
+        for trained in new:
+            add_without_weights(model, trained, self.config)
+            for parameter in adapter_parameters(model, trained).values():
+                parameter.requires_grad_(True)
+        select_adapters(adapted_layers(model), [*adapters, *new])
+        return Role(name=name, model=model, outputs=outputs, max_tokens=max_tokens, stepping=stepping, own=(*own, *new))
+
+    def actor(self, outputs: Outputs, max_tokens: int, stepping: Stepping) -> Role:
+        """Return the actor, which owns the adapter that it starts from."""
+        return self.role("actor", self.starts, outputs, max_tokens, stepping, own=tuple(self.starts))
+
+    def shares(self, source: ModelSource) -> bool:
+        """Return whether a frozen model is the base or an adapter of it, and not a whole model beside it."""
+        if not isinstance(self.source, str) or not isinstance(source, str):
+            return source is self.source
+        is_merged = find_adapter(self.source) is not None and not self.starts
+        return not is_merged and same_model(base_of(source), base_of(self.source))
+
+    def _base(self) -> PreTrainedModel:
+        return without_weights(self.source, self.field, LANGUAGE).requires_grad_(False)
+
+
+def saved_adapter(name: str, source: ModelSource) -> dict[str, str]:
+    """Return a saved adapter by its name, or nothing if the source is a whole model."""
+    return {name: str(source)} if find_adapter(source) else {}
+
+
+def _saved_config(model: PreTrainedModel, source: str) -> LoraConfig:
+    """Return the options of a saved adapter; its weights are not read.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    from peft import PeftConfig
+
+    try:
+        config: Any = PeftConfig.from_pretrained(source)
+    except Exception as error:  # peft raises exceptions of many types here
+        raise UserError(f"plan: the adapter {source} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if config.target_modules == "all-linear":
+        config.target_modules = target_names(model, "all-linear")
+    return config
