@@ -55,7 +55,7 @@ def export(
         run: The run's folder, which contains ``config.yaml``.
         checkpoint: ``last``, ``best``, or a path.
         out: The folder to write; None for ``export`` in the run's folder, or ``export_ROLE`` for a model that the run
-            trained besides its main one.
+            trained besides its main one, with ``_merged`` at the end of the name if an adapter is merged.
         role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modelling,
             the actor for all other runs.
         merge: Whether to add a trained adapter to the weights of its base, and to export the result as a whole model.
@@ -86,7 +86,9 @@ def export(
     role = role or main_role
     source = _source(options, main_role, config_file)
     tokenizer = load_tokenizer(source, f"model.{main_role}")
-    folder = out or run / ("export" if role == main_role else f"export_{role}")
+    merge = merge and options.get("adapter") is not None
+    name = "export" if role == main_role else f"export_{role}"
+    folder = out or run / (f"{name}_merged" if merge else name)  # a folder with both would count as an adapter
     card = model_card(run, role, int(state["iteration"]))
     adapter = None
     if options.get("adapter") is not None:
@@ -249,7 +251,11 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="the folder to write (default: RUN/export or RUN/export_ROLE)"
     )
-    parser.add_argument("--merge", action="store_true", help="of a run with an adapter: write a whole model instead")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a run with an adapter: write a whole model instead (default folder: RUN/export_merged)",
+    )
     parsed = parser.parse_args(args)
     transformers_logging.disable_progress_bar()
     print(f"exported: {export(parsed.run, parsed.checkpoint, parsed.out, parsed.role, parsed.merge)}")

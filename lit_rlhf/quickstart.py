@@ -29,7 +29,7 @@ from lit_rlhf.types import PromptBatch, RewardInputs
 
 SAMPLES = 4
 TITLES = {
-    "base": "Base: train all weights on the first reviews, for the adapters of the other stages",
+    "base": "Base: train all weights; every later stage is an adapter on them",
     "sft": "SFT: learn to write reviews",
     "reward": "Reward model: learn from pairs which reviews people prefer",
     "ppo": "PPO: learn to write reviews that the reward model scores highly",
@@ -38,8 +38,8 @@ TITLES = {
 LORA_LEARNING_RATES = {
     "sft": {"optimizer": 5e-3},
     "reward": {"optimizer": 3e-3},
-    "ppo": {"actor_optimizer": 1e-3, "critic_optimizer": 5e-3},
-    "dpo": {"optimizer": 1e-3},
+    "ppo": {"actor_optimizer": 3e-4, "critic_optimizer": 5e-3},
+    "dpo": {"optimizer": 3e-4},
 }
 """By stage: the learning rates of adapters; those in ``configs/quickstart/`` are for whole models."""
 
@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> None:
         description="Train a language model of a million parameters, from random weights, to write restaurant reviews "
         "(SFT), train a reward model to predict which of two reviews people prefer, and then train the language model "
         "to write reviews that the reward model scores highly (PPO). Takes about four minutes on two cores, and needs "
-        "no files, network, account or GPU. With --lora, the first fifth of SFT trains all weights of a base, and "
+        "no files, network, account or GPU. With --lora, the first half of SFT trains all weights of a base, and "
         "everything after it is a low-rank adapter of that base.",
     )
     parser.add_argument(
@@ -108,12 +108,12 @@ def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int
     Args:
         stage: ``base``, ``sft``, ``reward``, ``ppo`` or ``dpo``.
         folder: The quickstart's folder, which contains a folder for each stage.
-        sft_iterations: The number of iterations of SFT; with ``lora``, the first fifth of them trains the base.
+        sft_iterations: The number of iterations of SFT; with ``lora``, the first half of them train the base.
         ppo_iterations: The number of iterations of PPO.
         lora: Whether to train adapters in all stages but ``base``.
     """
     base, sft, reward = (str(folder / name / "export") for name in ("base", "sft", "reward"))
-    pretraining = sft_iterations // 5 if lora else 0
+    pretraining = sft_iterations // 2 if lora else 0
     options = {
         "base": _sft_iterations(pretraining),
         "sft": _sft_iterations(sft_iterations - pretraining) + (["--model.actor", base] if lora else []),

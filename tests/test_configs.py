@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lit_rlhf.cli import main
+from lit_rlhf.models.loading import load_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "strategy").glob("*.yaml"))
@@ -95,6 +96,10 @@ def test_recipes_with_adapters_run_one_after_the_other_on_one_base(tiny_model, t
         config = json.loads(Path("runs", recipe, "export", "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == base
         assert config["r"] == (16 if recipe == "sft_lora" else 32)  # with that of the SFT adapter
+    main(["export", "runs/ppo_lora", "--merge"])
+    assert not Path("runs/ppo_lora/export_merged/adapter_config.json").exists()  # or it would count as an adapter
+    assert not Path("runs/ppo_lora/export/model.safetensors").exists()
+    assert load_model("runs/ppo_lora/export_merged").num_parameters() == load_model(base).num_parameters()
 
 
 @pytest.mark.parametrize("recipe", ADAPTERS, ids=lambda path: path.stem)
