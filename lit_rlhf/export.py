@@ -16,7 +16,7 @@ import lit_rlhf
 from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.adapter_folders import read_adapter
+from lit_rlhf.models.adapter_folders import base_of, read_adapter
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, load_critic, strip_prefix, to_classifier
@@ -89,12 +89,11 @@ def export(
     merge = merge and options.get("adapter") is not None
     name = "export" if role == main_role else f"export_{role}"
     folder = out or run / (f"{name}_merged" if merge else name)  # a folder with both would count as an adapter
-    card = model_card(run, role, int(state["iteration"]))
-    adapter = None
+    adapter, card = None, model_card(run, role, int(state["iteration"]))
     if options.get("adapter") is not None:
         adapter = _trained_adapter(options, str(source), state, path, role)
     if adapter is not None and not merge:
-        adapter.save(tokenizer, folder, card)
+        adapter.save(tokenizer, folder, model_card(run, role, int(state["iteration"]), base_of(str(source))))
         return folder
     if adapter is not None:
         model = adapter.merged(tokenizer)
@@ -139,13 +138,14 @@ def _scale(state: dict[str, Tensor]) -> tuple[float, float] | None:
     return float(state["score_mean"]), float(state["score_std"])
 
 
-def model_card(run: Path, role: str, iterations: int) -> str:
+def model_card(run: Path, role: str, iterations: int, base: str | None = None) -> str:
     """Return a model card in Markdown that describes a model and its training.
 
     Args:
         run: The run's folder; the card quotes its ``config.yaml`` if there is one.
         role: ``actor``, ``critic`` or ``reward``.
         iterations: The number of iterations that the model was trained for.
+        base: The folder or the hub id of the base of an adapter; None for a whole model.
 
     Returns:
         The text of ``README.md``.
@@ -158,7 +158,8 @@ def model_card(run: Path, role: str, iterations: int) -> str:
     model = config.get("model", {})
     method = str(model.get("class_path", "lit-rlhf")).rpartition(".")[2]
     header = {
-        "library_name": "transformers",
+        "library_name": "transformers" if base is None else "peft",
+        **({} if base is None else {"base_model": base}),
         "pipeline_tag": "text-generation" if role == "actor" else "text-classification",
         "tags": ["lit-rlhf", method],
     }
@@ -168,6 +169,10 @@ def model_card(run: Path, role: str, iterations: int) -> str:
         "predicts the return after the last token",
         "reward": "A reward model, `AutoModelForSequenceClassification`: it scores a prompt with its response",
     }[role]
+    if base is not None:
+        description = (
+            f"An adapter (LoRA, peft) of `{base}`. With its base it is: {description[0].lower()}{description[1:]}"
+        )
     quoted_config = yaml.safe_dump(
         {k: config[k] for k in ("seed_everything", "model", "data") if k in config}, sort_keys=False
     )

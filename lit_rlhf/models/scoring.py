@@ -152,9 +152,7 @@ def saved_head(saved: SavedAdapter, field: str) -> nn.Linear:
         raise UserError(f"{field}: the adapter {saved.source} {what}: it is not a reward model")
     bias = saved.settings.get("value_bias")
     head = nn.Linear(saved.head.shape[1], 1, bias=bias is not None, device="cpu")
-    head.weight = nn.Parameter(
-        saved.head.to(torch.float32, copy=True)
-    )  # neither a file's nor another model's
+    head.weight = nn.Parameter(saved.head.to(torch.float32, copy=True))  # neither a file's nor another model's
     if bias is not None:
         head.bias = nn.Parameter(torch.tensor([bias], device="cpu"))
     return head
