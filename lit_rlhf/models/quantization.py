@@ -133,7 +133,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """
     for layer in model.modules():
         if type(layer).__name__ == "Linear4bit":
-            layer.compute_dtype = dtype
+            layer.compute_dtype = dtype  # type: ignore[assignment]
 
 
 class QuantizedLinear(nn.Linear):
@@ -142,6 +142,7 @@ class QuantizedLinear(nn.Linear):
     Otherwise, the dequantized weights of all layers would be kept until the backward pass.
     """
 
+    @torch.compiler.disable  # compiled code would hold references to the weight, which could then not be moved
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Return x Wᵀ + b."""
         product = _Product.apply(input, self.weight)
@@ -157,5 +158,5 @@ class _Product(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.weight.dequantize().to(gradient.dtype), None
