@@ -455,7 +455,7 @@ def test_the_layout_without_a_backward_pass_can_be_turned_off():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu").eval()
     with contract("bitsandbytes", "the attribute support_avx512bf16_for_cpu of a 4-bit layer"):
-        assert isinstance(layer.support_avx512bf16_for_cpu, bool)
+        assert hasattr(layer, "support_avx512bf16_for_cpu")
         compat.keep_4_bit_layout(layer)
         with torch.no_grad():
             layer(torch.ones(1, 64))

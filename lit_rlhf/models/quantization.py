@@ -142,6 +142,7 @@ class QuantizedLinear(nn.Linear):
     Otherwise, the dequantized weights of all layers would be kept until the backward pass.
     """
 
+    @torch.compiler.disable  # compiled code would hold references to the weight, which could then not be moved
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Return x Wᵀ + b."""
         product = _Product.apply(input, self.weight)
