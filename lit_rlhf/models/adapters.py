@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_rlhf.compat import select_adapters, selected_adapters
+from lit_rlhf.compat import select_adapters, selected_adapters, share_inputs
 from lit_rlhf.errors import UserError
 from lit_rlhf.randomness import Stream, generator
 
@@ -165,6 +165,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
                 for part in (layer.lora_A[name], layer.lora_B[name]):
                     part.to_empty(device="cpu")
                 layer.reset_lora_parameters(name, True)
+    share_inputs(adapted_layers(model))
     model.requires_grad_(False)
 
 
