@@ -18,9 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -69,9 +71,7 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
 
 
-def training(
-    run: str, folder: Path, max_tokens: int
-) -> tuple[lightning.LightningModule, lightning.LightningDataModule]:
+def training(run: str, folder: Path, max_tokens: int) -> tuple[Any, Any]:
     """Return the module and the data of one of the trainings."""
     policy, adapter = str(folder / "policy"), None if run == "whole" else LoRA(rank=RANK)
     if run == "sft":
@@ -137,7 +137,8 @@ def measure(run: str, folder: Path, options: argparse.Namespace) -> None:
         callbacks=[counted, *([ActivationCheckpointing()] if options.recompute else [])],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    print(json.dumps({"imported": imported, "resident": resident(), "alive": counted.peak, "weights": counted.weights}))
+    found = {"imported": imported, "resident": resident(), "alive": counted.peak, "weights": counted.weights}
+    print(json.dumps(found | {"seconds": time.process_time()}))
 
 
 def main() -> None:

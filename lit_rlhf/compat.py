@@ -349,3 +349,14 @@ def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> Non
     for layer in layers:
         layer._active_adapter = names or layer._active_adapter
         layer._disable_adapters = not names
+
+
+def share_inputs(layers: Iterable[LoraLayer]) -> None:
+    """Let adapters take the inputs of their layers as they are, which the backward pass then keeps once for all.
+
+    Otherwise, peft copies a bfloat16 input to the float32 of the adapter, from which autocast makes another bfloat16
+    copy for each layer. Layers with DoRA still copy: they compute the norms of weights in their input's precision.
+    Sets ``cast_input_dtype_enabled``, as peft's ``disable_input_dtype_casting`` does for a while.
+    """
+    for layer in layers:
+        layer.cast_input_dtype_enabled = bool(layer.lora_variant)

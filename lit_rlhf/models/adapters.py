@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_rlhf.compat import select_adapters, selected_adapters
+from lit_rlhf.compat import select_adapters, selected_adapters, share_inputs
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.quantization import Quantization
 from lit_rlhf.randomness import Stream, generator
@@ -176,6 +176,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
                         part.to_empty(device="cpu")
                 layer.reset_lora_parameters(name, True)  # the same numbers, whether or not the base is read
     use_sums(model)
+    share_inputs(adapted_layers(model))
     model.requires_grad_(False)
 
 

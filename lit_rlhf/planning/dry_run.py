@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from lit_rlhf.compat import select_adapters, selected_adapters, tensors_without_memory, watch_results
+from lit_rlhf.compat import select_adapters, selected_adapters, share_inputs, tensors_without_memory, watch_results
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_layers
 from lit_rlhf.models.attention import UNPADDED, may_be_unpadded
@@ -347,6 +347,7 @@ def add_without_weights(model: PreTrainedModel, name: str, config: "LoraConfig")
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # `add_adapter` names the reasons
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
+    share_inputs(adapted_layers(model))
     model.requires_grad_(False)
 
 

@@ -1,12 +1,15 @@
+import json
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import RandomWeights
 from lit_rlhf.modules import DPO, SFT, TRPO, PolicyGradient
 from lit_rlhf.planning.dry_run import Outputs, Shape, footprint
@@ -14,6 +17,7 @@ from lit_rlhf.planning.hardware import GB, Device, find_gpu, this_cpu
 from lit_rlhf.planning.memory import cache_size, host_bytes, phases
 from lit_rlhf.planning.plan import RESERVED, available, make_plan
 from lit_rlhf.planning.report import summary
+from lit_rlhf.planning.roles import without_weights
 from lit_rlhf.planning.setting import setting_of
 from lit_rlhf.planning.speed import forward_flops, training_flops, work
 from lit_rlhf.rewards import RewardModel
@@ -256,3 +260,60 @@ def test_the_rates_of_this_cpu():
     assert 2e9 < cpu.memory < 1e14
     assert 1e9 < cpu.single < 1e15
     assert 1e8 < cpu.bandwidth < 1e13
+
+
+def write_shape(folder, shape, tokenizer):
+    """Write a model folder without weights, and one of an adapter without weights; a plan reads neither."""
+    LoRA(rank=16).config(without_weights(RandomWeights(shape, tokenizer), "", LOGPROBS)).save_pretrained(
+        folder / "reward"
+    )
+    config = json.loads((folder / "reward/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "base")
+    (folder / "reward/adapter_config.json").write_text(json.dumps(config))
+    AutoConfig.for_model(**shape).save_pretrained(folder / "base")
+    return str(folder / "base"), str(folder / "reward")
+
+
+def test_eight_billion_with_adapters_fit_one_gpu(tiny_model, tmp_path):
+    """One base in bfloat16, and for each trained role 16 bytes of each of the adapter's parameters."""
+    base, reward = write_shape(tmp_path, LLAMA_8B, str(tiny_model()))
+    options = {"adapter": LoRA(rank=16), "rewards": [RewardModel(reward)], "sampling": Sampling(max_tokens=160)}
+    setting = setting_of(
+        PolicyGradient(actor=base, critic="reward", **options), Prompts(batch_size=64), device=find_gpu("h100"),
+        processes=1, strategy="auto", half=True, recompute=False,
+    )  # fmt: skip
+    plan = make_plan(setting)
+    assert plan.fits
+    embedding, adapter = 128256 * 4096, 41_943_040  # rank 16 on all linear layers
+    assert {role.name: role.parameters for role in setting.models} == {
+        "base": 8_030_261_248, "actor": adapter, "critic": adapter + 4097, "reference": 0, "reward": adapter + 4097,
+    }  # fmt: skip
+    parts = {part.name: part.bytes for part in plan.phases[-1].parts}
+    weights = 2 * (8_030_261_248 - embedding) + 2 * embedding + 3 * 4 * adapter
+    assert parts["weights"] == pytest.approx(weights + 2 * embedding, rel=1e-3)  # the embedding stays in float32
+    assert (parts["optimizer"], parts["gradients"]) == pytest.approx((2 * 8 * adapter, 2 * 4 * adapter), rel=1e-3)
+
+
+def test_adapters_on_random_weights_can_be_planned(tiny_model):
+    source = RandomWeights(config=QWEN_05B, tokenizer=str(tiny_model()))
+    options = {"device": find_gpu("h100"), "processes": 1, "strategy": "auto", "half": True, "recompute": False}
+    module = PolicyGradient(
+        actor=source, rewards=[RewardModel(source)], adapter=LoRA(), sampling=Sampling(max_tokens=160)
+    )
+    setting = setting_of(module, Prompts(batch_size=64), **options)
+    names = ["base", "actor", "critic", "reference", "reward"]
+    assert [role.name for role in setting.models] == names
+    assert setting.role("reward").parameters > 4e8  # a whole model beside the base
+    assert make_plan(setting).fits
+
+
+def test_flops_on_a_frozen_base(tiny_model):
+    """The backward pass computes no gradients of the base's weights."""
+    flops = {}
+    for adapter in (None, LoRA(rank=1)):
+        module = SFT(actor=RandomWeights(config=QWEN_05B, tokenizer=str(tiny_model())), adapter=adapter)
+        setting = setting_of(
+            module, Demonstrations(), device=find_gpu("h100"), processes=1, strategy="auto", half=True, recompute=False
+        )
+        flops[adapter] = training_flops(setting.roles[0], 1, 64, 0, recompute=False)
+    assert flops[LoRA(rank=1)] / flops[None] == pytest.approx(2 / 3, rel=0.01)
