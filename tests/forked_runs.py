@@ -14,11 +14,16 @@ import sys
 import traceback
 from pathlib import Path
 
+import datasets  # noqa: F401 (as all others that are not used here: imported once for all runs)
 import peft  # noqa: F401
 import torch
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
+import transformers.models.llama.modeling_llama
+import transformers.pytorch_utils  # noqa: F401
 
-import lit_rlhf.lightning_cli
-import lit_rlhf.models.trained_adapter  # noqa: F401
+from lit_rlhf.callbacks import PrintPlan
 from lit_rlhf.cli import main
 
 
@@ -30,6 +35,7 @@ def in_child(words, environment, log):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    PrintPlan.on_fit_start = lambda *words: None  # it would take longer than the run
     try:
         main(words)
     except SystemExit as end:

@@ -94,7 +94,7 @@ def one_step(**options):
     return Update(epochs=1, minibatches=1, max_tokens=64, clip_grad_norm=None, entropy_coef=0.01, **options)
 
 
-def cases(actor, reference, scorer, *adapters):
+def cases(strategy, actor, reference, scorer, *adapters):
     common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(f"{__file__}:low_words")]}
     steps = {"actor_optimizer": sgd, "critic_optimizer": sgd}
     several = Sampling(max_tokens=12, responses=2)
@@ -177,7 +177,8 @@ def cases(actor, reference, scorer, *adapters):
     for name in ("sft", "packed"):  # micro-batches of one or two rows, of which the ranks have different numbers
         yield name, lambda: SFT(actor=actor, optimizer=sgd, iterations=1, max_tokens=32)
     yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
-    yield from adapter_cases.cases(actor, *adapters, f"{__file__}:low_words")
+    workers = 1 if strategy == "fsdp2" and int(os.environ["WORLD_SIZE"]) <= 2 else 0
+    yield from adapter_cases.cases(actor, *adapters, f"{__file__}:low_words", workers)
 
 
 def describe(module, optimizers):
@@ -193,7 +194,7 @@ def main(strategy, *folders, prompts, out, only):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
     results = {}
-    for name, make in cases(*folders):
+    for name, make in cases(strategy, *folders):
         if not re.fullmatch(only, name):
             continue
         recorder = Recorder()
