@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lit_rlhf.checkpoints import read_checkpoint
+from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
 
 REWARD = """
 import os, signal
@@ -192,3 +193,20 @@ def test_each_process_holds_its_share(tiny_model, prompt_file, tmp_path):
     (alone,) = held_bytes[1]
     assert len(held_bytes[2]) == 2
     assert max(held_bytes[2]) < alone / 2 * 1.05 + 2**19
+
+
+def test_each_process_holds_its_share_of_a_base(tiny_model, prompt_file, tmp_path):
+    """The base is sharded; only the adapters of the actor and the critic have gradients and optimizer states."""
+    base, shape = tmp_path / "base", {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape |= {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 128}
+    model = load_model(RandomWeights(shape, str(tiny_model())))
+    model.save_pretrained(base)
+    load_tokenizer(str(tiny_model())).save_pretrained(base)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += [str(Path(__file__).with_name("bytes_on_ranks.py")), "fsdp2", str(base), str(prompt_file), str(tmp_path)]
+    done = subprocess.run([sys.executable, *words, str(base)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    adapters = 2 * 4 * 4 * (4 * (256 + 256) + 3 * (256 + 512)) * 4  # two, of rank 4, in 4 layers, float32
+    held = [int((tmp_path / f"2-{rank}").read_text()) for rank in range(2)]
+    assert max(held) < weights / 2 + adapters / 2 * 4 + 2**19  # weights, gradients and two moments

@@ -14,10 +14,12 @@ from lit_rlhf.data import Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Engine, NativeEngine, Sampling
 from lit_rlhf.generation.engine import EngineContext
-from lit_rlhf.generation.shared import Layout, map_tensors, open_shared_memory
+from lit_rlhf.generation.shared import Layout, map_tensors, open_shared_memory, trained_weights
 from lit_rlhf.generation.workers import concatenate
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_model
+from lit_rlhf.modules.roles import load_actor
 from lit_rlhf.randomness import Stream
 from lit_rlhf.testing import Recorder
 
@@ -297,3 +299,11 @@ def test_concatenate_pads(run):
         again = joined.select(torch.arange(len(joined.tokens))[part])
         for name in ("tokens", "rollout_logprobs", "response_mask", "terminated", "group"):
             assert torch.equal(getattr(again, name), getattr(original, name)), name
+
+
+def test_the_weights_of_an_adapter_alone_travel(tiny_model):
+    """Workers load the base from its files; see tests/modules/adapter_cases.py for their samples."""
+    actor = load_actor(str(tiny_model("llama")), 1.0, LoRA(rank=2))
+    weights = trained_weights(actor)
+    assert len(weights) == 2 * 2 * 7
+    assert all(name.split(".")[-3:-1] in (["lora_A", "actor"], ["lora_B", "actor"]) for name in weights)

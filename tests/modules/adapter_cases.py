@@ -37,7 +37,7 @@ def several_steps(**options):
     return Update(epochs=2, minibatches=2, max_tokens=64, clip_grad_norm=None, **options)
 
 
-def cases(actor, start, scorer, reward_function):
+def cases(actor, start, scorer, reward_function, workers):
     """Yield names and functions that make modules.
 
     Args:
@@ -45,6 +45,7 @@ def cases(actor, start, scorer, reward_function):
         start: The folder of an adapter of it, as SFT exports one.
         scorer: The folder of a reward model that is an adapter of it.
         reward_function: The reward of the cases without a reward model.
+        workers: The number of worker processes of `Ahead`.
     """
     short = Sampling(max_tokens=12)
     function, model = {"rewards": [RewardFunction(reward_function)]}, {"rewards": [RewardModel(scorer, max_tokens=64)]}
@@ -66,8 +67,8 @@ def cases(actor, start, scorer, reward_function):
         objective=KLPenalty(), reference_kl=ReferenceKL(where="loss", estimator="full"),
     )  # fmt: skip
     yield "lora ahead", lambda: PolicyGradient(
-        actor, **function, **common, critic=None, iterations=3, update=several_steps(), engine=Ahead(lag=1, workers=0),
-        correction=Correction(),
+        actor, **function, **common, critic=None, iterations=3, update=several_steps(),
+        engine=Ahead(lag=1, workers=workers), correction=Correction(),
     )  # fmt: skip
     yield "lora trpo", lambda: TRPO(
         start, **model, adapter=LORA, sampling=short, critic_optimizer=adam, iterations=1, update=several_steps(),

@@ -179,7 +179,8 @@ def cases(strategy, actor, reference, scorer, *adapters):
         yield name, lambda: SFT(actor=actor, optimizer=sgd, iterations=1, max_tokens=32)
     yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
     if adapters:
-        yield from adapter_cases.cases(actor, *adapters, f"{__file__}:low_words")
+        workers = 1 if strategy == "fsdp2" and int(os.environ["WORLD_SIZE"]) <= 2 else 0
+        yield from adapter_cases.cases(actor, *adapters, f"{__file__}:low_words", workers)
 
 
 def describe(module, optimizers):
