@@ -99,6 +99,7 @@ def _main(words, folder, environment, output):
         if module:
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
+            sys.path.insert(0, os.path.dirname(words[0]))
             runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing does not
