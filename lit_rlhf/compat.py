@@ -309,6 +309,18 @@ def decoder_layer_names(model: PreTrainedModel) -> set[str]:
     return set(model._no_split_modules or ())
 
 
+# bitsandbytes
+
+
+def keep_4_bit_layout(layer: Any) -> None:
+    """Let a 4-bit layer keep its weight in the layout that has a backward pass.
+
+    Sets ``support_avx512bf16_for_cpu`` to False. Otherwise, on a CPU that multiplies in bfloat16, the first forward
+    pass in eval mode would round the scales to bfloat16, and no gradient would pass through the layer from then on.
+    """
+    layer.support_avx512bf16_for_cpu = False
+
+
 # peft
 
 

@@ -13,6 +13,7 @@ if "HF_DATASETS_CACHE" not in os.environ:  # not the user's cache; processes sta
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 
 import lightning
@@ -25,6 +26,7 @@ from lit_rlhf.modules import PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import WORDS
 
+sys.path.append(str(Path(__file__).parent))  # for the tests that import `preloaded`, and for its processes
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 
@@ -52,6 +54,39 @@ def prompt_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model, tmp_path_factory):
+    """Return a function that lets peft write an adapter of a tiny model, with random weights and without tokenizer.
+
+    Args of the function: the architecture, the task (causal or score), the seed, and options of peft's LoraConfig.
+    """
+    made = {}
+
+    def make(architecture="llama", task="causal", seed=0, scale=None, base=None, **options) -> Path:
+        key = (architecture, task, seed, scale, base, str(options))
+        if key not in made:
+            from peft import LoraConfig, get_peft_model
+            from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+            auto, kind = {
+                "causal": (AutoModelForCausalLM, "CAUSAL_LM"),
+                "score": (AutoModelForSequenceClassification, "SEQ_CLS"),
+            }[task]
+            labels = {"num_labels": 1} if task == "score" else {}
+            made[key] = tmp_path_factory.mktemp(f"adapter_{task}")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = auto.from_pretrained(base or tiny_model(architecture), **labels)
+                common = {"r": 3, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False}
+                get_peft_model(model, LoraConfig(task_type=kind, **common | options)).save_pretrained(made[key])
+            if scale is not None:
+                model.config.score_mean, model.config.score_std = scale
+                model.config.save_pretrained(made[key])
+        return made[key]
+
+    return make
 
 
 def low_words(responses):

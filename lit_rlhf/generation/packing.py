@@ -1,14 +1,14 @@
 """Faster matrix products with few rows on a CPU, for decoding, with the weights in oneDNN's blocked layout."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.compat import block_weight, multiply_by_blocks, selected_adapters
+from lit_rlhf.compat import block_weight, multiply_by_blocks
 from lit_rlhf.models.adapters import AdapterView, adapted_layers, merged_weight, selected, whole_model
 
 
@@ -29,13 +29,11 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     with ExitStack() as stack:
         if isinstance(model, AdapterView):
             stack.enter_context(selected(model.base_model.layers, model.base_model.adapters))
-        for layer in _linear_layers(whole_model(model)):
-            with _weight_of(layer) as weight:
-                if not _can_be_packed(weight):
-                    continue
-                dtype = _compute_dtype(weight)
+        for layer, linear in _linear_layers(whole_model(model)):
+            dtype = _compute_dtype(linear.weight)
+            with nullcontext(linear.weight) if layer is linear else merged_weight(layer) as weight:
                 blocks = block_weight(weight.detach().to(dtype), rows)
-            bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+            bias = None if linear.bias is None else linear.bias.detach().to(dtype)
             vars(layer)["forward"] = partial(multiply_by_blocks, blocks, bias)  # hides the method of the class
             packed.append(layer)
     try:
@@ -45,35 +43,26 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
             del vars(layer)["forward"]
 
 
-def _linear_layers(model: nn.Module) -> Iterator[Any]:
-    """Yield the plain linear layers of a model and, where products are in float32, the adapted ones.
+def _linear_layers(model: nn.Module) -> Iterator[tuple[Any, nn.Linear]]:
+    """Yield the layers that can be packed, each with the linear layer that holds its weight.
 
-    A layer with adapters becomes one product with the merged weight. Half precision would round a small adapter away in
-    the merged weight, so there the layer's base and its selected adapters are packed one by one.
+    In float32, a layer with adapters becomes a single product with the merged weight. In half precision, the merged
+    weight would lose a small adapter to rounding, so there the base's layer and the adapters' are packed one by one.
     """
-    adapted: list[Any] = adapted_layers(model)
-    inside = {id(part) for layer in adapted for part in layer.modules() if part is not layer}
-    yield from (module for module in model.modules() if type(module) is nn.Linear and id(module) not in inside)
-    for layer in adapted:
-        base = layer.get_base_layer()
-        if type(base) is not nn.Linear:
-            continue
-        if _compute_dtype(base.weight) == torch.float32:
-            yield layer
-            continue
-        yield base
-        for name in selected_adapters(layer):
-            if name in layer.lora_A:
-                yield from (layer.lora_A[name], layer.lora_B[name])
-
-
-def _weight_of(layer: Any) -> AbstractContextManager[Tensor]:
-    return nullcontext(layer.weight) if type(layer) is nn.Linear else merged_weight(layer)
+    layers = adapted_layers(model)
+    adapted = {id(layer.get_base_layer()): layer for layer in layers}
+    parts = {id(part) for layer in layers for part in (*layer.lora_A.values(), *layer.lora_B.values())}
+    for linear in model.modules():
+        if type(linear) is nn.Linear and _can_be_packed(linear.weight):
+            if _compute_dtype(linear.weight) != torch.float32:
+                yield linear, linear
+            elif id(linear) not in parts:
+                yield adapted.get(id(linear), linear), linear
 
 
 def _can_be_packed(weight: Tensor) -> bool:
     return (
-        type(weight) in (nn.Parameter, Tensor)
+        type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and _compute_dtype(weight) in (torch.float32, torch.bfloat16)

@@ -26,6 +26,8 @@ def check_adapter(lora: LoRA, source: str) -> None:
     Raises:
         UserError: if it cannot.
     """
+    if lora.quantization is not None:
+        raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
     if lora.dora:
         raise UserError("model.adapter.dora: vLLM does not compute DoRA; use another engine, or LoRA")
     if find_adapter(source) and not starts_from(source, lora):

@@ -18,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_layers, adapter_parameters, add_adapter, target_names
+from lit_rlhf.models.quantization import has_quantized_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -64,7 +65,10 @@ def base_of(source: str) -> str:
     path = find_adapter(source)
     if path is None:
         return source
-    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError):  # not JSON, not an object, or without this entry
+        base = None
     if not base:
         raise UserError(f"{source}: {CONFIG} names no base model (base_model_name_or_path)")
     return str(base)
@@ -145,7 +149,7 @@ def merge_adapter(model: PreTrainedModel, saved: SavedAdapter, field: str) -> Pr
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the adapter does not fit the model.
+        UserError: if the adapter does not fit the model, or the model is quantized.
     """
     add_saved_adapter(model, "merged", saved, field)
     return merge_all(model, ["merged"])
@@ -157,7 +161,12 @@ def merge_all(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
     Args:
         model: The base with its adapters; changed in place.
         adapters: The names of the adapters; all others are discarded.
+
+    Raises:
+        UserError: if the base is quantized.
     """
+    if has_quantized_layers(model):
+        raise UserError(f"no adapter can be merged into {model.name_or_path}, because its weights are quantized")
     for name, layer in [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]:
         layer.merge(adapter_names=adapters)
         parent, _, attribute = name.rpartition(".")

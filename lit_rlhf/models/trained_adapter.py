@@ -64,11 +64,13 @@ class TrainedAdapter:
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Return a whole model: the base with the adapter, and the one that it is on top of, added to its weights.
 
+        The weights are those of the base's files, also if the run has quantized them.
+
         Args:
             tokenizer: The model's tokenizer.
 
         Raises:
-            UserError: if the base or an adapter cannot be loaded.
+            UserError: if the base or an adapter cannot be loaded, or the base's files hold quantized weights.
         """
         model = merge_all(*self._load())
         if self.head is None:
@@ -81,7 +83,7 @@ class TrainedAdapter:
         """Load the base with the trained adapter and the one below it, and return the names of these adapters."""
         source = self.source if self.below is None else base_of(self.source)
         saved = {} if self.below is None else {"below": self.below}
-        lora = replace(self.lora, chained="stacked")
+        lora = replace(self.lora, chained="stacked", quantization=None)
         model = load_adapted(source, lora, "model", trained=[self.name], saved=saved)
         prefix = f"{model.base_model_prefix}."
         parameters = {name.removeprefix(prefix): p for name, p in adapter_parameters(model, self.name).items()}

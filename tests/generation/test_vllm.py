@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning
+import preloaded
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -289,10 +290,8 @@ def test_same_samples_on_two_processes(tiny_model, tmp_path):
     with serving() as server:
         arguments = [server.url, folder, str(tmp_path / "weights")]
         generate_on_ranks(*arguments, str(tmp_path / "one.pt"))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*torchrun, script, *arguments, str(tmp_path / "two.pt")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        for done in preloaded.torchrun(2, script, *arguments, str(tmp_path / "two.pt"), timeout=200):
+            assert done.returncode == 0, done.stderr[-3000:]
     one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     assert len(one["whole"]) == 8
     for name in ("whole", "fsdp2", "fsdp"):

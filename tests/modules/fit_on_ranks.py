@@ -87,7 +87,7 @@ def one_step(**options):
     return Update(epochs=1, minibatches=1, max_tokens=64, clip_grad_norm=None, entropy_coef=0.01, **options)
 
 
-def cases(actor, reference, scorer):
+def cases(strategy, actor, reference, scorer):
     common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(f"{__file__}:low_words")]}
     steps = {"actor_optimizer": sgd, "critic_optimizer": sgd}
     several = Sampling(max_tokens=12, responses=2)
@@ -155,12 +155,13 @@ def cases(actor, reference, scorer):
     )  # fmt: skip
     yield (
         "ahead",
-        lambda: PolicyGradient(  # each process has a worker process; iteration 1 learns with a lag
+        lambda: PolicyGradient(  # iteration 1 learns with a lag; where the weights are sharded, each process of two
+            # has a worker process, to which the weights must come whole
             **{**common, "iterations": 2},
             **steps,
             critic=None,
             sampling=Sampling(max_tokens=12),
-            engine=Ahead(lag=1, workers=1 if int(os.environ["WORLD_SIZE"]) <= 2 else 0),
+            engine=Ahead(lag=1, workers=int(strategy != "ddp" and os.environ["WORLD_SIZE"] == "2")),
             correction=Correction(),
             update=one_step(),
         ),
@@ -176,7 +177,7 @@ def main(strategy, actor, reference, scorer, prompts, out, only=None):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
     results = {}
-    for name, make in cases(actor, reference, scorer):
+    for name, make in cases(strategy, actor, reference, scorer):
         if only not in (None, name):
             continue
         recorder = Recorder()

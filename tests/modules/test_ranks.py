@@ -1,10 +1,9 @@
 """Weights and metrics do not depend on the number of processes or on the models' sharding (real processes, gloo)."""
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
@@ -31,10 +30,9 @@ def results(tiny_model, prompt_file, tmp_path_factory):
     @functools.cache
     def run(strategy, count):
         out = folder / f"{strategy}-{count}.pt"
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        words += [str(Path(__file__).with_name("fit_on_ranks.py")), strategy, *models, str(prompt_file), str(out)]
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = [str(Path(__file__).with_name("fit_on_ranks.py")), strategy, *models, str(prompt_file), str(out)]
+        for done in preloaded.torchrun(count, *words, timeout=300):
+            assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(out)
 
     return run
