@@ -102,6 +102,16 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
         part.update(wrapped)
 
 
+def allow_variants(count: int) -> None:
+    """Let ``torch.compile`` compile at least this many variants of each function; beyond them, it does not compile.
+
+    Sets ``torch._dynamo.config.recompile_limit``; the option of ``torch.compile`` exists only in newer versions.
+    """
+    import torch._dynamo.config as options
+
+    options.recompile_limit = max(options.recompile_limit, count)
+
+
 def tensors_without_memory() -> AbstractContextManager[Any]:
     """Return a context in which operations compute the shapes and data types of their results, but no values.
 

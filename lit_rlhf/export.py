@@ -113,6 +113,8 @@ def _trained_adapter(
     name = "actor" if role == "critic" and critic == "shared" else role
     prefix = "reward.trunk." if role == "reward" else "actor.model."
     weights = weights_of(_weights(prefix, state, path, role), name)
+    if not weights:
+        raise UserError(f"{path} does not contain a {role} model")
     if role == "critic" and critic == "reward":
         below = read_adapter(_first_reward_model(options), "model.critic")
     elif role == "critic" and critic not in ("actor", "shared"):

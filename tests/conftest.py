@@ -10,6 +10,7 @@ if "HF_DATASETS_CACHE" not in os.environ:  # not the user's cache; processes sta
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+import functools
 import json
 import logging
 import random
@@ -22,6 +23,11 @@ import torch
 
 from lit_rlhf.data import Preferences, Prompts
 from lit_rlhf.generation import Sampling
+from lit_rlhf.models.actor import new_value_head
+from lit_rlhf.models.adapted import load_adapted
+from lit_rlhf.models.adapters import LoRA, adapter_parameters
+from lit_rlhf.models.loading import load_tokenizer
+from lit_rlhf.models.trained_adapter import TrainedAdapter
 from lit_rlhf.modules import PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import WORDS
@@ -85,6 +91,31 @@ def tiny_adapter(tiny_model, tmp_path_factory):
                 model.config.score_mean, model.config.score_std = scale
                 model.config.save_pretrained(made[key])
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported_adapter(tiny_model, tmp_path_factory):
+    """Return a function that writes an adapter of the tiny Llama with random weights, as a run exports one.
+
+    The adapter is that of a language model or, with a head for scores, that of a reward model.
+    """
+
+    @functools.cache
+    def make(is_reward: bool = False) -> Path:
+        base, lora, name = str(tiny_model("llama")), LoRA(rank=2), "reward" if is_reward else "actor"
+        generator = torch.Generator().manual_seed(3 + is_reward)
+        model, head = load_adapted(base, lora, "base", trained=[name]), None
+        shapes = {key: parameter.shape for key, parameter in adapter_parameters(model, name).items()}
+        weights = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        if is_reward:
+            head = new_value_head(model, bias=False)
+            head.weight.data.normal_(generator=generator)
+        folder = tmp_path_factory.mktemp(name)
+        adapter = TrainedAdapter(source=base, lora=lora, name=name, weights=weights, head=head)
+        adapter.save(load_tokenizer(base), folder, card="")
+        return folder
 
     return make
 

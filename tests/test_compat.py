@@ -99,6 +99,16 @@ def test_torch_multiplies_by_weights_in_blocks():
         torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+def test_torch_limits_the_variants_of_a_compiled_function():
+    with contract("torch", "torch._dynamo.config.recompile_limit is the number of variants of a compiled function"):
+        import torch._dynamo.config as options
+
+        for limit, allowed in ((8, 3), (2, 3)):
+            with options.patch(recompile_limit=limit):
+                compat.allow_variants(allowed)
+                assert options.recompile_limit == max(limit, allowed)
+
+
 def test_torch_computes_shapes_without_memory():
     with contract("torch", "FakeTensorMode, with autocast, and storages that die with their tensors"):
         seen, died = [], []

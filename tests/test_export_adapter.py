@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf.cli import main
+from lit_rlhf.errors import UserError
 from lit_rlhf.export import export
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapter_folders import base_of
@@ -177,3 +178,11 @@ def test_whole_models_are_trained_from_adapters(chain, files, tmp_path):
         assert (run / "export" / "model.safetensors").exists()
         assert not (run / "export" / "adapter_config.json").exists()
     load_reward_model(str(runs[2] / "export"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "role"), [("sft", "critic"), ("dpo", "reward"), ("ppo", "reward"), ("reward", "actor")]
+)
+def test_a_role_that_the_run_does_not_have_is_refused(chain, stage, role):
+    with pytest.raises(UserError, match=f"does not contain a {role} model"):
+        export(chain[stage], role=role)

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -72,3 +73,25 @@ def test_quickstart_trains_measures_and_reports(run, tmp_path):
     assert "1. DPO" in output  # it uses the SFT model of the first run
     assert all(text in output for text in ("after SFT", "after PPO", "after DPO"))
     assert (runs / "dpo" / "export" / "model.safetensors").exists()
+
+
+def test_with_lora_every_later_stage_is_an_adapter_on_one_base(run, tmp_path):
+    output = run(tmp_path, "--lora", "--ppo-iterations", "1")
+    for text in ("1. Base", "2. SFT", "3. Reward", "4. PPO", "after BASE", "after SFT", "after PPO"):
+        assert text in output
+    runs = Path("runs", "quickstart_lora")
+    assert (tmp_path / runs / "base" / "export" / "model.safetensors").exists()
+    for stage in ("sft", "reward", "ppo"):
+        export = tmp_path / runs / stage / "export"
+        assert (export / "adapter_model.safetensors").exists()
+        assert json.loads((export / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            runs / "base" / "export"
+        )
+    with (tmp_path / runs / "ppo" / "metrics.csv").open() as lines:
+        first = next(csv.DictReader(lines))
+    assert float(first["objective/kl_to_ref"]) == pytest.approx(0.0, abs=1e-5)  # the reference has the SFT adapter
+
+    output = run(tmp_path, "--lora", "--stage", "dpo")
+    assert "1. DPO" in output  # it uses the SFT adapter of the first run
+    assert all(text in output for text in ("after BASE", "after SFT", "after PPO", "after DPO"))
+    assert (tmp_path / runs / "dpo" / "export" / "adapter_model.safetensors").exists()

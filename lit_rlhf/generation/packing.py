@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.compat import block_weight, multiply_by_blocks
+from lit_rlhf.compat import block_weight, multiply_by_blocks, selected_adapters
 from lit_rlhf.models.adapters import AdapterView, adapted_layers, merged_weight, selected, whole_model
 
 
@@ -47,17 +47,24 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[Any, nn.Linear]]:
     """Yield the layers that can be packed, each with the linear layer that holds its weight.
 
     In float32, a layer with adapters becomes a single product with the merged weight. In half precision, the merged
-    weight would lose a small adapter to rounding, so there the base's layer and the adapters' are packed one by one.
+    weight would lose a small adapter to rounding, so there the base's layer and the selected adapters are packed one by
+    one.
     """
-    layers = adapted_layers(model)
-    adapted = {id(layer.get_base_layer()): layer for layer in layers}
-    parts = {id(part) for layer in layers for part in (*layer.lora_A.values(), *layer.lora_B.values())}
-    for linear in model.modules():
-        if type(linear) is nn.Linear and _can_be_packed(linear.weight):
-            if _compute_dtype(linear.weight) != torch.float32:
-                yield linear, linear
-            elif id(linear) not in parts:
-                yield adapted.get(id(linear), linear), linear
+    adapted: list[Any] = adapted_layers(model)
+    inside = {id(part) for layer in adapted for part in layer.modules() if part is not layer}
+    for module in model.modules():
+        if type(module) is nn.Linear and id(module) not in inside and _can_be_packed(module.weight):
+            yield module, module
+    for layer in adapted:
+        base = layer.get_base_layer()
+        if not (type(base) is nn.Linear and _can_be_packed(base.weight)):
+            continue
+        if _compute_dtype(base.weight) == torch.float32:
+            yield layer, base
+            continue
+        names = [name for name in selected_adapters(layer) if name in layer.lora_A]
+        for part in (base, *(part[name] for name in names for part in (layer.lora_A, layer.lora_B))):
+            yield part, part
 
 
 def _can_be_packed(weight: Tensor) -> bool:

@@ -131,9 +131,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         model: The model.
         dtype: The type of autocast, if it is on.
     """
-    for layer in model.modules():
-        if type(layer).__name__ == "Linear4bit":
-            layer.compute_dtype = dtype
+    layers: list[Any] = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.compute_dtype = dtype
 
 
 class QuantizedLinear(nn.Linear):
@@ -157,5 +157,6 @@ class _Product(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
         return gradient @ ctx.weight.dequantize().to(gradient.dtype), None

@@ -1,9 +1,11 @@
 """A base with adapters computes what a plain model with W + scaling · B A computes, and each role sees its own part."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from lit_rlhf.callbacks.layers import ActivationCheckpointing
+from lit_rlhf.callbacks.layers import ActivationCheckpointing, CompileLayers
 from lit_rlhf.compat import select_adapters, selected_adapters
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
@@ -201,6 +203,43 @@ def test_recomputed_layers_use_the_adapters_of_the_forward_pass(owner, monkeypat
     monkeypatch.setattr("lit_rlhf.callbacks.layers.adapted_layers", lambda layer: [])
     wrong = gradients(owner, checkpointed=True)
     assert any(name not in wrong or not torch.allclose(wrong[name], plain[name]) for name in plain if "critic" in name)
+
+
+def test_compiled_layers_follow_the_selection(tiny_model, monkeypatch):
+    """Each selection is a variant of the layer, and none is left uncompiled, whatever the limit was."""
+    names = ["actor", *(f"reward{i}" for i in range(2))]
+    lora = LoRA(rank=2, target_modules=["down_proj"])
+    model = load_adapted(str(tiny_model()), lora, "model.actor", trained=names)
+    fill(model, *names, size=0.5)
+    owner = Actor(model, adapter="actor")
+    trunks = [AdaptedTrunk(owner, name) for name in ([], *([name] for name in names))]
+    tokens, graphs = TOKENS[:, :4], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def outputs():
+        found, counts = [], []
+        for trunk in trunks:
+            with torch.no_grad():
+                found.append(trunk(input_ids=tokens).last_hidden_state)
+            counts.append(len(graphs))
+        return found, counts
+
+    plain, _ = outputs()
+    torch.compiler.reset()
+    with monkeypatch.context() as patch, torch._dynamo.config.patch(recompile_limit=2):
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        CompileLayers().on_fit_start(None, owner)
+        compiled, counts = outputs()
+        assert counts == sorted(set(counts))  # each trunk has added a graph
+        outputs()
+        assert len(graphs) == counts[-1]
+    for found, right in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+    model.base_model.layers[0].mlp.down_proj.lora_A["reward1"].weight.data.mul_(2)  # weights are no constants
+    assert not torch.allclose(outputs()[0][-1], plain[-1])
 
 
 def test_the_first_weights_depend_on_the_seed_alone(tiny_model, monkeypatch):

@@ -17,10 +17,10 @@ from lit_rlhf import (
     MonteCarlo,
     RewardModeling,
     UserError,
-    VLLMEngine,
 )
 from lit_rlhf.compat import select_adapters
 from lit_rlhf.export import export
+from lit_rlhf.generation.vllm_adapters import check_adapter
 from lit_rlhf.models import adapted, quantization
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapted import load_adapted
@@ -319,4 +319,4 @@ def test_ddp(base, kind, make_module, fit, one_process):
 @each_kind
 def test_vllm(base, kind):
     with pytest.raises(UserError, match=r"VLLMEngine does not take quantized weights"):
-        VLLMEngine(url="http://127.0.0.1:1")._write(actor_of(base, kind), {})
+        check_adapter(LoRA(quantization=kind), base)

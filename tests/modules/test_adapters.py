@@ -249,6 +249,27 @@ def run(make_module, fit, *callbacks, iterations=3, **options):
     return metrics, recorder.weights
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_half_precision(make_module, fit, dora):
+    """The base is rounded, the adapters are not; DoRA's norms are those of the weights before they are rounded."""
+    recorder = Recorder()
+    adapter = LoRA(rank=4, dora=dora)
+    module = make_module(iterations=2, adapter=adapter, actor_optimizer=adam(1e-2), update=ONE_STEP)
+    fit(module, [recorder], precision="bf16-mixed")
+    scored = recorder.outputs[0]["scored_rollout"]
+    assert torch.equal(scored.old_logprobs, scored.ref_logprobs) or dora
+    assert abs(recorder.metrics[0]["objective/kl_to_ref"]) < (0.3 if dora else 1e-7)
+    assert all(abs(metrics["policy/ratio_max"] - 1) < 0.02 for metrics in recorder.metrics)
+    plain = load_model(module.source)
+    for name, layer in module.actor.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            right = plain.get_submodule(name).weight.to(torch.bfloat16)
+            assert torch.equal(layer.get_base_layer().weight, right)
+            assert layer.get_base_layer().weight.dtype == torch.bfloat16
+            own = [p for key, p in layer.named_parameters() if "lora_" in key]
+            assert {p.dtype for p in own} == {torch.float32}
+
+
 def test_recomputed_layers_change_nothing(make_module, fit):
     plain, again = run(make_module, fit), run(make_module, fit, ActivationCheckpointing())
     assert again[0] == plain[0]
