@@ -9,8 +9,8 @@ thread for each run. The critic starts from the actor's base: with LoRA, it is a
 and the KL to the reference, in nats per response, are measured on held-out prompts. The rise in score is close to
 c √KL (Gao et al. 2022, arXiv 2210.10760, write it as a function of √KL); c is fitted to the points of each run, so that
 the ratio of two runs' c is the ratio of their rises at the same KL. Each run is compared with the full run of the same
-seed and the best learning rate: the rate with the highest score − coefficient · KL, which is what PPO maximises. Times
-are seconds of CPU time, so that other jobs on the machine count less.
+seed and the learning rate with which full PPO reaches the highest score. Times are seconds of CPU time, so that other
+jobs on the machine count less.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def table(results: dict[str, Any]) -> str:
     for result in results["runs"]:
         runs.setdefault(Setting(result["rank"], result["rate"]), []).append(result)
     full = [setting for setting in runs if not setting.rank]
-    best = max(full, key=lambda setting: statistics.mean(map(objective, runs[setting])))
+    best = max(full, key=lambda setting: statistics.mean(r["points"][-1]["score"] for r in runs[setting]))
     rivals = {result["seed"]: result["points"] for result in runs[best]}
     heads = ["", "learning rate", "score at the end", "KL at the end", f"score − {KL_COEF} KL"]
     heads += ["rise at the same KL, full run's = 1", "time to 0.9 of the full run's rise", "seeds"]
