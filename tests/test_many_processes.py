@@ -26,6 +26,7 @@ def reward(responses):
     calls += 1
     here = os.environ.get("LOCAL_RANK", "0") == os.environ.get("KILL_RANK")
     if here and calls == 4:
+        open("killed", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return [len(set(response.split())) / 10 for response in responses]
 """
@@ -133,9 +134,8 @@ def test_resumed_on_another_number_of_processes(whole, fit, before, strategy, pr
 def test_a_killed_process_ends_the_run_and_the_run_resumes_exactly(whole, fit, strategy):
     """The killed run ends soon with a one-line error; resumed on as many processes, it ends with the same bits."""
     name, rank = f"{strategy}-killed", "1" if strategy == "ddp" else "0"
-    start = time.monotonic()
     said = fit(name, strategy, 2, status=-signal.SIGKILL if rank == "0" else 1, KILL_RANK=rank)
-    assert time.monotonic() - start < 60
+    assert time.time() - (fit.folder / "killed").stat().st_mtime < 30
     assert "lit-rlhf: error: another process of this run has ended" in said
     assert "Traceback" not in said
     assert len(metrics(fit.folder / name)) == 3
