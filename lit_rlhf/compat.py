@@ -102,6 +102,16 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
         part.update(wrapped)
 
 
+def allow_variants(count: int) -> None:
+    """Let ``torch.compile`` compile at least this many variants of each function; beyond them, it does not compile.
+
+    Sets ``torch._dynamo.config.recompile_limit``; the option of ``torch.compile`` exists only in newer versions.
+    """
+    import torch._dynamo.config as options
+
+    options.recompile_limit = max(options.recompile_limit, count)
+
+
 def tensors_without_memory() -> AbstractContextManager[Any]:
     """Return a context in which operations compute the shapes and data types of their results, but no values.
 
@@ -307,6 +317,18 @@ def decoder_layer_names(model: PreTrainedModel) -> set[str]:
     Uses ``_no_split_modules``, the layers that must not be split across devices.
     """
     return set(model._no_split_modules or ())
+
+
+# bitsandbytes
+
+
+def keep_4_bit_layout(layer: Any) -> None:
+    """Let a 4-bit layer keep its weight in the layout that has a backward pass.
+
+    Sets ``support_avx512bf16_for_cpu`` to False. Otherwise, on a CPU that multiplies in bfloat16, the first forward
+    pass in eval mode would round the scales to bfloat16, and no gradient would pass through the layer from then on.
+    """
+    layer.support_avx512bf16_for_cpu = False
 
 
 # peft

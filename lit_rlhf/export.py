@@ -16,7 +16,7 @@ import lit_rlhf
 from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
-from lit_rlhf.models.adapter_folders import read_adapter
+from lit_rlhf.models.adapter_folders import base_of, read_adapter
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, load_critic, strip_prefix, to_classifier
@@ -55,7 +55,7 @@ def export(
         run: The run's folder, which contains ``config.yaml``.
         checkpoint: ``last``, ``best``, or a path.
         out: The folder to write; None for ``export`` in the run's folder, or ``export_ROLE`` for a model that the run
-            trained besides its main one.
+            trained besides its main one, with ``_merged`` at the end of the name if an adapter is merged.
         role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modelling,
             the actor for all other runs.
         merge: Whether to add a trained adapter to the weights of its base, and to export the result as a whole model.
@@ -86,13 +86,14 @@ def export(
     role = role or main_role
     source = _source(options, main_role, config_file)
     tokenizer = load_tokenizer(source, f"model.{main_role}")
-    folder = out or run / ("export" if role == main_role else f"export_{role}")
-    card = model_card(run, role, int(state["iteration"]))
-    adapter = None
+    merge = merge and options.get("adapter") is not None
+    name = "export" if role == main_role else f"export_{role}"
+    folder = out or run / (f"{name}_merged" if merge else name)  # a folder with both would count as an adapter
+    adapter, card = None, model_card(run, role, int(state["iteration"]))
     if options.get("adapter") is not None:
         adapter = _trained_adapter(options, str(source), state, path, role)
     if adapter is not None and not merge:
-        adapter.save(tokenizer, folder, card)
+        adapter.save(tokenizer, folder, model_card(run, role, int(state["iteration"]), base_of(str(source))))
         return folder
     if adapter is not None:
         model = adapter.merged(tokenizer)
@@ -113,6 +114,8 @@ def _trained_adapter(
     name = "actor" if role == "critic" and critic == "shared" else role
     prefix = "reward.trunk." if role == "reward" else "actor.model."
     weights = weights_of(_weights(prefix, state, path, role), name)
+    if not weights:
+        raise UserError(f"{path} does not contain a {role} model")
     if role == "critic" and critic == "reward":
         below = read_adapter(_first_reward_model(options), "model.critic")
     elif role == "critic" and critic not in ("actor", "shared"):
@@ -135,13 +138,14 @@ def _scale(state: dict[str, Tensor]) -> tuple[float, float] | None:
     return float(state["score_mean"]), float(state["score_std"])
 
 
-def model_card(run: Path, role: str, iterations: int) -> str:
+def model_card(run: Path, role: str, iterations: int, base: str | None = None) -> str:
     """Return a model card in Markdown that describes a model and its training.
 
     Args:
         run: The run's folder; the card quotes its ``config.yaml`` if there is one.
         role: ``actor``, ``critic`` or ``reward``.
         iterations: The number of iterations that the model was trained for.
+        base: The folder or the hub id of the base of an adapter; None for a whole model.
 
     Returns:
         The text of ``README.md``.
@@ -154,7 +158,8 @@ def model_card(run: Path, role: str, iterations: int) -> str:
     model = config.get("model", {})
     method = str(model.get("class_path", "lit-rlhf")).rpartition(".")[2]
     header = {
-        "library_name": "transformers",
+        "library_name": "transformers" if base is None else "peft",
+        **({} if base is None else {"base_model": base}),
         "pipeline_tag": "text-generation" if role == "actor" else "text-classification",
         "tags": ["lit-rlhf", method],
     }
@@ -164,6 +169,10 @@ def model_card(run: Path, role: str, iterations: int) -> str:
         "predicts the return after the last token",
         "reward": "A reward model, `AutoModelForSequenceClassification`: it scores a prompt with its response",
     }[role]
+    if base is not None:
+        description = (
+            f"An adapter (LoRA, peft) of `{base}`. With its base it is: {description[0].lower()}{description[1:]}"
+        )
     quoted_config = yaml.safe_dump(
         {k: config[k] for k in ("seed_everything", "model", "data") if k in config}, sort_keys=False
     )
@@ -247,7 +256,11 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="the folder to write (default: RUN/export or RUN/export_ROLE)"
     )
-    parser.add_argument("--merge", action="store_true", help="of a run with an adapter: write a whole model instead")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a run with an adapter: write a whole model instead (default folder: RUN/export_merged)",
+    )
     parsed = parser.parse_args(args)
     transformers_logging.disable_progress_bar()
     print(f"exported: {export(parsed.run, parsed.checkpoint, parsed.out, parsed.role, parsed.merge)}")

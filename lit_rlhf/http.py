@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,6 +102,10 @@ class JSONClient:
         """
         return self._request("POST", path, body)
 
+    def post_for_text(self, path: str, body: Mapping[str, Any]) -> str:
+        """Send a POST request whose answer is plain text; the arguments and the errors are those of `post`."""
+        return str(self._request("POST", path, body, read=lambda answer: answer.text))
+
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return the answers to several POST requests, as `post` does, in the order of the requests.
 
@@ -176,7 +180,13 @@ class JSONClient:
         if self._closed.is_set():
             raise UserError(f"{self.option}: requests to {self.url} were given up")
 
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        read: Callable[[requests.Response], Any] | None = None,
+    ) -> Any:
         address, start = f"{self.url}{path}", time.monotonic()
         timeout = min(CONNECT_SECONDS, self.timeout), self.timeout
         for attempt in count():
@@ -192,15 +202,17 @@ class JSONClient:
                     raise UserError(message) from error
             else:
                 if last or answer.status_code not in RETRIED_STATUS:
-                    return self._read(answer, address)
+                    return self._read(answer, address, read)
                 asked = answer.headers.get("Retry-After", "")
                 pause = min(float(asked), MAX_PAUSE_SECONDS) if asked.isdecimal() else pause
             self._closed.wait(pause)
 
-    def _read(self, answer: requests.Response, address: str) -> Any:
+    def _read(self, answer: requests.Response, address: str, read: Callable[[requests.Response], Any] | None) -> Any:
         if not answer.ok:
             status = f"{answer.status_code} {answer.reason}"
             raise UserError(f"{self.option}: {address} answered {status}: {self._shown(answer.text)}")
+        if read is not None:
+            return read(answer)
         if not answer.content:
             return None
         try:

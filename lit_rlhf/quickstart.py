@@ -29,11 +29,19 @@ from lit_rlhf.types import PromptBatch, RewardInputs
 
 SAMPLES = 4
 TITLES = {
+    "base": "Base: train all weights; every later stage is an adapter on them",
     "sft": "SFT: learn to write reviews",
     "reward": "Reward model: learn from pairs which reviews people prefer",
     "ppo": "PPO: learn to write reviews that the reward model scores highly",
     "dpo": "DPO: learn from the same pairs directly, without a reward model",
 }
+LORA_LEARNING_RATES = {
+    "sft": {"optimizer": 5e-3},
+    "reward": {"optimizer": 3e-3},
+    "ppo": {"actor_optimizer": 3e-4, "critic_optimizer": 5e-3},
+    "dpo": {"optimizer": 3e-4},
+}
+"""By stage: the learning rates of adapters; those in ``configs/quickstart/`` are for whole models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,25 +66,35 @@ def main(args: Sequence[str]) -> None:
         description="Train a language model of a million parameters, from random weights, to write restaurant reviews "
         "(SFT), train a reward model to predict which of two reviews people prefer, and then train the language model "
         "to write reviews that the reward model scores highly (PPO). Takes about four minutes on two cores, and needs "
-        "no files, network, account or GPU.",
+        "no files, network, account or GPU. With --lora, the first half of SFT trains all weights of a base, and "
+        "everything after it is a low-rank adapter of that base.",
     )
     parser.add_argument(
         "--stage", choices=("ppo", "dpo"), default="ppo", help="dpo: run DPO instead of the reward model and PPO"
     )
     parser.add_argument(
-        "--dir", type=Path, default=Path("runs/quickstart"), help="the folder for all files (default: %(default)s)"
+        "--lora", action="store_true", help="train adapters of one base in all stages after a short first one"
+    )
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=None,
+        help="the folder for all files (default: runs/quickstart, or runs/quickstart_lora with --lora)",
     )
     parser.add_argument("--sft-iterations", type=int, default=500, help="iterations of SFT (default: %(default)s)")
     parser.add_argument("--ppo-iterations", type=int, default=25, help="iterations of PPO (default: %(default)s)")
     options = parser.parse_args(args)
-    start, console, folder = time.perf_counter(), Console(), options.dir
+    start, console = time.perf_counter(), Console()
+    folder = options.dir or Path("runs/quickstart_lora" if options.lora else "runs/quickstart")
     stages = ["sft", "reward", "ppo"] if options.stage == "ppo" else ["sft", "dpo"]
     if options.stage == "dpo" and (folder / "sft" / "export").exists():
         stages.remove("sft")  # start from the SFT model of an earlier quickstart, to compare DPO with its PPO
+    elif options.lora:
+        stages.insert(0, "base")
     for number, stage in enumerate(stages, start=1):
         console.rule(f"{number}. {TITLES[stage]}")
-        run_stage(stage, folder, options.sft_iterations, options.ppo_iterations)
-    trained = [stage for stage in ("sft", "ppo", "dpo") if (folder / stage / "export").exists()]
+        run_stage(stage, folder, options.sft_iterations, options.ppo_iterations, lora=options.lora)
+    trained = [stage for stage in ("base", "sft", "ppo", "dpo") if (folder / stage / "export").exists()]
     evaluations = {stage: evaluate(folder, stage) for stage in trained}
     if options.stage == "ppo":
         report_iterations(folder / "ppo" / "metrics.csv", console)
@@ -84,26 +102,37 @@ def main(args: Sequence[str]) -> None:
     console.print(f"\nDone in {time.perf_counter() - start:.0f} seconds. The runs are in {folder}", highlight=False)
 
 
-def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int) -> None:
+def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int, lora: bool = False) -> None:
     """Run one stage of the quickstart, which is an ordinary ``lit-rlhf fit``.
 
     Args:
-        stage: ``sft``, ``reward``, ``ppo`` or ``dpo``.
+        stage: ``base``, ``sft``, ``reward``, ``ppo`` or ``dpo``.
         folder: The quickstart's folder, which contains a folder for each stage.
-        sft_iterations: The number of iterations of SFT.
+        sft_iterations: The number of iterations of SFT; with ``lora``, the first half of them train the base.
         ppo_iterations: The number of iterations of PPO.
+        lora: Whether to train adapters in all stages but ``base``.
     """
-    sft, reward = str(folder / "sft" / "export"), str(folder / "reward" / "export")
+    base, sft, reward = (str(folder / name / "export") for name in ("base", "sft", "reward"))
+    pretraining = sft_iterations // 2 if lora else 0
     options = {
-        "sft": ["--model.iterations", str(sft_iterations), "--model.scheduler.T_max", str(sft_iterations)],
+        "base": _sft_iterations(pretraining),
+        "sft": _sft_iterations(sft_iterations - pretraining) + (["--model.actor", base] if lora else []),
         "reward": ["--model.reward", sft],
         "ppo": ["--model.actor", sft, "--model.iterations", str(ppo_iterations)],
         "dpo": ["--model.actor", sft],
     }[stage]
     if stage == "ppo":
         options += ["--model.rewards", f"[{_reward_model(reward)}, {_true_score()}]"]
-    config = ["--config", str(config_file(f"quickstart/{stage}.yaml"))]
+    if lora and stage != "base":
+        options += ["--model.adapter.rank", "16"]
+        for optimizer, rate in LORA_LEARNING_RATES[stage].items():
+            options += [f"--model.{optimizer}.lr", str(rate)]
+    config = ["--config", str(config_file(f"quickstart/{'sft' if stage == 'base' else stage}.yaml"))]
     lightning_cli.run(["fit", *config, "--trainer.default_root_dir", str(folder / stage), *options])
+
+
+def _sft_iterations(number: int) -> list[str]:
+    return ["--model.iterations", str(number), "--model.scheduler.T_max", str(number)]
 
 
 def _reward_model(model: str) -> str:
@@ -129,7 +158,7 @@ def evaluate(folder: Path, stage: str) -> Evaluation:
 
     Args:
         folder: The quickstart's folder, which contains a folder for each stage.
-        stage: ``sft``, ``ppo`` or ``dpo``.
+        stage: ``base``, ``sft``, ``ppo`` or ``dpo``.
 
     Returns:
         The responses with their true and learned scores, grammaticality, and KL to the SFT model.
@@ -210,7 +239,7 @@ def report(evaluations: dict[str, Evaluation], console: Console) -> None:
         )
     console.print(table)
     sft_score = float(evaluations["sft"].true_scores.mean())
-    for stage in [stage for stage in evaluations if stage != "sft"]:
+    for stage in [stage for stage in evaluations if stage not in ("base", "sft")]:
         gain = (float(evaluations[stage].true_scores.mean()) - sft_score) / (1 - sft_score)
         console.print(
             f"{stage.upper()} was trained on pairs only and achieved {100 * gain:.0f} % of the possible gain in true "

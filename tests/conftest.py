@@ -10,9 +10,11 @@ if "HF_DATASETS_CACHE" not in os.environ:  # not the user's cache; processes sta
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+import functools
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 
 import lightning
@@ -21,10 +23,16 @@ import torch
 
 from lit_rlhf.data import Preferences, Prompts
 from lit_rlhf.generation import Sampling
+from lit_rlhf.models.actor import new_value_head
+from lit_rlhf.models.adapted import load_adapted
+from lit_rlhf.models.adapters import LoRA, adapter_parameters
+from lit_rlhf.models.loading import load_tokenizer
+from lit_rlhf.models.trained_adapter import TrainedAdapter
 from lit_rlhf.modules import PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import WORDS
 
+sys.path.append(str(Path(__file__).parent))  # for the tests that import `preloaded`, and for its processes
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 
@@ -52,6 +60,64 @@ def prompt_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model, tmp_path_factory):
+    """Return a function that lets peft write an adapter of a tiny model, with random weights and without tokenizer.
+
+    Args of the function: the architecture, the task (causal or score), the seed, and options of peft's LoraConfig.
+    """
+    made = {}
+
+    def make(architecture="llama", task="causal", seed=0, scale=None, base=None, **options) -> Path:
+        key = (architecture, task, seed, scale, base, str(options))
+        if key not in made:
+            from peft import LoraConfig, get_peft_model
+            from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+            auto, kind = {
+                "causal": (AutoModelForCausalLM, "CAUSAL_LM"),
+                "score": (AutoModelForSequenceClassification, "SEQ_CLS"),
+            }[task]
+            labels = {"num_labels": 1} if task == "score" else {}
+            made[key] = tmp_path_factory.mktemp(f"adapter_{task}")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = auto.from_pretrained(base or tiny_model(architecture), **labels)
+                common = {"r": 3, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False}
+                get_peft_model(model, LoraConfig(task_type=kind, **common | options)).save_pretrained(made[key])
+            if scale is not None:
+                model.config.score_mean, model.config.score_std = scale
+                model.config.save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported_adapter(tiny_model, tmp_path_factory):
+    """Return a function that writes an adapter of the tiny Llama with random weights, as a run exports one.
+
+    The adapter is that of a language model or, with a head for scores, that of a reward model.
+    """
+
+    @functools.cache
+    def make(is_reward: bool = False) -> Path:
+        base, lora, name = str(tiny_model("llama")), LoRA(rank=2), "reward" if is_reward else "actor"
+        generator = torch.Generator().manual_seed(3 + is_reward)
+        model, head = load_adapted(base, lora, "base", trained=[name]), None
+        shapes = {key: parameter.shape for key, parameter in adapter_parameters(model, name).items()}
+        weights = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        if is_reward:
+            head = new_value_head(model, bias=False)
+            head.weight.data.normal_(generator=generator)
+        folder = tmp_path_factory.mktemp(name)
+        adapter = TrainedAdapter(source=base, lora=lora, name=name, weights=weights, head=head)
+        adapter.save(load_tokenizer(base), folder, card="")
+        return folder
+
+    return make
 
 
 def low_words(responses):

@@ -99,6 +99,16 @@ def test_torch_multiplies_by_weights_in_blocks():
         torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+def test_torch_limits_the_variants_of_a_compiled_function():
+    with contract("torch", "torch._dynamo.config.recompile_limit is the number of variants of a compiled function"):
+        import torch._dynamo.config as options
+
+        for limit, allowed in ((8, 3), (2, 3)):
+            with options.patch(recompile_limit=limit):
+                compat.allow_variants(allowed)
+                assert options.recompile_limit == max(limit, allowed)
+
+
 def test_torch_computes_shapes_without_memory():
     with contract("torch", "FakeTensorMode, with autocast, and storages that die with their tensors"):
         seen, died = [], []
@@ -195,6 +205,11 @@ def test_torch_warns_about_leaf_specs():
         with pytest.warns(FutureWarning) as caught:
             _pytree.LeafSpec()
         assert any(re.match(compat.LEAF_SPEC_WARNING, str(warning.message)) for warning in caught)
+
+
+def test_attribute_in_which_ddp_looks_for_what_it_leaves_out():
+    with contract("torch", "the name _ddp_params_and_buffers_to_ignore"):
+        assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(nn.parallel.DistributedDataParallel)
 
 
 # Lightning
@@ -431,6 +446,48 @@ def test_transformers_says_whether_the_attention_can_be_set(model):
 def test_transformers_names_the_decoder_layers(model):
     with contract("transformers", "PreTrainedModel._no_split_modules names the decoder layers"):
         assert type(model.model.layers[0]).__name__ in compat.decoder_layer_names(model)
+
+
+# bitsandbytes
+
+
+def test_the_layout_without_a_backward_pass_can_be_turned_off():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu").eval()
+    with contract("bitsandbytes", "the attribute support_avx512bf16_for_cpu of a 4-bit layer"):
+        assert hasattr(layer, "support_avx512bf16_for_cpu")
+        compat.keep_4_bit_layout(layer)
+        with torch.no_grad():
+            layer(torch.ones(1, 64))
+        x = torch.ones(1, 64, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+
+
+# peft
+
+
+def test_peft_selects_adapters_without_training_others(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with contract("peft", "LoRA layers read _active_adapter and _disable_adapters in each forward pass"):
+        for name in ("first", "second"):
+            inject_adapter_in_model(config, model, name)
+        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        layer, x = layers[0], torch.randn(1, 3, 32)
+        base, alone = layer.get_base_layer()(x), {}
+        for names in (["first"], ["second"], [], ["first", "second"]):
+            compat.select_adapters(layers, names)
+            assert all(compat.selected_adapters(layer) == tuple(names) for layer in layers)
+            alone[tuple(names)] = layer(x) - base
+        assert not alone[()].any()
+        both = alone["first",] + alone["second",]
+        torch.testing.assert_close(alone["first", "second"], both, atol=1e-5, rtol=1e-5)
+        assert alone["first",].abs().max() > 1e-3
+        assert not torch.allclose(alone["first",], alone["second",])
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
 
 
 # datasets

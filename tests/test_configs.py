@@ -1,17 +1,20 @@
 """Every recipe is accepted without changes, is short, and says how to run it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lit_rlhf.cli import main
+from lit_rlhf.models.loading import load_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "strategy").glob("*.yaml"))
 PRINT = "--print_config"
 ENGINES = sorted((CONFIGS / "engine").glob("*.yaml"))
 RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - set(ENGINES))
+ADAPTERS = [path for path in RECIPES if path.stem.endswith("_lora")]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -73,3 +76,38 @@ def test_gsm8k_recipe_runs_with_a_tiny_model_and_a_local_file(tiny_model, tmp_pa
     )
     rows = Path("runs/ppo_gsm8k/metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2  # the rows of an iteration and a validation in each epoch
+
+
+def test_recipes_with_adapters_run_one_after_the_other_on_one_base(tiny_model, tmp_path, monkeypatch):
+    """Each reads what the one before has written, under the names that they have; only the sizes are changed."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "demonstrations": '{"prompt": "w1 w2", "response": " w3 w4"}',
+        "pairs": '{"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5"}',
+        "prompts": '{"prompt": "w1 w2"}',
+    }
+    for name, line in files.items():
+        Path(f"{name}.jsonl").write_text(f"{line}\n" * 64)
+    base = str(tiny_model())
+    few = ("--model.sampling.max_tokens", "4", "--model.iterations", "2", "--data.batch_size", "4")
+    options = {"sft_lora": ("--model.actor", base), "reward_lora": (), "ppo_lora": few, "dpo_lora": ()}
+    for recipe, changed in options.items():
+        main(["fit", "--config", str(CONFIGS / f"{recipe}.yaml"), "--trainer.accelerator", "cpu", *changed])
+        config = json.loads(Path("runs", recipe, "export", "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == base
+        assert config["r"] == (16 if recipe == "sft_lora" else 32)  # with that of the SFT adapter
+    main(["export", "runs/ppo_lora", "--merge"])
+    assert not Path("runs/ppo_lora/export_merged/adapter_config.json").exists()  # or it would count as an adapter
+    assert not Path("runs/ppo_lora/export/model.safetensors").exists()
+    assert load_model("runs/ppo_lora/export_merged").num_parameters() == load_model(base).num_parameters()
+
+
+@pytest.mark.parametrize("recipe", ADAPTERS, ids=lambda path: path.stem)
+def test_recipes_with_adapters_have_ten_times_the_learning_rates_of_their_siblings(recipe):
+    sibling = recipe.with_stem(recipe.stem.removesuffix("_lora"))
+    ours, theirs = (yaml.safe_load(path.read_text())["model"]["init_args"] for path in (recipe, sibling))
+    optimizers = [name for name in ours if name.endswith("optimizer")]
+    assert optimizers
+    for name in optimizers:
+        assert ours[name]["init_args"]["lr"] == pytest.approx(10 * theirs[name]["init_args"]["lr"])
+    assert ours["adapter"]["alpha"] == 2 * ours["adapter"]["rank"]

@@ -2,12 +2,11 @@
 
 import importlib
 import re
-import subprocess
-import sys
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 import yaml
@@ -96,9 +95,9 @@ def test_the_yaml_of_the_design_page_is_read(tmp_path, monkeypatch):
     (tmp_path / "my_parts.py").write_text("\n".join(EXAMPLES))
     text = re.search(r"```yaml\n(.*?)```", DESIGN, flags=re.DOTALL).group(1)
     (tmp_path / "config.yaml").write_text(text)
-    command = [sys.executable, "-m", "lit_rlhf.cli", "fit", "--config", "config.yaml", "--model.actor", "some/model"]
-    command += ["--data", "Prompts", "--print_config"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    words = ["-m", "lit_rlhf.cli", "fit", "--config", "config.yaml", "--model.actor", "some/model"]
+    run = preloaded.run(*words, "--data", "Prompts", "--print_config", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     config = yaml.safe_load(run.stdout)
     assert config["model"]["init_args"]["advantages"]["init_args"] == {"gamma": 0.99}
     assert config["model"]["init_args"]["engine"]["class_path"] == "my_parts.TransformersEngine"

@@ -1,9 +1,8 @@
 """Every role of a run can be exported to a folder that transformers loads without lit-rlhf."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 import yaml
@@ -90,7 +89,7 @@ def test_a_role_that_the_run_does_not_have_is_refused(run):
 
 def test_the_command_exports_a_role(run, tmp_path):
     words = ["export", str(run), "--role", "critic", "--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-m", "lit_rlhf.cli", *words], capture_output=True, text=True)
+    done = preloaded.run("-m", "lit_rlhf.cli", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"exported: {tmp_path / 'out'}\n"
     assert Path(tmp_path / "out" / "model.safetensors").exists()

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
 from lit_rlhf.checkpoints import read_checkpoint
+from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
 
 REWARD = """
 import os, signal
@@ -24,6 +26,7 @@ def reward(responses):
     calls += 1
     here = os.environ.get("LOCAL_RANK", "0") == os.environ.get("KILL_RANK")
     if here and calls == 4:
+        open("killed", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return [len(set(response.split())) / 10 for response in responses]
 """
@@ -32,12 +35,16 @@ ITERATIONS = 5
 
 @pytest.fixture(scope="module")
 def fit(tiny_model, prompt_file, tmp_path_factory):
-    """Return a function that runs the command; its attribute ``folder`` is the folder of the runs."""
+    """Return a function that runs the command, as torchrun does; its attribute ``folder`` is the folder of the runs.
+
+    With a status, the command starts the other processes itself, and must end with this status.
+    """
     folder = tmp_path_factory.mktemp("runs")
     (folder / "reward.py").write_text(REWARD)
 
-    def run(name: str, strategy: str, processes: int, *more: str, check: bool = True, **environment: str):
+    def run(name: str, strategy: str, processes: int, *more: str, status: int | None = None, **environment: str):
         words = [
+            *("-m", "lit_rlhf.cli"),
             *("fit", "--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))),
             '--model.rewards=[{"class_path": "RewardFunction", "init_args": {"function": "reward.py:reward"}}]',
             *("--model.iterations", str(ITERATIONS), "--model.sampling.max_tokens", "10"),
@@ -52,16 +59,19 @@ def fit(tiny_model, prompt_file, tmp_path_factory):
             *("--trainer.strategy", strategy, "--trainer.devices", str(processes)),
             *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n", "2"),
         ]
-        done = subprocess.run(
-            [sys.executable, "-m", "lit_rlhf.cli", *words, *more],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert not check or done.returncode == 0, done.stderr[-3000:]
-        return done
+        if status is not None:
+            done = subprocess.run(
+                [sys.executable, *words, *more],
+                cwd=folder,
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert done.returncode == status, done.stderr[-3000:]
+            return done.stderr
+        for done in preloaded.torchrun(processes, *words, *more, cwd=folder, **environment):
+            assert done.returncode == 0, done.stderr[-3000:]
 
     run.folder = folder
     return run
@@ -124,12 +134,10 @@ def test_resumed_on_another_number_of_processes(whole, fit, before, strategy, pr
 def test_a_killed_process_ends_the_run_and_the_run_resumes_exactly(whole, fit, strategy):
     """The killed run ends soon with a one-line error; resumed on as many processes, it ends with the same bits."""
     name, rank = f"{strategy}-killed", "1" if strategy == "ddp" else "0"
-    start = time.monotonic()
-    killed = fit(name, strategy, 2, check=False, KILL_RANK=rank)
-    assert time.monotonic() - start < 60
-    assert killed.returncode == (-signal.SIGKILL if rank == "0" else 1)
-    assert "lit-rlhf: error: another process of this run has ended" in killed.stderr
-    assert "Traceback" not in killed.stderr
+    said = fit(name, strategy, 2, status=-signal.SIGKILL if rank == "0" else 1, KILL_RANK=rank)
+    assert time.time() - (fit.folder / "killed").stat().st_mtime < 30
+    assert "lit-rlhf: error: another process of this run has ended" in said
+    assert "Traceback" not in said
     assert len(metrics(fit.folder / name)) == 3
     fit(name, strategy, 2, "--ckpt_path", "last")
     assert metrics(fit.folder / name) == metrics(whole(f"{strategy}-2"))
@@ -142,13 +150,11 @@ def test_predictions_of_all_processes(whole, prompt_file):
     runs, checkpoint = whole("ddp-2").parent, whole("auto-1") / "checkpoints" / "last.ckpt"
     predictions = {}
     for processes in (1, 2):
-        words = ["predict", "--config", "ddp-2/config.yaml", "--ckpt_path", str(checkpoint)]
+        words = ["-m", "lit_rlhf.cli", "predict", "--config", "ddp-2/config.yaml", "--ckpt_path", str(checkpoint)]
         words += ["--data.predict", str(prompt_file), "--trainer.devices", str(processes)]
         words += ["--trainer.default_root_dir", f"predicted-{processes}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "lit_rlhf.cli", *words], cwd=runs, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        for done in preloaded.torchrun(processes, *words, cwd=runs):
+            assert done.returncode == 0, done.stderr[-3000:]
         predictions[processes] = (runs / f"predicted-{processes}" / "predictions.jsonl").read_text()
     assert len(predictions[1].splitlines()) == 48
     assert predictions[2] == predictions[1]
@@ -180,11 +186,27 @@ def test_each_process_holds_its_share(tiny_model, prompt_file, tmp_path):
     """Count all tensors at the end of an iteration: four models, and gradients and optimizer states of two."""
     held_bytes = {}
     for strategy, processes in (("ddp", 1), ("fsdp2", 2)):
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        words += [str(Path(__file__).with_name("bytes_on_ranks.py")), strategy, str(tiny_model()), str(prompt_file)]
-        done = subprocess.run([sys.executable, *words, str(tmp_path)], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = [str(Path(__file__).with_name("bytes_on_ranks.py")), strategy, str(tiny_model()), str(prompt_file)]
+        for done in preloaded.torchrun(processes, *words, str(tmp_path)):
+            assert done.returncode == 0, done.stderr[-3000:]
         held_bytes[processes] = [int(path.read_text()) for path in sorted(tmp_path.glob(f"{processes}-*"))]
     (alone,) = held_bytes[1]
     assert len(held_bytes[2]) == 2
     assert max(held_bytes[2]) < alone / 2 * 1.05 + 2**19
+
+
+def test_each_process_holds_its_share_of_a_base(tiny_model, prompt_file, tmp_path):
+    """The base is sharded; only the adapters of the actor and the critic have gradients and optimizer states."""
+    base, shape = tmp_path / "base", {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape |= {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 128}
+    model = load_model(RandomWeights(shape, str(tiny_model())))
+    model.save_pretrained(base)
+    load_tokenizer(str(tiny_model())).save_pretrained(base)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += [str(Path(__file__).with_name("bytes_on_ranks.py")), "fsdp2", str(base), str(prompt_file), str(tmp_path)]
+    done = subprocess.run([sys.executable, *words, str(base)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    adapters = 2 * 4 * 4 * (4 * (256 + 256) + 3 * (256 + 512)) * 4  # two, of rank 4, in 4 layers, float32
+    held = [int((tmp_path / f"2-{rank}").read_text()) for rank in range(2)]
+    assert max(held) < weights / 2 + adapters / 2 * 4 + 2**19  # weights, gradients and two moments

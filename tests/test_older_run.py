@@ -1,11 +1,9 @@
 """The first process of a new run moves an older run's folder away, however the processes are started."""
 
-import os
 import socket
-import subprocess
-import sys
 import time
 
+import preloaded
 import pytest
 
 ONE_HOST = ["--trainer.devices", "2"]
@@ -26,24 +24,23 @@ def start(tiny_model, prompt_file, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("older")
     started = []
 
-    def process(launcher: str, rank: int, port: int) -> subprocess.Popen:
+    def process(launcher: str, rank: int, port: int) -> preloaded.Program:
         options, variables = LAUNCHERS[launcher]
         words = [
-            *("fit", "--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))),
+            *("-m", "lit_rlhf.cli", "fit"),
+            *("--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))),
             '--model.rewards=[{"class_path": "RewardFunction", "init_args": {"function": "math:sqrt"}}]',
             *("--data", "Prompts", "--data.train", str(prompt_file), "--trainer.default_root_dir", "run"),
             *("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", *options),
         ]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         mine = {name: value.format(rank=rank) for name, value in variables.items()}
-        run = [sys.executable, "-m", "lit_rlhf.cli", *words]
-        started.append(subprocess.Popen(run, cwd=tmp_path, env={**os.environ, **meeting, **mine}))
+        started.append(preloaded.Program(*words, cwd=tmp_path, **meeting, **mine))
         return started[-1]
 
     yield process
     for running in started:
         running.kill()
-        running.wait()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -58,9 +55,7 @@ def test_the_second_process_moves_nothing(start, tmp_path, launcher):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_first_process_moves_the_folder(start, tmp_path, launcher):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process, deadline = start(launcher, rank=0, port=port), time.monotonic() + 60
-    while not (tmp_path / "run.1").exists() and process.poll() is None and time.monotonic() < deadline:
+    program, deadline = start(launcher, rank=0, port=preloaded.free_port()), time.monotonic() + 60
+    while not (tmp_path / "run.1").exists() and program.is_running() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert (tmp_path / "run.1" / "config.yaml").read_text() == "older"

@@ -1,13 +1,12 @@
 """A run that is killed by SIGKILL and resumed ends with the same bits as an uninterrupted run."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
@@ -25,14 +24,7 @@ def reward(responses):
 ITERATIONS = 9
 
 
-def lit_rlhf(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lit_rlhf.cli", *words],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
+lit_rlhf = partial(preloaded.run, "-m", "lit_rlhf.cli")
 
 
 def words(tiny_model, prompt_file, run: str) -> list[str]:
@@ -96,16 +88,17 @@ def test_killed_and_resumed_five_times(runs, tiny_model, prompt_file):
     assert_same_run(runs / "whole", runs / "killed")
 
 
-AHEAD = [
-    '--model.engine={"class_path": "Ahead", "init_args": {"lag": 2}}',
-]
-
-
 @pytest.mark.parametrize("calls", [(5,), pytest.param((2, 3, 5, 3, 5), marks=pytest.mark.long)])
 def test_killed_and_resumed_with_rollouts_in_flight(tmp_path, tiny_model, prompt_file, calls):
-    """Each kill meets responses that a worker process generates for later iterations; no worker outlives its parent."""
+    """Each kill meets responses that a worker process generates for later iterations; no worker outlives its parent.
+
+    The uninterrupted run generates them in its own process, which changes nothing.
+    """
     (tmp_path / "reward.py").write_text(REWARD)
-    whole, killed = ([*words(tiny_model, prompt_file, run), *AHEAD] for run in ("whole", "killed"))
+    ahead = '--model.engine={"class_path": "Ahead", "init_args": {"lag": 2, "workers": %d}}'
+    whole, killed = (
+        [*words(tiny_model, prompt_file, run), ahead % workers] for run, workers in (("whole", 0), ("killed", 1))
+    )
     done = lit_rlhf(*whole, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for call in calls:

@@ -7,6 +7,7 @@ import sys
 import uuid
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
@@ -48,20 +49,18 @@ def test_two_hosts_give_the_same_weights_as_one(hosts, tiny_model, prompt_file, 
     kinds = {}, {"seed": 1}, {"task": "score", "seed": 2}
     models = [str(tiny_model("llama", **kind)) for kind in kinds]
 
-    def torchrun(*words: str, strategy: str, out: str, before: tuple[str, ...] = (), **environment: str):
-        run = [*before, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *words]
-        return subprocess.Popen(
-            [*run, str(WORKER), strategy, *models, str(prompt_file), str(tmp_path / out), "three"],
-            env={**os.environ, **environment},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def words(strategy: str, out: str) -> tuple[str, ...]:
+        return str(WORKER), strategy, *models, str(prompt_file), str(tmp_path / out), "three"
 
-    started = [torchrun("--standalone", strategy="ddp", out="one.pt")]
+    started = []
     for rank, (name, cable) in enumerate(hosts):
-        rendezvous = ("--nnodes", "2", "--node-rank", str(rank), "--master-addr", "10.77.0.1", "--master-port", "29511")
-        inside = ("ip", "netns", "exec", name)
-        started.append(torchrun(*rendezvous, strategy="fsdp2", out="two.pt", before=inside, GLOO_SOCKET_IFNAME=cable))
+        run = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+        run += ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "10.77.0.1", "--master-port", "29511"]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": cable}
+        run += words("fsdp2", "two.pt")
+        started.append(subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True))
+    (done,) = preloaded.torchrun(1, *words("ddp", "one.pt"))
+    assert done.returncode == 0, done.stderr[-3000:]
     for process in started:
         errors = process.communicate(timeout=120)[1]
         assert process.returncode == 0, errors[-3000:]

@@ -2,9 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
 
+import preloaded
 import pytest
 import torch
 
@@ -321,15 +320,82 @@ def test_config_files(folder, capsys, text, patterns):
     ],
 )
 def test_the_command_itself(folder, changes, status, patterns):
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_rlhf.cli", *fit(**changes)], capture_output=True, text=True, timeout=120
-    )
+    done = preloaded.run("-m", "lit_rlhf.cli", *fit(**changes))
     lines = done.stderr.strip().splitlines()
     reported = [line for line in lines if line.startswith("lit-rlhf: error: ")]
     assert done.returncode == status
     assert reported == lines[-1:], done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     check(reported[0], *patterns)
+
+
+@pytest.fixture
+def adapters(folder, tiny_adapter, tiny_model):
+    """Return the working folder with adapters of the tiny Llama and of a GPT-2, and with a whole reward model."""
+    score = tiny_model("llama", task="score")
+    targets = {
+        "sft": tiny_adapter(),
+        "judge": tiny_adapter(task="score"),
+        "other": tiny_adapter("gpt2"),
+        "score": score,
+    }
+    targets |= {
+        "other_judge": tiny_adapter("gpt2", task="score"),
+        "base": tiny_model(),
+        "dora": tiny_adapter(use_dora=True),
+    }
+    for name, target in targets.items():
+        (folder / name).symlink_to(target)
+    for name, base in (("lost", "./nowhere"), ("broken", None)):
+        (folder / name).mkdir()
+        text = "{" if base is None else json.dumps({"peft_type": "LORA", "base_model_name_or_path": base})
+        (folder / name / "adapter_config.json").write_text(text)
+    return folder
+
+
+JUDGE = reward("judge", "RewardModel", "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "patterns"),
+    [
+        ({"adapter__rank": 0}, [r"model\.adapter\.rank must be 1 or more, not 0"]),
+        ({"adapter__alpha": 0}, [r"model\.adapter\.alpha must be positive, not 0"]),
+        ({"adapter__alpha": "high"}, [r"model\.adapter", "'high'", "number"]),
+        ({"adapter__rnak": 4}, ["no option", "rnak", meant("rank")]),
+        ({"adapter__chained": "added"}, [r"model\.adapter", "'added'", "stacked, merged"]),
+        ({"adapter__target_modules": "[q_proj, c_attn]"}, [r"target_modules: c_attn is not a linear", "gate_proj"]),
+        ({"reference": "other"}, [r"model\.reference: the base of the adapter other is", "merge"]),
+        ({"critic": "other_judge"}, [r"model\.critic: the base of the adapter other_judge is", "merge"]),
+        ({"rewards": reward("other_judge", "RewardModel", "model")}, [r"rewards\.model: the base", "other_judge"]),
+        ({"critic": "reward"}, [r"model\.critic is 'reward', but no reward is a RewardModel"]),
+        (
+            {"critic": "reward", "rewards": reward("score", "RewardModel", "model")},
+            [r"model\.critic is 'reward', but the reward model is not an adapter of the actor's base"],
+        ),
+        ({"critic": "score"}, [r"model\.critic must be .*an adapter of the actor's base, not 'score'"]),
+        ({"critic": "sft"}, [r"model\.critic: the adapter sft has no head"]),
+        ({"rewards": reward("sft", "RewardModel", "model")}, [r"rewards\.model: the adapter sft has no head"]),
+        ({"actor": "lost"}, [r"model\.actor", r"\./nowhere does not exist"]),
+        ({"actor": "lost", "adapter__rank": None}, [r"model\.actor", r"\./nowhere does not exist"]),
+        ({"actor": "broken"}, [r"broken: adapter_config\.json names no base model"]),
+        ({"actor": "broken", "adapter__rank": None}, [r"broken: adapter_config\.json names no base model"]),
+        ({"reference": "lost"}, [r"model\.reference", "lost"]),
+        ({"actor": "dora"}, [r"model\.actor: DoRA cannot be combined with another adapter"]),
+        ({"actor": "sft", "adapter__dora": "true"}, [r"model\.actor: DoRA cannot be combined", "sft"]),
+        (
+            {"actor": "sft", "adapter__chained": "merged", "rewards": JUDGE},
+            [r"rewards\.model: the base of the adapter judge is .*sft merged into it"],
+        ),
+        (
+            {"actor": "{config: {model_type: llama, hidden_size: 32}, tokenizer: ./model}"},
+            [r"model\.actor: an adapter needs a base with weights"],
+        ),
+    ],
+)
+def test_adapters(adapters, capsys, changes, patterns):
+    options = {"actor": "base", "adapter__rank": 2} | changes
+    check(refusal(capsys, fit(**{f"model__{name}": value for name, value in options.items()})), *patterns)
 
 
 @pytest.mark.parametrize("module", ["RewardModeling", "DPO"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning
 
 from lit_rlhf.export import model_card, save_folder
+from lit_rlhf.models.adapter_folders import base_of
 from lit_rlhf.models.sharding import full_state_dict
 from lit_rlhf.modules.module import AlignmentModule
 
@@ -30,7 +31,8 @@ class ExportAtEnd(lightning.Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
-        card = model_card(run, pl_module.role, int(pl_module.iteration))
+        base = None if adapter is None else base_of(str(pl_module.source))
+        card = model_card(run, pl_module.role, int(pl_module.iteration), base)
         if adapter is not None:
             pl_module.trained_adapter(weights).save(pl_module.tokenizer, run / self.name, card)
             return

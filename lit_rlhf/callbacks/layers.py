@@ -12,11 +12,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_rlhf.compat import selected_adapters
+from lit_rlhf.compat import allow_variants, selected_adapters
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_layers, selected
 from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules.trpo import TRPO
+
+VARIANTS = 8
+"""The number of variants of a layer that are compiled: with and without gradient, for the first and other layers, …"""
 
 
 class CompileLayers(Callback):
@@ -43,6 +46,8 @@ class CompileLayers(Callback):
             raise UserError(
                 "CompileLayers: TRPO differentiates twice, but compiled layers can be differentiated only once"
             )
+        adapters = {name for layer in adapted_layers(pl_module) for name in layer.lora_A}
+        allow_variants(VARIANTS * (len(adapters) + 1))  # each role selects its own adapters; the reference, none
         for layer in _layers(pl_module, self):
             forward: Any = layer.forward
             if isinstance(forward, _Recomputed):  # torch.compile does not look into checkpoint(): compile what it calls

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PromptBatch, Rollout, check_shapes
 
@@ -87,6 +88,8 @@ class EngineContext:
     device_ids: tuple[int, ...]  # the GPUs of the training processes on this machine; on CPUs, one number per process
     process: int  # the index of this process among those on this machine
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
+    adapter: LoRA | None = None  # the options of the actor's adapter
+    source: str = ""  # with an adapter, what the actor started from: the base, or another adapter
     rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 
 

@@ -16,6 +16,7 @@ from lit_rlhf.generation.packing import packed_weights
 from lit_rlhf.generation.sampling import draw
 from lit_rlhf.generation.static import StaticStep, cast_weights
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import whole_model
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
@@ -100,7 +101,7 @@ class NativeEngine(Engine):
             len(prompts.group)
         )
         numbers = uniforms(stream, iteration, rows, sampling.max_tokens)
-        weights = cast_weights(actor.model) if self.compile else packed_weights(actor.model, len(rows))
+        weights = cast_weights(whole_model(actor.model)) if self.compile else packed_weights(actor.model, len(rows))
         with unsharded(actor), _autocast_cache(), sdpa_kernel(KERNELS), weights:
             decoding = _Decoding(actor, prompts, sampling, special_tokens, numbers, self.cache_tokens, self.compile)
             with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for each length

@@ -10,104 +10,66 @@ from torch import Tensor, nn
 
 from lit_rlhf.compat import block_weight, multiply_by_blocks, selected_adapters
 from lit_rlhf.models.adapters import AdapterView, adapted_layers, merged_weight, selected, whole_model
-from lit_rlhf.models.sharding import is_sharded
 
 
 @contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
-    """Make a model's linear layers use their weights in oneDNN's blocked layout, inside this context.
+    """Make a model's linear layers use copies of their weights in oneDNN's blocked layout, inside this context.
 
     A decoding step with 64 rows is twice as fast as with PyTorch's own products, and one with 2 rows three times as
-    fast. Each time the context is entered, the weights are copied in autocast's precision, which needs as much memory
-    as the weights would in that precision. The frozen weights of layers with adapters are not copied but moved, and
-    moved back at the end without any change, unless the model is sharded; the adapters become two thin products. No
-    gradients are computed. Only CPU weights that are used in float32 or bfloat16 are packed.
+    fast. The copies are made each time the context is entered, in autocast's precision, and need as much memory as the
+    weights would in that precision. No gradients are computed. Only CPU weights that are used in float32 or bfloat16
+    are copied.
 
     Args:
-        model: The model, whose weights must not change inside the context, nor be used but through its linear layers.
+        model: The model, whose weights must not change inside the context.
         rows: The typical number of rows in the input of a linear layer.
     """
-    whole = whole_model(model)
-    may_move = not any(is_sharded(module) for module in whole.modules())
-    with ExitStack() as packed:
-        with _selection(model):
-            for layer, linear in _linear_layers(whole):
-                packed.enter_context(_packed(layer, linear, rows, may_move))
+    packed = []
+    with ExitStack() as stack:
+        if isinstance(model, AdapterView):
+            stack.enter_context(selected(model.base_model.layers, model.base_model.adapters))
+        for layer, linear in _linear_layers(whole_model(model)):
+            dtype = _compute_dtype(linear.weight)
+            with nullcontext(linear.weight) if layer is linear else merged_weight(layer) as weight:
+                blocks = block_weight(weight.detach().to(dtype), rows)
+            bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+            vars(layer)["forward"] = partial(multiply_by_blocks, blocks, bias)  # hides the method of the class
+            packed.append(layer)
+    try:
         yield
-
-
-def _selection(model: nn.Module) -> Any:
-    """Return a context in which the adapters of a view are selected."""
-    if isinstance(model, AdapterView):
-        return selected(model.base_model.layers, model.base_model.adapters)
-    return nullcontext()
+    finally:
+        for layer in packed:
+            del vars(layer)["forward"]
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[Any, nn.Linear]]:
-    """Yield the layers to replace, each with the linear layer that holds its weight: itself, or the base's layer."""
-    adapted: list[Any] = [*adapted_layers(model)]
-    inside = {id(module) for layer in adapted for module in layer.modules()}
+    """Yield the layers that can be packed, each with the linear layer that holds its weight.
+
+    In float32, a layer with adapters becomes a single product with the merged weight. In half precision, the merged
+    weight would lose a small adapter to rounding, so there the base's layer and the selected adapters are packed one by
+    one.
+    """
+    adapted: list[Any] = adapted_layers(model)
+    inside = {id(part) for layer in adapted for part in layer.modules() if part is not layer}
     for module in model.modules():
         if type(module) is nn.Linear and id(module) not in inside and _can_be_packed(module.weight):
             yield module, module
     for layer in adapted:
-        base: Any = layer.get_base_layer()
-        if type(base) is nn.Linear and _can_be_packed(base.weight):
-            # half precision would round a small adapter away in the merged weight that DoRA needs
-            yield base if _is_dora(layer) and _compute_dtype(base.weight) != torch.float32 else layer, base
-
-
-@contextmanager
-def _packed(layer: Any, linear: nn.Linear, rows: int, may_move: bool) -> Iterator[None]:
-    """Replace a layer's forward method, which hides that of the class, and move the weight of an adapted layer."""
-    weight, dtype = linear.weight, _compute_dtype(linear.weight)
-    is_merged = layer is not linear and _is_dora(layer)
-    with merged_weight(layer) if is_merged else nullcontext(weight) as used:
-        blocks = block_weight(used.detach().to(dtype), rows)
-    thin = [] if layer is linear or is_merged else _adapters(layer, dtype)
-    is_exact = weight.dtype == dtype and not weight.requires_grad
-    moves = may_move and is_exact and layer is not linear and not is_merged
-    if moves:
-        weight.data = weight.new_empty(0)
-    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    vars(layer)["forward"] = partial(_multiply, blocks, bias, thin)
-    try:
-        yield
-    finally:
-        del vars(layer)["forward"]
-        if moves:
-            weight.data = blocks.to_dense()
-
-
-def _multiply(blocks: Tensor, bias: Tensor | None, thin: list[Tensor], x: Tensor) -> Tensor:
-    x = x.to(blocks.dtype)
-    result = multiply_by_blocks(blocks, bias, x)
-    if thin:
-        down, up = thin
-        result.view(-1, result.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down, up)
-    return result
-
-
-def _adapters(layer: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Return Aᵀ [in, R] and Bᵀ [R, out], where R is the sum of the ranks of the selected adapters; empty for none.
-
-    B includes the scaling.
-    """
-    names = [name for name in selected_adapters(layer) if name in layer.lora_A]
-    if not names:
-        return []
-    down = torch.cat([layer.lora_A[name].weight.detach() for name in names])
-    up = torch.cat([layer.lora_B[name].weight.detach() * layer.scaling[name] for name in names], 1)
-    return [down.T.to(dtype), up.T.to(dtype)]
-
-
-def _is_dora(layer: Any) -> bool:
-    return any(name in layer.lora_variant for name in selected_adapters(layer))
+        base = layer.get_base_layer()
+        if not (type(base) is nn.Linear and _can_be_packed(base.weight)):
+            continue
+        if _compute_dtype(base.weight) == torch.float32:
+            yield layer, base
+            continue
+        names = [name for name in selected_adapters(layer) if name in layer.lora_A]
+        for part in (base, *(part[name] for name in names for part in (layer.lora_A, layer.lora_B))):
+            yield part, part
 
 
 def _can_be_packed(weight: Tensor) -> bool:
     return (
-        type(weight) in (nn.Parameter, Tensor)
+        type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and _compute_dtype(weight) in (torch.float32, torch.bfloat16)

@@ -21,6 +21,7 @@ MODULE = "vllm.entrypoints.openai.api_server"
 SERVED_NAME = "actor"
 SETTINGS = {
     "VLLM_SERVER_DEV_MODE": "1",  # opens the routes for weights
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # opens those for adapters
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; has no effect on GPUs, like the next
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would bind its threads to the cores that training uses
@@ -42,7 +43,7 @@ class Server:
 
     Args:
         python: The Python interpreter of an environment in which vLLM is installed.
-        model: The folder of the model to start with.
+        model: The folder or the hub id of the model to start with.
         arguments: Further arguments of vLLM's command line.
         devices: The indices of the server's GPUs among those that this process may use; None for all of them.
         folder: A folder that is removed when the server has ended.
@@ -52,7 +53,7 @@ class Server:
     """
 
     def __init__(
-        self, python: str, model: Path, arguments: Sequence[str], *, devices: Sequence[int] | None, folder: Path
+        self, python: str, model: str, arguments: Sequence[str], *, devices: Sequence[int] | None, folder: Path
     ) -> None:
         program = shutil.which(python)
         if program is None:
@@ -61,7 +62,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"  # of this machine only: whoever reaches the port controls the server
         handle, name = tempfile.mkstemp(prefix=f"lit-rlhf-vllm-{os.getpid()}-", suffix=".log")
         self.log = Path(name)
-        command = [program, "-m", MODULE, "--model", str(model), "--served-model-name", SERVED_NAME]
+        command = [program, "-m", MODULE, "--model", model, "--served-model-name", SERVED_NAME]
         command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
         keeper = str(Path(__file__).with_name("keeper.py"))
         self._process = subprocess.Popen(

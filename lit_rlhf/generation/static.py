@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.generation.cache import RowCache
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.quantization import QuantizedLinear
 
 
 class StaticStep:
@@ -95,7 +96,8 @@ def cast_weights(model: nn.Module) -> Iterator[None]:
     for layer in model.modules():
         for name, weight in layer.named_parameters(recurse=False) if isinstance(layer, nn.Linear | Conv1D) else ():
             kind = weight.device.type
-            if torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
+            rounds = torch.is_autocast_enabled(kind) and not isinstance(layer, QuantizedLinear)
+            if rounds and weight.dtype == torch.float32:
                 replaced.append((layer, name, weight))
                 half = weight.detach().to(torch.get_autocast_dtype(kind))
                 setattr(layer, name, nn.Parameter(half, requires_grad=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 import uuid
 from dataclasses import dataclass
 from itertools import count, islice
@@ -19,6 +18,14 @@ from lit_rlhf.generation.collectives import broadcast, gather, rank
 from lit_rlhf.generation.completions import Response, completion_request, draw_responses, to_rollout
 from lit_rlhf.generation.engine import DetachedEngine, EngineContext, PendingRollout, Sampling, SpecialTokens
 from lit_rlhf.generation.server import Server
+from lit_rlhf.generation.vllm_adapters import (
+    ServedAdapters,
+    check_adapter,
+    push_adapter,
+    remove_adapter,
+    trained_weights,
+)
+from lit_rlhf.generation.vllm_weights import check_version, push_weights
 from lit_rlhf.generation.weights_folder import WeightsFolder
 from lit_rlhf.http import JSONClient
 from lit_rlhf.models.actor import Actor
@@ -29,8 +36,6 @@ from lit_rlhf.types import PromptBatch, Rollout
 
 LOGPROBS_MODE = "processed_logprobs"
 """The mode in which vLLM's log-probabilities are those after the division by the temperature."""
-RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
-"""How often, at most, the server is asked to forget what it computed with older weights, and the pause in between."""
 ENDING_SECONDS = 2.0
 """The maximum number of seconds after a failed request in which the end of the server is taken as the cause."""
 
@@ -39,7 +44,7 @@ ENDING_SECONDS = 2.0
 class Job:
     """What process 0 asks of the server for one rollout."""
 
-    folder: Path  # with the weights
+    folder: Path | None  # with the weights or the adapter; None for the base of the adapters alone
     requests: list[dict[str, Any]]  # one for each response, of all processes
     rows: list[int]  # the number of responses of each process
     min_tokens: int
@@ -139,6 +144,8 @@ class VLLMEngine(DetachedEngine):
         self._server: Server | None = None
         self._client: JSONClient | None = None
         self._folder: WeightsFolder | None = None
+        self._adapters: ServedAdapters | None = None
+        self._has_adapter = False
         self._model: dict[str, Any] = {}  # what the server says of its model
         self._run = ""
         self._pushes = count(1)
@@ -156,6 +163,9 @@ class VLLMEngine(DetachedEngine):
         """
         self.close()
         self._dtype = torch.bfloat16 if context.precision.startswith("bf16") else torch.float32
+        self._has_adapter = context.adapter is not None
+        if context.adapter is not None:
+            check_adapter(context.adapter, context.source)
         problem = ""
         if rank() == 0:
             try:
@@ -175,6 +185,7 @@ class VLLMEngine(DetachedEngine):
         self._client = self._server = self._folder = None
 
     def _connect(self, context: EngineContext) -> None:
+        self._adapters = ServedAdapters(context) if context.adapter is not None else None
         url, option = self.url, "model.engine.url"
         if url is None:
             url, option = self._start_server(context), "model.engine"
@@ -188,10 +199,16 @@ class VLLMEngine(DetachedEngine):
 
     def _start_server(self, context: EngineContext) -> str:
         assert self.python is not None
-        actor = context.load_actor()
-        folder = self._write(actor, full_state_dict(actor))
+        if self._adapters is None:
+            actor = context.load_actor()
+            folder = self._write(actor, full_state_dict(actor))
+            assert folder is not None
+            model = str(folder)
+        else:
+            folder, model = self._weights_folder(0).new(), self._adapters.base
         context.tokenizer.save_pretrained(folder)
         arguments = ["--dtype", str(self._dtype).removeprefix("torch."), "--logprobs-mode", LOGPROBS_MODE]
+        arguments += ["--tokenizer", str(folder)] + ([] if self._adapters is None else self._adapters.arguments)
         arguments += ["--max-model-len", str(self.max_model_len or "auto"), "--generation-config", "vllm"]
         arguments += ["--disable-uvicorn-access-log"]
         if self.devices is not None:
@@ -200,7 +217,7 @@ class VLLMEngine(DetachedEngine):
             arguments += ["--enforce-eager"]  # compilation takes a minute, and gains little
         arguments += self.server_args or []
         assert self._folder is not None
-        self._server = Server(self.python, folder, arguments, devices=self.devices, folder=self._folder.path)
+        self._server = Server(self.python, model, arguments, devices=self.devices, folder=self._folder.path)
         self._server.wait(self.startup_timeout)
         for file in folder.glob("*.safetensors"):  # the server has read them, and will get new ones
             file.unlink()
@@ -256,7 +273,7 @@ class VLLMEngine(DetachedEngine):
         seeds = row_seeds(stream, iteration, rows)
         texts = [tokens[mask].tolist() for tokens, mask in zip(prompts.tokens.cpu(), prompts.mask.cpu(), strict=True)]
         asked = gather([(text, seed) for i, text in enumerate(texts) for seed in seeds[i * n : (i + 1) * n]])
-        weights = full_state_dict(actor)
+        weights = trained_weights(actor) if self._has_adapter else full_state_dict(actor)
         pending = _PendingRollout(self, prompts, sampling, special_tokens)
         if rank() == 0:
             assert self._client is not None, "call start() first"
@@ -295,9 +312,17 @@ class VLLMEngine(DetachedEngine):
         client = self._client
         assert client is not None, "the engine is closed"
         try:
-            version = self._push(client, job.folder)
-            responses = iter(draw_responses(client, job.requests, job.min_tokens, job.vocabulary))
-            self._check_version(client, version)
+            version, requests = f"{self._run}-{next(self._pushes)}", job.requests
+            if self._adapters is None:
+                push_weights(client, version, job.folder)
+            elif job.folder is not None:
+                push_adapter(client, version, job.folder)
+                requests = [{**request, "model": version} for request in requests]
+            responses = iter(draw_responses(client, requests, job.min_tokens, job.vocabulary))
+            if self._adapters is None:
+                check_version(client, version)
+            elif job.folder is not None:
+                remove_adapter(client, version)
             return [list(islice(responses, rows)) for rows in job.rows]
         except UserError as error:
             if self._server is None:
@@ -305,37 +330,8 @@ class VLLMEngine(DetachedEngine):
             ended = self._server.ended(ENDING_SECONDS)
             raise UserError(ended or f"{error} (the server's log: {self._server.log})") from error
         finally:
-            shutil.rmtree(job.folder, ignore_errors=True)
-
-    def _push(self, client: JSONClient, folder: Path) -> str:
-        """Let the server read the weights in a folder, and return the name under which it knows them now.
-
-        Raises:
-            UserError: if the server does not read the weights, or cannot forget what it computed with older ones.
-        """
-        version = f"{self._run}-{next(self._pushes)}"
-        client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        for _ in range(RESET_ATTEMPTS):  # fails as long as a request is active, such as one that was given up
-            if client.post("/reset_prefix_cache", {})["success"]:
-                break
-            time.sleep(RESET_SECONDS)
-        else:
-            raise UserError(f"{client.option}: the server cannot forget older weights: another program is using it")
-        client.post("/update_weight_version", {"new_version": version})
-        return version
-
-    def _check_version(self, client: JSONClient, version: str) -> None:
-        """Check that the server still has the weights of this name, which it does not have after a restart.
-
-        Raises:
-            UserError: if it has other weights.
-        """
-        found = client.get("/weight_info")["weight_version"]
-        if found != version:
-            raise UserError(
-                f"{client.option}: the server has the weights {found!r} instead of {version!r}: it was restarted, or "
-                "another run uses it"
-            )
+            if job.folder is not None:
+                shutil.rmtree(job.folder, ignore_errors=True)
 
     def _check_length(self, longest: int, sampling: Sampling) -> None:
         most = self._model["max_model_len"]
@@ -345,13 +341,21 @@ class VLLMEngine(DetachedEngine):
                 f"and model.sampling.max_tokens is {sampling.max_tokens}"
             )
 
-    def _write(self, actor: Actor, weights: dict[str, Tensor]) -> Path:
-        """Write weights, given as the actor's full ``state_dict``, to a new folder."""
+    def _write(self, actor: Actor, weights: dict[str, Tensor]) -> Path | None:
+        """Write weights to a new folder: those of the adapter, if there is one, or else the full ``state_dict``.
+
+        Return None if the actor is the base of the adapters, which the server has.
+        """
+        if self._adapters is not None:
+            folder = self._weights_folder(0).new()
+            return folder if self._adapters.write(actor, weights, folder) else None
         own = strip_prefix("model.", weights)
-        if self._folder is None:
-            size = sum(weight.numel() for weight in own.values()) * self._dtype.itemsize
-            self._folder = WeightsFolder(self.weights_dir, size)
-        return self._folder.write(actor.model, own, self._dtype)
+        size = sum(weight.numel() for weight in own.values()) * self._dtype.itemsize
+        return self._weights_folder(size).write(actor.model, own, self._dtype)
+
+    def _weights_folder(self, size: int) -> WeightsFolder:
+        self._folder = self._folder or WeightsFolder(self.weights_dir, size)
+        return self._folder
 
 
 class _PendingRollout(PendingRollout):

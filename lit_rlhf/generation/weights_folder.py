@@ -59,6 +59,10 @@ class WeightsFolder:
         self.close = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._names = count()
 
+    def new(self) -> Path:
+        """Return the path of a new folder, which is not made yet."""
+        return self.path / str(next(self._names))
+
     def write(self, model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Path:
         """Write a model with these weights to a new folder, and return the folder.
 
@@ -67,7 +71,7 @@ class WeightsFolder:
         Raises:
             UserError: if the folder cannot be written; nothing of it is left.
         """
-        folder = self.path / str(next(self._names))
+        folder = self.new()
         try:
             save_untied(model, weights, folder, dtype)
         except BaseException as error:

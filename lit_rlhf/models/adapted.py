@@ -41,7 +41,7 @@ def load_adapted(
 
     Raises:
         UserError: if the model or an adapter cannot be loaded, if the source is random weights, or if DoRA is to be
-            stacked.
+            combined with another adapter.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.testing import make_tiny_model
@@ -56,9 +56,11 @@ def load_adapted(
     starts = starts_from(source, lora)
     start = read_adapter(source, field) if find_adapter(source) else None
     if start is not None and (lora.dora or start.config.use_dora):
-        raise UserError(f"{field}: DoRA cannot be trained on top of an adapter; first merge {source} (export --merge)")
+        raise UserError(
+            f"{field}: DoRA cannot be combined with another adapter; first merge {source} (lit-rlhf export --merge)"
+        )
     with weights_at_once() if lora.dora else nullcontext():  # which starts from the norms of the base's weights
-        model = load_model(base_of(source) if starts else source, "causal", field)
+        model = load_model(base_of(source) if starts else source, "causal", field, lora.quantization)
     config = lora.config(model)
     for number, name in enumerate((*trained, *copies)):
         add_adapter(model, name, config, number)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_layers, adapter_parameters, add_adapter, target_names
+from lit_rlhf.models.quantization import has_quantized_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -63,7 +65,10 @@ def base_of(source: str) -> str:
     path = find_adapter(source)
     if path is None:
         return source
-    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError):  # not JSON, not an object, or without this entry
+        base = None
     if not base:
         raise UserError(f"{source}: {CONFIG} names no base model (base_model_name_or_path)")
     return str(base)
@@ -144,7 +149,7 @@ def merge_adapter(model: PreTrainedModel, saved: SavedAdapter, field: str) -> Pr
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the adapter does not fit the model.
+        UserError: if the adapter does not fit the model, or the model is quantized.
     """
     add_saved_adapter(model, "merged", saved, field)
     return merge_all(model, ["merged"])
@@ -156,13 +161,48 @@ def merge_all(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
     Args:
         model: The base with its adapters; changed in place.
         adapters: The names of the adapters; all others are discarded.
+
+    Raises:
+        UserError: if the base is quantized.
     """
+    if has_quantized_layers(model):
+        raise UserError(f"no adapter can be merged into {model.name_or_path}, because its weights are quantized")
     for name, layer in [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]:
         layer.merge(adapter_names=adapters)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
     del model.peft_config
     return model.requires_grad_(True)
+
+
+def write_adapter(model: PreTrainedModel, adapters: list[str], base: str, folder: Path, head: Tensor | None) -> None:
+    """Write adapters of a model as one adapter that peft and vLLM load.
+
+    Args:
+        model: The base, of which the weights may not be read, with its adapters.
+        adapters: The names of the adapters, of which the folder gets the sum.
+        base: The folder or the hub id of the base.
+        folder: The folder to write.
+        head: The weight of the head of a reward model or a critic, [1, H]; None for a language model.
+    """
+    from peft import get_peft_model_state_dict
+
+    if len(adapters) == 1:
+        config: Any = deepcopy(model.peft_config[adapters[0]])
+        state = get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name=adapters[0])
+        weights = {f"base_model.model.{name}": weight for name, weight in state.items()}
+    else:
+        config, weights = joined_adapter(model, adapters)
+    config.base_model_name_or_path = base
+    config.task_type = "CAUSAL_LM" if head is None else "SEQ_CLS"
+    config.inference_mode = True
+    if head is not None:
+        config.modules_to_save = ["score"]
+        weights[HEAD] = head
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def joined_adapter(model: PreTrainedModel, adapters: list[str]) -> tuple[LoraConfig, dict[str, Tensor]]:

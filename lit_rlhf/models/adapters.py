@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.compat import select_adapters, selected_adapters, share_inputs
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.quantization import Quantization
 from lit_rlhf.randomness import Stream, generator
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class LoRA:
     because log-probabilities could not be reproduced with it.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), equation 3; rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732), equation 5;
-    DoRA: Liu et al. 2024 (arXiv 2402.09353), equation 5.
+    DoRA: Liu et al. 2024 (arXiv 2402.09353), equation 5; NF4: Dettmers et al. 2023 (arXiv 2305.14314), equations 5, 6.
 
     Args:
         rank: The rank r of B A (``r`` in peft).
@@ -49,9 +50,13 @@ class LoRA:
         dora: Whether the norm of each row of the adapted weight is trained as well, as a separate vector.
         chained: What happens to an adapter that the model to train already is: ``stacked`` keeps it as a frozen
             adapter below the new one, and ``merged`` adds it to the base's weights.
+        quantization: The format of the base's frozen weights W, except the head and the embeddings: ``nf4`` for 4 bits
+            (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An
+            exported adapter is the same in any case, but fits best the base with which it was trained.
 
     Raises:
-        UserError: if a number is out of range, or no target module is given.
+        UserError: if a number is out of range, no target module is given, or an adapter would be merged into a
+            quantized base.
 
     >>> LoRA(rank=8, alpha=16, target_modules=["q_proj", "v_proj"]).scaling
     2.0
@@ -63,6 +68,7 @@ class LoRA:
     rslora: bool = False
     dora: bool = False
     chained: Literal["stacked", "merged"] = "stacked"
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -71,6 +77,8 @@ class LoRA:
             raise UserError(f"model.adapter.alpha must be positive, not {self.alpha}")
         if not self.target_modules:
             raise UserError("model.adapter.target_modules is empty: use all-linear, or the names of linear layers")
+        if self.quantization is not None and self.chained == "merged":
+            raise UserError("model.adapter.chained must be stacked if quantization is set, not merged")
 
     @property
     def scaling(self) -> float:
@@ -116,17 +124,16 @@ def target_names(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
     ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
     """
     head = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if module is not head and is_linear(module)
-    }
+    linear = [name for name, module in model.named_modules() if module is not head and is_linear(module)]
+    last_parts = sorted({name.rpartition(".")[2] for name in linear})
     if targets == "all-linear":
-        return sorted(linear)
+        return last_parts
     chosen = [targets] if isinstance(targets, str) else list(targets)
-    for name in chosen:
-        if name.rpartition(".")[2] not in linear:
+    for target in chosen:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise UserError(
-                f"model.adapter.target_modules: {name} is not a linear layer of {type(model).__name__} that can be "
-                f"adapted; it has {', '.join(sorted(linear))}"
+                f"model.adapter.target_modules: {target} is not a linear layer of {type(model).__name__} that can be "
+                f"adapted; it has {', '.join(last_parts)}"
             )
     return sorted(chosen)
 
@@ -152,19 +159,23 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     """
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    from lit_rlhf.models.adapted_linear import use_sums
+
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of GPT-2's layers, which peft recognises
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the roles before
-        torch.manual_seed(generator(Stream.ADAPTERS, number).initial_seed())
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
             raise UserError(f"model.adapter: {' '.join(str(error).split())[:300]}") from error
+        torch.manual_seed(generator(Stream.ADAPTERS, number).initial_seed())
         for layer in adapted_layers(model):
-            if name in layer.lora_A and layer.lora_A[name].weight.is_meta:  # as its base, which is not read yet
+            if name in layer.lora_A:
                 for part in (layer.lora_A[name], layer.lora_B[name]):
-                    part.to_empty(device="cpu")
-                layer.reset_lora_parameters(name, True)
+                    if part.weight.is_meta:  # as its base, which is not read yet
+                        part.to_empty(device="cpu")
+                layer.reset_lora_parameters(name, True)  # the same numbers, whether or not the base is read
+    use_sums(model)
     share_inputs(adapted_layers(model))
     model.requires_grad_(False)
 
@@ -277,6 +288,11 @@ class AdapterView(nn.Module):
         return self.base.get_input_embeddings()
 
 
+def active_adapters(model: Any) -> tuple[str, ...]:
+    """Return the names of the adapters that a model with adapters, or a view of one, computes with."""
+    return model.base_model.adapters if isinstance(model, AdapterView) else selected_adapters(adapted_layers(model)[0])
+
+
 def whole_model(model: Any) -> Any:
     """Return the model that a view shows, or the given model itself if it is not a view."""
     return model.base if isinstance(model, AdapterView) else model
@@ -302,10 +318,16 @@ def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[N
 
 @contextmanager
 def merged_weight(layer: LoraLayer) -> Iterator[Tensor]:
-    """Yield a layer's weight with its selected adapters added to it, a new tensor; the layer itself does not change."""
+    """Yield a layer's weight with its selected adapters added to it; the layer itself does not change."""
+    from lit_rlhf.models.adapted_linear import AdaptedLinear
+
     base: Any = layer.get_base_layer()
+    adapters = [name for name in selected_adapters(layer) if name in layer.lora_A]
+    if isinstance(layer, AdaptedLinear) and layer.has_plain(adapters):  # peft's way takes several times as long
+        yield layer.summed_weight(adapters).detach()
+        return
     weight = base.weight.data
-    layer.merge(safe_merge=True, adapter_names=list(selected_adapters(layer)))
+    layer.merge(safe_merge=True, adapter_names=adapters)
     try:
         yield base.weight.data
     finally:

@@ -23,6 +23,7 @@ from transformers import (
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_folders import base_of, find_adapter, merge_adapter, read_adapter
 from lit_rlhf.models.attention import use_unpadded_attention
+from lit_rlhf.models.quantization import Quantization, prepare_quantized, quantization_config
 from lit_rlhf.models.weights import (
     current_unread_weights,
     local_folder,
@@ -94,30 +95,36 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
     return tokenizer
 
 
-def load_model(source: ModelSource, task: Task = "causal", field: str = "model") -> PreTrainedModel:
+def load_model(
+    source: ModelSource, task: Task = "causal", field: str = "model", quantization: Quantization | None = None
+) -> PreTrainedModel:
     """Load a model in float32 on the CPU and in eval mode, because dropout is off in every stage.
 
     The CPU is used whatever the default device is. Random weights are therefore the same on every device, and
     transformers does not use the default device as a ``device_map``, which would require the accelerate package.
     Lightning makes its device the default in ``configure_model``; the models are moved there afterwards. Inside
-    `unread_weights`, the parameters of a model that is read from files are on the meta device where possible.
+    `unread_weights`, the parameters of a model that is read from files are on the meta device where possible. Quantized
+    models are an exception: they are loaded on the default device, because transformers quantizes weights there.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights.
         task: ``causal`` for a language model, ``score`` for a sequence classifier with one label.
         field: The name of the configuration field, for error messages.
+        quantization: How to quantize the linear layers, of a folder or a hub id with a whole model; None not to.
 
     Raises:
-        UserError: if the model, or the tokenizer that random weights need, cannot be loaded, or if a sequence
-            classifier does not have exactly one label.
+        UserError: if the model, or the tokenizer that random weights need, cannot be loaded, if a sequence classifier
+            does not have exactly one label, or if the model is quantized in a way that is not supported.
     """
+    device = torch.get_default_device()
     with torch.device("cpu"):
         if isinstance(source, RandomWeights):
             model = _random_model(source, task, field)
         elif find_adapter(source):
             return _merged_model(source, field)
         else:
-            model = _unread_model(source, task, field) or _pretrained_model(source, task, field)
+            unread = None if quantization else _unread_model(source, task, field)
+            model = unread or _pretrained_model(source, task, field, quantization, device)
         if task == "score" and model.config.num_labels != 1:
             raise UserError(f"{field}: a reward model has one label, but {source} has {model.config.num_labels}")
         model.eval()
@@ -180,14 +187,17 @@ def _tokenizer_class(path: str) -> Any:
     return PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
 
 
-def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
+def _pretrained_model(
+    path: str, task: Task, field: str, quantization: Quantization | None, device: torch.device
+) -> PreTrainedModel:
     config = read_config(path, field)
+    options = _quantized_options(config, quantization, path, device)
     if os.path.isdir(path) and not any(any(Path(path).glob(pattern)) for pattern in WEIGHT_FILES):
         raise UserError(f"{field}: the folder {path} has a config.json but no weights")
     role = "language model" if task == "causal" else "sequence classifier"
     try:
         model, report = _AUTO[task].from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except OSError as error:
         raise _unreachable(path, field, error) from error
@@ -200,7 +210,25 @@ def _pretrained_model(path: str, task: Task, field: str) -> PreTrainedModel:
         )
     if report["missing_keys"]:
         raise UserError(f"{field}: {path} is not a {role}: it has no {min(report['missing_keys'])}")
+    if options:
+        prepare_quantized(model, field)
     return model
+
+
+def _quantized_options(
+    config: Any, quantization: Quantization | None, path: str, device: torch.device
+) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` for a quantized model; none if the model is not quantized.
+
+    Raises:
+        UserError: if the model is to be quantized, but the package is missing, or the files are quantized already.
+    """
+    in_files = getattr(config, "quantization_config", None) is not None
+    if quantization is None:
+        return {"device_map": {"": device}} if in_files else {}
+    if in_files:
+        raise UserError(f"model.adapter.quantization is {quantization}, but {path} is quantized already: leave it out")
+    return {"device_map": {"": device}, "quantization_config": quantization_config(quantization)}
 
 
 def _merged_model(source: str, field: str) -> PreTrainedModel:

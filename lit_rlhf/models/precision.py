@@ -5,6 +5,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.quantization import compute_in
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """The values of ``trainer.precision`` that training supports, as Lightning reports them."""
@@ -66,7 +67,8 @@ def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
 
     Weights that each forward pass would round can be rounded once; see `rounded_weights`. (State-space layers are an
     exception: they use the weights of plain linear layers directly, so rounding changes their output.) Weights that are
-    trained, and those of adapters, which are small, stay in float32.
+    trained, and those of adapters, which are small, stay in float32. Quantized weights stay as they are, and are
+    dequantized to bfloat16 from now on.
 
     Args:
         model: The model, which is only used under autocast to bfloat16.
@@ -83,3 +85,4 @@ def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     for parameter in rounded_weights(model, all_weights=all_weights):
         if parameter.dtype == torch.float32 and id(parameter) not in kept:
             parameter.data = parameter.data.to(torch.bfloat16)
+    compute_in(model, torch.bfloat16)

@@ -14,6 +14,7 @@ from lit_rlhf.models.adapter_folders import SavedAdapter, find_adapter, read_ada
 from lit_rlhf.models.adapters import AdaptedTrunk, adapter_parameters
 from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, read_config
+from lit_rlhf.models.quantization import check_whole
 
 
 class ScalarModel(nn.Module):
@@ -151,7 +152,7 @@ def saved_head(saved: SavedAdapter, field: str) -> nn.Linear:
         raise UserError(f"{field}: the adapter {saved.source} {what}: it is not a reward model")
     bias = saved.settings.get("value_bias")
     head = nn.Linear(saved.head.shape[1], 1, bias=bias is not None, device="cpu")
-    head.weight = nn.Parameter(saved.head.to(torch.float32, copy=True))  # a part of the file would keep all of it
+    head.weight = nn.Parameter(saved.head.to(torch.float32, copy=True))  # neither a file's nor another model's
     if bias is not None:
         head.bias = nn.Parameter(torch.tensor([bias], device="cpu"))
     return head
@@ -167,8 +168,8 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
         bias: Whether a new head has a bias: True for a critic, False for a reward model, whose loss cannot train one.
 
     Raises:
-        UserError: if the model cannot be loaded, or a classifier does not have exactly one label or has a head that is
-            not a single linear layer named ``score``.
+        UserError: if the model cannot be loaded or is quantized, or a classifier does not have exactly one label or has
+            a head that is not a single linear layer named ``score``.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -179,11 +180,11 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
     [[0.0, 0.0, 0.0]]
     """
     if find_adapter(source) and read_adapter(str(source), field).head is not None:
-        return load_reward_model(source, field)
+        return check_whole(load_reward_model(source, field), field)
     architectures = [] if isinstance(source, RandomWeights) else read_config(source, field).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return load_reward_model(source, field)
-    model = load_model(source, "causal", field)
+        return check_whole(load_reward_model(source, field), field)
+    model = check_whole(load_model(source, "causal", field), field)
     return ScalarModel(model.base_model, new_value_head(model, bias))
 
 
@@ -241,7 +242,7 @@ def classifier_config(trunk: Any, tokenizer: PreTrainedTokenizerBase, bias: Tens
         if hasattr(config, name):
             delattr(config, name)
     if bias is not None:
-        config.value_bias = float(bias)
+        config.value_bias = float(bias.detach())
     return config
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -80,15 +81,13 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
 
     Forward passes then need no communication, so each process may run a different number of them. Only forward passes
     without gradients are allowed, such as decoding, scoring and validation. All processes must enter the context
-    together. Models that are not sharded stay as they are.
+    together. Models that are not sharded stay as they are. Inside another such context for a model, this one changes
+    nothing for that model, whose weights are held until the outer context ends.
     """
     found = [part for model in models if model is not None for part in (model, *owners(model))]
     with ExitStack() as stack:
         for model in dict.fromkeys(found):
-            if isinstance(model, FSDPModule):
-                stack.enter_context(_unsharded(model))
-            elif isinstance(model, FullyShardedDataParallel):
-                stack.enter_context(_summoned(model))
+            stack.enter_context(_held(model))
         yield
 
 
@@ -97,10 +96,29 @@ def owners(model: nn.Module) -> list[nn.Module]:
     return [part.owner for part in model.modules() if isinstance(part, AdaptedTrunk)]
 
 
+_gathered: ContextVar[frozenset[nn.Module]] = ContextVar("gathered", default=frozenset())
+
+
 @contextmanager
-def _unsharded(model: FSDPModule) -> Iterator[None]:
+def _held(model: nn.Module) -> Iterator[None]:
+    """Hold the full weights of a model; an inner context for the same model, such as an owner's, changes nothing."""
+    before = _gathered.get()
+    gather = _unsharded if isinstance(model, FSDPModule) else _summoned
+    if model in before or not is_sharded(model):
+        yield
+        return
+    token = _gathered.set(before | {model})
+    try:
+        with gather(model):
+            yield
+    finally:
+        _gathered.reset(token)
+
+
+@contextmanager
+def _unsharded(model: Any) -> Iterator[None]:
     """Gather the full weights of an FSDP2 model, and remove FSDP2's hooks, which are slower than a small layer."""
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]  # type: ignore[attr-defined]
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()
     try:
@@ -114,7 +132,7 @@ def _unsharded(model: FSDPModule) -> Iterator[None]:
 
 
 @contextmanager
-def _summoned(model: FullyShardedDataParallel) -> Iterator[None]:
+def _summoned(model: Any) -> Iterator[None]:
     """Gather the full weights of an FSDP1 model, rounded as FSDP1 rounds them for its own forward passes.
 
     Autocast then has nothing left to round; otherwise, its cache would keep rounded weights after an update.

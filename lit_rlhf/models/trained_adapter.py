@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapted import load_adapted
-from lit_rlhf.models.adapter_folders import HEAD, SavedAdapter, base_of, joined_adapter, merge_all
+from lit_rlhf.models.adapter_folders import SavedAdapter, base_of, merge_all, write_adapter
 from lit_rlhf.models.adapters import SOURCE, LoRA, adapter_parameters
 from lit_rlhf.models.scoring import ScalarModel, classifier_config, to_classifier
 from lit_rlhf.models.weights import unread_weights
@@ -55,36 +54,23 @@ class TrainedAdapter:
         """
         with unread_weights():  # only the adapters' weights are needed
             model, names = self._load()
-        if len(names) == 1:
-            from peft import get_peft_model_state_dict
-
-            config: Any = model.peft_config[names[0]]
-            state = get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name=names[0])
-            weights = {f"base_model.model.{name}": weight for name, weight in state.items()}
-        else:
-            config, weights = joined_adapter(model, names)
-        config.base_model_name_or_path = base_of(self.source)
-        config.task_type = "CAUSAL_LM" if self.head is None else "SEQ_CLS"
-        config.inference_mode = True
-        folder.mkdir(parents=True, exist_ok=True)
+        head = None if self.head is None else self.head.weight
+        write_adapter(model, names, base_of(self.source), folder, head)
         if self.head is not None:
-            config.modules_to_save = ["score"]
-            weights[HEAD] = self.head.weight.detach()
             self._set_scale(classifier_config(model.config, tokenizer, self.head.bias)).save_pretrained(folder)
-        config.save_pretrained(folder)
-        cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        save_file(cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Return a whole model: the base with the adapter, and the one that it is on top of, added to its weights.
 
+        The weights are those of the base's files, also if the run has quantized them.
+
         Args:
             tokenizer: The model's tokenizer.
 
         Raises:
-            UserError: if the base or an adapter cannot be loaded.
+            UserError: if the base or an adapter cannot be loaded, or the base's files hold quantized weights.
         """
         model = merge_all(*self._load())
         if self.head is None:
@@ -97,7 +83,7 @@ class TrainedAdapter:
         """Load the base with the trained adapter and the one below it, and return the names of these adapters."""
         source = self.source if self.below is None else base_of(self.source)
         saved = {} if self.below is None else {"below": self.below}
-        lora = replace(self.lora, chained="stacked")
+        lora = replace(self.lora, chained="stacked", quantization=None)
         model = load_adapted(source, lora, "model", trained=[self.name], saved=saved)
         prefix = f"{model.base_model_prefix}."
         parameters = {name.removeprefix(prefix): p for name, p in adapter_parameters(model, self.name).items()}

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.compat import materialize
+from lit_rlhf.models.quantization import has_quantized_layers
 
 WEIGHT_FILES = "model*.safetensors"
 PROBE_VOCABULARY = 16
@@ -105,6 +106,9 @@ class UnreadWeights:
             model: The model, which may have parts besides those that were remembered; such parts keep their values.
             device: The device of this process's part.
         """
+        if has_quantized_layers(model):  # all of its weights have been read; those of bitsandbytes cannot be swapped
+            model.to(device)
+            return
         materialize(model, device)
         for folder, locations in self._files:
             tensors = {name: location.tensor() for name, location in locations.items()}

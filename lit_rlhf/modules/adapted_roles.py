@@ -137,7 +137,9 @@ def load_adapted_roles(
         is_adapter = f"reward{number}" in roles.saved
         reward.model = place(partial(roles.build_reward, actor, number) if is_adapter else reward.load)
     prepare()
-    critic = None if sources.critic in (None, "shared") else place(partial(roles.build_critic, actor))
+    critic = None
+    if sources.critic not in (None, "shared"):  # its head is sharded if and only if its adapter, in the actor, is
+        critic = place(partial(roles.build_critic, actor), sharded=shards_actor)
     reference = roles.build_reference(actor, place)
     check_vocabulary("reference", reference.model, actor)
     return Roles(actor=actor, critic=critic, reference=reference)

@@ -14,7 +14,9 @@ from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.preferences import implicit_reward
 from lit_rlhf.batching import preference_micro_batches
+from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.prompts import left_pad
+from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
@@ -160,11 +162,17 @@ class DPO(PreferenceModule):
         training step for this hook, so this method sets it.
 
         Raises:
-            UserError: if the data module is for another kind of training.
+            UserError: if the batches do not come from one of this package's data modules, or if that data module is for
+                another kind of training.
         """
         if not self.cache_reference:
             return
         loader: Any = self.trainer.train_dataloader
+        if not isinstance(loader, ResumableLoader):
+            raise UserError(
+                "model.cache_reference takes its batches from the data module Preferences, not from a "
+                f"{type(loader).__name__}; set it to false"
+            )
         table = torch.zeros(len(loader.records), 2, device=self.device)
         with self.trainer.precision_plugin.forward_context(), unsharded(self.reference):
             for number, batch in enumerate(loader.once(whole=True)):

@@ -21,6 +21,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.precision import check_precision, store_in_bfloat16
+from lit_rlhf.models.quantization import check_package, has_quantized_layers, is_quantized
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
@@ -96,12 +97,25 @@ class AlignmentModule(lightning.LightningModule):
         return hasattr(self, self.role)
 
     def setup(self, stage: str) -> None:
-        """Check the precision before the models are loaded; Lightning calls this method in every run.
+        """Check what can be checked before the models are loaded; Lightning calls this method in every run.
 
         Raises:
-            UserError: if ``trainer.precision`` is not supported.
+            UserError: if ``trainer.precision`` is not supported, if an adapter is to be trained with FSDP1, or if the
+                package that quantizes the base is missing.
         """
         check_precision(self.trainer.precision)
+        if self.adapter is not None and isinstance(self.trainer.strategy, FSDP):
+            raise UserError("trainer.strategy: fsdp cannot train an adapter (model.adapter); use fsdp2")
+        if self.adapter is not None and self.adapter.quantization is not None:
+            check_package(self.adapter.quantization)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The names of the quantized weights, which DDP need not send to the other processes, and cannot.
+
+        The name of this property is that of the attribute in which DDP looks for them.
+        """
+        return [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
@@ -275,7 +289,8 @@ class AlignmentModule(lightning.LightningModule):
         With ``bf16-mixed``, frozen weights are stored in bfloat16 where this does not change the model's output.
 
         Raises:
-            UserError: if a strategy that shards models is not supported, or is used with inference mode.
+            UserError: if a strategy that shards models is not supported, is used with inference mode, or would have to
+                shard quantized weights.
         """
         strategy = strategy_of(self)
         if strategy is not None and strategy.precision_plugin.precision == "bf16-mixed":
@@ -283,6 +298,8 @@ class AlignmentModule(lightning.LightningModule):
         if isinstance(strategy, FSDP2 | FSDP):
             if self.trainer.validate_loop.inference_mode:  # tensors made in inference mode cannot be trained later
                 raise UserError("trainer.inference_mode must be false with a strategy that shards models, not true")
+            if has_quantized_layers(model):
+                raise UserError("trainer.strategy must be ddp for quantized weights, which FSDP cannot shard")
             return strategy.shard(model)
         if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
             raise UserError(f"trainer.strategy: {type(strategy).__name__} is not supported; use fsdp2")
@@ -316,11 +333,16 @@ def _unchanged(model: Any) -> Any:
     return model
 
 
+def _weight_of(key: str) -> str:
+    """Return the name of the quantized weight of which a tensor in a state dictionary is a part, such as its scales."""
+    return key.rpartition(".weight.")[0] + ".weight"
+
+
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
 
-    With an adapter, all frozen parameters are left out. The hooks that do this are on the module itself, so that they
-    run for every kind of checkpoint: a file, or a folder with one shard per process.
+    With an adapter, all frozen parameters are left out, with the scales of quantized ones. The hooks that do this are
+    on the module itself, so that they run for every kind of checkpoint: a file, or a folder with one shard per process.
 
     Args:
         module: The LightningModule.
@@ -334,7 +356,8 @@ def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> Non
 
     def drop(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
         names = {prefix + name for name in frozen()}
-        for key in [k for k in state if k in names or k.startswith(tuple(prefix + p for p in prefixes))]:
+        starts = tuple(prefix + p for p in prefixes)
+        for key in [k for k in state if k in names or k.startswith(starts) or _weight_of(k) in names]:
             del state[key]
 
     def ignore_missing(owner: nn.Module, incompatible: Any) -> None:

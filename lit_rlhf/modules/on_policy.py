@@ -126,7 +126,7 @@ class OnPolicy(AlignmentModule):
         """Check the precision, and discard the scores of the reference's responses from an earlier run.
 
         Raises:
-            UserError: if ``trainer.precision`` is not supported.
+            UserError: if ``trainer.precision`` is not supported, or if an adapter is to be trained with FSDP1.
         """
         super().setup(stage)
         self.reference_scores.clear()

@@ -13,6 +13,7 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapted import load_adapted
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, load_model
+from lit_rlhf.models.quantization import check_whole
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_critic, load_reward_model
 from lit_rlhf.rewards import RewardModel
 
@@ -86,10 +87,11 @@ def load_actor(
         value_grad_scale: The factor by which the value loss's gradient into the trunk is scaled.
 
     Raises:
-        UserError: if the model cannot be loaded.
+        UserError: if the model cannot be loaded, or is quantized and would have to be trained as a whole.
     """
     if adapter is None:
-        return Actor(load_model(source, "causal", "model.actor"), temperature, value_head, value_grad_scale)
+        whole = check_whole(load_model(source, "causal", "model.actor"), "model.actor")
+        return Actor(whole, temperature, value_head, value_grad_scale)
     model = load_adapted(source, adapter, "model.actor", trained=["actor"])
     return Actor(model, temperature, value_head, value_grad_scale, adapter="actor")
 

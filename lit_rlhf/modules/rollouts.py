@@ -68,9 +68,12 @@ class Rollouts(lightning.Callback):
         """Forget the rollouts of an earlier run, and start the engine."""
         self.landed.clear()
         self.saved.clear()
+        module = cast(AlignmentModule, pl_module)
         context = EngineContext(
             load_actor=self.load_actor,
-            tokenizer=cast(AlignmentModule, pl_module).tokenizer,
+            tokenizer=module.tokenizer,
+            adapter=module.adapter,
+            source=str(module.source),
             device=pl_module.device,
             device_ids=tuple(trainer.device_ids),
             process=trainer.local_rank,

@@ -151,14 +151,14 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 def _copied_weights(setting: Setting, actor: Role) -> float:
     """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
 
-    A CPU holds copies in blocks, unless the step is compiled; the layers of a base below adapters are moved instead.
-    Otherwise there are copies in bfloat16 of the weights that are held in float32, if products are computed in
-    bfloat16, unless FSDP gathers the weights in this precision.
+    A CPU holds copies in blocks, unless the step is compiled; in float32, adapters are merged into them. Otherwise
+    there are copies in bfloat16 of the weights that are held in float32, if products are computed in bfloat16, unless
+    FSDP gathers the weights in this precision.
     """
     assert setting.generation is not None
     own = 0 if actor.own is None else actor.parameters - actor.value_head
     if setting.device.is_cpu and not setting.generation.compiled:
-        weights = own + actor.head if own and not setting.sharded else actor.multiplied + actor.head
+        weights = actor.multiplied + actor.head - (0 if setting.half else own)
         return weights * (HALF if setting.half else FLOAT)
     is_tied = actor.model.get_output_embeddings().weight is actor.model.get_input_embeddings().weight
     weights = actor.multiplied + actor.head if actor.own is None else own + (actor.head if is_tied else 0)

@@ -1,6 +1,6 @@
 """Fit, on two processes, a module that only reads its prompts; each rank saves what it encoded and what it received.
 
-python tests/data/prompts_on_ranks.py MODEL PROMPTS FOLDER
+python -m torch.distributed.run --nproc-per-node 2 tests/data/prompts_on_ranks.py MODEL PROMPTS FOLDER CACHE
 """
 
 import json
@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+import datasets
 import lightning
 import torch
 from transformers import AutoTokenizer
@@ -36,13 +37,14 @@ class Reader(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def main(model, prompts, folder):
+def main(model, prompts, folder, cache):
+    datasets.config.HF_DATASETS_CACHE = cache
     warnings.filterwarnings("ignore")
     encode = PromptEncoder.__call__
 
     def counting(self, tokenizer, records, where):
         encoded.append(len(records))
-        time.sleep(2)  # long enough for the other process to start encoding too if it did not wait
+        time.sleep(1)  # long enough for the other process to start encoding too if it did not wait
         return encode(self, tokenizer, records, where)
 
     PromptEncoder.__call__ = counting

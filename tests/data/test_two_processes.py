@@ -6,20 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-
-def python(*words, cache) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, env=environment
-    )
+import preloaded
 
 
 def test_each_record_is_encoded_once_and_returned_once(tiny_model, prompt_file, tmp_path, cache):
     script = Path(__file__).with_name("prompts_on_ranks.py")
     for encoded in (48, 0):  # the second run, in new processes, finds everything in the cache
-        done = python(script, tiny_model("llama"), prompt_file, tmp_path, cache=cache)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("data: 48 train prompts") == 1
+        done = preloaded.torchrun(2, *map(str, (script, tiny_model("llama"), prompt_file, tmp_path, cache)))
+        assert [one.returncode for one in done] == [0, 0], [one.stderr[-3000:] for one in done]
+        assert sum(one.stdout.count("data: 48 train prompts") for one in done) == 1
         ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
         assert [rank["encoded"] for rank in ranks] == [encoded, 0]
         numbers = [number for rank in ranks for batch in rank["given"] for number in batch]
@@ -31,7 +26,10 @@ def test_a_bad_record_ends_both_processes_with_a_one_line_error(tiny_model, prom
     path.write_text(prompt_file.read_text() + '{"text": "w2"}\n')
     words = ["fit", "--model", "SFT", "--model.actor", tiny_model("llama"), "--data", "Prompts", "--data.train", path]
     words += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    done = python("-m", "lit_rlhf.cli", *words, "--trainer.default_root_dir", tmp_path / "run", cache=cache)
+    words += ["--trainer.default_root_dir", tmp_path / "run"]
+    command = [sys.executable, "-m", "lit_rlhf.cli", *map(str, words)]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1
     assert f"\nlit-rlhf: error: data.train: record 49 of {path} has no column 'prompt'" in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr

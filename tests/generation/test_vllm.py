@@ -15,13 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning
+import preloaded
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Sampling, VLLMEngine
 from lit_rlhf.generation.engine import EngineContext, find_special_tokens
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapted import load_adapted
+from lit_rlhf.models.adapter_folders import write_adapter
+from lit_rlhf.models.adapters import LoRA, adapter_parameters
 from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
 from lit_rlhf.randomness import Stream
 from lit_rlhf.testing import Recorder
@@ -122,6 +127,31 @@ def test_ppo_learns_from_a_servers_responses(make_module, fit, tmp_path):
     assert len(differences) == 3
     assert max(differences) < 1e-5  # the weights of each iteration have arrived
     assert not list(tmp_path.glob("lit-rlhf-*"))
+
+
+def test_adapters_are_sent_alone(make_module, fit, tmp_path, tiny_model):
+    """The server has the base; it gets the sum of a frozen adapter and the trained one, or the first for validation."""
+    below = tmp_path / "below"
+    model = load_adapted(str(tiny_model("llama")), LoRA(rank=2), "model", trained=["actor"])
+    torch.manual_seed(0)
+    for parameter in adapter_parameters(model, "actor").values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    write_adapter(model, ["actor"], str(tiny_model("llama")), below, head=None)
+    load_tokenizer(str(tiny_model("llama"))).save_pretrained(below)
+    recorder = Recorder()
+    with serving() as server:
+        server.model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).eval()
+        engine = VLLMEngine(url=server.url, weights_dir=str(tmp_path / "weights"), connections=8)
+        options = {"sampling": Sampling(max_tokens=5), "engine": engine, "iterations": 3}
+        module = make_module(actor=str(below), adapter=LoRA(rank=4), **options)
+        limits = {"val_check_interval": 3, "limit_val_batches": 1}
+        fit(module, [recorder], validation=True, **limits)  # the guard checks each rollout
+        paths = [path for path, _ in server.requests]
+        assert paths.count("/v1/load_lora_adapter") == paths.count("/v1/unload_lora_adapter") > 3
+        assert "/collective_rpc" not in paths
+    assert [metrics["engine/mismatch_mean"] < 1e-5 for metrics in recorder.metrics] == [True] * 3
+    assert abs(recorder.metrics[-1]["objective/kl_to_ref"]) > 1e-5  # the actor has changed
+    assert not list((tmp_path / "weights").glob("*"))
 
 
 @pytest.mark.parametrize("lag", [1, 2])
@@ -260,10 +290,8 @@ def test_same_samples_on_two_processes(tiny_model, tmp_path):
     with serving() as server:
         arguments = [server.url, folder, str(tmp_path / "weights")]
         generate_on_ranks(*arguments, str(tmp_path / "one.pt"))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*torchrun, script, *arguments, str(tmp_path / "two.pt")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        for done in preloaded.torchrun(2, script, *arguments, str(tmp_path / "two.pt"), timeout=200):
+            assert done.returncode == 0, done.stderr[-3000:]
     one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     assert len(one["whole"]) == 8
     for name in ("whole", "fsdp2", "fsdp"):
@@ -455,12 +483,13 @@ class KillTheServer(lightning.Callback):
 
 
 @pytest.mark.skipif(VLLM is None, reason="LIT_RLHF_VLLM_PYTHON does not name a Python program with vLLM")
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=4)])
 @pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-4), ("bf16-mixed", 0.1)])
-def test_ppo_learns_from_vllm(small_llama, make_module, fit, tmp_path, precision, bound):
+def test_ppo_learns_from_vllm(small_llama, make_module, fit, tmp_path, precision, bound, adapter):
     recorder, killer = Recorder(), KillTheServer()
     engine = VLLMEngine(python=VLLM, weights_dir=str(tmp_path / "weights"))
     sampling = Sampling(max_tokens=24, min_tokens=6, temperature=0.8, responses=2)
-    module = make_module(actor=str(small_llama), engine=engine, sampling=sampling, iterations=5)
+    module = make_module(actor=str(small_llama), adapter=adapter, engine=engine, sampling=sampling, iterations=5)
     message = error_of(lambda: fit(module, [recorder, killer], precision=precision))
     assert "the vLLM server has ended (killed by signal 9): " in message
     assert time.monotonic() - killer.start < 30

@@ -92,8 +92,21 @@ class Handler(BaseHTTPRequestHandler):
             return {"success": True, "new_version": state.version}
         if path == "/weight_info":
             return {"weight_version": state.version}
+        if path == "/v1/load_lora_adapter":
+            from peft import PeftModel
+
+            if not isinstance(state.model, PeftModel):
+                state.base = state.model
+            assert not state.adapters
+            state.adapters.add(body["lora_name"])
+            state.model = PeftModel.from_pretrained(state.base, body["lora_path"]).eval()
+            return "Success: LoRA adapter added successfully."
+        if path == "/v1/unload_lora_adapter":
+            state.adapters.remove(body["lora_name"])
+            state.model = state.model.unload()
+            return "Success: LoRA adapter removed successfully."
         if path == "/v1/completions":
-            assert body["model"] == "served"
+            assert body["model"] in (state.adapters or {"served", "actor"})
             if state.model == CANNED:
                 return {"choices": [{"token_ids": [7] * 6, "logprobs": {"token_logprobs": [-1.0] * 6}}]}
             return {"choices": [respond(state.model, body)]}
@@ -120,6 +133,7 @@ class FakeVLLM(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.fail, self.requests, self.lock = fail, [], threading.RLock()
+        self.base, self.adapters = None, set()
         self.model, self.version, self.max_model_len, self.logprobs_mode = None, "default", 64, "processed_logprobs"
 
 

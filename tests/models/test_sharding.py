@@ -60,6 +60,17 @@ def test_gathered_weights_are_rounded_as_in_a_training_step(sharded):
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)
 
 
+def test_the_outer_of_two_contexts_holds_the_weights(sharded):
+    """As for two views of the same base."""
+    before = measure(sharded)
+    with torch.no_grad(), unsharded(sharded):
+        assert torch.equal(measure(sharded), before)
+        after = sharded(TOKENS, CHOSEN).logprobs
+        size = sharded.get_submodule("model").get_output_embeddings().weight.numel()
+    assert torch.equal(after, before)
+    assert size == 38 * 32
+
+
 def fsdp_events(compute):
     """Return how often FSDP2 did something before or after a forward pass of a module."""
     with torch.no_grad(), torch.profiler.profile() as profile:

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from lit_rlhf import UserError
 from lit_rlhf.models import weights
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapted import load_adapted
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.attention import is_unpadded
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.models.scoring import load_critic, load_reward_model
@@ -38,6 +40,10 @@ BUILDS = {
     "shared critic": ("causal", lambda folder: Actor(load_model(folder), shared_critic=True)),
     "new critic": ("causal", load_critic),
     "reward model": ("score", load_reward_model),
+    "adapted actor": (
+        "causal",
+        lambda folder: Actor(load_adapted(folder, LoRA(), "actor", trained=["actor", "critic"])),
+    ),
 }
 
 
@@ -49,7 +55,8 @@ def test_weights_read_later_are_the_same(tiny_model, architecture, role):
     with unread_weights() as unread:
         model = build(folder)
     heads = ("head.weight", "head.bias", "value_head.weight", "value_head.bias")
-    assert all(parameter.is_meta for name, parameter in model.named_parameters() if name not in heads)
+    kept = {name for name, _ in model.named_parameters() if name in heads or ".lora_" in name}
+    assert all(parameter.is_meta == (name not in kept) for name, parameter in model.named_parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     unread.read(model, CPU)
     assert_same(model, build(folder))

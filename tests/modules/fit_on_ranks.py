@@ -1,17 +1,23 @@
 """Run every case on the processes that torchrun starts; rank 0 saves weights and metrics.
 
 python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py STRATEGY ACTOR REFERENCE REWARD \
-    PROMPTS OUT [CASE]
+    ADAPTER REWARD_ADAPTER PROMPTS OUT CASES
+
+CASES is a regular expression.
 """
 
 import os
 import random
+import re
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import adapter_cases
 import lightning
 import torch
+from torch.distributed.tensor import DTensor
 
 from lit_rlhf import (
     DPO,
@@ -40,6 +46,7 @@ from lit_rlhf import (
     Update,
     VanillaPG,
 )
+from lit_rlhf.callbacks import ExportAtEnd
 from lit_rlhf.strategies import FSDP
 from lit_rlhf.testing import Recorder
 
@@ -87,7 +94,7 @@ def one_step(**options):
     return Update(epochs=1, minibatches=1, max_tokens=64, clip_grad_norm=None, entropy_coef=0.01, **options)
 
 
-def cases(actor, reference, scorer):
+def cases(strategy, actor, reference, scorer, *adapters):
     common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(f"{__file__}:low_words")]}
     steps = {"actor_optimizer": sgd, "critic_optimizer": sgd}
     several = Sampling(max_tokens=12, responses=2)
@@ -155,12 +162,13 @@ def cases(actor, reference, scorer):
     )  # fmt: skip
     yield (
         "ahead",
-        lambda: PolicyGradient(  # each process has a worker process; iteration 1 learns with a lag
+        lambda: PolicyGradient(  # iteration 1 learns with a lag; where the weights are sharded, each process of two
+            # has a worker process, to which the weights must come whole
             **{**common, "iterations": 2},
             **steps,
             critic=None,
             sampling=Sampling(max_tokens=12),
-            engine=Ahead(lag=1, workers=1 if int(os.environ["WORLD_SIZE"]) <= 2 else 0),
+            engine=Ahead(lag=1, workers=int(strategy != "ddp" and os.environ["WORLD_SIZE"] == "2")),
             correction=Correction(),
             update=one_step(),
         ),
@@ -170,14 +178,26 @@ def cases(actor, reference, scorer):
     for name in ("sft", "packed"):  # micro-batches of one or two rows, of which the ranks have different numbers
         yield name, lambda: SFT(actor=actor, optimizer=sgd, iterations=1, max_tokens=32)
     yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
+    if adapters:
+        workers = 1 if strategy == "fsdp2" and int(os.environ["WORLD_SIZE"]) <= 2 else 0
+        yield from adapter_cases.cases(actor, *adapters, f"{__file__}:low_words", workers)
 
 
-def main(strategy, actor, reference, scorer, prompts, out, only=None):
+def describe(module, optimizers):
+    """Return what each parameter is: its type, whether it is trained, is sharded and has optimizer state."""
+    with_state = {id(parameter) for optimizer in optimizers for parameter in optimizer.state}
+    return {
+        name: (str(p.dtype), p.requires_grad, isinstance(p, DTensor), id(p) in with_state)
+        for name, p in module.named_parameters()
+    }
+
+
+def main(strategy, *folders, prompts, out, only):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
     results = {}
-    for name, make in cases(actor, reference, scorer):
-        if only not in (None, name):
+    for name, make in cases(strategy, *folders):
+        if not re.fullmatch(only, name):
             continue
         recorder = Recorder()
         trainer = lightning.Trainer(
@@ -193,18 +213,21 @@ def main(strategy, actor, reference, scorer, prompts, out, only=None):
             use_distributed_sampler=False,
             inference_mode=False,
             default_root_dir=os.path.dirname(out),
-            callbacks=[recorder],
+            precision="bf16-mixed" if name.startswith("lora half") else None,
+            callbacks=[recorder, ExportAtEnd(Path(out).stem)] if name == "lora stacked" else [recorder],
         )
         data = Prompts(train=prompts, batch_size=10 if name == "three" else 24)
-        if name in ("sft", "packed"):
+        if name == "packed" or name.endswith("sft"):
             packing = {"packing": True, "max_tokens": 40} if name == "packed" else {}
             data = Demonstrations(train=f"{__file__}:texts", batch_size=11, **packing)
-        if name in ("reward", "dpo"):
+        if name.endswith(("reward", "dpo")):
             data = Preferences(train=f"{__file__}:rankings", batch_size=12)
-        trainer.fit(make(), datamodule=data)
+        module = make()
+        trainer.fit(module, datamodule=data)
         timed = ("time/", "perf/")
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
         results[name] = {"weights": recorder.weights, "metrics": metrics, "steps": trainer.global_step}
+        results[name]["parameters"] = describe(module, trainer.optimizers)
     if os.environ["RANK"] == "0":
         torch.save(results, out)
     torch.distributed.barrier()
@@ -212,4 +235,5 @@ def main(strategy, actor, reference, scorer, prompts, out, only=None):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    *words, prompts, out, only = sys.argv[1:]
+    main(*words, prompts=prompts, out=out, only=only)

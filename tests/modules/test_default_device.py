@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.models.scoring import load_critic, load_reward_model
 from lit_rlhf.modules import DPO, SFT, TRPO, PolicyGradient, RewardModeling, Update
@@ -76,7 +77,9 @@ def test_random_weights_are_the_same_whatever_the_default_device(folders):
     torch.testing.assert_close(weights, load_model(source).state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", ["actor", "shared", "reward", "random", "trpo", "sft", "dpo", "reward modelling"])
+@pytest.mark.parametrize(
+    "case", ["actor", "shared", "reward", "random", "trpo", "sft", "dpo", "reward modelling", "adapters"]
+)
 def test_a_fit_whose_default_device_is_another(folders, prompt_file, make_trainer, tmp_path, case):
     folder, scorer = folders
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "w1 w2", "chosen": " w3", "rejected": " w4 w5"}\n' * 8)
@@ -88,6 +91,10 @@ def test_a_fit_whose_default_device_is_another(folders, prompt_file, make_traine
         "shared": lambda: (PolicyGradient(**online, critic="shared"), Prompts(str(prompt_file), batch_size=8)),
         "reward": lambda: (PolicyGradient(**online, critic="reward"), Prompts(str(prompt_file), batch_size=8)),
         "random": lambda: (PolicyGradient(**online | {"actor": random}), Prompts(str(prompt_file), batch_size=8)),
+        "adapters": lambda: (
+            PolicyGradient(**online, critic="shared", adapter=LoRA(rank=2)),
+            Prompts(str(prompt_file), batch_size=8),
+        ),
         "trpo": lambda: (TRPO(**online), Prompts(str(prompt_file), batch_size=8)),
         "sft": lambda: (SFT(folder, iterations=1), Demonstrations(str(tmp_path / "texts.jsonl"), batch_size=8)),
         "dpo": lambda: (DPO(folder, iterations=1), Preferences(str(tmp_path / "pairs.jsonl"), batch_size=8)),

@@ -376,3 +376,9 @@ def test_numbers_out_of_range(make, options, message):
 def test_without_a_model():
     with pytest.raises(UserError, match=r"^model\.actor is not set"):
         DPO()
+
+
+def test_the_cache_needs_the_data_module(make, make_trainer):
+    message = r"^model\.cache_reference takes its batches from .* Preferences, not from a DataLoader; set it to false$"
+    with pytest.raises(UserError, match=message):
+        make_trainer().fit(make(), torch.utils.data.DataLoader([0]))

@@ -1,0 +1,132 @@
+"""The adapters of an actor on a vLLM server: the server holds the base, and gets only the adapters."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.generation.engine import EngineContext
+from lit_rlhf.http import JSONClient
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapted import starts_from
+from lit_rlhf.models.adapter_folders import base_of, find_adapter, write_adapter
+from lit_rlhf.models.adapters import LoRA, active_adapters, adapted_layers
+from lit_rlhf.models.sharding import full_state_dict, owners
+from lit_rlhf.models.weights import unread_weights
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The maximum ranks that vLLM can be started with."""
+
+
+def check_adapter(lora: LoRA, source: str) -> None:
+    """Check that a vLLM server can compute with an actor's adapter.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if lora.quantization is not None:
+        raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
+    if lora.dora:
+        raise UserError("model.adapter.dora: vLLM does not compute DoRA; use another engine, or LoRA")
+    if find_adapter(source) and not starts_from(source, lora):
+        raise UserError(
+            f"model.adapter.chained is merged, but vLLM needs a folder of the base: merge {source} (lit-rlhf export "
+            "--merge) and use the result as model.actor, or choose stacked"
+        )
+
+
+def trained_weights(actor: Actor) -> dict[str, Tensor]:
+    """Return what a server needs of an actor with an adapter: the trained weights, full, on process 0.
+
+    All processes call this function together.
+
+    Args:
+        actor: The actor that owns the base, or a view of it, of which the server needs nothing new.
+    """
+    return {} if owners(actor) else full_state_dict(actor, trained_only=True)
+
+
+class ServedAdapters:
+    """The adapters of a run, on process 0, and the server's base.
+
+    Args:
+        context: What the engine needs to know about the run.
+    """
+
+    def __init__(self, context: EngineContext) -> None:
+        with unread_weights():  # the base's weights are not needed here
+            self.actor = context.load_actor()
+        base = base_of(context.source)
+        self.base = os.path.abspath(base) if os.path.isdir(base) else base
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of vLLM's command line."""
+        return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(self.max_rank)]
+
+    @property
+    def max_rank(self) -> int:
+        """The maximum rank that the server must allow for.
+
+        Raises:
+            UserError: if vLLM does not allow for it.
+        """
+        layers = adapted_layers(self.actor.model)
+        needed = max(sum(layer.r[name] for name in layer.lora_A) for layer in layers)
+        for rank in RANKS:
+            if rank >= needed:
+                return rank
+        raise UserError(f"model.adapter.rank: vLLM computes ranks of at most {RANKS[-1]}, not {needed}")
+
+    def write(self, actor: Actor, weights: dict[str, Tensor], folder: Path) -> bool:
+        """Write the adapters that an actor uses as one adapter, and return whether it uses any.
+
+        Args:
+            actor: The actor that owns the base, or a view of it.
+            weights: The result of `trained_weights`.
+            folder: The folder to write.
+        """
+        adapters = list(active_adapters(actor.model))
+        if not adapters:
+            return False
+        if weights:
+            with torch.no_grad():
+                for name, parameter in self.actor.own_parameters().items():
+                    parameter.copy_(weights[name])
+        write_adapter(self.actor.model, adapters, self.base, folder, head=None)
+        return True
+
+
+def push_adapter(client: JSONClient, name: str, folder: Path) -> None:
+    """Let the server load an adapter.
+
+    Args:
+        client: The client of the server.
+        name: The name of the adapter, which requests use as their model.
+        folder: The folder of the adapter.
+
+    Raises:
+        UserError: if the server does not load it.
+    """
+    body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}  # a repeated request is not refused
+    try:
+        client.post_for_text("/v1/load_lora_adapter", body)
+    except UserError as error:
+        if "answered 404" not in str(error):
+            raise
+        raise UserError(f"{error}; start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1") from error
+
+
+def remove_adapter(client: JSONClient, name: str) -> None:
+    """Let the server forget an adapter.
+
+    Args:
+        client: The client of the server.
+        name: The name of the adapter.
+
+    Raises:
+        UserError: if the server does not answer.
+    """
+    client.post_for_text("/v1/unload_lora_adapter", {"lora_name": name})

@@ -1,0 +1,49 @@
+"""Whole models on their way to a vLLM server."""
+
+import time
+from pathlib import Path
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.http import JSONClient
+
+RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
+"""How often, at most, the server is asked to forget what it computed with older weights, and the pause in between."""
+
+
+def push_weights(client: JSONClient, version: str, folder: Path | None) -> None:
+    """Let the server read the weights in a folder.
+
+    Args:
+        client: The client of the server.
+        version: The name by which the server then knows the weights.
+        folder: The folder of the weights.
+
+    Raises:
+        UserError: if the server does not read the weights, or cannot forget what it computed with older ones.
+    """
+    client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+    for _ in range(RESET_ATTEMPTS):  # fails as long as a request is active, such as one that was given up
+        if client.post("/reset_prefix_cache", {})["success"]:
+            break
+        time.sleep(RESET_SECONDS)
+    else:
+        raise UserError(f"{client.option}: the server cannot forget older weights: another program is using it")
+    client.post("/update_weight_version", {"new_version": version})
+
+
+def check_version(client: JSONClient, version: str) -> None:
+    """Check that the server still has the weights of this name, which it does not have after a restart.
+
+    Args:
+        client: The client of the server.
+        version: The name of the weights.
+
+    Raises:
+        UserError: if it has other weights.
+    """
+    found = client.get("/weight_info")["weight_version"]
+    if found != version:
+        raise UserError(
+            f"{client.option}: the server has the weights {found!r} instead of {version!r}: it was restarted, or "
+            "another run uses it"
+        )

@@ -1,0 +1,163 @@
+"""Quantized bases: the frozen weights of linear layers below adapters, in 4 or 8 bits each.
+
+transformers loads and quantizes them. Here they become layers that compute x Wᵀ with the dequantized W, the same with
+and without gradient, and for each text alone.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_rlhf.compat import keep_4_bit_layout
+from lit_rlhf.errors import UserError
+
+Quantization: TypeAlias = Literal["nf4", "int8"]
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
+"""The package that a quantization needs, which is not a dependency of lit-rlhf."""
+
+
+def check_package(quantization: Quantization) -> None:
+    """Check that the package of a quantization is installed.
+
+    Args:
+        quantization: The option ``model.adapter.quantization``.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    package = PACKAGES[quantization]
+    if find_spec(package) is None:
+        raise UserError(
+            f"model.adapter.quantization: {quantization} needs {package}, which is not installed: pip install {package}"
+        )
+
+
+def quantization_config(quantization: Quantization) -> Any:
+    """Return transformers' configuration of a quantization.
+
+    Args:
+        quantization: ``nf4`` for the 16 values of 4-bit NormalFloat, scaled for each 64 weights, with the scales in 8
+            bits (bitsandbytes); ``int8`` for 255 equidistant values, scaled for each row of the matrix (torchao).
+
+    Raises:
+        UserError: if the package is not installed.
+    """
+    check_package(quantization)
+    if quantization == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Return whether a layer is a linear layer with quantized weights.
+
+    >>> is_quantized(nn.Linear(2, 1))
+    False
+    """
+    return isinstance(layer, QuantizedLinear) or type(layer).__module__.startswith("bitsandbytes.")
+
+
+def has_quantized_layers(model: nn.Module) -> bool:
+    """Return whether any layer of a model is quantized."""
+    return any(is_quantized(layer) for layer in model.modules())
+
+
+def check_whole(model: ModuleType, field: str) -> ModuleType:
+    """Return a model that is to be trained as a whole.
+
+    Args:
+        model: The model.
+        field: The name of the configuration field, for error messages.
+
+    Raises:
+        UserError: if it is quantized.
+    """
+    if has_quantized_layers(model):
+        raise UserError(f"{field}: quantized weights cannot be trained; train an adapter (model.adapter)")
+    return model
+
+
+def prepare_quantized(model: nn.Module, field: str) -> None:
+    """Let the quantized layers of a model, which transformers has just loaded, compute x Wᵀ exactly, in place.
+
+    Args:
+        model: The model.
+        field: The name of the configuration field, for error messages.
+
+    Raises:
+        UserError: if a layer rounds its input, too, or has a shape that bitsandbytes gets wrong on a CPU.
+    """
+    for name, layer in model.named_modules():
+        weight: Any = getattr(layer, "weight", None)
+        if type(layer).__name__ == "Linear8bitLt":
+            raise UserError(
+                f"{field}: the layers of bitsandbytes in 8 bits round their input, by numbers that depend on the other "
+                "texts of a batch; quantize the model to int8 (model.adapter.quantization) or nf4 instead"
+            )
+        if type(layer).__name__ == "Linear4bit":
+            keep_4_bit_layout(layer)
+            block = weight.quant_state.blocksize
+            if weight.device.type == "cpu" and layer.in_features % block:
+                raise UserError(
+                    f"{field}: on a CPU, bitsandbytes needs linear layers whose number of inputs is a multiple of "
+                    f"{block}, but that of {name} is {layer.in_features}"
+                )
+        elif type(layer) is nn.Linear and type(weight).__module__.startswith("torchao."):
+            layer.__class__ = QuantizedLinear
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the quantized layers of a model dequantize their weights to this type, and multiply in it, in place.
+
+    Those of torchao follow autocast.
+
+    Args:
+        model: The model.
+        dtype: The type of autocast, if it is on.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.compute_dtype = dtype
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer with a weight of torchao, which the backward pass dequantizes again.
+
+    Otherwise, the dequantized weights of all layers would be kept until the backward pass.
+    """
+
+    @torch.compiler.disable  # compiled code would hold references to the weight, which could then not be moved
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+        """Return x Wᵀ + b."""
+        product = _Product.apply(input, self.weight)
+        return product if self.bias is None else product + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ for an x that may need a gradient, and a quantized W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.weight.dequantize().to(gradient.dtype), None

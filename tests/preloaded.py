@@ -1,0 +1,105 @@
+"""Processes that start at once: forks of a process that has imported the package, which takes seconds.
+
+Each is a process with an environment, a folder, an output and an exit status of its own, like one that Python starts.
+The processes of one test session have the same parent, which starts with the first of them and ends with the session.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(
+    [
+        "datasets",
+        "lit_rlhf.lightning_cli",
+        "lit_rlhf.export",
+        "lit_rlhf.quickstart",
+        "lit_rlhf.strategies",
+        "torch.distributed.fsdp",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+class Program:
+    """A program that runs: ``-m MODULE`` or the path of a file, and its arguments."""
+
+    def __init__(self, *words: str, cwd: Path | str = ".", **environment: str):
+        self.words = words
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        arguments = words, os.path.abspath(cwd), {**os.environ, **environment}, self._output
+        self._process = _processes.Process(target=_main, args=arguments)
+        self._process.start()
+
+    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Wait for the end, and return the status and the output; end the program if it takes too long."""
+        self._process.join(timeout)
+        late = self._process.is_alive()
+        self.kill()
+        out, err = (path.read_text() if path.exists() else "" for path in self._output)
+        self._folder.cleanup()
+        assert not late, f"it took more than {timeout} s: {err[-3000:]}"
+        return subprocess.CompletedProcess(self.words, self._process.exitcode, out, err)
+
+    def is_running(self) -> bool:
+        """Return whether the program has not ended."""
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        """End the program if it still runs."""
+        self._process.kill()
+        self._process.join()
+
+
+def run(*words: str, cwd: Path | str = ".", timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program, as ``subprocess.run([sys.executable, *words])`` does."""
+    return Program(*words, cwd=cwd, **environment).wait(timeout)
+
+
+def torchrun(count: int, *words: str, cwd: Path | str = ".", timeout: float = 120, **environment: str) -> list:
+    """Run a program in several processes with the variables that torchrun sets, and return what each process did."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "tests"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    programs = [
+        Program(*words, cwd=cwd, **{**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    end = time.monotonic() + timeout
+    try:
+        return [program.wait(max(0.0, end - time.monotonic())) for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _main(words, folder, environment, output):
+    for descriptor, path in enumerate(output, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    module = words[0] == "-m"
+    sys.argv[1:] = words[2 if module else 1 :]
+    try:
+        if module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, os.path.dirname(words[0]))
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing does not
