@@ -116,7 +116,7 @@ def load_model(
         UserError: if the model, or the tokenizer that random weights need, cannot be loaded, if a sequence classifier
             does not have exactly one label, or if the model is quantized in a way that is not supported.
     """
-    device = torch.get_default_device()
+    device = torch.get_default_device() if quantization or _is_quantized(source, field) else torch.device("cpu")
     with torch.device("cpu"):
         if isinstance(source, RandomWeights):
             model = _random_model(source, task, field)
@@ -213,6 +213,13 @@ def _pretrained_model(
     if options:
         prepare_quantized(model, field)
     return model
+
+
+def _is_quantized(source: ModelSource, field: str) -> bool:
+    """Return whether the files of a whole model are quantized."""
+    if not isinstance(source, str) or find_adapter(source):
+        return False
+    return getattr(read_config(source, field), "quantization_config", None) is not None
 
 
 def _quantized_options(
