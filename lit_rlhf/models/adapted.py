@@ -9,7 +9,7 @@ from lit_rlhf.compat import select_adapters
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import new_value_head
 from lit_rlhf.models.adapter_folders import SavedAdapter, add_saved_adapter, base_of, find_adapter, read_adapter
-from lit_rlhf.models.adapters import SOURCE, LoRA, adapted_layers, adapter_parameters, add_adapter
+from lit_rlhf.models.adapters import SOURCE, LoRA, adapted_layers, adapter_parameters, add_adapter, import_peft
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import ScalarModel, saved_head
 from lit_rlhf.models.weights import weights_at_once
@@ -53,6 +53,7 @@ def load_adapted(
     """
     if not isinstance(source, str):
         raise UserError(f"{field}: an adapter needs a base with weights: a folder or a hub id, not random weights")
+    import_peft()
     starts = starts_from(source, lora)
     start = read_adapter(source, field) if find_adapter(source) else None
     if start is not None and (lora.dora or start.config.use_dora):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapters import adapted_layers, adapter_parameters, add_adapter, target_names
+from lit_rlhf.models.adapters import adapted_layers, adapter_parameters, add_adapter, import_peft, target_names
 from lit_rlhf.models.quantization import has_quantized_layers
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def read_adapter(source: str, field: str) -> SavedAdapter:
     Raises:
         UserError: if the adapter cannot be read, or is not LoRA.
     """
+    import_peft()
     from peft import LoraConfig, PeftConfig
     from peft.utils import load_peft_weights
 

@@ -107,6 +107,12 @@ class LoRA:
         )
 
 
+def import_peft() -> None:
+    """Import peft, which makes a tensor while it is imported, on the CPU, whatever the default device is."""
+    with torch.device("cpu"):
+        import peft  # noqa: F401
+
+
 def target_names(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
     """Return the last parts of the names of the linear layers to adapt, in alphabetical order.
 
