@@ -1,14 +1,17 @@
 """Memory of SFT and PPO with adapters on one base, and of PPO with four whole models, on a CPU.
 
-    python benchmarks/adapter_memory.py [--max-tokens 512] [--hidden 768] [--layers 12] [--precision 32-true]
+    python benchmarks/adapter_memory.py [--max-tokens 384] [--hidden 768] [--layers 12] [--precision 32-true]
 
 Writes a Llama with random weights in bfloat16 and a reward adapter, and runs each of three trainings for two
 iterations: SFT with an adapter; PPO with actor, critic, reference and reward model as adapters of one base; PPO with
-four whole models. All texts have 128 tokens, 32 of them the prompt. The responses of PPO have no choice of length, and
-the three trainings have the same micro-batches. Prints two peaks:
+four whole models. All texts have 96 tokens, 32 of them the prompt, and the three trainings have micro-batches of the
+same size. Prints the peaks of:
 
 - the bytes of all tensors alive, counted by the allocator, in a process of its own;
-- the resident memory of the process (VmHWM), which includes Python, its libraries and what the allocator keeps.
+- the resident memory of the process (VmHWM), above that before loading, and in all, with Python and its libraries.
+
+glibc's allocator keeps much of what tensors have freed. It returns tensors of 256 KiB and more to the system at once
+if its threshold is fixed, as in the second of the processes that each training has for its resident memory.
 """
 
 import argparse
@@ -97,10 +100,11 @@ class Counted(lightning.Callback):
 
     def __init__(self, counts: bool) -> None:
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if counts else None
-        self.peak = self.weights = 0
+        self.peak = self.weights = self.before = 0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Begin to count."""
+        self.before = resident()
         if self.profiler is not None:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler does not see the memory of other threads
             gc.collect()
@@ -130,23 +134,23 @@ def measure(run: str, folder: Path, options: argparse.Namespace) -> None:
     """Train in this process, and print the peak as a line of JSON."""
     warnings.filterwarnings("ignore")
     module, data = training(run, folder, options.max_tokens)
-    imported, counted = resident(), Counted(options.counts)
+    counted = Counted(options.counts)
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, precision=options.precision, inference_mode=False, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[counted, *([ActivationCheckpointing()] if options.recompute else [])],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    found = {"imported": imported, "resident": resident(), "alive": counted.peak, "weights": counted.weights}
+    found = {"before": counted.before, "resident": resident(), "alive": counted.peak, "weights": counted.weights}
     print(json.dumps(found | {"seconds": time.process_time()}))
 
 
 def main() -> None:
-    """Write the inputs, run each training twice, and print the table."""
+    """Write the inputs, run each training three times, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=384)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--recompute", action="store_true", help="use ActivationCheckpointing in all three")
     for name in ("--run", "--folder"):  # of the processes that this one starts
@@ -156,25 +160,27 @@ def main() -> None:
     if options.run:
         measure(options.run, Path(options.folder), options)
         return
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), options)
-        print("| | tensors alive, MB | resident, MB |\n|---|---|---|")
+        print("| MB | tensors alive | resident above the start | in all | above the start, fixed | in all, fixed |")
+        print("|---|---|---|---|---|---|")
         for run, title in RUNS.items():
-            alive, rss = (
-                _in_a_process(run, folder, *sys.argv[1:], *more)[name]
-                for name, more in (("alive", ["--counts"]), ("resident", []))
-            )
-            found[run] = alive, rss
-            print(f"| {title} | {alive / 1e6:,.0f} | {rss / 1e6:,.0f} |", flush=True)
+            arguments = ["--run", run, "--folder", folder, *sys.argv[1:]]
+            found[run] = [in_a_process(*arguments, "--counts")["alive"]]
+            for environment in ({}, {"MALLOC_MMAP_THRESHOLD_": str(2**18)}):
+                taken = in_a_process(*arguments, **environment)
+                found[run] += [taken["resident"] - taken["before"], taken["resident"]]
+            print(f"| {title} | " + " | ".join(f"{size / 1e6:,.0f}" for size in found[run]) + " |", flush=True)
     for other in ("sft", "whole"):
-        ratios = [mine / its for mine, its in zip(found["adapters"], found[other], strict=True)]
-        print(f"| {RUNS['adapters']} / {RUNS[other]} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+        ratios = (mine / its for mine, its in zip(found["adapters"], found[other], strict=True))
+        print(f"| {RUNS['adapters']} / {RUNS[other]} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
 
 
-def _in_a_process(run: str, folder: str, *words: str) -> dict[str, int]:
-    command = [sys.executable, __file__, "--run", run, "--folder", folder, *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def in_a_process(*words: str, **environment: str) -> dict[str, int]:
+    """Return what `measure` prints in another process with these arguments and environment variables."""
+    command, variables = [sys.executable, __file__, *words], os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables)
     result: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

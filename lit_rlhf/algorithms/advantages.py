@@ -115,7 +115,7 @@ class NStep(AdvantageEstimator):
 
     Args:
         n: The number of sampled rewards; 1 gives `TD0`, and the response's length or more gives `MonteCarlo`. Where
-            fewer than n tokens are left, the sum runs to the last token and the bootstrap value replaces Vₜ₊ₙ.
+            only m < n tokens are left, the sum runs to the last one, and γᵐ times the bootstrap value replaces γⁿ Vₜ₊ₙ.
         gamma: The discount γ, in [0, 1].
 
     Raises:

@@ -134,7 +134,7 @@ class Correction:
             mask: Bool [B, T], True at the tokens that count; it may have holes.
 
         Raises:
-            ValueError: if the shapes do not match.
+            ValueError: if the shapes do not match, unless no ratio is used (``bypass`` without a mask).
         """
         weights = torch.ones_like(old_logprobs)
         truncated = masked = torch.zeros_like(mask)

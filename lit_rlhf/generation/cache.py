@@ -126,7 +126,7 @@ class _Layer(CacheLayerMixin):
         return cached[0], cached[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that a query attends to, and the index of the first of them in the mask."""
+        """Return the number of columns of keys, including masked ones, and the index of the first one in the mask."""
         if self.cache.column is not None:
             return self.cache.columns, 0
         return self.cache.end - self.cache.start + query_length, 0

@@ -1,6 +1,6 @@
 """Faster matrix products with few rows on a CPU, for decoding, with the weights in oneDNN's blocked layout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -9,46 +9,87 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.compat import block_weight, multiply_by_blocks, selected_adapters
-from lit_rlhf.models.adapters import AdapterView, adapted_layers, merged_weight, selected, whole_model
+from lit_rlhf.models.adapters import adapted_layers, merged_weight, selected_by, whole_model
+from lit_rlhf.models.sharding import is_sharded
+
+MOVED_BYTES = 2**20
+"""The size from which the weight below adapters is moved instead of copied; two thin products then take little time."""
 
 
 @contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
-    """Make a model's linear layers use copies of their weights in oneDNN's blocked layout, inside this context.
+    """Make a model's linear layers use their weights in oneDNN's blocked layout, inside this context.
 
     A decoding step with 64 rows is twice as fast as with PyTorch's own products, and one with 2 rows three times as
-    fast. The copies are made each time the context is entered, in autocast's precision, and need as much memory as the
-    weights would in that precision. No gradients are computed. Only CPU weights that are used in float32 or bfloat16
-    are copied.
+    fast. Each time the context is entered, the weights are copied in autocast's precision, which needs as much memory
+    as the weights would in that precision. There are no copies of large frozen weights below adapters, unless the model
+    is sharded: these weights are moved, and moved back at the end without any change. No gradients are computed. Only
+    CPU weights that are used in float32 or bfloat16 are packed.
 
     Args:
-        model: The model, whose weights must not change inside the context.
+        model: The model, whose weights must not change inside the context, nor be used except by its linear layers.
         rows: The typical number of rows in the input of a linear layer.
     """
-    packed = []
-    with ExitStack() as stack:
-        if isinstance(model, AdapterView):
-            stack.enter_context(selected(model.base_model.layers, model.base_model.adapters))
-        for layer, linear in _linear_layers(whole_model(model)):
-            dtype = _compute_dtype(linear.weight)
-            with nullcontext(linear.weight) if layer is linear else merged_weight(layer) as weight:
-                blocks = block_weight(weight.detach().to(dtype), rows)
-            bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-            vars(layer)["forward"] = partial(multiply_by_blocks, blocks, bias)  # hides the method of the class
-            packed.append(layer)
+    whole = whole_model(model)
+    may_move = not any(is_sharded(module) for module in whole.modules())
+    with ExitStack() as packed:
+        with selected_by(model):
+            for layer, linear in _linear_layers(whole, may_move):
+                packed.enter_context(_packed(layer, linear, rows, may_move))
+        yield
+
+
+@contextmanager
+def _packed(layer: Any, linear: nn.Linear, rows: int, may_move: bool) -> Iterator[None]:
+    """Replace a layer's ``forward``, which hides that of the class, and move a large weight below adapters."""
+    weight, dtype = linear.weight, _compute_dtype(linear.weight)
+    moves = layer is not linear and may_move and _can_be_moved(layer, weight)
+    with merged_weight(layer) if layer is not linear and not moves else nullcontext(weight) as used:
+        blocks = block_weight(used.detach().to(dtype), rows)
+    del used  # a merged weight, which would live as long as this context
+    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+    if moves:
+        weight.data = weight.new_empty(0)
+        vars(layer)["forward"] = partial(_multiply, blocks, bias, _adapters(layer, dtype))
+    else:
+        vars(layer)["forward"] = partial(multiply_by_blocks, blocks, bias)
     try:
         yield
     finally:
-        for layer in packed:
-            del vars(layer)["forward"]
+        del vars(layer)["forward"]
+        if moves:
+            weight.data = blocks.to_dense()
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[Any, nn.Linear]]:
+def _multiply(blocks: Tensor, bias: Tensor | None, adapters: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Return x Wᵀ + b + (x Aᵀ) Bᵀ, without the last term if there are no adapters."""
+    x = x.to(blocks.dtype)
+    result = multiply_by_blocks(blocks, bias, x)
+    if adapters:
+        down, up = adapters
+        result.view(-1, result.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down, up)
+    return result
+
+
+def _adapters(layer: Any, dtype: torch.dtype) -> list[Tensor]:
+    """Return Aᵀ [in, R] and Bᵀ [R, out] with the scaling, where R is the sum of the ranks of the selected adapters.
+
+    The list is empty if none is selected.
+    """
+    names = [name for name in selected_adapters(layer) if name in layer.lora_A]
+    if not names:
+        return []
+    down = torch.cat([layer.lora_A[name].weight.detach() for name in names])
+    up = torch.cat([layer.lora_B[name].weight.detach() * layer.scaling[name] for name in names], 1)
+    return [down.T.to(dtype), up.T.to(dtype)]
+
+
+def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.Linear]]:
     """Yield the layers that can be packed, each with the linear layer that holds its weight.
 
-    In float32, a layer with adapters becomes a single product with the merged weight. In half precision, the merged
-    weight would lose a small adapter to rounding, so there the base's layer and the selected adapters are packed one by
-    one.
+    In float32, a layer with adapters becomes a single product with the merged weight, unless its weight is moved. In
+    half precision, the merged weight would lose a small adapter to rounding, so there the base's layer and the selected
+    adapters are packed one by one, unless the base's weight is moved.
     """
     adapted: list[Any] = adapted_layers(model)
     inside = {id(part) for layer in adapted for part in layer.modules() if part is not layer}
@@ -59,12 +100,18 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[Any, nn.Linear]]:
         base = layer.get_base_layer()
         if not (type(base) is nn.Linear and _can_be_packed(base.weight)):
             continue
-        if _compute_dtype(base.weight) == torch.float32:
+        if _compute_dtype(base.weight) == torch.float32 or (may_move and _can_be_moved(layer, base.weight)):
             yield layer, base
             continue
         names = [name for name in selected_adapters(layer) if name in layer.lora_A]
         for part in (base, *(part[name] for name in names for part in (layer.lora_A, layer.lora_B))):
             yield part, part
+
+
+def _can_be_moved(layer: Any, weight: Tensor) -> bool:
+    """Return whether a weight below adapters is large, is multiplied as it is, and comes back unchanged."""
+    is_dora = any(name in layer.lora_variant for name in selected_adapters(layer))
+    return weight.nbytes >= MOVED_BYTES and weight.dtype == _compute_dtype(weight) and not is_dora
 
 
 def _can_be_packed(weight: Tensor) -> bool:

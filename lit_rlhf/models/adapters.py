@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -314,6 +314,13 @@ def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[N
         yield
     finally:
         select_adapters(layers, before)
+
+
+def selected_by(model: Any) -> AbstractContextManager[None]:
+    """Return a context in which a view's adapters are selected; for a model that is not a view, it does nothing."""
+    if isinstance(model, AdapterView):
+        return selected(model.base_model.layers, model.base_model.adapters)
+    return nullcontext()
 
 
 @contextmanager

@@ -296,7 +296,7 @@ class OnPolicy(AlignmentModule):
         )
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
-        """Log the metrics and update all saved state here, since callbacks save checkpoints before later hooks run."""
+        """Log the metrics, and update the rest of the saved state before callbacks save checkpoints."""
         mask = trajectory.mask
         measure_experience(scored, trajectory, self.kl.coef, metrics)
         for name, optimizer in self.optimizers_by_name().items():

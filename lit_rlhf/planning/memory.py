@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_rlhf.generation.native import CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU
+from lit_rlhf.generation.packing import MOVED_BYTES
+from lit_rlhf.models.adapters import adapted_layers
 from lit_rlhf.planning.dry_run import Rounding, footprint, prefill
 from lit_rlhf.planning.roles import FLOAT, HALF, Role, weight_bytes
 from lit_rlhf.planning.setting import Setting
@@ -151,15 +153,19 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 def _copied_weights(setting: Setting, actor: Role) -> float:
     """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
 
-    A CPU holds copies in blocks, unless the step is compiled; in float32, adapters are merged into them. Otherwise
-    there are copies in bfloat16 of the weights that are held in float32, if products are computed in bfloat16, unless
-    FSDP gathers the weights in this precision.
+    A CPU holds copies in blocks, unless the step is compiled; in float32, adapters are merged into them, and large
+    weights below adapters are moved instead of copied, unless they are sharded. Otherwise there are copies in bfloat16
+    of the weights that are held in float32, if products are computed in bfloat16, unless FSDP gathers the weights in
+    this precision.
     """
     assert setting.generation is not None
     own = 0 if actor.own is None else actor.parameters - actor.value_head
     if setting.device.is_cpu and not setting.generation.compiled:
-        weights = actor.multiplied + actor.head - (0 if setting.half else own)
-        return weights * (HALF if setting.half else FLOAT)
+        size = HALF if setting.half else FLOAT
+        adapted: list[Any] = [] if setting.sharded else adapted_layers(actor.model)
+        below = [layer.get_base_layer().weight.numel() for layer in adapted]
+        moved = sum(count for count in below if count * size >= MOVED_BYTES)
+        return (actor.multiplied + actor.head - moved - (0 if setting.half else own)) * size
     is_tied = actor.model.get_output_embeddings().weight is actor.model.get_input_embeddings().weight
     weights = actor.multiplied + actor.head if actor.own is None else own + (actor.head if is_tied else 0)
     return weights * HALF if setting.half and not setting.sharded else 0.0

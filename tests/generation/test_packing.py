@@ -4,7 +4,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from lit_rlhf.compat import select_adapters
+from lit_rlhf.generation import packing
 from lit_rlhf.generation.packing import packed_weights
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.models.adapted import load_adapted
+from lit_rlhf.models.adapters import AdapterView, LoRA, adapted_layers, adapter_parameters, selected
+from lit_rlhf.models.precision import store_in_bfloat16
 
 
 @pytest.fixture
@@ -70,3 +75,36 @@ def test_of_the_adapters_only_the_selected_one_is_packed(dtype, packed):
             found = {name for name, module in model.named_modules() if "forward" in vars(module)}
     short = {"A": "0.lora_A.actor", "B": "0.lora_B.actor"}
     assert found == {short.get(name, name) for name in packed}
+
+
+@pytest.mark.parametrize("moved_bytes", [0, 2**20])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_weights_below_adapters(tiny_model, monkeypatch, precision, dora, moved_bytes):
+    """Large ones are moved, and come back unchanged; small ones, and those of DoRA, are copied."""
+    monkeypatch.setattr(packing, "MOVED_BYTES", moved_bytes)
+    torch.manual_seed(0)
+    lora = LoRA(rank=2, dora=dora)
+    model = load_adapted(str(tiny_model()), lora, "model.actor", trained=["actor", "critic"], copies=["below"])
+    for name in ("actor", "critic", "below"):
+        for parameter in adapter_parameters(model, name).values():
+            parameter.add_(torch.randn_like(parameter) / 20)
+    actor = Actor(model, adapter="actor")
+    critic, base = AdapterView(actor, ["critic"]), AdapterView(actor, [])
+    if precision == torch.bfloat16:
+        store_in_bfloat16(model, all_weights=False)
+    select_adapters(adapted_layers(model), ["below", "actor"])
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    x, linear = torch.tensor([[2, 6, 7], [3, 8, 9]]), adapted_layers(model)[0].get_base_layer()
+    for shown, adapters in ((model, ["below", "actor"]), (critic, ["critic"]), (base, [])):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            with selected(adapted_layers(model), adapters):
+                expected = model(x).logits
+            with packed_weights(shown, 2):
+                assert (linear.weight.numel() == 0) == (moved_bytes == 0 and not (dora and adapters))
+                with selected(adapted_layers(model), adapters):  # as a view does
+                    found = model(x).logits
+        tolerance = 1e-4 if precision == torch.float32 else 0.15
+        torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
