@@ -14,7 +14,6 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import adapter_cases
 import lightning
 import torch
 from torch.distributed.tensor import DTensor
@@ -49,6 +48,9 @@ from lit_rlhf import (
 from lit_rlhf.callbacks import ExportAtEnd
 from lit_rlhf.strategies import FSDP
 from lit_rlhf.testing import Recorder
+
+sys.path.insert(0, os.path.dirname(__file__))  # pytest, which looks for doctests here, does not add it
+import adapter_cases
 
 warnings.filterwarnings("ignore")
 
