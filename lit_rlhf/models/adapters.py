@@ -175,15 +175,21 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
         except ValueError as error:
             raise UserError(f"model.adapter: {' '.join(str(error).split())[:300]}") from error
         torch.manual_seed(generator(Stream.ADAPTERS, number).initial_seed())
-        for layer in adapted_layers(model):
-            if name in layer.lora_A:
-                for part in (layer.lora_A[name], layer.lora_B[name]):
-                    if part.weight.is_meta:  # as its base, which is not read yet
-                        part.to_empty(device="cpu")
-                layer.reset_lora_parameters(name, True)  # the same numbers, whether or not the base is read
+        _initialize(model, name)
     use_sums(model)
     share_inputs(adapted_layers(model))
     model.requires_grad_(False)
+
+
+def _initialize(model: nn.Module, name: str) -> None:
+    """Draw the initial weights of an adapter: the same numbers, whether or not the weights of its base are read yet."""
+    for layer in adapted_layers(model):
+        if name not in layer.lora_A:
+            continue
+        for part in (layer.lora_A[name], layer.lora_B[name]):
+            if part.weight.is_meta:  # as its base
+                part.to_empty(device="cpu")
+        layer.reset_lora_parameters(name, True)
 
 
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:
