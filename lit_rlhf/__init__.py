@@ -47,6 +47,7 @@ _PUBLIC = {
         "TrustRegion",
         "Update",
     ),
+    "modules.hooks": ("OnPolicyCallback",),
     "rewards": (
         "ExactAnswer",
         "NumericAnswer",

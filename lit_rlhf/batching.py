@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, Rollout
 
 Outputs = TypeVar("Outputs", bound=tuple[Tensor | None, ...])
@@ -90,8 +91,13 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
         generator: A CPU generator with which the rows are shuffled, the only source of randomness; None to keep the
             order of the rows, so that each minibatch has consecutive rows.
+
+    Raises:
+        UserError: if there are fewer rows than ``count``, which is the option ``model.update.minibatches``.
     """
     rows_in_all = len(experience.advantages)
+    if count > rows_in_all:
+        raise UserError(f"model.update.minibatches is {count}, but an iteration has only {rows_in_all} responses")
     order = torch.arange(rows_in_all) if generator is None else torch.randperm(rows_in_all, generator=generator)
     for rows in order.tensor_split(count):
         yield experience.select(rows.to(experience.advantages.device))

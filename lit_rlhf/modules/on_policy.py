@@ -18,7 +18,6 @@ from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Objective, probability_ratio
 from lit_rlhf.algorithms.rewards import token_rewards
 from lit_rlhf.batching import gather_experience, micro_batches, minibatches
-from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, Sampling
 from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
@@ -32,6 +31,7 @@ from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.estimation import estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.guard import Guard
+from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
@@ -178,10 +178,13 @@ class OnPolicy(AlignmentModule):
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("generate"):
             rollout = self.rollouts.next(self, batch, metrics)
+        call_hook(self, "on_rollout_end", rollout)
         with watch.phase("judge"):
             scored = self.judge(rollout, batch)
             trajectory = self.reward(scored)
             experience = self.estimate(scored, trajectory, metrics)
+        call_hook(self, "on_rewards", scored, trajectory)
+        call_hook(self, "on_advantages", experience)
         compared = self.reference if self.reference_kl.is_full and not owners(self.reference) else None
         with watch.phase("update"), self.profile("update"), unsharded(compared):
             self.learn(self.all_ranks(experience), metrics)
@@ -268,11 +271,6 @@ class OnPolicy(AlignmentModule):
         Raises:
             UserError: if there are fewer rows than ``update.minibatches``.
         """
-        if self.update.minibatches > len(experience.advantages):
-            raise UserError(
-                f"model.update.minibatches is {self.update.minibatches}, but an iteration has only "
-                f"{len(experience.advantages)} responses"
-            )
         for epoch in range(self.update.epochs):
             shuffle = generator(Stream.MINIBATCHES, int(self.iteration), epoch) if self.update.shuffle else None
             yield from minibatches(experience, self.update.minibatches, shuffle)
@@ -312,6 +310,7 @@ class OnPolicy(AlignmentModule):
         logged["progress/iteration"] = float(self.iteration)
         logged["progress/responses"] = float(self.iteration) * responses
         self.log_iteration(logged, shown=("objective/score", "objective/kl_to_ref", "perf/tokens_per_second"))
+        call_hook(self, "on_update_end", logged)
 
     # --------------------------------------------------- validate, test, predict
 

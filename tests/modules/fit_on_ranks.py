@@ -33,6 +33,7 @@ from lit_rlhf import (
     KLPenalty,
     LeaveOneOut,
     NativeEngine,
+    OnPolicyCallback,
     PolicyGradient,
     Preferences,
     Prompts,
@@ -185,6 +186,30 @@ def cases(strategy, actor, reference, scorer, *adapters):
         yield from adapter_cases.cases(actor, *adapters, f"{__file__}:low_words", workers)
 
 
+class Hooks(OnPolicyCallback):
+    """Keeps the names of the hooks that were called, with the number of rows that they received."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_rollout_end(self, trainer, pl_module, rollout):
+        self.calls.append(("on_rollout_end", len(rollout.tokens)))
+
+    def on_rewards(self, trainer, pl_module, scored, trajectory):
+        self.calls.append(("on_rewards", len(scored.scores), len(trajectory.rewards)))
+
+    def on_advantages(self, trainer, pl_module, experience):
+        self.calls.append(("on_advantages", len(experience.advantages)))
+
+    def on_update_end(self, trainer, pl_module, metrics):
+        self.calls.append(("on_update_end", metrics["objective/score"]))
+
+    def of_all_ranks(self):
+        calls = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(calls, self.calls)
+        return calls
+
+
 def describe(module, optimizers):
     """Return what each parameter is: its type, whether it is trained, is sharded and has optimizer state."""
     with_state = {id(parameter) for optimizer in optimizers for parameter in optimizer.state}
@@ -201,7 +226,7 @@ def main(strategy, *folders, prompts, out, only):
     for name, make in cases(strategy, *folders):
         if not re.fullmatch(only, name):
             continue
-        recorder = Recorder()
+        recorder, hooks = Recorder(), Hooks()
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -216,7 +241,7 @@ def main(strategy, *folders, prompts, out, only):
             inference_mode=False,
             default_root_dir=os.path.dirname(out),
             precision="bf16-mixed" if name.startswith("lora half") else None,
-            callbacks=[recorder, ExportAtEnd(Path(out).stem)] if name == "lora stacked" else [recorder],
+            callbacks=[recorder, hooks, *([ExportAtEnd(Path(out).stem)] if name == "lora stacked" else [])],
         )
         data = Prompts(train=prompts, batch_size=10 if name == "three" else 24)
         if name == "packed" or name.endswith("sft"):
@@ -230,6 +255,7 @@ def main(strategy, *folders, prompts, out, only):
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
         results[name] = {"weights": recorder.weights, "metrics": metrics, "steps": trainer.global_step}
         results[name]["parameters"] = describe(module, trainer.optimizers)
+        results[name]["hooks"] = hooks.of_all_ranks()
     if os.environ["RANK"] == "0":
         torch.save(results, out)
     torch.distributed.barrier()

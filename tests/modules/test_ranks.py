@@ -78,6 +78,14 @@ def test_the_iteration_changed_the_weights(results, tiny_model, case):
         assert (weights["actor.model.model.norm.weight"] - start).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("run", [("ddp", 2), ("fsdp2", 2)], ids=lambda run: f"{run[0]}-{run[1]}")
+def test_hooks_get_the_rows_of_their_process_in_order(results, run):
+    found = results(*run)["ppo"]
+    score = pytest.approx(found["metrics"]["objective/score"])
+    calls = [("on_rollout_end", 12), ("on_rewards", 12, 12), ("on_advantages", 12), ("on_update_end", score)]
+    assert found["hooks"] == [calls, calls]
+
+
 @pytest.mark.parametrize("case", ADAPTERS)
 @pytest.mark.parametrize("run", ADAPTER_RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
 def test_same_adapters_on_several_processes(results, case, run):
