@@ -77,8 +77,9 @@ class PromptEncoder:
         >>> PromptEncoder().recognised({"question": "6 x 7?", "ground_truth": "42"}, "record 1").columns
         'prompts from `question`, answers from `ground_truth`'
         """
-        answer = self.answer or ("answer" if record.get("answer") is not None else None)
-        answer = answer or only(filled(record, ANSWERS), f"{where}: the answer may be in", "data.answer")
+        usual, answer = record.get("answer") is not None, self.answer
+        if answer is None and not usual:
+            answer = only(filled(record, ANSWERS), f"{where}: the answer may be in", "data.answer")
         if self.column is not None or self.template is not None:
             return replace(self, answer=answer)
         column = prompt_column(record, PROMPTS, where, "data.column")
@@ -88,6 +89,8 @@ class PromptEncoder:
             raise UserError(
                 f"{where} has no column 'prompt'; it has: {filled_columns(record)}; name another with data.column"
             )
+        if answer is None and usual and column != "prompt":
+            answer = "answer"  # to report it
         return replace(self, column=column, context="input" if column == "instruction" else None, answer=answer)
 
     def __call__(
