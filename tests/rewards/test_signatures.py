@@ -1,14 +1,18 @@
 """Reward functions in the forms of TRL, verl and OpenRLHF are called as they are."""
 
 import asyncio
+import json
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lit_rlhf.algorithms.advantages import MonteCarlo
+from lit_rlhf.data import Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
-from lit_rlhf.rewards import RewardFunction, make_reward_inputs
+from lit_rlhf.rewards import ExactAnswer, RewardFunction, make_reward_inputs
+from lit_rlhf.testing import Recorder
 
 FUNCTIONS = """\
 import asyncio
@@ -173,3 +177,22 @@ def test_in_a_run(fit, make_module, tmp_path):
     fit(module)
     assert rewards[0]._call.__globals__["SEEN"] == [0, 1]
     assert torch.isfinite(next(module.actor.parameters())).all()
+
+
+def test_data_and_function_of_verl_in_a_run(make_module, make_trainer, tiny_model, tmp_path):
+    """The scores of all iterations are those that the ground truth of each prompt's own record gives."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    records = [
+        {"data_source": "sums", "prompt": [{"role": "user", "content": f"w{i}"}], "extra_info": {"index": i},
+         "reward_model": {"style": "rule", "ground_truth": str(i)}}
+        for i in range(8)
+    ]  # fmt: skip
+    (tmp_path / "verl.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rewards = [RewardFunction(f"{tmp_path}/rewards.py:slow"), ExactAnswer()]
+    actor = str(tiny_model("llama", chat=True))
+    module, recorder = make_module(actor=actor, rewards=rewards, critic=None, advantages=MonteCarlo()), Recorder()
+    data = Prompts(train=str(tmp_path / "verl.jsonl"), batch_size=4)
+    make_trainer([recorder]).fit(module, datamodule=data)
+    assert len(recorder.metrics) == 2
+    scored = [step["rewards/slow"] for step in recorder.metrics]
+    assert sum(scored) / 2 == pytest.approx(sum(range(8)) / 8)
