@@ -208,6 +208,7 @@ class RewardInputs:
     responses: Sequence[str]  # B, without special tokens
     columns: Mapping[str, Sequence[Any]]  # B values each
     rollout: Rollout
+    iteration: int = 0  # the number of iterations before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,24 @@
 """Texts for a model to imitate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.columns import (
+    PROMPTS,
+    RESPONSES,
+    WHOLE_TEXTS,
+    filled,
+    filled_columns,
+    is_conversation,
+    only,
+    split_answer,
+    with_context,
+)
 from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
@@ -35,7 +46,8 @@ class DemonstrationEncoder:
     """
 
     prompt: str | None = None
-    response: str = "text"
+    context: str | None = None  # of a recognised `instruction`: its input
+    response: str | None = None
     max_tokens: int = 512
 
     @property
@@ -43,6 +55,42 @@ class DemonstrationEncoder:
         """The columns of a row; ``cut`` tells whether the text was cut, and ``prompt`` counts the prompt's tokens."""
         flags = {name: pyarrow.bool_() for name in ("kept", "cut")}
         return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32()), "prompt": pyarrow.int64()})
+
+    @property
+    def columns(self) -> str:
+        """What the texts are made from."""
+        if self.prompt is None:
+            return f"texts from `{self.response or 'text'}`"
+        prompts = " and ".join(f"`{name}`" for name in (self.prompt, self.context) if name)
+        return f"prompts from {prompts}, responses from `{self.response}`"
+
+    def recognised(self, record: Record, where: str) -> "DemonstrationEncoder":
+        """Return this encoder with the columns of the prompts and the responses, if no option names them.
+
+        Raises:
+            UserError: if the record has no columns that are known to hold demonstrations, or several.
+
+        >>> DemonstrationEncoder().recognised({"prompt": "6 x 7?", "completion": "42"}, "record 1").columns
+        'prompts from `prompt`, responses from `completion`'
+        """
+        if self.response is not None:
+            return self
+        whole = [] if self.prompt else filled(record, WHOLE_TEXTS)
+        prompts = [self.prompt] if self.prompt else filled(record, ("prompt", *PROMPTS[:2]))
+        names = (*RESPONSES, "text") if self.prompt else RESPONSES
+        pairs = [(prompt, response) for prompt in prompts for response in filled(record, names)]
+        found = [*whole, *(f"{prompt} + {response}" for prompt, response in pairs)]
+        options = "data.response" if self.prompt else "data.prompt and data.response"
+        if only(found, f"{where}: the demonstration may be in", options) is None:
+            raise UserError(
+                f"{where} has no columns that are known to hold demonstrations, such as text, messages or prompt + "
+                f"completion; it has: {filled_columns(record)}; name others with {options}"
+            )
+        if whole:
+            return replace(self, response=whole[0])
+        prompt, response = pairs[0]
+        alpaca = prompt == "instruction" and self.prompt is None
+        return replace(self, prompt=prompt, response=response, context="input" if alpaca else None)
 
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
@@ -69,12 +117,18 @@ class DemonstrationEncoder:
             UserError: if a column has no value, the prompt is neither text nor a conversation, the response to a text
                 is not text, or the prompt is a conversation and the tokenizer has no chat template.
         """
+        response = value_of(record, self.response or "text", where)
         prompt = value_of(record, self.prompt, where) if self.prompt else ""
-        response = value_of(record, self.response, where)
+        if self.prompt is None and is_conversation(response):
+            prompt, response = split_answer(response, where)
+        elif self.context:
+            prompt = with_context(prompt, record.get(self.context))
+        if isinstance(prompt, str) and is_conversation(response):
+            prompt = [{"role": "user", "content": prompt}]
         opening = prompt_piece(tokenizer, prompt, where)
         if not isinstance(prompt, str):
-            whole = [*prompt, {"role": "assistant", "content": response}]
-            return opening, turns(tokenizer, whole, where, opened=False)
+            added = response if is_conversation(response) else [{"role": "assistant", "content": response}]
+            return opening, turns(tokenizer, [*prompt, *added], where, opened=False)
         if not isinstance(response, str):
             raise UserError(f"{where}: {self.response} should be text, not {type(response).__name__}")
         return opening, prompt + response
@@ -83,13 +137,18 @@ class DemonstrationEncoder:
 class Demonstrations(ResumableData):
     """Texts to imitate, or prompts with responses to imitate.
 
-    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function. A response to
+    a conversation is text or a list of further turns. Of a whole conversation, the assistant's turns at the end are the
+    response.
 
     Args:
         train: The source of the texts to imitate.
         validation: The source of the held-out texts.
-        prompt: The column of the prompts, which may be texts or conversations. If None, each record is one text.
-        response: The column of the responses, or of the whole texts if ``prompt`` is None.
+        prompt: The column of the prompts, which may be texts or conversations. If None and ``response`` is set, each
+            record is one text or one conversation.
+        response: The column of the responses, or of the whole texts or conversations if ``prompt`` is None. If both
+            are None, they are recognised: ``text``, ``messages``, or one of ``prompt``, ``question`` and
+            ``instruction`` (with ``input``) beside one of ``completion``, ``response``, ``output`` and ``answer``.
         loss_on: Whether to train on the response only or on all tokens.
         packing: Whether to put several short texts into one row of at most ``max_tokens``, which saves padding. The
             loss stays the same, since no text attends to another.
@@ -99,8 +158,9 @@ class Demonstrations(ResumableData):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read, a column is missing, a prompt is neither text nor a
-            conversation that the chat template accepts, or the response to a text is not text.
+        UserError: in ``setup``, if a source cannot be read, a column is missing or could be one of several, a prompt is
+            neither text nor a conversation that the chat template accepts, a whole conversation does not end with the
+            assistant's answer, or the response to a text is neither text nor a list of turns.
 
     >>> data = Demonstrations(train="lit_rlhf.data.reviews:demonstrations", prompt="prompt", response="response")
     >>> Demonstrations(max_tokens=0)
@@ -116,7 +176,7 @@ class Demonstrations(ResumableData):
         train: Source | None = None,
         validation: Source | None = None,
         prompt: str | None = None,
-        response: str = "text",
+        response: str | None = None,
         loss_on: Literal["response", "all"] = "response",
         packing: bool = False,
         max_tokens: int = 512,
@@ -142,7 +202,7 @@ class Demonstrations(ResumableData):
         """Return the validation loader, since the validation texts are used for testing, too."""
         return self.val_dataloader()
 
-    def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
+    def rows_of(self, split: str, encoder: DemonstrationEncoder, records: Records, table: "datasets.Dataset") -> Rows:
         """Return the rows of all texts, and report how many texts were cut."""
         rows = Rows(table)
         self.cut[split] = int(rows.column("cut").sum())

@@ -19,6 +19,7 @@ import pyarrow
 from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.columns import value_at
 from lit_rlhf.data.records import Record, Records, cache_access, progress_bars
 from lit_rlhf.data.tokenize import token_rows
 
@@ -38,6 +39,21 @@ class Encoder(Protocol):
     @property
     def schema(self) -> pyarrow.Schema:
         """The columns of a row, one of which, ``kept``, tells whether loaders use the row."""
+
+    @property
+    def columns(self) -> str:
+        """What the rows are made from, for a message, such as "prompts from `question`"."""
+
+    def recognised(self, record: Record, where: str) -> "Encoder":
+        """Return this encoder with the columns that its options do not name, recognised in a record of the source.
+
+        Args:
+            record: The first record.
+            where: The record's field, number and source, for messages.
+
+        Raises:
+            UserError: if a column cannot be recognised, or if several columns may be meant.
+        """
 
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
@@ -61,11 +77,15 @@ class Rows:
         table: All rows of the split, as a data set whose format is Arrow.
         records: The records, one for each row of the table, to include as ``row["record"]``. If None,
             ``row["record"]`` is None.
+        encoder: The encoder that made the rows, to include as ``row["encoder"]``.
     """
 
-    def __init__(self, table: "datasets.Dataset", records: Records | None = None) -> None:
+    def __init__(
+        self, table: "datasets.Dataset", records: Records | None = None, encoder: Encoder | None = None
+    ) -> None:
         self.table = table
         self.records = records
+        self.encoder = encoder
         self.kept = np.flatnonzero(self.column("kept"))
 
     def __len__(self) -> int:
@@ -76,7 +96,7 @@ class Rows:
         rows = self.table[places].to_pylist()
         records = self.records.__getitems__(places) if self.records is not None else [None] * len(rows)
         return [
-            row | {"number": number, "record": record}
+            row | {"number": number, "record": record, "encoder": self.encoder}
             for row, number, record in zip(rows, numbers, records, strict=True)
         ]
 
@@ -151,7 +171,7 @@ def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenize
     This is the key of the records, the options, the tokenizer, the tokenizing code, the versions of its libraries and,
     if the chat template contains the date, the date.
     """
-    parts_of_code = (encode, token_rows, Records, *type(encoder).__mro__[:-1])  # the last one is object
+    parts_of_code = (encode, token_rows, Records, value_at, *type(encoder).__mro__[:-1])  # the last one is object
     code = [inspect.getsource(module) for module in map(inspect.getmodule, parts_of_code) if module]
     versions = [version("transformers"), version("tokenizers")]
     today = [date.today().isoformat()] if "strftime_now" in str(tokenizer.chat_template) else []

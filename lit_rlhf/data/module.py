@@ -33,13 +33,14 @@ class ResumableData(lightning.LightningDataModule):
     """
 
     encoder: Encoder
-    """The encoder that makes rows of tokens from the records."""
+    """The encoder that makes rows of tokens from the records, with the options as they were given."""
 
     def __init__(self, sources: Mapping[str, Source | None], contents: str) -> None:
         super().__init__()
         self.sources = dict(sources)
         self.contents = contents
         self._rows: dict[str, Rows] = {}
+        self._told: set[str] = set()
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, int] = {}
 
@@ -48,11 +49,12 @@ class ResumableData(lightning.LightningDataModule):
         """Return a batch made from a list of (place in the global batch, row) pairs."""
 
     @abstractmethod
-    def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
+    def rows_of(self, split: str, encoder: Any, records: Records, table: "datasets.Dataset") -> Rows:
         """Return the rows that the split's loader will give out, and report how many were dropped or cut.
 
         Args:
             split: The name of the split.
+            encoder: The encoder with the columns of this split.
             records: The records of the split.
             table: All rows that the encoder made from the records.
 
@@ -145,8 +147,18 @@ class ResumableData(lightning.LightningDataModule):
         assert source is not None
         with progress_bars(self._is_first):
             records = read_records(source, field)
-            table = encode(records, self.encoder, self.tokenizer, field=field, source=source)
-        return self.rows_of(split, records, table)
+            (first,) = records.__getitems__([0])
+            encoder = self.encoder.recognised(first, f"{field}: record 1 of {source}")
+            self._tell(encoder)
+            table = encode(records, encoder, self.tokenizer, field=field, source=source)
+        return self.rows_of(split, encoder, records, table)
+
+    def _tell(self, encoder: Encoder) -> None:
+        """Report which columns were recognised, unless they have their usual names or were reported before."""
+        usual = type(encoder)().columns
+        if encoder != self.encoder and encoder.columns not in {usual, *self._told}:
+            self._told.add(encoder.columns)
+            self.report(f"data: {encoder.columns}")
 
     def _loader(self, rows: Rows, batch_size: int, option: str, *, shuffle: bool) -> ResumableLoader:
         """Return a loader of this process's share of each batch.

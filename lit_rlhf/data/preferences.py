@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,10 +11,11 @@ import pyarrow
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.columns import PROMPTS, filled_columns, is_conversation, prompt_column, shared_turns, with_context
 from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
-from lit_rlhf.data.records import Record, Records, Source, filled_columns
+from lit_rlhf.data.records import Record, Records, Source, value_of
 from lit_rlhf.data.tokenize import Piece, finished, prompt_piece, shared_prefix, token_rows, turns
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import PreferenceBatch, Prompt
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 class _Ranking:
     """The texts of one record, which are to be tokenized."""
 
-    pieces: list[Piece]  # the prompt, if there is one, then each response together with the prompt, best first
-    prompted: bool
+    pieces: list[Piece]  # the prompt, if it is known, then each response together with the prompt, best first
+    prompted: bool  # whether the first piece is the prompt
+    column: bool  # whether the record has a column with the prompt
     margin: float | None
 
 
@@ -46,7 +48,8 @@ class PreferenceEncoder:
     ([60, 54], [[60, 54, 68, 16, 3, 1], [60, 54, 68, 1]], [2, 2])
     """
 
-    prompt: str = "prompt"
+    prompt: str | None = None
+    context: str | None = None  # of a recognised `instruction`: its input
     chosen: str = "chosen"
     rejected: str = "rejected"
     responses: str = "responses"
@@ -62,6 +65,25 @@ class PreferenceEncoder:
         flags = {name: pyarrow.bool_() for name in ("kept", "tied", "prompted")}
         lists = {"prompt": numbers, "tokens": pyarrow.list_(numbers), "begin": numbers}
         return pyarrow.schema({**flags, **lists, "margin": pyarrow.float64()})
+
+    @property
+    def columns(self) -> str:
+        """What the prompts are made from."""
+        return "prompts from " + " and ".join(f"`{name}`" for name in (self.prompt or "prompt", self.context) if name)
+
+    def recognised(self, record: Record, where: str) -> "PreferenceEncoder":
+        """Return this encoder with the column of the prompts, if no option names it and the record has one.
+
+        Raises:
+            UserError: if the record has several columns that are known to hold prompts.
+
+        >>> PreferenceEncoder().recognised({"question": "Why?", "chosen": "So.", "rejected": "No."}, "record 1").columns
+        'prompts from `question`'
+        """
+        column = None if self.prompt else prompt_column(record, PROMPTS[:3], where, "data.prompt")
+        if column in (None, "prompt"):
+            return self
+        return replace(self, prompt=column, context="input" if column == "instruction" else None)
 
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
@@ -96,15 +118,24 @@ class PreferenceEncoder:
                     f"records out): {str(equal)[:60]!r}"
                 )
             return None
-        prompt = record.get(self.prompt)
-        if prompt is None and self.prompt != "prompt":
-            raise UserError(f"{where} has no column {self.prompt!r}; it has: {filled_columns(record)}")
         margin = None if self.margin is None else self._margin(record, responses, where)
+        prompt = self._prompt(record, where)
+        column = prompt is not None
+        if all(map(is_conversation, responses)) and (prompt is None or isinstance(prompt, str)):
+            asked = None if prompt is None else [{"role": "user", "content": prompt}]
+            prompt = shared_turns(responses) or asked
         if prompt is None:
             wholes = [r if isinstance(r, str) else turns(tokenizer, r, where, opened=False) for r in responses]
-            return _Ranking(wholes, False, margin)
+            return _Ranking(wholes, False, column, margin)
         opening = prompt_piece(tokenizer, prompt, where)
-        return _Ranking([opening, *(_continued(tokenizer, prompt, r, where) for r in responses)], True, margin)
+        pieces = [opening, *(_continued(tokenizer, prompt, r, where) for r in responses)]
+        return _Ranking(pieces, True, column, margin)
+
+    def _prompt(self, record: Record, where: str) -> Prompt | None:
+        if self.prompt in (None, "prompt"):  # the default column may be missing
+            return record.get("prompt")
+        prompt = value_of(record, str(self.prompt), where)
+        return with_context(prompt, record.get(self.context)) if self.context else prompt
 
     def _ordered(self, record: Record, where: str) -> list[Any]:
         """Return the responses of a record, best first.
@@ -151,7 +182,7 @@ class PreferenceEncoder:
         return {
             "kept": max(len(tokens) for tokens, _ in responses) <= self.max_tokens,
             "tied": False,
-            "prompted": ranking.prompted,
+            "prompted": ranking.column,
             "prompt": prompt,
             "tokens": [tokens for tokens, _ in responses],
             "begin": [begin for _, begin in responses],
@@ -165,13 +196,16 @@ class Preferences(ResumableData):
     The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns
     of a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
     (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
-    list of further turns. If the records have no prompts, each response is a whole text or a whole conversation, and
-    what the responses of a record have in common at the start counts as the prompt.
+    list of further turns, with or without the turns of the prompt before them. Beside such lists, a prompt that is text
+    is the user's turn. If the records have no prompts, each response is a whole text or a whole conversation, and what
+    the responses of a record have in common at the start counts as the prompt.
 
     Args:
         train: The source of the pairs or rankings to learn from.
         validation: The source of the held-out pairs or rankings.
-        prompt: The column of the prompts. The default column may be missing from all records; any other must exist.
+        prompt: The column of the prompts. If None, it is recognised: ``prompt``, or the only one of ``question``,
+            ``instruction`` (with ``input``) and ``context_messages``, or none. If it is not ``prompt``, all records
+            must have it.
         chosen: The column of the better response of a pair.
         rejected: The column of the worse response of a pair.
         responses: The column of a ranking's responses, best first.
@@ -187,10 +221,10 @@ class Preferences(ResumableData):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read, a column is missing, a ranking has fewer than two
-            responses or contains a tie, two responses are equal and ``ties`` is ``refuse``, a prompt or a response has
-            the wrong type or is refused by the chat template, a margin is not a finite number or does not belong to
-            a pair, only some records have prompts, or no record is left.
+        UserError: in ``setup``, if a source cannot be read, a column is missing or could be one of several, a ranking
+            has fewer than two responses or contains a tie, two responses are equal and ``ties`` is ``refuse``, a
+            prompt or a response has the wrong type or is refused by the chat template, a margin is not a finite number
+            or does not belong to a pair, only some records have prompts, or no record is left.
 
     >>> data = Preferences(train="lit_rlhf.data.reviews:pairs", ties="drop")
     >>> Preferences(validation_batch_size=0)
@@ -205,7 +239,7 @@ class Preferences(ResumableData):
         self,
         train: Source | None = None,
         validation: Source | None = None,
-        prompt: str = "prompt",
+        prompt: str | None = None,
         chosen: str = "chosen",
         rejected: str = "rejected",
         responses: str = "responses",
@@ -245,16 +279,16 @@ class Preferences(ResumableData):
         """Return the validation loader, since the validation preferences are used for testing, too."""
         return self.val_dataloader()
 
-    def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
+    def rows_of(self, split: str, encoder: PreferenceEncoder, records: Records, table: "datasets.Dataset") -> Rows:
         """Return the rows that are neither tied nor too long, and report how many were dropped.
 
         Raises:
             UserError: if only some records have prompts, or if no row is left.
         """
-        rows, source, field, limit = Rows(table), self.sources[split], f"data.{split}", self.encoder.max_tokens
+        rows, source, field, limit = Rows(table), self.sources[split], f"data.{split}", encoder.max_tokens
         tied = rows.column("tied")
         if len(np.unique(rows.column("prompted")[~tied])) > 1:
-            raise UserError(f"{field}: some records of {source} have a {self.encoder.prompt!r}, and some do not")
+            raise UserError(f"{field}: some records of {source} have a {encoder.prompt or 'prompt'!r}, and some do not")
         self.tied[split] = int(tied.sum())
         self.dropped[split] = len(table) - len(rows) - self.tied[split]
         if not len(rows):
@@ -292,7 +326,7 @@ class Preferences(ResumableData):
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any, where: str) -> Piece:
-    """Return the prompt continued by the response, as one piece to tokenize.
+    """Return the prompt continued by the response, as one piece to tokenize; a list of turns may repeat the prompt.
 
     Raises:
         UserError: if the response has the wrong type, or the tokenizer has no chat template for a conversation.
@@ -304,7 +338,8 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
     added = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
     if not isinstance(added, list) or not added:
         raise UserError(f"{where}: a response is text or a list of turns, not {str(response)[:60]!r}")
-    return turns(tokenizer, [*prompt, *added], where, opened=False)
+    repeated = len(added) > len(prompt) and added[: len(prompt)] == prompt
+    return turns(tokenizer, added if repeated else [*prompt, *added], where, opened=False)
 
 
 def _begin(shared: int, whole: list[int]) -> int:

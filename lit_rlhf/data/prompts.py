@@ -1,7 +1,7 @@
 """Prompts for the actor to answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,10 +10,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.columns import (
+    ANSWERS,
+    PROMPTS,
+    filled,
+    filled_columns,
+    is_conversation,
+    only,
+    prompt_column,
+    until_last_user,
+    with_context,
+)
 from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
-from lit_rlhf.data.records import Record, Records, Source, filled_columns, value_of
+from lit_rlhf.data.records import Record, Records, Source, value_of
 from lit_rlhf.data.tokenize import prompt_piece, token_rows
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import Prompt, PromptBatch
@@ -34,7 +45,9 @@ class PromptEncoder:
     [{'kept': True, 'cut': False, 'whole': False, 'tokens': [60, 54]}]
     """
 
-    column: str = "prompt"
+    column: str | None = None
+    context: str | None = None  # of a recognised `instruction`: its input
+    answer: str | None = field(default=None, repr=False)  # the repr names the rows, which do not depend on the answers
     template: str | None = None
     chat: bool = False
     first_tokens: int | None = None
@@ -46,6 +59,39 @@ class PromptEncoder:
         """The columns of a row; ``cut`` is True if ``max_tokens`` cut the prompt, ``whole`` if no token is missing."""
         flags = {name: pyarrow.bool_() for name in ("kept", "cut", "whole")}
         return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32())})
+
+    @property
+    def columns(self) -> str:
+        """What the prompts and the answers are made from."""
+        names = " and ".join(f"`{name}`" for name in (self.column or "prompt", self.context) if name)
+        prompts = f"prompts from {names if self.template is None else 'data.template'}"
+        return prompts + (f", answers from `{self.answer}`" if self.answer else "")
+
+    def recognised(self, record: Record, where: str) -> "PromptEncoder":
+        """Return this encoder with the columns of the prompts and the answers, if no option names them.
+
+        Raises:
+            UserError: if the record has no column that is known to hold prompts, or several, or several that are known
+                to hold answers.
+
+        >>> PromptEncoder().recognised({"question": "6 x 7?", "ground_truth": "42"}, "record 1").columns
+        'prompts from `question`, answers from `ground_truth`'
+        """
+        usual, answer = record.get("answer") is not None, self.answer
+        if answer is None and not usual:
+            answer = only(filled(record, ANSWERS), f"{where}: the answer may be in", "data.answer")
+        if self.column is not None or self.template is not None:
+            return replace(self, answer=answer)
+        column = prompt_column(record, PROMPTS, where, "data.column")
+        if column is None and is_conversation(record.get("chosen")):
+            column = "chosen"
+        if column is None:
+            raise UserError(
+                f"{where} has no column 'prompt'; it has: {filled_columns(record)}; name another with data.column"
+            )
+        if answer is None and usual and column != "prompt":
+            answer = "answer"  # to report it
+        return replace(self, column=column, context="input" if column == "instruction" else None, answer=answer)
 
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
@@ -62,15 +108,23 @@ class PromptEncoder:
     def prompt(self, record: Record, where: str) -> Prompt:
         """Return the prompt of a record, as text or as a conversation.
 
+        Of a conversation in which the assistant has the last word, the turns up to the user's last one are the prompt.
+
         Raises:
-            UserError: if the record has no value in the prompts' column or in a column of the template, or the template
-                is not valid.
+            UserError: if the record has no value in the prompts' column or in a column of the template, the template is
+                not valid, or a conversation has no turn to answer.
 
         >>> PromptEncoder(template="{question} Think.", chat=True).prompt({"question": "Why?"}, "record 1")
         [{'role': 'user', 'content': 'Why? Think.'}]
         """
-        prompt = value_of(record, self.column, where) if self.template is None else self._filled(record, where)
+        prompt: Any = self._value(record, where) if self.template is None else self._filled(record, where)
+        if is_conversation(prompt):
+            return until_last_user(prompt, where)
         return [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
+
+    def _value(self, record: Record, where: str) -> Any:
+        prompt = value_of(record, self.column or "prompt", where)
+        return with_context(prompt, record.get(self.context)) if self.context else prompt
 
     def _row(self, tokens: list[int]) -> Row:
         shown = tokens if self.first_tokens is None else tokens[: self.first_tokens]
@@ -111,15 +165,20 @@ class _Formatter(Formatter):
 class Prompts(ResumableData):
     """Prompts from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
-    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template. The
-    rewards receive all columns of the records.
+    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template; of a
+    conversation in which the assistant has the last word, the turns up to the user's last one are the prompt. The
+    rewards receive all columns of the records, and the correct answers as ``answer``.
 
     Args:
         train: The source of the prompts to train on.
         validation: The source of the held-out prompts for ``validate``, and for ``fit`` at each validation.
         test: The source of the prompts for ``test``.
         predict: The source of the prompts for ``predict``.
-        column: The column of the prompts.
+        column: The column of the prompts. If None, it is recognised: ``prompt``, or the only one of ``question``,
+            ``instruction`` (with ``input``), ``messages``, ``context_messages`` and ``input``, or ``chosen`` if it
+            holds conversations. A name such as ``extra_info.question`` is an entry in a column of dictionaries.
+        answer: The column of the correct answers, which the rewards receive as ``answer``. If None, it is recognised:
+            ``answer``, or the only one of ``reward_model.ground_truth`` and ``ground_truth``; it may be missing.
         template: A text with columns in braces, such as ``"{question} Think step by step."``, from which to make each
             prompt. If None, the prompt is the value of ``column``.
         chat: Whether to make each text the user's turn of a conversation.
@@ -133,8 +192,9 @@ class Prompts(ResumableData):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read, a column is missing, the template is not valid, a prompt is
-            neither text nor a conversation that the chat template accepts, or no prompt is short enough.
+        UserError: in ``setup``, if a source cannot be read, a column is missing or could be one of several, the
+            template is not valid, a prompt is neither text nor a conversation that the chat template accepts, or no
+            prompt is short enough.
 
     >>> data = Prompts(train="prompts.jsonl", template="{question} Think step by step.", max_tokens=1024)
     >>> Prompts(train="prompts.jsonl", batch_size=0)
@@ -151,7 +211,8 @@ class Prompts(ResumableData):
         validation: Source | None = None,
         test: Source | None = None,
         predict: Source | None = None,
-        column: str = "prompt",
+        column: str | None = None,
+        answer: str | None = None,
         template: str | None = None,
         chat: bool = False,
         first_tokens: int | None = None,
@@ -171,6 +232,7 @@ class Prompts(ResumableData):
         )
         self.encoder = PromptEncoder(
             column=column,
+            answer=answer,
             template=template,
             chat=chat,
             first_tokens=first_tokens,
@@ -201,13 +263,14 @@ class Prompts(ResumableData):
     def _held_out(self, split: str) -> ResumableLoader | list[Any]:
         return self.held_out_loader(split, self.validation_batch_size, "data.validation_batch_size")
 
-    def rows_of(self, split: str, records: Records, table: "datasets.Dataset") -> Rows:
+    def rows_of(self, split: str, encoder: PromptEncoder, records: Records, table: "datasets.Dataset") -> Rows:
         """Return the rows of the prompts that were kept (short enough, or cut to fit), with their records.
 
         Raises:
             UserError: if no prompt is left.
         """
-        rows, source, limit = Rows(table, records), self.sources[split], self.encoder.max_tokens
+        answered = records.with_column("answer", encoder.answer) if encoder.answer else records
+        rows, source, limit = Rows(table, answered, encoder), self.sources[split], encoder.max_tokens
         self.dropped[split] = len(records) - len(rows)
         self.cut[split] = int(rows.column("cut").sum())
         if not len(rows):
@@ -234,7 +297,7 @@ class Prompts(ResumableData):
 
     def _prompt(self, row: Row) -> Prompt:
         if row["whole"]:
-            return self.encoder.prompt(row["record"], "data")
+            return row["encoder"].prompt(row["record"], "data")
         return str(self.tokenizer.decode(row["tokens"], skip_special_tokens=True))
 
 

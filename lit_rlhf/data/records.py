@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pyarrow
 
 from lit_rlhf.compat import NO_RECORDS
+from lit_rlhf.data.columns import filled_columns, value_at
 from lit_rlhf.errors import UserError
 from lit_rlhf.references import is_reference, load_reference
 
@@ -62,6 +63,10 @@ class Records:
         for part in self.table.iter(1000):
             yield from self.parse(part)
 
+    def with_column(self, name: str, path: str) -> "Records":
+        """Return the records with one more column, whose values are those at ``path`` (see `value_at`)."""
+        return Records(self.table, partial(_parse_with_column, self.parse, name, path))
+
     @property
     def key(self) -> list[str] | None:
         """The strings that identify the records in the cache; None if the records are only in memory."""
@@ -101,7 +106,7 @@ def value_of(record: Record, name: str, where: str) -> Any:
 
     Args:
         record: The record.
-        name: The name of the column.
+        name: The name of the column, or ``column.entry`` for an entry in a column of dictionaries.
         where: The field, number and source of the record, for the message.
 
     Raises:
@@ -110,18 +115,10 @@ def value_of(record: Record, name: str, where: str) -> Any:
     >>> value_of({"prompt": "Why?"}, "prompt", "data.train: record 1 of prompts.jsonl")
     'Why?'
     """
-    if record.get(name) is None:
+    value = value_at(record, name)
+    if value is None:
         raise UserError(f"{where} has no column {name!r}; it has: {filled_columns(record)}")
-    return record[name]
-
-
-def filled_columns(record: Record) -> str:
-    """List the columns of a record that have a value, for messages.
-
-    >>> filled_columns({"prompt": "Why?", "answer": None, "level": 1})
-    'level, prompt'
-    """
-    return ", ".join(sorted(name for name, value in record.items() if value is not None)) or "nothing"
+    return value
 
 
 @contextmanager
@@ -173,6 +170,12 @@ def _cache_folder() -> str:
     import datasets
 
     return str(datasets.config.HF_DATASETS_CACHE)
+
+
+def _parse_with_column(
+    parse: Callable[[pyarrow.Table], list[Record]], name: str, path: str, table: pyarrow.Table
+) -> list[Record]:
+    return [record | {name: value_at(record, path)} for record in parse(table)]
 
 
 def _call(source: str, field: str) -> Records:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.columns import is_conversation
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import Conversation, Prompt
 
@@ -79,7 +80,7 @@ def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where:
         UserError: if ``conversation`` is not a list of turns with role and content, or the tokenizer has no chat
             template.
     """
-    if not _is_conversation(conversation):
+    if not is_conversation(conversation):
         raise UserError(
             f"{where}: a prompt is text or a list of {{'role': …, 'content': …}}, not {str(conversation)[:80]!r}"
         )
@@ -183,11 +184,3 @@ def _templated(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Turns], opene
 def _apply_template(tokenizer: PreTrainedTokenizerBase, conversations: Any, **options: Any) -> Any:
     """Return the token ids of one conversation, or of each conversation of a list, rendered with the chat template."""
     return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False, **options)
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
-    )

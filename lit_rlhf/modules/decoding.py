@@ -7,13 +7,16 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
 
-def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> RewardInputs:
+def decode(
+    rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase, iteration: int = 0
+) -> RewardInputs:
     """Return the inputs of the rewards: the decoded responses, each with its prompt and the columns of that prompt.
 
     Args:
         rollout: n responses for each prompt of the batch, in prompt-major order.
         batch: The prompts that the rollout answers, with their columns.
         tokenizer: The tokenizer of the actor.
+        iteration: The number of iterations before.
     """
     n = len(rollout.tokens) // len(batch.prompts)
     starts, ends = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()
@@ -23,6 +26,7 @@ def decode(rollout: Rollout, batch: PromptBatch, tokenizer: PreTrainedTokenizerB
         responses=[_response(tokenizer, tokens[i], starts[i], ends[i]) for i in range(len(tokens))],
         columns={name: [value for value in values for _ in range(n)] for name, values in batch.columns.items()},
         rollout=rollout,
+        iteration=iteration,
     )
 
 

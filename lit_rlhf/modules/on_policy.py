@@ -206,7 +206,7 @@ class OnPolicy(AlignmentModule):
             UserError: if a reward fails, or does not return one number for each response.
         """
         with self.profile("judge"):
-            inputs = decode(rollout, batch, self.tokenizer)
+            inputs = decode(rollout, batch, self.tokenizer, int(self.iteration))
             rewards, scores = self.scores.judge(inputs)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
             actor = self._actor_outputs(rollout, full)
@@ -346,4 +346,5 @@ class OnPolicy(AlignmentModule):
         return summarize_held_out(means, float(prompts) / self.sampling.responses)
 
     def _respond(self, batch: PromptBatch, actor: Actor, batch_idx: int) -> RewardInputs:
-        return decode(self.generate(batch, actor, Stream.VALIDATION, batch_idx), batch, self.tokenizer)
+        rollout = self.generate(batch, actor, Stream.VALIDATION, batch_idx)
+        return decode(rollout, batch, self.tokenizer, int(self.iteration))

@@ -2,7 +2,7 @@
 
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.references import load_reference
 from lit_rlhf.rewards.reward import Reward, checked_scores
+from lit_rlhf.rewards.signatures import scores_of
 from lit_rlhf.types import RewardInputs
 
 
@@ -24,6 +25,18 @@ class RewardFunction(Reward):
 
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]
+
+    It may be async. A function that was written for another trainer is called as there, if it names its arguments:
+
+    - TRL, ``f(completions, **columns)``, also with ``prompts``, ``completion_ids`` and ``trainer_state`` (whose
+      ``global_step`` counts iterations): a completion is text, or ``[{"role": "assistant", "content": …}]`` for a
+      conversation. A score of None counts as 0.
+    - verl, ``f(data_source, solution_str, ground_truth, extra_info)``, for one response: the truth is the entry
+      ``reward_model.ground_truth``, or the column ``ground_truth`` or ``answer``. The score is a number, or the entry
+      ``"score"`` of a dictionary. With ``solution_strs`` and so on, it is called once with lists.
+    - OpenRLHF, ``f(queries, prompts, labels)``, with lists of one element: the prompt with the response as text, the
+      prompt as text, and the column ``answer`` or ``label``. The score is a tensor, or the entry ``"rewards"`` of a
+      dictionary.
 
     Args:
         function: The location of the function: ``path/to/file.py:name`` or ``package.module:name``.
@@ -40,6 +53,7 @@ class RewardFunction(Reward):
         super().__init__(weight)
         self.function = function
         self._call: Callable[..., Any] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def name(self) -> str:
@@ -47,11 +61,12 @@ class RewardFunction(Reward):
         return self.function.rpartition(":")[2]
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Import the function; the tokenizer is not used.
+        """Import the function; the tokenizer is for functions that get whole texts.
 
         Raises:
             UserError: if the function cannot be imported.
         """
+        self._tokenizer = tokenizer
         if self._call is None:
             self._call = load_reference(self.function, "rewards.function")
 
@@ -63,15 +78,10 @@ class RewardFunction(Reward):
                 return one finite number per response.
         """
         assert self._call is not None, "call prepare() first"
-        available: dict[str, Sequence[Any]] = {
-            **reward_inputs.columns,
-            "prompts": reward_inputs.prompts,
-            "responses": reward_inputs.responses,
-            "terminated": reward_inputs.rollout.terminated.tolist(),
-        }
-        arguments = self._arguments(self._call, available)
         try:
-            scores = self._call(**arguments)
+            scores = scores_of(self._call, self.function, reward_inputs, self._tokenizer)
+        except UserError:
+            raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
@@ -79,18 +89,6 @@ class RewardFunction(Reward):
             ) from error
         tensor = checked_scores(scores, reward_inputs.responses, f"the reward function {self.function}")
         return tensor.to(reward_inputs.rollout.tokens.device)
-
-    def _arguments(self, function: Callable[..., Any], available: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-        parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return available
-        missing = [p.name for p in parameters if p.default is p.empty and p.name not in available]
-        if missing:
-            raise UserError(
-                f"the reward function {self.function} requires {', '.join(missing)}, "
-                f"but the available arguments are: {', '.join(available)}"
-            )
-        return {p.name: available[p.name] for p in parameters if p.name in available}
 
 
 def _error_location(function: Callable[..., Any], error: Exception) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.columns import value_at
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import Prompt, RewardInputs, Rollout
 
@@ -82,15 +83,23 @@ def make_reward_inputs(
 def column_of(reward_inputs: RewardInputs, name: str) -> Sequence[Any]:
     """Return the values of a column of the prompts, one for each response.
 
+    Args:
+        reward_inputs: The inputs of the reward.
+        name: The name of the column, or ``column.entry`` for an entry in a column of dictionaries.
+
     Raises:
         UserError: if the prompts do not have the column.
 
     >>> column_of(make_reward_inputs(["72", "7"], answer=[72, 72]), "answer")
     [72, 72]
     """
-    if name not in reward_inputs.columns:
-        raise UserError(f"the prompts have no column {name!r}; they have: {', '.join(reward_inputs.columns)}")
-    return reward_inputs.columns[name]
+    columns = reward_inputs.columns
+    if name in columns:
+        return columns[name]
+    column, _, entry = name.partition(".")
+    if column not in columns or not entry:
+        raise UserError(f"the prompts have no column {name!r}; they have: {', '.join(columns)}")
+    return [value_at(value, entry) if isinstance(value, dict) else None for value in columns[column]]
 
 
 def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor:

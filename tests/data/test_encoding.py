@@ -266,6 +266,6 @@ def test_a_record_that_the_chat_template_refuses_is_named(make, tmp_path):
     template = folder / "chat_template.jinja"
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
     template.write_text(strict + template.read_text())
-    rows = [{"prompt": TURNS[:1]}, {"prompt": TURNS[1:]}]
+    rows = [{"prompt": TURNS[:1]}, {"prompt": TURNS[::-1]}]
     with pytest.raises(UserError, match=r"record 2 of \S*: the chat template refuses .*: begin with the user$"):
         make(rows=rows, model=folder)

@@ -151,12 +151,13 @@ def test_a_response_with_several_turns(make, chat_tokenizer):
 
 
 def test_whole_conversations(make, chat_tokenizer):
+    """The turns that they share are the prompt, even if the answers begin with the same word."""
     record = {"chosen": [USER, says("w3 w4")], "rejected": [USER, says("w3 w5 w6")]}
     data = make(chat_tokenizer, [record], batch_size=1)
-    shared = "<user> w1 w2 <eos> <assistant> w3"
-    assert only_ranking(data, chat_tokenizer) == [(shared, "w4 <eos>"), (shared, "w5 w6 <eos>")]
+    shared = "<user> w1 w2 <eos> <assistant>"
+    assert only_ranking(data, chat_tokenizer) == [(shared, "w3 w4 <eos>"), (shared, "w3 w5 w6 <eos>")]
     (batch,) = data.val_dataloader()
-    assert batch.prompts == [[]]
+    assert chat_tokenizer.convert_ids_to_tokens(batch.prompts[0]) == shared.split()
 
 
 def test_text_that_the_template_writes_after_the_last_end_is_not_trained(make, chat_tokenizer):
