@@ -25,9 +25,9 @@ class Samples(OnPolicyCallback):
 
     Each line has the iteration, the stage (``train`` or ``val``), the prompt, the response, whether a stop token ended
     the response, the score, the rewards, and the KL to the reference in nats. ``tokens`` has the ``text`` of each token
-    of the response, its ``kl_to_ref`` (k1) and, in training, its ``advantage`` as the update uses it and, with a critic,
-    its ``value``, rounded to three digits. A line of a validation has the ``reference``'s ``response`` to the same prompt
-    and its ``score``.
+    of the response, its ``kl_to_ref`` (k1) and, in training, its ``advantage``, as the update uses it, and the critic's
+    ``value`` before it, rounded to four decimals. A line of a validation has the ``reference``'s ``response`` to the
+    same prompt, and its ``score``.
 
     A logger that supports tables (W&B) also gets the responses of some training iterations as a table. When a run is
     resumed, the file is first truncated to the checkpoint's lines.
@@ -143,7 +143,7 @@ class Samples(OnPolicyCallback):
                 "rewards": {name: float(value[i]) for name, value in rewards.items()},
                 "kl_to_ref": float(kl_to_ref[i]),
                 "tokens": {"text": token_texts(module.tokenizer, tokens)}
-                | {name: [float(f"{value:.3g}") for value in x[i, :length].tolist()] for name, x in numbers.items()},
+                | {name: [round(value, 4) for value in x[i, :length].tolist()] for name, x in numbers.items()},
             }
             if reference is not None:
                 record["reference"] = {"response": reference[0][i], "score": float(reference[1][i])}

@@ -68,7 +68,7 @@ def test_samples_are_the_first_responses_with_their_scores(make_module, fit, tmp
         n = int(scored.rollout.response_lengths[i])
         kl = (scored.old_logprobs[i, :n] - scored.ref_logprobs[i, :n]).sum()
         assert line["kl_to_ref"] == pytest.approx(float(kl), abs=1e-5)
-        assert sum(line["tokens"]["kl_to_ref"]) == pytest.approx(float(kl), rel=0.01, abs=1e-5)
+        assert sum(line["tokens"]["kl_to_ref"]) == pytest.approx(float(kl), abs=1e-3)
         assert len(line["tokens"]["text"]) == len(line["tokens"]["advantage"]) == n
         assert line["response"].strip() in "".join(line["tokens"]["text"])  # these have the stop token, too
         assert set(line["tokens"]) == {"text", "kl_to_ref", "advantage"}  # and, with a critic, the value
