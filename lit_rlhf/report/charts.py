@@ -45,9 +45,8 @@ class Table:
         self.rows: list[dict[str, Any]] = []
         self.left_out = 0
         for run in runs:
-            validations = [row for row in run.rows if any(name.startswith("val/") for name in row)]
-            iterations = [row for row in run.rows if row not in validations]
-            for part in (iterations, validations):
+            for held_out in (False, True):
+                part = [row for row in run.rows if any(name.startswith("val/") for name in row) == held_out]
                 kept = thinned(part, max(20, MOST_ROWS // len(runs)))
                 self.left_out += len(part) - len(kept)
                 self.rows += [self._row(run, row) for row in kept]
