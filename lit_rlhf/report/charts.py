@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from lit_rlhf.report.panels import COST, Panel, panels_of
+from lit_rlhf.report.panels import COST, SECTIONS, Panel, panels_of
 from lit_rlhf.report.run import Run, thinned
 from lit_rlhf.report.summary import WIN_RATE, phases
 
@@ -67,19 +67,15 @@ def make_charts(runs: Sequence[Run], table: Table) -> list[Chart]:
         for panel in panels:
             charts.append(_chart(panel.title, section, runs, _curve(panel, runs, table), panel_note(panel, runs)))
             if panel.title == "KL to the reference" and any("objective/score" in run.columns for run in runs):
-                layers, held = _frontier(table), any("val/score" in run.columns for run in runs)
+                held = any("val/score" in run.columns for run in runs)
+                layers = _frontier(table, ("objective/", "val/") if held else ("objective/",))
                 note = "small points: each iteration" + ("; large points: held-out data" if held else "")
                 charts.append(_chart("Score against KL", section, runs, layers, note))
     for run in [run for run in runs if phases(run)]:
         title = "Time by phase" + (f": {run.name}" if len(runs) > 1 else "")
         stack = alt.layer(_time(run, table), data=alt.NamedData(name="rows")).properties(title=title)
         charts.append(Chart(_file_name(title), "Time and memory", _finished(stack)))
-    return sorted(charts, key=lambda chart: list(panels_order()).index(chart.section))
-
-
-def panels_order() -> tuple[str, ...]:
-    """Return the sections of the page in their order."""
-    return ("Result", "Responses", "Update", "Time and memory")
+    return sorted(charts, key=lambda chart: list(SECTIONS).index(chart.section))
 
 
 def panel_note(panel: Panel, runs: Sequence[Run]) -> str:
@@ -87,7 +83,7 @@ def panel_note(panel: Panel, runs: Sequence[Run]) -> str:
     window = _window(runs)
     trained = any(panel.trained in run.columns for run in runs)
     held_out = any(panel.held_out in run.columns for run in runs)
-    line = f"line: mean of {2 * window + 1} iterations" if window else "line: each iteration"
+    line = f"pale: each iteration; line: mean of {2 * window + 1} points" if window else "line: each iteration"
     point = "points: held-out data" if panel not in COST else ""
     return "; ".join(text for text, shown in ((line, trained), (point, held_out)) if shown)
 
@@ -136,7 +132,7 @@ def _chart(title: str, section: str, runs: Sequence[Run], layers: list[alt.Chart
 
 
 def _finished(chart: Any) -> dict[str, Any]:
-    return chart.properties(width=WIDTH, height=HEIGHT).to_dict()
+    return chart.properties(width=WIDTH, height=HEIGHT).to_dict(validate=False)  # which takes most of the time
 
 
 def _curve(panel: Panel, runs: Sequence[Run], table: Table) -> list[alt.Chart]:
@@ -193,10 +189,10 @@ def _axis_format(panel: Panel, runs: Sequence[Run]) -> dict[str, Any]:
     return {"format": ".3~p"} if panel.percent else {"format": ".1e"} if 0 < largest < 1e-3 else {}
 
 
-def _frontier(table: Table) -> list[alt.Chart]:
+def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
     """Return the score against √KL: what each nat of distance from the reference bought."""
     layers = []
-    for prefix in ("objective/", "val/"):
+    for prefix in prefixes:
         score, kl = table.field(f"{prefix}score"), table.field(f"{prefix}kl_to_ref")
         base = (
             alt.Chart()

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -60,15 +62,22 @@ def test_the_report_has_the_numbers_of_the_files(run_of_ppo):
         assert ("reference" in line) == (line["stage"] == "val")
 
 
-def test_the_command_needs_no_torch_and_draws_pictures(run_of_ppo, tmp_path):
-    code = "import sys; from lit_rlhf.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    words = ["report", str(run_of_ppo[0]), "--out", str(tmp_path / "page.html")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"report: {tmp_path / 'page.html'}", "False"]
-    pictures = {path.name for path in (tmp_path / "page").iterdir()}
-    assert {"score.png", "score_against_kl.png", "time_by_phase.png"} <= pictures
-    assert (tmp_path / "page" / "score.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(pictures) == len(data_of(tmp_path / "page.html")["charts"])
+def test_the_commands_of_the_page_need_no_torch_and_draw_pictures(run_of_ppo, other_run, tmp_path):
+    """Those of docs/report.md, with its folders."""
+    shutil.copytree(run_of_ppo[0], tmp_path / "runs" / "quickstart" / "ppo")
+    shutil.copytree(other_run, tmp_path / "runs" / "careful")
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    commands = re.search(r"```sh\n(.*?)```", page, flags=re.DOTALL).group(1).splitlines()
+    assert len(commands) == 2
+    calls = "".join(f"main({command.split()[1:]}); " for command in commands)
+    code = f"import sys; from lit_rlhf.cli import main; {calls}print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    expected = ["report: runs/quickstart/ppo/report.html", "report: comparison.html", "False"]
+    assert done.stdout.splitlines() == expected
+    for folder in (tmp_path / "runs" / "quickstart" / "ppo" / "report", tmp_path / "comparison"):
+        assert {"score.png", "score_against_kl.png"} <= {path.name for path in folder.iterdir()}
+        assert (folder / "score.png").read_bytes()[:4] == b"\x89PNG"
+        assert len(list(folder.iterdir())) == len(data_of(folder.with_suffix(".html"))["charts"])
 
 
 def test_half_written_lines_do_not_matter(run_of_ppo, tmp_path):
