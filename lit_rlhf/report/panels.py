@@ -34,7 +34,7 @@ RESULT = (
     Panel("Margin", "better score − worse score", "train/margin", "val/margin"),
     Panel("Calibration error", "% (0 is best)", None, "val/ece", percent=True),
 )
-RESPONSES = (
+LENGTH = (
     Panel("Response length", "tokens", "response/length", "val/length"),
     Panel("Truncated responses", "%", "response/truncated_fraction", "val/truncated_fraction", percent=True),
     Panel("Entropy of the policy", "nats per token", "objective/entropy"),
@@ -56,7 +56,7 @@ COST = (
     Panel("Speed", "tokens per second", "perf/tokens_per_second"),
     Panel("Peak memory", "GiB", "perf/peak_memory_gib"),
 )
-SECTIONS = {"Result": RESULT, "Responses": RESPONSES, "Update": UPDATE, "Time and memory": COST}
+SECTIONS = {"Result": RESULT, "Length and entropy": LENGTH, "Update": UPDATE, "Time and memory": COST}
 
 
 def panels_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
