@@ -104,7 +104,7 @@ def test_a_run_of_a_thousand_iterations_stays_small(run_of_ppo, tmp_path):
         writer.writerows({**row, "progress/iteration": i} for i in range(1, 1201) for row in (train[i % 3], val[i % 3]))
     lines = [sample for sample in run.samples if sample["iteration"] == 1]
     for line in lines:
-        line["tokens"] = {name: values * 30 for name, values in line["tokens"].items()}
+        line["tokens"] = {name: values * 12 for name, values in line["tokens"].items()}
     with (tmp_path / "samples.jsonl").open("w") as file:
         file.writelines(json.dumps(line | {"iteration": i}) + "\n" for i in range(1, 1201) for line in lines)
     page = write_report([tmp_path], pictures=False)
