@@ -31,6 +31,7 @@ _PUBLIC = {
         "PrintPlan",
         "ProgressBar",
         "Samples",
+        "WriteReport",
     ),
     "data": ("Demonstrations", "Preferences", "Prompts"),
     "errors": ("UserError",),

@@ -20,6 +20,7 @@ commands:
   quickstart   SFT, a reward model and PPO from scratch, on a small corpus that is included
   fit          train: lit-rlhf fit --config configs/ppo.yaml
   plan         say what fit will need: memory, FLOPs, seconds; lit-rlhf plan --config configs/ppo.yaml --gpu h100
+  report       a page with the charts and the responses of a run: lit-rlhf report runs/ppo
   validate     evaluate a model on the validation data
   test         evaluate a model on the test data
   predict      write responses as JSONL
@@ -59,6 +60,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from lit_rlhf import plan_cli
 
             plan_cli.main(words[1:])
+        elif words[0] == "report":
+            from lit_rlhf import report_cli
+
+            report_cli.main(words[1:])
         else:
             from lit_rlhf import lightning_cli
 

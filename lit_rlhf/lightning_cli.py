@@ -30,6 +30,7 @@ from lit_rlhf.callbacks import (
     PrintPlan,
     ProgressBar,
     Samples,
+    WriteReport,
 )
 from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.config_errors import explain
@@ -101,6 +102,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(PrintPlan, "plan")
+        parser.add_lightning_class_args(WriteReport, "report")
 
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.

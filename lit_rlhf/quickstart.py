@@ -100,6 +100,7 @@ def main(args: Sequence[str]) -> None:
         report_iterations(folder / "ppo" / "metrics.csv", console)
     report(evaluations, console)
     console.print(f"\nDone in {time.perf_counter() - start:.0f} seconds. The runs are in {folder}", highlight=False)
+    print(f"report: {folder / stages[-1] / 'report.html'}")
 
 
 def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int, lora: bool = False) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
+        "altair",
         "datasets",
         "lit_rlhf.lightning_cli",
         "lit_rlhf.export",

@@ -20,11 +20,11 @@ LAYERS = [
     ("checkpoints",),
     ("strategies",),
     ("modules",),
-    ("export", "planning"),
+    ("export", "planning", "report"),
     ("callbacks",),
     ("config_errors", "lost_processes", "testing"),
     ("lightning_cli",),
-    ("plan_cli", "quickstart"),
+    ("plan_cli", "quickstart", "report_cli"),
     ("cli",),
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

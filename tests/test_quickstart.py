@@ -57,7 +57,9 @@ def test_quickstart_trains_measures_and_reports(run, tmp_path):
     output = run(tmp_path, "--ppo-iterations", "2")
     for text in ("after SFT", "after PPO", "true score", "learned score", "KL to SFT", "grammatical", "3. PPO"):
         assert text in output
+    assert output.splitlines()[-1] == "report: runs/quickstart/ppo/report.html"
     runs = tmp_path / "runs" / "quickstart"
+    assert (runs / "ppo" / "report.html").exists()
     for stage in ("sft", "reward", "ppo"):
         assert (runs / stage / "metrics.csv").exists()
         assert (runs / stage / "export" / "model.safetensors").exists()

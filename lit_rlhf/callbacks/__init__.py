@@ -1,4 +1,4 @@
-"""Callbacks: plan, checkpoints, metrics, progress, samples, predictions, export, and compiled or recomputed layers."""
+"""Callbacks: plan, checkpoints, metrics, progress, samples, predictions, export, report, changes of the layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd
@@ -6,6 +6,7 @@ from lit_rlhf.callbacks.layers import ActivationCheckpointing, CompileLayers
 from lit_rlhf.callbacks.metrics import MetricsFile
 from lit_rlhf.callbacks.plan import PrintPlan
 from lit_rlhf.callbacks.progress import ProgressBar
+from lit_rlhf.callbacks.report import WriteReport
 from lit_rlhf.callbacks.samples import Predictions, Samples
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "PrintPlan",
     "ProgressBar",
     "Samples",
+    "WriteReport",
 ]

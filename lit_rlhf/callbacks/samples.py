@@ -1,28 +1,36 @@
 """Callbacks that write responses to files: ``samples.jsonl`` in training, ``predictions.jsonl`` in ``predict``."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.callbacks.files import LinesFile
-from lit_rlhf.modules.module import iteration_of
-from lit_rlhf.types import RewardInputs, ScoredRollout
+from lit_rlhf.modules.decoding import token_texts
+from lit_rlhf.modules.hooks import OnPolicyCallback
+from lit_rlhf.modules.module import AlignmentModule, iteration_of
+from lit_rlhf.types import Experience, RewardInputs, ScoredRollout
 
 COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score", "rewards", "kl_to_ref")
 
 
-class Samples(lightning.Callback):
+class Samples(OnPolicyCallback):
     """A callback that writes the first responses of each iteration and of each validation, with their scores.
 
     Each line has the iteration, the stage (``train`` or ``val``), the prompt, the response, whether a stop token ended
-    the response, the score, the rewards, and the KL to the reference in nats. A logger that supports tables (W&B) also
-    gets the responses of some training iterations as a table. When a run is resumed, the file is first truncated to
-    the checkpoint's lines.
+    the response, the score, the rewards, and the KL to the reference in nats. ``tokens`` has the ``text`` of each token
+    of the response, its ``kl_to_ref`` (k1) and, in training, its ``advantage``, as the update uses it, and the critic's
+    ``value`` before it, rounded to four decimals. A line of a validation has the ``reference``'s ``response`` to the
+    same prompt, and its ``score``.
+
+    A logger that supports tables (W&B) also gets the responses of some training iterations as a table. When a run is
+    resumed, the file is first truncated to the checkpoint's lines.
 
     Args:
         count: The number of responses to write per iteration and per validation.
@@ -46,6 +54,7 @@ class Samples(lightning.Callback):
         self.name = name
         self.file: LinesFile | None = None
         self._restored = 0
+        self._advantages = torch.zeros(0, 0)  # [count, T], of the iteration under way
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the file, and keep only the checkpoint's lines, or no lines if the run is new."""
@@ -53,16 +62,31 @@ class Samples(lightning.Callback):
         if trainer.is_global_zero:
             self.file.restore(self._restored)
 
+    def on_advantages(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
+    ) -> None:
+        """Keep the advantages of the iteration's first responses."""
+        self._advantages = experience.advantages[: self.count]
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the iteration's first responses."""
-        if not isinstance(outputs, dict) or not isinstance(outputs.get("scored_rollout"), ScoredRollout):
+        scored = outputs.get("scored_rollout") if isinstance(outputs, dict) else None
+        if not trainer.is_global_zero or not isinstance(scored, ScoredRollout):
             return
-        scored: ScoredRollout = outputs["scored_rollout"]
-        kl_to_ref = masked_sum(k1(scored.old_logprobs, scored.ref_logprobs), scored.rollout.response_mask, 1)
-        iteration = iteration_of(pl_module)
-        records = self._records(iteration, "train", scored.reward_inputs, scored.scores, scored.rewards, kl_to_ref)
+        kl, iteration = k1(scored.old_logprobs, scored.ref_logprobs), iteration_of(pl_module)
+        records = self._records(
+            pl_module,
+            "train",
+            reward_inputs=scored.reward_inputs,
+            scores=scored.scores,
+            rewards=scored.rewards,
+            kl_to_ref=masked_sum(kl, scored.rollout.response_mask, 1),
+            kl_of_tokens=kl,
+            advantage=self._advantages,
+            value=scored.values,
+        )
         self._write(trainer, records)
         if iteration % self.table_every_n == 0 or iteration == 1:
             self._log_table(trainer, records, iteration)
@@ -79,7 +103,7 @@ class Samples(lightning.Callback):
         """Write the first responses of the validation."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and batch_idx == 0 and isinstance(outputs, dict) and "reward_inputs" in outputs:
-            self._write(trainer, self._records(iteration_of(pl_module), "val", **outputs))
+            self._write(trainer, self._records(pl_module, "val", **outputs))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the file's size in bytes."""
@@ -90,21 +114,41 @@ class Samples(lightning.Callback):
         self._restored = state_dict["size"]
 
     def _records(
-        self, iteration: int, stage: str, reward_inputs: RewardInputs, scores: Any, rewards: Any, kl_to_ref: Any
+        self,
+        module: lightning.LightningModule,
+        stage: str,
+        *,
+        reward_inputs: RewardInputs,
+        scores: Tensor,
+        rewards: Mapping[str, Tensor],
+        kl_to_ref: Tensor,
+        kl_of_tokens: Tensor,
+        reference: tuple[Sequence[str], Tensor] | None = None,
+        **of_tokens: Tensor | None,
     ) -> list[dict[str, Any]]:
-        return [
-            {
-                "iteration": iteration,
+        """Return the first responses; ``of_tokens`` has further numbers of their tokens, [B, T] each, or None."""
+        assert isinstance(module, AlignmentModule)
+        numbers = {"kl_to_ref": kl_of_tokens} | {name: x for name, x in of_tokens.items() if x is not None}
+        rollout, records = reward_inputs.rollout, []
+        for i in range(min(self.count, len(reward_inputs.responses))):
+            start, length = int(rollout.prompt_lengths[i]), int(rollout.response_lengths[i])
+            tokens = rollout.tokens[i, start : start + length].tolist()
+            record = {
+                "iteration": iteration_of(module),
                 "stage": stage,
                 "prompt": reward_inputs.prompts[i],
                 "response": reward_inputs.responses[i],
-                "terminated": bool(reward_inputs.rollout.terminated[i]),
+                "terminated": bool(rollout.terminated[i]),
                 "score": float(scores[i]),
                 "rewards": {name: float(value[i]) for name, value in rewards.items()},
                 "kl_to_ref": float(kl_to_ref[i]),
+                "tokens": {"text": token_texts(module.tokenizer, tokens)}
+                | {name: [round(value, 4) for value in x[i, :length].tolist()] for name, x in numbers.items()},
             }
-            for i in range(min(self.count, len(reward_inputs.responses)))
-        ]
+            if reference is not None:
+                record["reference"] = {"response": reference[0][i], "score": float(reference[1][i])}
+            records.append(record)
+        return records
 
     def _write(self, trainer: lightning.Trainer, records: list[dict[str, Any]]) -> None:
         if trainer.is_global_zero and self.file is not None:

@@ -1,5 +1,6 @@
 """Rollouts as text: inputs for the rewards, and records of the responses."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,22 @@ def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
         }
         for i, response in enumerate(reward_inputs.responses)
     ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """Return the text that each token adds to the text of the tokens before it, special tokens included.
+
+    Where several tokens make up one character, the last of them has its text, and the others have none.
+    """
+    texts, start, end = [], 0, 0  # the text of the tokens up to `end` is known; decoding continues from `start`
+    for after in range(1, len(tokens) + 1):
+        known, longer = (str(tokenizer.decode(list(tokens[start:to]))) for to in (end, after))
+        if after < len(tokens) and longer.endswith("\N{REPLACEMENT CHARACTER}"):
+            texts.append("")
+            continue
+        texts.append(longer[len(known) :])
+        start, end = end, after
+    return texts
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:

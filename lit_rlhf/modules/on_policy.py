@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -102,7 +102,7 @@ class OnPolicy(AlignmentModule):
         self.max_tokens = update.max_tokens
         self.value_grad_scale = value_grad_scale
         self.scores = Scores(rewards or [], scores)
-        self.reference_scores: dict[int, Tensor] = {}  # of each held-out batch: the reference does not change in a run
+        self.reference_answers: dict[int, tuple[Sequence[str], Tensor]] = {}  # responses and scores by held-out batch
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
         parts = self.scores, sampling, advantages, correction
         check_settings(*parts, has_critic=critic is not None, bootstrap_truncated=bootstrap_truncated)
@@ -123,13 +123,13 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the precision, and discard the scores of the reference's responses from an earlier run.
+        """Check the precision, and discard the reference's responses and scores from an earlier run.
 
         Raises:
             UserError: if ``trainer.precision`` is not supported, or if an adapter is to be trained with FSDP1.
         """
         super().setup(stage)
-        self.reference_scores.clear()
+        self.reference_answers.clear()
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Return the source of the rollouts, which starts and closes the engine."""
@@ -299,9 +299,8 @@ class OnPolicy(AlignmentModule):
         measure_experience(scored, trajectory, self.kl.coef, metrics)
         for name, optimizer in self.optimizers_by_name().items():
             metrics.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
-        responses, tokens = self.sum_over_ranks(
-            torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=self.device)
-        ).tolist()
+        counts = torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=self.device)
+        responses, tokens = self.sum_over_ranks(counts).tolist()
         logged = metrics.compute()
         self.kl.update(logged["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
@@ -331,14 +330,16 @@ class OnPolicy(AlignmentModule):
     def _evaluate(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         inputs = self._respond(batch, self.actor, batch_idx)
         rewards, scores = self.scores.judge(inputs)
-        if batch_idx not in self.reference_scores:
-            self.reference_scores[batch_idx] = self.scores.judge(self._respond(batch, self.reference, batch_idx))[1]
+        if batch_idx not in self.reference_answers:  # once a run, because the reference does not change
+            answers = self._respond(batch, self.reference, batch_idx)
+            self.reference_answers[batch_idx] = answers.responses, self.scores.judge(answers)[1]
         actor = self._actor_outputs(inputs.rollout)
-        ref_logprobs = response_logprobs(self.reference, inputs.rollout, self.max_tokens)
-        kl_to_ref = masked_sum(k1(actor.logprobs, ref_logprobs), inputs.rollout.response_mask, 1)
-        reference_scores = self.reference_scores[batch_idx]
-        measure_held_out(self.held_out, inputs.rollout, scores, reference_scores, rewards, kl_to_ref)
-        return {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
+        kl_of_tokens = k1(actor.logprobs, response_logprobs(self.reference, inputs.rollout, self.max_tokens))
+        kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
+        reference = self.reference_answers[batch_idx]
+        measure_held_out(self.held_out, inputs.rollout, scores, reference[1], rewards, kl_to_ref)
+        outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
+        return outputs | {"kl_of_tokens": kl_of_tokens, "reference": reference}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval."""

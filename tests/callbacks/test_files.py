@@ -55,8 +55,8 @@ def test_a_table_grows_columns_and_is_cut_back(tmp_path):
 
 
 def test_samples_are_the_first_responses_with_their_scores(make_module, fit, tmp_path):
-    recorder = Recorder()
-    fit(make_module(iterations=2, critic=None), [Samples(count=3), recorder], validation=True, val_check_interval=2)
+    recorder, fitted = Recorder(), make_module(iterations=2, critic=None)
+    fit(fitted, [Samples(count=3), recorder], validation=True, val_check_interval=2)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(x["iteration"], x["stage"]) for x in lines] == [(1, "train")] * 3 + [(2, "train")] * 3 + [(2, "val")] * 3
     scored = recorder.outputs[1]["scored_rollout"]
@@ -68,6 +68,19 @@ def test_samples_are_the_first_responses_with_their_scores(make_module, fit, tmp
         n = int(scored.rollout.response_lengths[i])
         kl = (scored.old_logprobs[i, :n] - scored.ref_logprobs[i, :n]).sum()
         assert line["kl_to_ref"] == pytest.approx(float(kl), abs=1e-5)
+        assert sum(line["tokens"]["kl_to_ref"]) == pytest.approx(float(kl), abs=1e-3)
+        assert len(line["tokens"]["text"]) == len(line["tokens"]["advantage"]) == n
+        words = [text.strip() for text in line["tokens"]["text"]]  # one token is one word, and <eos> is one, too
+        texts = [[word for word in part if word.startswith("w")] for part in (words, line["response"].split())]
+        assert texts[0] == texts[1]
+        assert set(line["tokens"]) == {"text", "kl_to_ref", "advantage"}  # and, with a critic, the value
+    for line in lines[6:]:
+        assert set(line["tokens"]) == {"text", "kl_to_ref"}
+        assert set(line["reference"]) == {"response", "score"}
+    answers, scores = fitted.reference_answers[0]
+    assert [x["reference"] for x in lines[6:]] == [
+        {"response": answers[i], "score": pytest.approx(float(scores[i]))} for i in range(3)
+    ]
 
 
 def test_predictions_are_lines(make_module, fit, prompt_file, tmp_path):

@@ -317,7 +317,7 @@ def test_held_out_metrics_are_the_means_over_the_prompts(make_module, fit, promp
     metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     scores, kl = (torch.cat([o[name] for o in held_out.outputs]) for name in ("scores", "kl_to_ref"))
     rollouts = [o["reward_inputs"].rollout for o in held_out.outputs]
-    others = torch.cat([module.reference_scores[i] for i in range(len(rollouts))])
+    others = torch.cat([module.reference_answers[i][1] for i in range(len(rollouts))])
     truncated = torch.cat([~rollout.terminated for rollout in rollouts]).float()
     assert len(scores) == 48
     assert 0 < truncated.mean() < 0.9

@@ -1,0 +1,81 @@
+"""What the report shows of the metrics: one chart for each panel of which a run has a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lit_rlhf.report.run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A curve over the iterations: a line of what was measured in training, and points of what validations measured."""
+
+    title: str
+    unit: str  # of the axis
+    trained: str | None  # the metric of each iteration
+    held_out: str | None = None  # the metric of each validation
+    floor: float | None = None  # smaller values are drawn here
+    percent: bool = False  # whether the metric is a fraction, to be shown in %
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metrics that the panel shows."""
+        return tuple(name for name in (self.trained, self.held_out) if name)
+
+
+RESULT = (
+    Panel("Score", "score", "objective/score", "val/score"),
+    Panel("KL to the reference", "nats per response", "objective/kl_to_ref", "val/kl_to_ref"),
+    Panel("Win rate against the reference", "% of held-out prompts", None, "val/win_rate", percent=True),
+    Panel("Loss", "loss", "train/loss", "val/loss"),
+    Panel("Accuracy", "% of pairs in order", "train/accuracy", "val/accuracy", percent=True),
+    Panel("Margin", "better score − worse score", "train/margin", "val/margin"),
+    Panel("Calibration error", "% (0 is best)", None, "val/ece", percent=True),
+)
+LENGTH = (
+    Panel("Response length", "tokens", "response/length", "val/length"),
+    Panel("Truncated responses", "%", "response/truncated_fraction", "val/truncated_fraction", percent=True),
+    Panel("Entropy of the policy", "nats per token", "objective/entropy"),
+)
+UPDATE = (
+    Panel("Clip fraction", "% of tokens", "policy/clip_fraction", percent=True),
+    Panel("KL to the old policy", "nats per token", "policy/kl_to_old"),
+    Panel(
+        "Explained variance of the critic", "1 is best; below −1 drawn at −1", "value/explained_variance", floor=-1.0
+    ),
+    Panel("Loss of the critic", "loss", "value/loss"),
+    Panel("Gradient norm of the policy", "before clipping", "policy/grad_norm"),
+    Panel("Gradient norm of the critic", "before clipping", "value/grad_norm"),
+    Panel("Gradient norm", "before clipping", "train/grad_norm"),
+    Panel("KL coefficient", "coefficient", "objective/kl_coef"),
+    Panel("Engine against actor", "|Δ log-probability|, nats per token", "engine/mismatch_mean"),
+)
+COST = (
+    Panel("Speed", "tokens per second", "perf/tokens_per_second"),
+    Panel("Peak memory", "GiB", "perf/peak_memory_gib"),
+)
+SECTIONS = {"Result": RESULT, "Length and entropy": LENGTH, "Update": UPDATE, "Time and memory": COST}
+
+
+def panels_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+    """Return the panels of each section for which any of the runs has numbers; constant coefficients are left out.
+
+    >>> run = Run(name="sft", config={}, rows=[{"train/loss": 2.0}], samples=[])
+    >>> {title: [panel.title for panel in panels] for title, panels in panels_of([run]).items()}
+    {'Result': ['Loss']}
+    """
+    columns = {name for run in runs for name in run.columns}
+    if len({value for run in runs for value in run.values("objective/kl_coef")}) == 1:
+        columns -= {"objective/kl_coef"}
+    rewards = [name for name in sorted(columns) if name.startswith("rewards/") and not _is_score(name, runs)]
+    named = [Panel(f"Reward: {name[8:]}", "reward, unweighted", name, f"val/{name}") for name in rewards]
+    sections = SECTIONS | {"Result": (*RESULT[:3], *named, *RESULT[3:])}
+    shown = {title: [p for p in panels if columns & set(p.columns)] for title, panels in sections.items()}
+    return {title: panels for title, panels in shown.items() if panels}
+
+
+def _is_score(reward: str, runs: Sequence[Run]) -> bool:
+    """Return whether a reward is all of the score."""
+    return all(run.values(reward) == run.values("objective/score") for run in runs)

@@ -1,0 +1,144 @@
+"""The files of a training run, read as they are, also while the run writes them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lit_rlhf.errors import UserError
+
+Item = TypeVar("Item")
+ELSEWHERE = ("trainer.default_root_dir", "ckpt_path", "weights_only", "report.at_end")
+"""The options of a configuration that say where a run is and what is written about it, not what it does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The contents of a run's folder.
+
+    >>> Run(name="ppo", config={}, rows=[{"train/loss": 0.5}], samples=[]).columns
+    {'train/loss'}
+    """
+
+    name: str
+    config: dict[str, Any]  # the options by their full names, such as model.kl.coef
+    rows: list[dict[str, float]]  # the rows of metrics.csv in their order, each with its finite numbers
+    samples: list[dict[str, Any]]  # the lines of samples.jsonl
+
+    @property
+    def columns(self) -> set[str]:
+        """The names of the metrics of which there is at least one number."""
+        return {name for row in self.rows for name in row}
+
+    def values(self, column: str) -> list[float]:
+        """Return the numbers of a metric, in the order of the rows."""
+        return [row[column] for row in self.rows if column in row]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a run's folder; of its files, only ``metrics.csv`` must exist.
+
+    A last line that is not finished is left out, because the run may be writing it.
+
+    Args:
+        folder: The folder that ``lit-rlhf fit`` wrote.
+        name: The name of the run in the report.
+
+    Raises:
+        UserError: if there is no ``metrics.csv``, or if a file is damaged.
+    """
+    metrics, samples, config = (folder / file for file in ("metrics.csv", "samples.jsonl", "config.yaml"))
+    if not metrics.exists():
+        raise UserError(f"report: {folder} has no metrics.csv; it should be the folder of a run of lit-rlhf fit")
+    table = csv.DictReader(io.StringIO("".join(_finished_lines(metrics))))
+    return Run(
+        name=name,
+        config=flatten(_read_yaml(config)) if config.exists() else {},
+        rows=[_numbers(row) for row in table],
+        samples=_read_json_lines(samples) if samples.exists() else [],
+    )
+
+
+def flatten(options: Any, name: str = "") -> dict[str, Any]:
+    """Return nested options by their full names, without the levels that the user need not write.
+
+    >>> flatten({"model": {"init_args": {"kl": {"coef": 0.1}, "rewards": [{"weight": 1.0}]}}})
+    {'model.kl.coef': 0.1, 'model.rewards.0.weight': 1.0}
+    """
+    if isinstance(options, dict) and options:
+        parts = {"" if key in ("init_args", "class_path") else str(key): value for key, value in options.items()}
+        if "class_path" in options:
+            parts[""] = options.get("init_args") or {}
+            first = {name: options["class_path"].rpartition(".")[2]}
+        else:
+            first = {}
+    elif isinstance(options, list) and any(isinstance(value, dict | list) for value in options):
+        parts, first = {str(number): value for number, value in enumerate(options)}, {}
+    else:
+        return {name: options}
+    flat = [flatten(value, f"{name}.{key}".strip(".")) for key, value in parts.items() if value != {}]
+    return {key: value for part in (first, *flat) for key, value in part.items()}
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the options in which the runs differ, with one value for each run, and – where a run has no such option.
+
+    >>> one, two = (Run(name="", config={"seed": s, "lr": 0.1}, rows=[], samples=[]) for s in (1, 2))
+    >>> differences([one, two])
+    {'seed': ['1', '2']}
+    """
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in ELSEWHERE)
+    table = {name: [_shown(run.config[name]) if name in run.config else "–" for run in runs] for name in names}
+    return {name: values for name, values in table.items() if len(set(values)) > 1}
+
+
+def thinned(items: Sequence[Item], most: int) -> list[Item]:
+    """Return at most ``most`` ≥ 2 of the items, evenly spaced, among them the first and the last.
+
+    >>> thinned(range(11), 3), thinned("ab", 3)
+    ([0, 5, 10], ['a', 'b'])
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _finished_lines(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        lines = file.readlines()
+    return lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(_finished_lines(path), start=1):
+        try:
+            records.append(json.loads(line, parse_constant=lambda name: None))  # NaN is not JSON
+        except ValueError as error:
+            raise UserError(f"report: line {number} of {path} is not JSON: {error}") from error
+    return records
+
+
+def _read_yaml(path: Path) -> Any:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"report: {path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _numbers(row: dict[str, str]) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in row.items() if value}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
