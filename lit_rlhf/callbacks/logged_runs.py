@@ -29,11 +29,9 @@ def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
 
 
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
-    """Log a run's configuration, but not with an MLflow run that has one, since MLflow refuses changes such as a resume.
+    """Log a run's configuration, except to an MLflow run that has one.
 
-    Args:
-        loggers: The loggers.
-        config: The content of ``config.yaml``.
+    MLflow refuses to change a configuration, which a resumed run does: at least ``ckpt_path`` differs.
     """
     for logger in loggers:
         has_one = isinstance(logger, MLFlowLogger) and logger.experiment.get_run(str(logger.run_id)).data.params
