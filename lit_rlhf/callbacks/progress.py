@@ -68,6 +68,13 @@ class ProgressBar(LightningProgressBar):
         """Begin to show the iterations."""
         self._open(Course("iteration", iteration_of(pl_module), total_iterations(trainer, pl_module)))
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to measure the pace at the first iteration."""
+        if self._course is not None and self._course.done == self._course.first:
+            self._course.begin()
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -47,6 +47,10 @@ class Course:
             self.work_start = time.monotonic()
         self.work = progress
 
+    def begin(self) -> None:
+        """Take note that the first step begins; what came before it does not count in the pace."""
+        self.start, self.work = time.monotonic(), None
+
     def advance(self, done: int, metrics: list[str]) -> None:
         """Take note that steps are done, and of the metrics to show."""
         self.done, self.metrics, self.stage, self.work = done, metrics, None, None

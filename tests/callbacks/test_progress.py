@@ -99,7 +99,13 @@ def test_bars_in_a_terminal(terminal, make_module, fit, tmp_path, monkeypatch):
 
 def test_lines_where_there_is_no_terminal(make_module, fit, capsys):
     """Many iterations are a few lines; the validation has one, and the summary is plain text."""
-    fit(make_module(iterations=6), [ProgressBar(), Summary()], validation=True, enable_progress_bar=True, max_epochs=-1)
+    fit(
+        make_module(iterations=6),
+        [ProgressBar(every=600.0), Summary()],
+        validation=True,
+        enable_progress_bar=True,
+        max_epochs=-1,
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("data: ")]
     assert [line.split("  ")[0] for line in lines[:3]] == ["iteration 1/6", "iteration 6/6", "iteration 6/6"]
     assert lines[2].startswith("iteration 6/6  validation: score ")
@@ -144,11 +150,13 @@ def test_the_time_left_does_not_grow_while_an_iteration_goes_on(monkeypatch):
     now = 0.0
     monkeypatch.setattr("lit_rlhf.callbacks.terminal.time.monotonic", lambda: now)
     course = Course("iteration", 10, 20)
-    assert course.duration() == "0:00"
-    now = 30.0
+    now = 100.0
+    assert course.duration() == "1:40"
+    course.begin()  # after a long preparation
+    now = 130.0
     course.advance(12, [])
     assert course.duration() == "2:00 left"
-    now = 40.0
+    now = 140.0
     assert course.duration() == "1:50 left"
     assert clock(3675.4) == "1:01:15"
 
