@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.progress import track
 from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, Rollout
 
 Outputs = TypeVar("Outputs", bound=tuple[Tensor | None, ...])
@@ -168,7 +169,7 @@ def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout
         A named tuple of the same type for all rows; its tensors are [B, T] or [B] float32, padded with 0 on the right.
     """
     results: list[Tensor | None] = []
-    for indices in pack(rollout.lengths.cpu(), max_tokens):
+    for indices in track(pack(rollout.lengths.cpu(), max_tokens), "judge", "micro-batches"):
         rows = indices.to(rollout.tokens.device)
         outputs = compute(rollout.select(rows))
         if not results:

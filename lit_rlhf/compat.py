@@ -208,7 +208,13 @@ ADVERTISING_LOGGERS = (
 )
 """The loggers of the messages below; if Lightning renames a logger, its messages are shown."""
 
-ADVERTISEMENTS = ("\N{ELECTRIC LIGHT BULB}", "TPU available", "GPU available", "`weights_only` was not set")
+ADVERTISEMENTS = (
+    "\N{ELECTRIC LIGHT BULB}",
+    "TPU available",
+    "GPU available",
+    "`weights_only` was not set",
+    "`Trainer.fit` stopped",
+)
 """The beginnings of those Lightning messages that are hidden because they do not concern the user."""
 
 INAPPLICABLE_WARNINGS = (

@@ -12,6 +12,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.progress import tell
 
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 """The HTTP status codes after which a later attempt may succeed."""
@@ -106,7 +107,9 @@ class JSONClient:
         """Send a POST request whose answer is plain text; the arguments and the errors are those of `post`."""
         return str(self._request("POST", path, body, read=lambda answer: answer.text))
 
-    def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def post_all(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], work: str = "request", unit: str = "answers"
+    ) -> list[Any]:
         """Return the answers to several POST requests, as `post` does, in the order of the requests.
 
         At most ``connections`` requests are sent at the same time. When one of them fails, requests that are still
@@ -115,6 +118,8 @@ class JSONClient:
         Args:
             path: What follows the address of the service: nothing, or a path that begins with a slash.
             bodies: The JSON object of each request.
+            work: What the requests are for; whoever shows the progress shows it.
+            unit: What the answers are, in the plural; also shown.
 
         Raises:
             UserError: if one of the requests fails, for the reasons in `post`, or if the client is closed meanwhile.
@@ -151,6 +156,7 @@ class JSONClient:
                 if error is not None:
                     raise error
                 answers[index] = answer
+                tell(work, len(answers), len(bodies), unit)
         finally:
             failed.set()
         return [answers[index] for index in range(len(bodies))]

@@ -25,13 +25,16 @@ from lit_rlhf import compat
 from lit_rlhf.callbacks import (
     ExportAtEnd,
     IterationCheckpoint,
+    LogDetails,
     MetricsFile,
     Predictions,
     PrintPlan,
     ProgressBar,
     Samples,
+    Summary,
     WriteReport,
 )
+from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
@@ -76,8 +79,8 @@ class SaveConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
-        for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(text))
+        if trainer.is_global_zero:
+            log_config(trainer.loggers, yaml.safe_load(text))
 
 
 class CLI(LightningCLI):
@@ -101,8 +104,10 @@ class CLI(LightningCLI):
         """Add the callbacks that every run uses, with their options."""
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(LogDetails, "details")
         parser.add_lightning_class_args(PrintPlan, "plan")
         parser.add_lightning_class_args(WriteReport, "report")
+        parser.add_lightning_class_args(Summary, "summary")  # the last one, so that it names the other's file
 
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.
@@ -167,8 +172,15 @@ class CLI(LightningCLI):
         Raises:
             UserError: if one of the three refuses a value.
         """
+        config = self.config[self.subcommand]
+        resumed = self.subcommand == "fit" and config.ckpt_path is not None
+        logged = Path(config.trainer.default_root_dir) / LOGGED
         try:
-            super().instantiate_classes()
+            with continued(logged, _one_or_more(config.trainer.logger) if resumed else []):
+                super().instantiate_classes()
+            for callback in self.trainer.checkpoint_callbacks:  # with a logger, Lightning would look in its folder
+                if isinstance(callback, IterationCheckpoint):
+                    callback.dirpath = callback.dirpath or str(Path(self.trainer.default_root_dir) / "checkpoints")
         except UserError:
             raise
         except (ValueError, MisconfigurationException) as error:

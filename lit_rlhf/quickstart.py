@@ -129,7 +129,8 @@ def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int
         for optimizer, rate in LORA_LEARNING_RATES[stage].items():
             options += [f"--model.{optimizer}.lr", str(rate)]
     config = ["--config", str(config_file(f"quickstart/{'sft' if stage == 'base' else stage}.yaml"))]
-    lightning_cli.run(["fit", *config, "--trainer.default_root_dir", str(folder / stage), *options])
+    options += ["--trainer.default_root_dir", str(folder / stage), "--summary.next", "false"]
+    lightning_cli.run(["fit", *config, *options])
 
 
 def _sft_iterations(number: int) -> list[str]:

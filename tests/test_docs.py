@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ from lit_rlhf import Correction
 from lit_rlhf import __all__ as names
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
+from lit_rlhf.progress import listen, stop_listening
 from lit_rlhf.rewards import RemoteReward, make_reward_inputs
 from lit_rlhf.testing import Recorder
 
@@ -126,3 +128,25 @@ def test_the_service_of_the_rewards_page_scores(tmp_path, monkeypatch):
         server.shutdown()
     assert scores.tolist() == pytest.approx([-length / 100 for length in range(40)])
     assert remote.name == "brevity"
+
+
+LOGGERS = (ROOT / "docs" / "loggers.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_page_on_loggers_are_accepted():
+    text = re.search(r"```bash\n(.*?)```", LOGGERS, flags=re.DOTALL).group(1).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in text.splitlines()]
+    assert [words[:2] for words in commands] == [["lit-rlhf", "fit"]] * 2
+    for words in commands:
+        done = preloaded.run("-m", "lit_rlhf.cli", *words[1:], "--print_config", cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert "Logger" in yaml.safe_load(done.stdout)["trainer"]["logger"]["class_path"]
+
+
+def test_the_part_of_the_page_on_loggers_tells_its_progress():
+    names, heard = {}, []
+    exec(re.search(r"```python\n(.*?)```", LOGGERS, flags=re.DOTALL).group(1), names)
+    listen(heard.append)
+    assert names["slow_scores"](["a", "bc"]) == [1, 2]
+    stop_listening(heard.append)
+    assert [(progress.done, progress.total) for progress in heard] == [(0, 2), (1, 2), (2, 2)]

@@ -10,7 +10,7 @@ import lit_rlhf
 
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
-    ("errors",),
+    ("errors", "progress"),
     ("compat", "http", "randomness", "references", "types"),
     ("algorithms",),
     ("batching",),

@@ -3,21 +3,25 @@
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd
 from lit_rlhf.callbacks.layers import ActivationCheckpointing, CompileLayers
+from lit_rlhf.callbacks.loggers import LogDetails
 from lit_rlhf.callbacks.metrics import MetricsFile
 from lit_rlhf.callbacks.plan import PrintPlan
 from lit_rlhf.callbacks.progress import ProgressBar
 from lit_rlhf.callbacks.report import WriteReport
 from lit_rlhf.callbacks.samples import Predictions, Samples
+from lit_rlhf.callbacks.summary import Summary
 
 __all__ = [
     "ActivationCheckpointing",
     "CompileLayers",
     "ExportAtEnd",
     "IterationCheckpoint",
+    "LogDetails",
     "MetricsFile",
     "Predictions",
     "PrintPlan",
     "ProgressBar",
     "Samples",
+    "Summary",
     "WriteReport",
 ]

@@ -39,7 +39,7 @@ class MetricsFile(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the iteration's row."""
-        metrics = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("val/")}
+        metrics = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("val/") and k != "step"}
         self._append(trainer, metrics)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -13,11 +13,9 @@ from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.callbacks.files import LinesFile
 from lit_rlhf.modules.decoding import token_texts
-from lit_rlhf.modules.hooks import OnPolicyCallback
+from lit_rlhf.modules.hooks import OnPolicyCallback, call_hook
 from lit_rlhf.modules.module import AlignmentModule, iteration_of
 from lit_rlhf.types import Experience, RewardInputs, ScoredRollout
-
-COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score", "rewards", "kl_to_ref")
 
 
 class Samples(OnPolicyCallback):
@@ -29,28 +27,24 @@ class Samples(OnPolicyCallback):
     ``value`` before it, rounded to four decimals. A line of a validation has the ``reference``'s ``response`` to the
     same prompt, and its ``score``.
 
-    A logger that supports tables (W&B) also gets the responses of some training iterations as a table. When a run is
-    resumed, the file is first truncated to the checkpoint's lines.
+    When a run is resumed, the file is first truncated to the checkpoint's lines. Any callback with a method
+    ``on_samples`` gets the same records; `LogDetails` passes them to the loggers.
 
     Args:
         count: The number of responses to write per iteration and per validation.
-        table_every_n: The number of iterations between two tables for the logger.
         name: The name of the file in the run's folder.
 
     Raises:
-        ValueError: if ``count`` is negative or ``table_every_n`` is less than 1.
+        ValueError: if ``count`` is negative.
 
     >>> Samples(count=2).count
     2
     """
 
-    def __init__(self, count: int = 4, table_every_n: int = 10, name: str = "samples.jsonl") -> None:
-        if count < 0 or table_every_n < 1:
-            raise ValueError(
-                f"samples.count must be 0 or more and samples.table_every_n 1 or more, not {count} and {table_every_n}"
-            )
+    def __init__(self, count: int = 4, name: str = "samples.jsonl") -> None:
+        if count < 0:
+            raise ValueError(f"samples.count must be 0 or more, not {count}")
         self.count = count
-        self.table_every_n = table_every_n
         self.name = name
         self.file: LinesFile | None = None
         self._restored = 0
@@ -75,7 +69,7 @@ class Samples(OnPolicyCallback):
         scored = outputs.get("scored_rollout") if isinstance(outputs, dict) else None
         if not trainer.is_global_zero or not isinstance(scored, ScoredRollout):
             return
-        kl, iteration = k1(scored.old_logprobs, scored.ref_logprobs), iteration_of(pl_module)
+        kl = k1(scored.old_logprobs, scored.ref_logprobs)
         records = self._records(
             pl_module,
             "train",
@@ -88,8 +82,7 @@ class Samples(OnPolicyCallback):
             value=scored.values,
         )
         self._write(trainer, records)
-        if iteration % self.table_every_n == 0 or iteration == 1:
-            self._log_table(trainer, records, iteration)
+        call_hook(pl_module, "on_samples", records)
 
     def on_validation_batch_end(
         self,
@@ -103,7 +96,9 @@ class Samples(OnPolicyCallback):
         """Write the first responses of the validation."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and batch_idx == 0 and isinstance(outputs, dict) and "reward_inputs" in outputs:
-            self._write(trainer, self._records(pl_module, "val", **outputs))
+            records = self._records(pl_module, "val", **outputs)
+            self._write(trainer, records)
+            call_hook(pl_module, "on_samples", records)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the file's size in bytes."""
@@ -153,12 +148,6 @@ class Samples(OnPolicyCallback):
     def _write(self, trainer: lightning.Trainer, records: list[dict[str, Any]]) -> None:
         if trainer.is_global_zero and self.file is not None:
             self.file.append(records)
-
-    def _log_table(self, trainer: lightning.Trainer, records: list[dict[str, Any]], iteration: int) -> None:
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_table"):
-                rows = [[str(r[c]) if c in ("prompt", "rewards") else r[c] for c in COLUMNS] for r in records]
-                logger.log_table("samples", columns=list(COLUMNS), data=rows, step=iteration)
 
 
 class Predictions(lightning.Callback):

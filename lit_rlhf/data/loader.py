@@ -123,6 +123,11 @@ class ResumableLoader:
             self.yielded += 1
             yield self._load(batch)
 
+    @property
+    def batches_in_once(self) -> int:
+        """The number of batches that `once` yields, at most; an incomplete last batch is among them."""
+        return -(-self.batches.size // self.batches.batch_size)
+
     def upcoming(self, distance: int) -> Any:
         """Return the batch ``distance`` batches after the last one given out, without changing the loader's position.
 

@@ -8,6 +8,7 @@ columns and types.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -123,10 +124,13 @@ def value_of(record: Record, name: str, where: str) -> Any:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Hide the progress bars of `datasets` inside this context unless ``shown``; bars that were off stay off."""
+    """Hide the progress bars of `datasets` inside this context unless ``shown``; bars that were off stay off.
+
+    They are hidden in any case unless the standard error, where they are drawn, is a terminal.
+    """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if shown or are_progress_bars_disabled():
+    if (shown and sys.stderr.isatty()) or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

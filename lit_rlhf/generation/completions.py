@@ -97,7 +97,9 @@ def draw_responses(
     responses, waiting = [Response([], []) for _ in requests], list(range(len(requests)))
     for attempt in range(1 + ATTEMPTS_PER_TOKEN * min_tokens):
         asked = [_continued(requests[row], responses[row], attempt) for row in waiting]
-        for row, request, answer in zip(waiting, asked, client.post_all(PATH, asked), strict=True):
+        for row, request, answer in zip(
+            waiting, asked, client.post_all(PATH, asked, "generate", "responses"), strict=True
+        ):
             new, old = read_response(answer, request, vocabulary, client.option), responses[row]
             responses[row] = Response(old.tokens + new.tokens, old.logprobs + new.logprobs)
         waiting = [row for row in waiting if _ends_early(responses[row], requests[row], min_tokens)]

@@ -18,6 +18,7 @@ from lit_rlhf.generation.static import StaticStep, cast_weights
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapters import whole_model
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.progress import tell
 from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
@@ -144,6 +145,7 @@ class _Decoding:
         self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.next_prompt = 0  # the first prompt that has not started
+        self.sampled = 0  # the number of tokens so far, with those that rows drew after their end
         self.check_every = CHECK_ENDED_EVERY_CPU if device.type == "cpu" else CHECK_ENDED_EVERY_GPU
         self.longest_prompt = max(self.prompt_lengths)
         # the maximum number of columns; a row that has ended still writes some until the next check
@@ -169,8 +171,12 @@ class _Decoding:
         while True:
             new = self._sample(logits)
             steps += 1
+            self.sampled += len(self.first_column)
             if steps % self.check_every == 0:
                 new = self._remove_ended(new)
+                waiting = (len(self.prompt_lengths) - self.next_prompt) * self.sampling.responses
+                done = len(self.lengths) - waiting - len(self.first_column)
+                tell("generate", done, len(self.lengths), "responses", self.sampled)
                 if not self.first_column and self.next_prompt == len(self.prompt_lengths):
                     return
             logits = self._admit(self._forward(new) if self.first_column else None)

@@ -28,6 +28,7 @@ from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.modules.roles import RoleSources, load_roles
+from lit_rlhf.progress import track
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PreferenceBatch, PromptBatch
 
@@ -175,7 +176,8 @@ class DPO(PreferenceModule):
             )
         table = torch.zeros(len(loader.records), 2, device=self.device)
         with self.trainer.precision_plugin.forward_context(), unsharded(self.reference):
-            for number, batch in enumerate(loader.once(whole=True)):
+            batches = loader.once(whole=True)
+            for number, batch in enumerate(track(batches, "cache the reference", "batches", loader.batches_in_once)):
                 self.check_batch(batch)
                 table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
                 if number % self.trainer.world_size != self.trainer.global_rank:

@@ -13,6 +13,7 @@ from torchmetrics import MaxMetric, Metric
 
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.progress import tell
 from lit_rlhf.types import Rollout, ScoredRollout, Trajectory
 
 
@@ -244,6 +245,7 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the duration of a ``with`` block to a phase; the host waits for the GPU before and after the block."""
+        tell(name)
         _synchronize()
         start = time.perf_counter()
         yield

@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
@@ -181,6 +182,12 @@ class AlignmentModule(lightning.LightningModule):
         """Log the metrics of an iteration; those named in ``shown`` also appear on the progress bar."""
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
+        self.log_step()
+
+    def log_step(self) -> None:
+        """Make the loggers use the iteration as the step, in place of Lightning's, which is the number of batches."""
+        if self.trainer.loggers:  # Lightning takes the metric of this name for the step, and does not log it
+            self.log("step", float(self.iteration), batch_size=1)
 
     def count_iteration(self) -> None:
         """Count an iteration, and stop the Trainer after the last one.
@@ -254,6 +261,8 @@ class AlignmentModule(lightning.LightningModule):
     def _log_held_out(self, stage: str) -> None:
         for name, value in self.summary(self.held_out.compute()).items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log_step()
 
     def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
         """Build a model, shard it as the strategy requires, and return it on this process's device.

@@ -20,6 +20,7 @@ from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.modules.steps import step_within_target
 from lit_rlhf.modules.update import Update
+from lit_rlhf.progress import track
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
 
@@ -143,7 +144,8 @@ class PolicyGradient(OnPolicy):
                 out (see `within_memory`).
         """
         losses = self.losses()
-        for minibatch in self.minibatches(experience):
+        count = self.update.epochs * self.update.minibatches
+        for minibatch in track(self.minibatches(experience), "update", "minibatches", count):
             if not step_within_target(self, minibatch, losses, metrics):
                 break
         if self.objective.follows_kl:

@@ -17,6 +17,7 @@ from lit_rlhf.models.scoring import ScalarModel, load_critic, strip_prefix, to_c
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.modules.preference import PreferenceModule
+from lit_rlhf.progress import track
 from lit_rlhf.types import PreferenceBatch
 
 
@@ -135,7 +136,8 @@ class RewardModeling(PreferenceModule):
     def _measure_training_set(self) -> None:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with unsharded(self.reward):
-            for batch in self.trainer.train_dataloader.once():  # type: ignore[union-attr]
+            loader: Any = self.trainer.train_dataloader
+            for batch in track(loader.once(), "measure the scores", "batches", loader.batches_in_once):
                 for micro_batch in preference_micro_batches(batch.to(self.device), self.max_tokens):
                     scores = self.scores(micro_batch).double()
                     sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])

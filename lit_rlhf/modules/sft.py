@@ -117,6 +117,7 @@ class SFT(AlignmentModule):
             batch_size=1,
         )
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        self.log_step()
 
     def _add_gradients(self, batch: DemonstrationBatch) -> Tensor:
         """Compute the gradient of a batch, and return this rank's part of the loss, [], in nats per token."""

@@ -40,6 +40,7 @@ from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.modules.steps import add_gradient, check_finite, step_optimizers, within_memory
 from lit_rlhf.modules.update import Update
+from lit_rlhf.progress import track
 from lit_rlhf.rewards import Reward, ScoreShaping
 from lit_rlhf.types import Experience
 
@@ -240,7 +241,8 @@ class TRPO(OnPolicy):
         step_actor = partial(self._step_actor, experience, losses, metrics)
         within_memory(self, step_actor, experience.rollout.lengths, metrics)
         if experience.values is not None:
-            for minibatch in self.minibatches(experience):
+            count = self.update.epochs * self.update.minibatches
+            for minibatch in track(self.minibatches(experience), "update", "minibatches of the critic", count):
                 self._step_critic(minibatch, losses, metrics)
 
     # ------------------------------------------------------------------- actor

@@ -10,6 +10,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.progress import track
 from lit_rlhf.rewards.reward import Reward
 from lit_rlhf.types import Prompt, RewardInputs
 
@@ -93,7 +94,7 @@ class RewardModel(Reward):
             tokens, lengths = tokens.to(rollout.tokens.device), lengths.to(rollout.tokens.device)
         scores = torch.empty(len(tokens), device=tokens.device)
         with unsharded(self.model):
-            for rows in pack(lengths.cpu(), self.max_tokens):
+            for rows in track(pack(lengths.cpu(), self.max_tokens), "judge", "micro-batches"):
                 rows = rows.to(tokens.device)
                 batch = tokens[rows, : int(lengths[rows].max())]
                 scores[rows] = self.model(batch, lengths[rows]).gather(1, lengths[rows, None] - 1).squeeze(1)

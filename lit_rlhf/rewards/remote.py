@@ -127,7 +127,8 @@ class RemoteReward(Reward):
         batches = [slice(i, i + self.batch_size) for i in range(0, len(responses), self.batch_size)]
         bodies = [{**_rows(data, batch), "columns": _rows(columns, batch)} for batch in batches]
         scores = torch.empty(len(responses))
-        for batch, answer in zip(batches, self._client().post_all(self._path, bodies), strict=True):
+        answers = self._client().post_all(self._path, bodies, "judge", "answers of the service")
+        for batch, answer in zip(batches, answers, strict=True):
             scores[batch] = self._scores(answer, responses[batch])
         return scores.to(reward_inputs.rollout.tokens.device)
 

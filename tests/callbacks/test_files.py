@@ -4,7 +4,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf.callbacks import ExportAtEnd, MetricsFile, Predictions, ProgressBar, Samples
+from lit_rlhf.callbacks import ExportAtEnd, MetricsFile, Predictions, Samples
 from lit_rlhf.callbacks.files import TableFile
 from lit_rlhf.testing import Recorder
 
@@ -99,11 +99,3 @@ def test_export_at_end_loads_with_transformers(make_module, fit, tmp_path):
     fit(module, [ExportAtEnd()])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
     assert all((loaded[name] == value).all() for name, value in module.actor.model.state_dict().items())
-
-
-def test_the_bar_shows_score_kl_and_speed(make_module, fit, capsys):
-    fit(make_module(iterations=2), [ProgressBar()], enable_progress_bar=True)
-    shown = capsys.readouterr()
-    bar = shown.out + shown.err
-    for name in ("score=", "KL=", "tokens/s="):
-        assert name in bar

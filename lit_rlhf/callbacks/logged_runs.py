@@ -1,0 +1,65 @@
+"""Which runs of the loggers belong to a run, so that it continues them when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+
+LOGGED = "loggers.json"
+"""The file in the run's folder that says which runs of the loggers belong to it."""
+IDS = {"WandbLogger": "id", "TensorBoardLogger": "version", "MLFlowLogger": "run_id"}
+"""By the name of a logger's class: its argument that continues an earlier run.
+
+CSVLogger is not among them, because it deletes the file of the version that it is given; ``metrics.csv`` in the run's
+folder continues instead.
+"""
+
+
+def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
+    """Write to a file which runs the loggers write to."""
+    runs = {type(logger).__name__: logger.version for logger in loggers if type(logger).__name__ in IDS}
+    if runs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(runs) + "\n", encoding="utf-8")
+
+
+def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
+    """Log a run's configuration, except to an MLflow run that has one.
+
+    MLflow refuses to change a configuration, which a resumed run does: at least ``ckpt_path`` differs.
+    """
+    for logger in loggers:
+        has_one = isinstance(logger, MLFlowLogger) and logger.experiment.get_run(str(logger.run_id)).data.params
+        if not has_one:
+            logger.log_hyperparams(config)
+
+
+@contextmanager
+def continued(path: Path, configs: Sequence[Any]) -> Iterator[None]:
+    """Inside this context, let the configurations of loggers name the runs that a file says they wrote to.
+
+    A configuration that names a run itself is left alone. At the end, the configurations are what they were, so that
+    they can be used for another run.
+
+    Args:
+        path: The file that `note_logged` wrote; nothing happens if there is none.
+        configs: The configurations of the loggers; those without ``class_path`` are left alone.
+    """
+    runs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before: list[tuple[Any, str, Any]] = []
+    for config in configs:
+        name = getattr(config, "class_path", "").rpartition(".")[2]
+        own = [config.init_args.get(key) for key in (IDS[name], "version")] if name in runs else [True]
+        if all(value is None for value in own):
+            before.append((config.init_args, IDS[name], config.init_args.get(IDS[name])))
+            config.init_args[IDS[name]] = runs[name]
+    try:
+        yield
+    finally:
+        for arguments, key, value in before:
+            arguments[key] = value

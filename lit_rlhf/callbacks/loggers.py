@@ -1,0 +1,256 @@
+"""What the loggers get besides metrics: samples, histograms, and the exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lit_rlhf.callbacks.export import ExportAtEnd
+from lit_rlhf.callbacks.logged_runs import LOGGED, note_logged
+from lit_rlhf.modules.hooks import OnPolicyCallback
+from lit_rlhf.modules.module import iteration_of
+from lit_rlhf.types import Experience, ScoredRollout, Trajectory
+
+COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score")
+BINS = 64
+
+
+class LogDetails(OnPolicyCallback):
+    """A callback that gives the loggers more than metrics: samples, histograms and, if asked, the exported model.
+
+    ==============  ============================  ===============================  ==================
+    logger          samples                       histograms                       exported model
+    ==============  ============================  ===============================  ==================
+    W&B             a table                       yes                              an artifact
+    TensorBoard     a table, as text              yes                              no
+    MLflow          a table, as a Markdown file   no                               no
+    ==============  ============================  ===============================  ==================
+
+    Each sample has its score and the parts of it: every reward, and the KL to the reference. The samples are those that
+    the callback `Samples` writes, of process 0. The histograms are of the scores, the response lengths, the advantages,
+    and the ratios π_actor / π_engine of all processes' responses. The x-axis is the iteration.
+
+    In a run that is resumed, TensorBoard drops what was logged after the checkpoint; W&B and MLflow cannot, so that the
+    iterations between the checkpoint and the interruption are there twice.
+
+    Args:
+        every_n: The number of iterations between two logs of samples and histograms, which begin with the first
+            iteration; validations always log their samples. 0 for neither.
+        model: Whether to upload the exported model or adapter to W&B at the end, as an artifact.
+
+    Raises:
+        ValueError: if ``every_n`` is negative.
+
+    >>> LogDetails(every_n=50).model
+    False
+    """
+
+    def __init__(self, every_n: int = 10, model: bool = False) -> None:
+        if every_n < 0:
+            raise ValueError(f"details.every_n must be 1 or more, or 0 for nothing, not {every_n}")
+        self.every_n = every_n
+        self.model = model
+
+    # ------------------------------------------------------------------ the x-axis
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Make the iteration the x-axis in W&B, and write down which runs of the loggers belong to this run."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.define_metric("progress/iteration")
+                logger.experiment.define_metric("*", step_metric="progress/iteration", step_sync=True)
+        note_logged(Path(trainer.default_root_dir) / LOGGED, trainer.loggers)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """In a run that is resumed, let TensorBoard drop what was logged after the checkpoint."""
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger) and len(list(Path(logger.log_dir).glob("events.out.*"))) > 1:
+                writer: Any = logger.experiment
+                writer.close()  # the next event opens a new file, which begins with the step from which on to drop
+                writer.purge_step = iteration_of(pl_module) + 1
+
+    # ----------------------------------------------------------- samples, histograms
+
+    def on_samples(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Log the records that `Samples` writes."""
+        if not records or not self.every_n or not trainer.is_global_zero:
+            return
+        iteration, stage = records[0]["iteration"], records[0]["stage"]
+        if stage == "train" and not self._is_due(iteration):
+            return
+        columns, rows = table(records)
+        for logger in trainer.loggers:
+            log_table(logger, f"samples/{stage}", columns, rows, iteration)
+
+    def on_rewards(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        scored: ScoredRollout,
+        trajectory: Trajectory,
+    ) -> None:
+        """Log histograms of the scores, the response lengths, and the ratios of the actor to the engine."""
+        if self._draws(trainer, pl_module):
+            self._log_histogram(trainer, pl_module, "scores", scored.scores)
+            self._log_histogram(trainer, pl_module, "lengths", scored.rollout.response_lengths)
+            if trajectory.ratios is not None:
+                self._log_histogram(trainer, pl_module, "actor_to_engine", trajectory.ratios, trajectory.mask)
+
+    def on_advantages(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
+    ) -> None:
+        """Log a histogram of the advantages."""
+        if self._draws(trainer, pl_module):
+            mask = experience.rollout.response_mask
+            self._log_histogram(trainer, pl_module, "advantages", experience.advantages, mask)
+
+    def _is_due(self, iteration: int) -> bool:
+        return iteration == 1 or iteration % self.every_n == 0
+
+    def _draws(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> bool:
+        """Return whether histograms are due, with the same answer on all processes."""
+        if not self.every_n or not any(isinstance(x, WandbLogger | TensorBoardLogger) for x in trainer.loggers):
+            return False
+        return self._is_due(iteration_of(module) + 1)
+
+    def _log_histogram(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        name: str,
+        values: Tensor,
+        mask: Tensor | None = None,
+    ) -> None:
+        values = values.detach().float()
+        valid = values.isfinite() if mask is None else values.isfinite() & mask
+        counts, edges = histogram(values[valid], trainer.strategy)
+        if trainer.is_global_zero and any(counts):
+            for logger in trainer.loggers:
+                log_histogram(logger, f"histograms/{name}", counts, edges, iteration_of(module) + 1)
+
+    # ------------------------------------------------------------------- the model
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Upload the exported model, if that was asked for."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        exports = [Path(trainer.default_root_dir) / c.name for c in callbacks if isinstance(c, ExportAtEnd)]
+        if not self.model or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and exports and exports[0].exists():
+                import wandb
+
+                artifact = wandb.Artifact(
+                    f"model-{logger.version}", type="model", metadata={"iterations": iteration_of(pl_module)}
+                )
+                artifact.add_dir(str(exports[0]))
+                logger.experiment.log_artifact(artifact, aliases=["latest"])
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the rows of a table of samples; each reward has a column.
+
+    >>> sample = {"iteration": 1, "stage": "val", "prompt": "2 + 2", "response": " 4", "terminated": True, "score": 1.0}
+    >>> columns, rows = table([sample | {"rewards": {"exact": 1.0}, "kl_to_ref": 0.5}])
+    >>> columns[5:], rows[0][5:]
+    (['score', 'rewards/exact', 'kl_to_ref'], [1.0, 1.0, 0.5])
+    """
+    names = list(records[0]["rewards"])
+    columns = [*COLUMNS, *(f"rewards/{name}" for name in names), "kl_to_ref"]
+    rows = [
+        [
+            *(record[column] if column != "prompt" else str(record[column]) for column in COLUMNS),
+            *(record["rewards"][name] for name in names),
+            record["kl_to_ref"],
+        ]
+        for record in records
+    ]
+    return columns, rows
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table in Markdown; the pipe signs and the line breaks of texts are replaced.
+
+    >>> print(markdown(["response", "score"], [["a|b", 0.123456]]))
+    | response | score |
+    |---|---|
+    | a&#124;b | 0.123 |
+    """
+
+    def cell(value: Any) -> str:
+        text = f"{value:.3g}" if isinstance(value, float) else str(value)
+        return text.replace("|", "&#124;").replace("\n", "<br>")
+
+    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+
+def histogram(values: Tensor, strategy: Any) -> tuple[list[float], list[float]]:
+    """Count the values of all processes in bins of equal width; all processes call this function together.
+
+    Args:
+        values: The values of this process, a tensor of one dimension, possibly empty.
+        strategy: The Trainer's strategy.
+
+    Returns:
+        The counts, and the edges of the bins, one more.
+    """
+    empty = torch.full((1,), -torch.inf, device=values.device)
+    ends = torch.stack([torch.cat([-values, empty]).max(), torch.cat([values, empty]).max()])
+    low, high = strategy.reduce(ends, reduce_op="max").tolist()
+    low, high = (0.0, 0.0) if high == -torch.inf else (-low, high)
+    margin = 0.5 if low == high else 0.0
+    low, high = low - margin, high + margin
+    places = ((values - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+    counts = torch.zeros(BINS, device=values.device).scatter_add_(0, places, torch.ones_like(values))
+    return strategy.reduce(counts, reduce_op="sum").tolist(), torch.linspace(low, high, BINS + 1).tolist()
+
+
+def log_table(logger: Logger, name: str, columns: list[str], rows: list[list[Any]], iteration: int) -> None:
+    """Log a table with a logger that can show one."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        metrics: Any = {name: wandb.Table(columns=[*columns], data=rows), "progress/iteration": iteration}
+        logger.log_metrics(metrics, step=iteration)
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(name, markdown(columns, rows), iteration)
+    elif isinstance(logger, MLFlowLogger):
+        assert logger.run_id is not None
+        logger.experiment.log_text(logger.run_id, markdown(columns, rows), f"{name}/iteration-{iteration:06d}.md")
+
+
+def log_histogram(logger: Logger, name: str, counts: list[float], edges: list[float], iteration: int) -> None:
+    """Log a histogram with a logger that can show one."""
+    if isinstance(logger, WandbLogger):
+        import numpy as np
+        import wandb
+
+        drawn = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+        metrics: Any = {name: drawn, "progress/iteration": iteration}
+        logger.log_metrics(metrics, step=iteration)
+    elif isinstance(logger, TensorBoardLogger):
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        logger.experiment.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=int(sum(counts)),
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=iteration,
+        )

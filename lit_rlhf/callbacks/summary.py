@@ -1,0 +1,155 @@
+"""A callback that says at the end of a run what was reached, where it is, and which command comes next."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.text import Text
+
+from lit_rlhf.callbacks.export import ExportAtEnd
+from lit_rlhf.callbacks.progress import number
+from lit_rlhf.callbacks.terminal import clock, is_terminal
+from lit_rlhf.modules import DPO, SFT, RewardModeling
+from lit_rlhf.modules.module import AlignmentModule, iteration_of
+
+SHOWN = {
+    "score": ("objective/score", "val/score"),
+    "KL": ("objective/kl_to_ref", "val/kl_to_ref"),
+    "length": ("response/length", "val/length"),
+    "loss": ("train/loss", "val/loss"),
+    "accuracy": ("train/accuracy", "val/accuracy"),
+    "win rate": ("val/win_rate",),
+}
+"""By the name in the summary: the metrics of training and of the validation."""
+UNITS = {"KL": "nats per response", "length": "tokens", "win rate": "against the reference"}
+FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoints")
+
+
+class Summary(lightning.Callback):
+    """A callback that prints a few lines at the end of ``fit``: what was reached, the files, and the next command.
+
+    Each metric is given for the first and the last iteration, and for the first and the last validation. If the run was
+    interrupted, the first ones are those of its first part.
+
+    Args:
+        next: Whether to print the command that comes next.
+
+    >>> Summary(next=False).next
+    False
+    """
+
+    def __init__(self, next: bool = True) -> None:  # noqa: A002 (the name of the option)
+        self.next = next
+        self.first: dict[str, float] = {}
+        self._start, self._from = 0.0, 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note the time and the iteration."""
+        self._start, self._from = time.monotonic(), iteration_of(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the metrics of the first iteration."""
+        if iteration_of(pl_module) == 1:
+            self._keep(trainer, "train")
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep the metrics of the first validation."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._keep(trainer, "val")
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Print the summary on process 0."""
+        assert isinstance(pl_module, AlignmentModule)
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+            show([*self.reached(trainer, pl_module), *self.files(trainer, pl_module)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metrics of the first iteration and the first validation."""
+        return {"first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the metrics of the first iteration and the first validation."""
+        self.first = dict(state_dict["first"])
+
+    def reached(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
+        """Return the lines on the metrics, each as a label and a text."""
+        last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        done, seconds = iteration_of(module), time.monotonic() - self._start
+        begun = "" if self._from == 0 else f" (after iteration {self._from})"
+        lines = [("done", f"{type(module).__name__}, {done} iterations in {clock(seconds)}{begun}")]
+        for label, names in SHOWN.items():
+            changes = [self._change(name, last[name]) for name in names if name in last]
+            if changes and (label != "score" or "objective/score" in last):  # not a reward model's own scores
+                lines.append((label, ", ".join(changes) + (f"  ({UNITS[label]})" if label in UNITS else "")))
+        return lines
+
+    def files(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
+        """Return the lines on what the run has written, and on the next command."""
+        run, callbacks = Path(trainer.default_root_dir), trainer.callbacks  # type: ignore[attr-defined]
+        found = ", ".join(name for name in FILES if (run / name).exists())
+        lines = [("files", f"{run}: {found}")] if found else []
+        export = next((run / c.name for c in callbacks if isinstance(c, ExportAtEnd)), None)
+        if export is None or not export.exists():
+            return lines
+        lines.insert(0, ("model", str(export)))
+        return [*lines, *(("next", command) for command in (following(module, run, export) if self.next else ()))]
+
+    def _change(self, name: str, last: float) -> str:
+        values = [number(last)] if self.first.get(name, last) == last else [number(self.first[name]), number(last)]
+        return " → ".join(values) + (" held out" if name.startswith("val/") else "")
+
+    def _keep(self, trainer: lightning.Trainer, stage: str) -> None:
+        names = [name for names in SHOWN.values() for name in names if name.startswith("val/") == (stage == "val")]
+        for name in names:
+            if name in trainer.callback_metrics:
+                self.first.setdefault(name, float(trainer.callback_metrics[name]))
+
+
+def following(module: AlignmentModule, run: Path, export: Path) -> list[str]:
+    """Return the commands that usually follow a run.
+
+    Args:
+        module: The module that was trained.
+        run: The run's folder.
+        export: The folder of the exported model or adapter.
+    """
+    adapter = "" if module.adapter is None else "_lora"
+    if isinstance(module, SFT):
+        return [
+            f"lit-rlhf fit --config configs/reward{adapter}.yaml --model.reward {export} --data.train pairs.jsonl",
+            f"lit-rlhf fit --config configs/dpo{adapter}.yaml --model.actor {export} --data.train pairs.jsonl",
+        ]
+    if isinstance(module, RewardModeling):
+        reward = f"[{{class_path: RewardModel, init_args: {{model: {export}, normalize: true}}}}]"
+        return [
+            f"lit-rlhf fit --config configs/ppo{adapter}.yaml --data.train prompts.jsonl --model.critic reward "
+            f"--model.rewards '{reward}'"
+        ]
+    commands = [] if module.adapter is None else [f"lit-rlhf export {run} --merge"]
+    if not isinstance(module, DPO):
+        last = f"--config {run / 'config.yaml'} --ckpt_path {run / 'checkpoints' / 'last.ckpt'}"
+        commands.append(f"lit-rlhf predict {last} --data.predict prompts.jsonl")
+    return [*commands, f"vllm serve {export if module.adapter is None else run / 'export_merged'}"]
+
+
+def show(lines: list[tuple[str, str]]) -> None:
+    """Print lines of a label and a text: with colours in a terminal; long lines are not broken, so they can be copied.
+
+    >>> show([("done", "3 iterations"), ("model", "runs/ppo/export")])
+    done      3 iterations
+    model     runs/ppo/export
+    """
+    if not is_terminal():
+        print(*(f"{label:<9} {text}" for label, text in lines), sep="\n", flush=True)
+        return
+    console = Console()
+    for label, text in lines:
+        style = {"done": "bold green", "next": "cyan"}.get(label, "")
+        console.print(Text.assemble((f"{label:<9} ", "bold"), (text, style)), soft_wrap=True)

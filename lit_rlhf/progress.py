@@ -1,0 +1,95 @@
+"""The progress of work that takes a while, told to whoever shows it, such as the callback `ProgressBar`.
+
+The parts of the package that do such work know nothing about who listens. While nobody does, `tell` costs a comparison,
+and `track` returns what it was given.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a piece of work has come.
+
+    >>> Progress("generate", 3, 8, "responses").total
+    8
+    """
+
+    work: str
+    """What is done, such as ``generate``."""
+    done: int = 0
+    total: int | None = None
+    """The amount of work, in the same unit as ``done``; None if it is not known."""
+    unit: str = ""
+    tokens: int = 0
+    """The number of tokens generated so far; 0 if it is not known."""
+
+
+Listener: TypeAlias = Callable[[Progress], None]
+"""A function that is called with every `Progress`, in the thread that does the work; it should return at once."""
+_listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> None:
+    """Call a function with every `Progress` in this process, until `stop_listening`."""
+    _listeners.append(listener)
+
+
+def stop_listening(listener: Listener) -> None:
+    """Do not call a function any more; nothing happens if it does not listen."""
+    if listener in _listeners:
+        _listeners.remove(listener)
+
+
+def tell(work: str, done: int = 0, total: int | None = None, unit: str = "", tokens: int = 0) -> None:
+    """Tell the listeners how far a piece of work has come; the arguments are the fields of `Progress`.
+
+    The arguments must be numbers that the host knows: it must not wait for a GPU to tell them.
+
+    >>> heard = []
+    >>> listen(heard.append)
+    >>> tell("generate", 3, 8, "responses")
+    >>> stop_listening(heard.append)
+    >>> tell("generate", 4, 8, "responses")
+    >>> [progress.done for progress in heard]
+    [3]
+    """
+    if _listeners:
+        progress = Progress(work, done, total, unit, tokens)
+        for listener in tuple(_listeners):
+            listener(progress)
+
+
+def track(items: Iterable[Item], work: str, unit: str, total: int | None = None) -> Iterable[Item]:
+    """Return the items, and tell the listeners about each one when the next is asked for.
+
+    Args:
+        items: What the work consists of.
+        work: What is done with the items.
+        unit: What the items are, in the plural.
+        total: The number of items; None for the length of ``items``, if it has one.
+
+    >>> heard = []
+    >>> listen(heard.append)
+    >>> sum(track([1, 2], "add", "numbers"))
+    3
+    >>> stop_listening(heard.append)
+    >>> [(progress.done, progress.total) for progress in heard]
+    [(0, 2), (1, 2), (2, 2)]
+    """
+    if not _listeners:
+        return items
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    return _tracked(items, work, unit, total)
+
+
+def _tracked(items: Iterable[Item], work: str, unit: str, total: int | None) -> Iterator[Item]:
+    tell(work, 0, total, unit)
+    for number, item in enumerate(items, start=1):
+        yield item
+        tell(work, number, total, unit)
