@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -164,7 +165,18 @@ class CLI(LightningCLI):
             self.config[self.subcommand].trainer.precision = options.precision
         if options.precision is not None:
             check_precision(options.precision)
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        trainer: lightning.Trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        for callback in trainer.checkpoint_callbacks:  # with a logger, Lightning would look for "last" in its folder
+            if isinstance(callback, IterationCheckpoint):
+                callback.dirpath = callback.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        return trainer
+
+    def _logged_runs(self) -> AbstractContextManager[None]:
+        """Return a context in which the loggers of a run that is resumed continue their runs."""
+        if self.subcommand != "fit" or self.config["fit"].ckpt_path is None:
+            return nullcontext()
+        trainer = self.config["fit"].trainer
+        return continued(Path(trainer.default_root_dir) / LOGGED, _one_or_more(trainer.logger))
 
     def instantiate_classes(self) -> None:
         """Construct the model, the data module and the Trainer.
@@ -172,15 +184,9 @@ class CLI(LightningCLI):
         Raises:
             UserError: if one of the three refuses a value.
         """
-        config = self.config[self.subcommand]
-        resumed = self.subcommand == "fit" and config.ckpt_path is not None
-        logged = Path(config.trainer.default_root_dir) / LOGGED
         try:
-            with continued(logged, _one_or_more(config.trainer.logger) if resumed else []):
+            with self._logged_runs():
                 super().instantiate_classes()
-            for callback in self.trainer.checkpoint_callbacks:  # with a logger, Lightning would look in its folder
-                if isinstance(callback, IterationCheckpoint):
-                    callback.dirpath = callback.dirpath or str(Path(self.trainer.default_root_dir) / "checkpoints")
         except UserError:
             raise
         except (ValueError, MisconfigurationException) as error:
