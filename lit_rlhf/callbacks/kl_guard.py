@@ -62,7 +62,7 @@ class KLGuard(OnPolicyCallback):
     def on_update_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]
     ) -> None:
-        """Compare the iteration's KL with the bound; the metrics, and so the decision, are the same on every process."""
+        """Compare the iteration's KL with the bound; every process has the same metrics, and decides the same."""
         kl = metrics["objective/kl_to_ref"] / (1.0 if self.per == "response" else metrics["response/length"])
         self.above = [*self.above, kl][-self.iterations :] if kl > self.bound else []
         if len(self.above) < self.iterations:

@@ -71,7 +71,9 @@ class Throughput(OnPolicyCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
         """Count the rows and the tokens of this process."""
-        lengths = torch.stack([torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths])
+        lengths = torch.stack(
+            [torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths]
+        )
         self._counts = lengths.sum(1, dtype=torch.float64)
 
     def on_update_end(

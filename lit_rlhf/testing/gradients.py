@@ -27,8 +27,8 @@ def assert_gradient_matches(
     ``torch.autograd.gradcheck``. Then each input in turn is NaN, and then 10³⁰, outside the mask: values and gradients
     must stay the same to the last bit, and the gradients there must be 0. What is tested depends on the part:
 
-    - of an objective, the loss and its gradient with respect to the log-probabilities;
-    - of an advantage estimator, the advantages and the returns, and their gradients with respect to rewards and values,
+    - of an `Objective`, the loss and its gradient with respect to the log-probabilities;
+    - of an `AdvantageEstimator`, advantages and returns, and their gradients with respect to rewards and values,
       unless it computes without gradients;
     - of a function, which is called as ``part(*inputs, mask=mask)``, or as ``part(*inputs)`` without a mask: all its
       outputs, one tensor or several, and their gradients with respect to all its inputs.
@@ -46,11 +46,12 @@ def assert_gradient_matches(
     Args:
         part: An objective, an advantage estimator, or a function of tensors.
         inputs: For a function, tensors of numbers; they are converted to float64.
-        mask: For a function, its mask: a bool tensor whose shape is that of the inputs, True where they count.
+        mask: For an objective or an estimator, a bool tensor, [B, T], True at the tokens that count; None for responses
+            of 5, 2, 4 and 1 tokens. For a function, its mask, whose shape is that of the inputs; None for no mask.
 
     Raises:
         AssertionError: if a gradient is wrong, or garbage changes something; the message has the numbers.
-        TypeError: if inputs are given for an objective or an estimator, or none for a function.
+        TypeError: if tensors are given for an objective or an estimator, or none for a function.
     """
     case = _case(part, inputs, mask)
     _check_gradients(case)
@@ -74,12 +75,13 @@ class _Case:
 
 def _case(part: Any, inputs: tuple[Tensor, ...], mask: Tensor | None) -> _Case:
     is_function = not isinstance(part, Objective | AdvantageEstimator)
-    if is_function != bool(inputs) or not (is_function or mask is None):
+    if is_function != bool(inputs):
         raise TypeError("assert_gradient_matches takes tensors after a function, and none after another part")
+    ragged = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     if isinstance(part, Objective):
-        return _of_objective(part)
+        return _of_objective(part, ragged if mask is None else mask)
     if isinstance(part, AdvantageEstimator):
-        return _of_estimator(part)
+        return _of_estimator(part, ragged if mask is None else mask)
     named = {f"input {number}": x.detach().double() for number, x in enumerate(inputs)}
 
     def call(tensors: Tensors) -> Mapping[str, Tensor]:
@@ -91,31 +93,29 @@ def _case(part: Any, inputs: tuple[Tensor, ...], mask: Tensor | None) -> _Case:
     return _Case(getattr(part, "__name__", type(part).__name__), call, named, tuple(named), mask)
 
 
-def _of_objective(objective: Objective) -> _Case:
-    normal, mask = _random()
+def _of_objective(objective: Objective, mask: Tensor) -> _Case:
+    normal = _normal(mask)
     old_logprobs = -1.0 - normal().abs()
     inputs = {"logprobs": old_logprobs + 0.3 * normal(), "old_logprobs": old_logprobs, "advantages": normal()}
     return _Case(_title(objective), lambda x: {"loss": objective(**x, mask=mask).loss}, inputs, ("logprobs",), mask)
 
 
-def _of_estimator(estimator: AdvantageEstimator) -> _Case:
-    normal, mask = _random()
-    inputs = {"rewards": normal(), "values": normal(), "ratios": (0.3 * normal()).exp()}
-    rows = {"group": torch.tensor([0, 0, 1, 1]), "bootstrap": normal()[:, 0]}
+def _of_estimator(estimator: AdvantageEstimator, mask: Tensor) -> _Case:
+    normal = _normal(mask)
+    inputs = {"rewards": normal(), "values": normal(), "ratios": (0.3 * normal()).exp(), "bootstrap": normal()[:, 0]}
+    group = torch.arange(len(mask)) // 2
 
     def call(tensors: Tensors) -> Mapping[str, Tensor]:
-        estimates = estimator(Trajectory(mask=mask, **tensors, **rows))
+        estimates = estimator(Trajectory(mask=mask, group=group, **tensors))
         return {"advantages": estimates.advantages, "returns": estimates.returns}
 
     return _Case(_title(estimator), call, inputs, ("rewards", "values"), mask, may_detach=True)
 
 
-def _random() -> tuple[Callable[[], Tensor], Tensor]:
-    """Return a function that draws normal random numbers, [B, T] float64, and the mask, [B, T]."""
+def _normal(mask: Tensor) -> Callable[[], Tensor]:
+    """Return a function that draws normal random numbers, float64, of the shape of a mask."""
     generator = torch.Generator().manual_seed(0)
-    shape = (len(LENGTHS), max(LENGTHS))
-    mask = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
-    return lambda: torch.randn(shape, generator=generator, dtype=torch.float64), mask
+    return lambda: torch.randn(mask.shape, generator=generator, dtype=torch.float64)
 
 
 def _check_gradients(case: _Case) -> None:
@@ -162,19 +162,21 @@ def _worst_derivative(case: _Case, step: float = 1e-6) -> str:
 
 
 def _check_garbage(case: _Case, mask: Tensor, name: str, garbage: float) -> None:
-    spoilt = case.inputs | {name: torch.where(mask, case.inputs[name], garbage)}
-    clean = case.inputs | {name: torch.where(mask, case.inputs[name], 0.0)}
+    inside = mask if mask.shape == case.inputs[name].shape else mask.any(1)  # of tokens, or of rows
+    spoilt, clean = (
+        case.inputs | {name: torch.where(inside, case.inputs[name], outside)} for outside in (garbage, 0.0)
+    )
     (expected, gradients), (found, others) = (_values_and_gradients(case, inputs) for inputs in (clean, spoilt))
     for key, value in expected.items():
         _check_equal(case, name, garbage, key, value, found[key])
     for key, value in gradients.items():
         _check_equal(case, name, garbage, f"the gradient with respect to {key}", value, others[key])
-        outside = torch.where(mask, 0.0, others[key])
-        if outside.any():
-            place = tuple(outside.nonzero()[0].tolist())
+        beyond = torch.where(mask, 0.0, others[key])
+        if beyond.any():
+            place = tuple(beyond.nonzero()[0].tolist())
             raise AssertionError(
                 f"{case.name}: the gradient with respect to {_name(key, place)}, which is outside the mask, is "
-                f"{float(outside[place]):.6g}, and should be 0"
+                f"{float(beyond[place]):.6g}, and should be 0"
             )
 
 

@@ -27,6 +27,14 @@ from lit_rlhf.testing.runs import tiny_data, train
 ROUNDING = ("engine/mismatch_max",)
 """Metrics that measure nothing but rounding, which may differ."""
 
+PRELOADED = [
+    "datasets",
+    "lit_rlhf.testing.ranks",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+]
+"""What the process has imported from which the others are forked."""
+
 
 class Function(NamedTuple):
     """A function at the top level of a module, as another process finds it."""
@@ -129,9 +137,9 @@ def _run(group: list[tuple[Any, ...]], alone: tuple[Any, ...], timeout: float) -
         AssertionError: if one fails or takes too long.
     """
     methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload(["lit_rlhf.testing.ranks", "transformers.models.llama.modeling_llama"])
+        context.set_forkserver_preload(PRELOADED)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     folder = alone[-1]
@@ -141,8 +149,8 @@ def _run(group: list[tuple[Any, ...]], alone: tuple[Any, ...], timeout: float) -
     try:
         for process in started:
             process.join(timeout)
-        failed = [p for p in sorted(Path(folder).glob("*.txt"))]
-        assert not failed, "; ".join(p.read_text().strip() for p in failed[:1])
+        failed = sorted(Path(folder).glob("*.txt"))
+        assert not failed, failed[0].read_text(encoding="utf-8")
         assert all(process.exitcode == 0 for process in started), (
             f"the processes should have ended within {timeout:g} s with status 0; "
             f"their statuses are {', '.join(str(process.exitcode) for process in started)}"
@@ -165,12 +173,12 @@ def _main(work: tuple[Any, ...], port: int, path: list[str], cwd: str) -> None:
         os.chdir(cwd)
         sys.path[:] = path
         torch.set_num_threads(1)
-        make, callbacks, data = (None if f is None else _import(f) for f in functions)
-        module = make()
+        make, callbacks, data = (_nothing if f is None else _import(f) for f in functions)
+        module: Any = make()
         module.iterations = iterations
-        source = tiny_data(module) if data is None else data()
+        source = data() or tiny_data(module)
         options: dict[str, Any] = {"folder": folder, "seed": seed, "strategy": strategy, "devices": count}
-        recorder = train(module, source, [] if callbacks is None else callbacks(), **options)
+        recorder = train(module, source, callbacks() or (), **options)
         weights: dict[str, Tensor] = recorder.weights
         torch.save({"metrics": recorder.metrics, "weights": weights}, out.with_suffix(".pt"))
     except BaseException as error:
@@ -182,6 +190,10 @@ def _main(work: tuple[Any, ...], port: int, path: list[str], cwd: str) -> None:
         os._exit(1)  # the other processes may wait in a collective for ever
     if count > 1:
         torch.distributed.destroy_process_group()
+
+
+def _nothing() -> None:
+    """Stand for a function that was not given."""
 
 
 def _import(function: Function) -> Any:

@@ -72,14 +72,14 @@ def assert_exact_resume(
             state = {key: saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")}
             return recorder, {f"callback {type(c).__name__}": _state_of(c, ignore) for c in own} | state
 
-        whole, state = run("whole", None)
-        resumed, other = run("resumed", str(Path(folder, "whole", f"iteration-{at:06d}.ckpt")))
+        whole, expected = run("whole", None)
+        resumed, state = run("resumed", str(Path(folder, "whole", f"iteration-{at:06d}.ckpt")))
     found = [
         f"iteration {at + number + 1}: {text}"
-        for number, pair in enumerate(zip(resumed.metrics, whole.metrics[at:], strict=True))
-        for text in differences(*(_comparable(metrics, ignore) for metrics in pair))
+        for number, (one, other) in enumerate(zip(resumed.metrics, whole.metrics[at:], strict=True))
+        for text in differences(_comparable(one, ignore), _comparable(other, ignore))
     ]
-    found += differences(other, state)
+    found += differences(state, expected)
     if found:
         rest = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise AssertionError(
@@ -89,7 +89,7 @@ def assert_exact_resume(
 
 
 def _comparable(metrics: Mapping[str, float], ignore: Sequence[str]) -> dict[str, float]:
-    """Return the metrics to compare; those of rewards come first, because other differences usually follow from them."""
+    """Return the metrics to compare; those of rewards first, since other differences follow from them."""
     names = sorted(metrics, key=lambda name: not name.startswith("rewards/"))
     return {name: metrics[name] for name in names if not name.startswith(MEASURED) and name not in ignore}
 
@@ -119,7 +119,7 @@ def differences(found: Any, expected: Any, name: str = "") -> list[str]:
 
 def _differences(found: Any, expected: Any, name: str) -> Iterator[str]:
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        for key in expected | found:
+        for key in {**expected, **found}:
             inner = f"{name}[{key!r}]" if name else str(key)
             if key not in found or key not in expected:
                 yield f"{inner} is {'missing' if key in expected else 'new'}"

@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import os
-import random
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_rlhf.algorithms.kl import FixedKL
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
@@ -162,14 +161,12 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed all random numbers in a ``with`` block, and restore their states and the environment after it."""
-    environment, states = dict(os.environ), (random.getstate(), np.random.get_state())
-    with torch.random.fork_rng(devices=[]):
+    environment = dict(os.environ)
+    with isolate_rng(include_cuda=False):
         lightning.seed_everything(seed, verbose=False)
         try:
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)
