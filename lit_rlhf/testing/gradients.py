@@ -24,8 +24,9 @@ def assert_gradient_matches(
     """Assert that gradients are those of finite differences, and that garbage outside the mask changes nothing.
 
     The gradients of automatic differentiation are compared with finite differences in float64 by
-    ``torch.autograd.gradcheck``. Then each input in turn is NaN, and then 10³⁰, outside the mask: values and gradients
-    must stay the same to the last bit, and the gradients there must be 0. What is tested depends on the part:
+    ``torch.autograd.gradcheck``. Then each input in turn is NaN, infinite, and −10³⁰ outside the mask: values and
+    gradients must stay the same to the last bit, and gradients there must be 0, as must the outputs of an objective or
+    an estimator. What is tested depends on the part:
 
     - of an `Objective`, the loss and its gradient with respect to the log-probabilities;
     - of an `AdvantageEstimator`, advantages and returns, and their gradients with respect to rewards and values,
@@ -56,7 +57,7 @@ def assert_gradient_matches(
     case = _case(part, inputs, mask)
     _check_gradients(case)
     if case.mask is not None:
-        for garbage in (float("nan"), 1e30):
+        for garbage in (float("nan"), float("inf"), -1e30):
             for name in case.inputs:
                 _check_garbage(case, case.mask, name, garbage)
 
@@ -70,6 +71,7 @@ class _Case:
     inputs: Tensors
     differentiated: tuple[str, ...]
     mask: Tensor | None
+    by_token: bool = True  # whether the outputs are [B, T], and 0 outside the mask
     may_detach: bool = False
 
 
@@ -90,7 +92,8 @@ def _case(part: Any, inputs: tuple[Tensor, ...], mask: Tensor | None) -> _Case:
         names = ["output"] if len(outputs) == 1 else [f"output {number}" for number in range(len(outputs))]
         return dict(zip(names, outputs, strict=True))
 
-    return _Case(getattr(part, "__name__", type(part).__name__), call, named, tuple(named), mask)
+    name = getattr(part, "__name__", type(part).__name__)
+    return _Case(name, call, named, tuple(named), mask, by_token=False)
 
 
 def _of_objective(objective: Objective, mask: Tensor) -> _Case:
@@ -169,15 +172,21 @@ def _check_garbage(case: _Case, mask: Tensor, name: str, garbage: float) -> None
     (expected, gradients), (found, others) = (_values_and_gradients(case, inputs) for inputs in (clean, spoilt))
     for key, value in expected.items():
         _check_equal(case, name, garbage, key, value, found[key])
+        if case.by_token:
+            _check_zero(case, mask, key, value)
     for key, value in gradients.items():
         _check_equal(case, name, garbage, f"the gradient with respect to {key}", value, others[key])
-        beyond = torch.where(mask, 0.0, others[key])
-        if beyond.any():
-            place = tuple(beyond.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{case.name}: the gradient with respect to {_name(key, place)}, which is outside the mask, is "
-                f"{float(beyond[place]):.6g}, and should be 0"
-            )
+        _check_zero(case, mask, f"the gradient with respect to {key}", others[key])
+
+
+def _check_zero(case: _Case, mask: Tensor, what: str, found: Tensor) -> None:
+    outside = torch.where(mask, 0.0, found)
+    if outside.any():
+        place = tuple(outside.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{case.name}: {_name(what, place)}, which is outside the mask, is {float(outside[place]):.6g}, and should "
+            "be 0"
+        )
 
 
 def _values_and_gradients(case: _Case, inputs: Tensors) -> tuple[Tensors, Tensors]:
