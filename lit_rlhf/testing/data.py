@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from lit_rlhf.testing import WORDS
+from lit_rlhf.testing.models import WORDS
 
 
 def prompts() -> list[dict[str, Any]]:
     """Return 48 prompts of one to six words, with their numbers in the column ``number``.
 
     >>> prompts()[0]
-    {'prompt': 'w24 w26 w2 w16', 'number': 0}
+    {'prompt': 'w26 w2 w16 w31', 'number': 0}
     """
     rng = random.Random(0)
     return [{"prompt": _text(rng, rng.randint(1, 6)), "number": number} for number in range(48)]
@@ -22,7 +22,7 @@ def preferences() -> list[dict[str, Any]]:
     """Return 32 pairs of responses; the better response has more of the words w0 … w7.
 
     >>> preferences()[0]
-    {'prompt': 'w12 w26', 'chosen': ' w7 w2 w0 w4', 'rejected': ' w25 w16 w24'}
+    {'prompt': 'w6 w31', 'chosen': ' w1 w4 w1', 'rejected': ' w22 w23 w28 w20 w14'}
     """
     rng = random.Random(1)
     records = []
@@ -36,7 +36,7 @@ def demonstrations() -> list[dict[str, Any]]:
     """Return 32 texts of two to nine words, half of which are among w0 … w7.
 
     >>> demonstrations()[0]
-    {'text': 'w0 w29'}
+    {'text': 'w5 w19'}
     """
     rng = random.Random(2)
     return [

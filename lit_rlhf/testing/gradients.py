@@ -106,7 +106,8 @@ def _of_objective(objective: Objective, mask: Tensor) -> _Case:
 def _of_estimator(estimator: AdvantageEstimator, mask: Tensor) -> _Case:
     normal = _normal(mask)
     inputs = {"rewards": normal(), "values": normal(), "ratios": (0.3 * normal()).exp(), "bootstrap": normal()[:, 0]}
-    group = torch.arange(len(mask)) // 2
+    rows = mask.any(1)
+    group = ((rows.cumsum(0) - 1) // 2).clamp(0, max(0, int(rows.sum()) // 2 - 1))  # two or three responses in each
 
     def call(tensors: Tensors) -> Mapping[str, Tensor]:
         estimates = estimator(Trajectory(mask=mask, group=group, **tensors))

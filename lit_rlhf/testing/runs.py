@@ -24,7 +24,7 @@ from lit_rlhf.modules import SFT, PolicyGradient, Update
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.rewards import Reward, RewardFunction
-from lit_rlhf.testing import make_tiny_model
+from lit_rlhf.testing.models import make_tiny_model
 from lit_rlhf.testing.recorder import Recorder
 
 RewardOrFunction = Reward | Callable[..., Sequence[float]]

@@ -27,11 +27,11 @@ def test_the_guard_from_the_command_line(tiny_model, tiny_prompts, tmp_path):
     words += ["--model.actor_optimizer.lr", "0.01", "--data", "Prompts", "--data.train", str(tiny_prompts)]
     words += ["--data.batch_size", "8", "--trainer.default_root_dir", "run", "--trainer.accelerator", "cpu"]
     words += ["--trainer.callbacks+=KLGuard", "--trainer.callbacks.iterations", "2", "--trainer.callbacks.bound"]
-    stopped = preloaded.run(*words, "1e-9", cwd=tmp_path)
+    stopped = preloaded.run(*words, "1e-3", cwd=tmp_path)
     assert stopped.returncode == 1
     (line,) = [line for line in stopped.stderr.splitlines() if "error" in line]
     assert line.startswith("lit-rlhf: error: KLGuard: the KL to the reference was ")
-    assert "nats per response in iterations 2 to 3, above the bound 1e-09; " in line
+    assert "nats per response in iterations 2 to 3, above the bound 0.001; " in line
     assert iterations(tmp_path / "run") == [1, 2, 3]
     saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert int(saved["state_dict"]["iteration"]) == 3
