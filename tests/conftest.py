@@ -13,7 +13,6 @@ if "HF_DATASETS_CACHE" not in os.environ:  # not the user's cache; processes sta
 import functools
 import json
 import logging
-import random
 import sys
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.trained_adapter import TrainedAdapter
 from lit_rlhf.modules import PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
-from lit_rlhf.testing import WORDS
 
 sys.path.append(str(Path(__file__).parent))  # for the tests that import `preloaded`, and for its processes
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -50,16 +48,9 @@ def environment(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def prompt_file(tmp_path_factory) -> Path:
+def prompt_file(tiny_prompts) -> Path:
     """Return a file of 48 prompts of one to six words."""
-    rng = random.Random(0)
-    lines = [
-        f'{{"prompt": "{" ".join(f"w{rng.randrange(WORDS)}" for _ in range(rng.randint(1, 6)))}", "number": {i}}}'
-        for i in range(48)
-    ]
-    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return tiny_prompts
 
 
 @pytest.fixture(scope="session")
@@ -120,12 +111,6 @@ def exported_adapter(tiny_model, tmp_path_factory):
     return make
 
 
-def low_words(responses):
-    """Return the share of w0 … w7 among each response's words, a reward that is learned quickly."""
-    low = {f"w{i}" for i in range(8)}
-    return [sum(word in low for word in r.split()) / max(1, len(r.split())) for r in responses]
-
-
 @pytest.fixture
 def make_module(tiny_model):
     """Return a function that makes a PolicyGradient on a tiny Llama; its reward is the share of low words."""
@@ -133,7 +118,7 @@ def make_module(tiny_model):
     def make(**options) -> PolicyGradient:
         defaults = {
             "actor": str(tiny_model("llama")),
-            "rewards": [RewardFunction(f"{__file__}:low_words")],
+            "rewards": [RewardFunction("lit_rlhf.testing.runs:low_words")],
             "sampling": Sampling(max_tokens=12),
             "update": Update(epochs=2, minibatches=2, max_tokens=64),
             "actor_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),

@@ -150,3 +150,33 @@ def test_the_part_of_the_page_on_loggers_tells_its_progress():
     assert names["slow_scores"](["a", "bc"]) == [1, 2]
     stop_listening(heard.append)
     assert [(progress.done, progress.total) for progress in heard] == [(0, 2), (1, 2), (2, 2)]
+
+
+TESTS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "testing.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(3), ids=["reward", "estimator", "objective"])
+def test_the_tests_of_the_testing_page_pass(number, tmp_path, monkeypatch):
+    assert len(TESTS) == 3
+    assert sum(bool(line.strip()) for line in TESTS[number].splitlines()) < 20
+    (tmp_path / f"parts_{number}_of_the_page.py").write_text(TESTS[number])
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = vars(importlib.import_module(f"parts_{number}_of_the_page"))
+    tests = [part for name, part in parts.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        test()
+
+
+def test_the_yaml_of_the_callbacks_page_is_read(tmp_path):
+    page = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "config.yaml").write_text(text)
+    words = ["-m", "lit_rlhf.cli", "fit", "--model", "PolicyGradient", "--model.actor", "some/model"]
+    run = preloaded.run(*words, "--data", "Prompts", "--config", "config.yaml", "--print_config", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    callbacks = yaml.safe_load(run.stdout)["trainer"]["callbacks"]
+    found = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+    assert found == ["KLGuard", "GradientShares", "Throughput", "EarlyStopping"]
+    assert all(name in page[page.index("| callback |") :] for name in found)
+    assert callbacks[0]["init_args"] == {"bound": 30, "per": "response", "iterations": 3, "action": "stop"}

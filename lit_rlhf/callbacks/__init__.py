@@ -1,7 +1,9 @@
-"""Callbacks: plan, checkpoints, metrics, progress, samples, predictions, export, report, changes of the layers."""
+"""Callbacks: plan, checkpoints, files, loggers, report, guards and measurements of a run, changes of the layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd
+from lit_rlhf.callbacks.gradients import GradientShares
+from lit_rlhf.callbacks.kl_guard import KLGuard
 from lit_rlhf.callbacks.layers import ActivationCheckpointing, CompileLayers
 from lit_rlhf.callbacks.loggers import LogDetails
 from lit_rlhf.callbacks.metrics import MetricsFile
@@ -10,12 +12,15 @@ from lit_rlhf.callbacks.progress import ProgressBar
 from lit_rlhf.callbacks.report import WriteReport
 from lit_rlhf.callbacks.samples import Predictions, Samples
 from lit_rlhf.callbacks.summary import Summary
+from lit_rlhf.callbacks.throughput import Throughput
 
 __all__ = [
     "ActivationCheckpointing",
     "CompileLayers",
     "ExportAtEnd",
+    "GradientShares",
     "IterationCheckpoint",
+    "KLGuard",
     "LogDetails",
     "MetricsFile",
     "Predictions",
@@ -23,5 +28,6 @@ __all__ = [
     "ProgressBar",
     "Samples",
     "Summary",
+    "Throughput",
     "WriteReport",
 ]

@@ -13,7 +13,7 @@ from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.planning.hardware import Device, memory_of_host, this_gpu
 from lit_rlhf.planning.plan import Plan, make_plan
 from lit_rlhf.planning.report import summary
-from lit_rlhf.planning.setting import setting_of
+from lit_rlhf.planning.setting import Setting, setting_of
 
 
 class PrintPlan(Callback):
@@ -57,16 +57,25 @@ class PrintPlan(Callback):
         Raises:
             UserError: if the run cannot be planned.
         """
-        if not isinstance(module, AlignmentModule):
-            raise UserError(f"{type(module).__name__} is not a module of lit-rlhf")
-        any_trainer: Any = trainer
-        setting = setting_of(
-            module,
-            any_trainer.datamodule,
-            device=self.device(trainer),
-            processes=trainer.world_size,
-            strategy=trainer.strategy,
-            half=str(trainer.precision).startswith("bf16"),
-            recompute=any(isinstance(callback, ActivationCheckpointing) for callback in any_trainer.callbacks),
-        )
+        setting = run_setting(trainer, module, self.device(trainer))
         return make_plan(setting, may_checkpoint=self.checkpointing)
+
+
+def run_setting(trainer: lightning.Trainer, module: Any, device: Device) -> Setting:
+    """Return the setting of a Trainer's run on devices of this kind.
+
+    Raises:
+        UserError: if the run cannot be planned.
+    """
+    if not isinstance(module, AlignmentModule):
+        raise UserError(f"{type(module).__name__} is not a module of lit-rlhf")
+    any_trainer: Any = trainer
+    return setting_of(
+        module,
+        any_trainer.datamodule,
+        device=device,
+        processes=trainer.world_size,
+        strategy=trainer.strategy,
+        half=str(trainer.precision).startswith("bf16"),
+        recompute=any(isinstance(callback, ActivationCheckpointing) for callback in any_trainer.callbacks),
+    )

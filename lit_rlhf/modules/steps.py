@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
+from lit_rlhf.modules.update import Update
 from lit_rlhf.strategies import FSDP
 from lit_rlhf.types import Experience
 
@@ -34,7 +35,7 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
         module: The module that trains; its ``update.target_kl`` is the target, in nats per token.
         minibatch: The rows of all processes.
         losses: The losses of the actor and the critic.
-        metrics: Receives the metrics of the losses, and the norms of the gradients if the optimizers step.
+        metrics: Receives the metrics of the losses and, if the optimizers step, of the gradients.
 
     Returns:
         Whether the optimizers stepped; if not, the gradients are dropped.
@@ -63,9 +64,16 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
     if module.update.target_kl is not None and kl_to_old > module.update.target_kl:
         drop_gradients(module)
         return False
-    for name, norm in step_optimizers(module, module.update.clip_grad_norm, **means).items():
-        metrics.add(f"{name}/grad_norm", norm)
+    measure_gradients(step_optimizers(module, module.update.clip_grad_norm, **means), module.update, metrics)
     return True
+
+
+def measure_gradients(norms: Mapping[str, Tensor], update: Update, metrics: Metrics) -> None:
+    """Record the gradient norms of a step, [] each, by optimizer name, and whether the gradients were clipped."""
+    for name, norm in norms.items():
+        metrics.add(f"{name}/grad_norm", norm)
+        if update.clip_grad_norm is not None:
+            metrics.add(f"{name}/grad_clipped_fraction", norm > update.clip_grad_norm)
 
 
 def add_gradient(module: AlignmentModule, loss: Tensor, *, last: bool, untouched: Sequence[nn.Parameter] = ()) -> None:

@@ -38,7 +38,7 @@ from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.steps import add_gradient, check_finite, step_optimizers, within_memory
+from lit_rlhf.modules.steps import add_gradient, check_finite, measure_gradients, step_optimizers, within_memory
 from lit_rlhf.modules.update import Update
 from lit_rlhf.progress import track
 from lit_rlhf.rewards import Reward, ScoreShaping
@@ -336,7 +336,7 @@ class TRPO(OnPolicy):
         attempt = partial(self._add_critic_gradients, minibatch, losses, metrics)
         value_loss = within_memory(self, attempt, minibatch.rollout.lengths, metrics)
         norms = step_optimizers(self, self.update.clip_grad_norm, value_loss=value_loss)
-        metrics.add("value/grad_norm", norms["value"])
+        measure_gradients(norms, self.update, metrics)
 
     def _add_critic_gradients(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> Tensor:
         """Compute the critic's gradient on a minibatch, and return the value loss to check, [].

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_weights
+from lit_rlhf.testing import assert_gradient_matches
 
 NAN, INF = float("nan"), float("inf")
 STATISTICS = {
@@ -78,20 +79,9 @@ def test_equals_a_loop(seed):
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-@pytest.mark.parametrize("garbage", [NAN, INF, -1e30])
-def test_garbage_outside_the_mask_changes_neither_value_nor_gradient(name, garbage):
+def test_garbage_outside_the_mask_changes_neither_value_nor_gradient(name):
     x, mask = random_case()
-    results = []
-    for outside in (0.0, garbage):
-        leaf = torch.where(mask, x, outside).requires_grad_()
-        value = STATISTICS[name](leaf, mask)
-        (value * torch.linspace(-1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)).sum().backward()
-        results.append((value.detach(), leaf.grad))
-    (value, gradient), (spoilt_value, spoilt_gradient) = results
-    torch.testing.assert_close(spoilt_value, value)
-    torch.testing.assert_close(spoilt_gradient, gradient)
-    assert gradient[mask].abs().sum() > 0
-    assert (spoilt_gradient[~mask] == 0).all()
+    assert_gradient_matches(STATISTICS[name], x, mask=mask)
 
 
 @pytest.mark.parametrize(("count", "mean"), [(0, 0.0), (1, 5.0)])

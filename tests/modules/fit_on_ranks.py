@@ -54,11 +54,7 @@ sys.path.insert(0, os.path.dirname(__file__))  # pytest, which looks for doctest
 import adapter_cases
 
 warnings.filterwarnings("ignore")
-
-
-def low_words(responses):
-    low = {f"w{i}" for i in range(8)}
-    return [sum(word in low for word in r.split()) / max(1, len(r.split())) for r in responses]
+LOW_WORDS = "lit_rlhf.testing.runs:low_words"
 
 
 def rankings():
@@ -98,7 +94,7 @@ def one_step(**options):
 
 
 def cases(strategy, actor, reference, scorer, *adapters):
-    common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(f"{__file__}:low_words")]}
+    common = {"actor": actor, "iterations": 1, "rewards": [RewardFunction(LOW_WORDS)]}
     steps = {"actor_optimizer": sgd, "critic_optimizer": sgd}
     several = Sampling(max_tokens=12, responses=2)
     yield (
@@ -183,7 +179,7 @@ def cases(strategy, actor, reference, scorer, *adapters):
     yield "dpo", lambda: DPO(actor=actor, reference=reference, beta=0.1, **again)
     if adapters:
         workers = 1 if strategy == "fsdp2" and int(os.environ["WORLD_SIZE"]) <= 2 else 0
-        yield from adapter_cases.cases(actor, *adapters, f"{__file__}:low_words", workers)
+        yield from adapter_cases.cases(actor, *adapters, LOW_WORDS, workers)
 
 
 class Hooks(OnPolicyCallback):

@@ -176,13 +176,13 @@ def test_a_step_of_full_rank_is_the_plain_models_step(
 
 
 @pytest.mark.parametrize("critic", ["actor", None])
-def test_trpo(fit, tiny_model, request, critic):
+def test_trpo(fit, tiny_model, critic):
     recorder = Recorder()
     module = TRPO(
         actor=str(tiny_model()),
         critic=critic,
         adapter=LoRA(rank=4),
-        rewards=[RewardFunction(f"{request.config.rootpath}/tests/conftest.py:low_words")],
+        rewards=[RewardFunction("lit_rlhf.testing.runs:low_words")],
         sampling=Sampling(max_tokens=8),
         region=TrustRegion(max_kl=0.01, cg_iterations=4, fisher_every=1),
         update=Update(epochs=1, minibatches=1, max_tokens=256),

@@ -231,11 +231,11 @@ def test_the_off_policy_objectives_train(run, objective):
     assert recorder.metrics[-1]["objective/kl_to_ref"] != 0
 
 
-def test_trpo_weights_its_surrogate(fit, tiny_model, request):
+def test_trpo_weights_its_surrogate(fit, tiny_model):
     recorder = Recorder()
     module = TRPO(
         actor=str(tiny_model("llama")),
-        rewards=[RewardFunction(f"{request.config.rootpath}/tests/conftest.py:low_words")],
+        rewards=[RewardFunction("lit_rlhf.testing.runs:low_words")],
         critic=None,
         sampling=Sampling(max_tokens=12),
         engine=ShiftedEngine(),

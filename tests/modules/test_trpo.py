@@ -13,11 +13,11 @@ from lit_rlhf.testing import Recorder
 
 
 @pytest.fixture
-def make_trpo(tiny_model, request):
+def make_trpo(tiny_model):
     def make(**options) -> TRPO:
         defaults = {
             "actor": str(tiny_model("llama")),
-            "rewards": [RewardFunction(f"{request.config.rootpath}/tests/conftest.py:low_words")],
+            "rewards": [RewardFunction("lit_rlhf.testing.runs:low_words")],
             "sampling": Sampling(max_tokens=12),
             "update": Update(epochs=2, minibatches=2, max_tokens=256),
             "critic_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),

@@ -18,6 +18,15 @@ def test_the_fixtures_are_there(tiny_model):
 
     assert (tiny_model("gpt2") / "config.json").exists()
     assert Recorder().metrics == []
+
+
+def test_the_data_and_their_tokenizer(tiny_prompts, tiny_preferences, tiny_demonstrations, tiny_tokenizer):
+    import json
+
+    for file, column in ((tiny_prompts, "prompt"), (tiny_preferences, "chosen"), (tiny_demonstrations, "text")):
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(records) >= 32
+        assert tiny_tokenizer.unk_token_id not in tiny_tokenizer([record[column] for record in records]).input_ids[0]
 """
 
 
@@ -32,7 +41,7 @@ def test_the_plugin_imports_nothing_heavy_into_other_projects_tests(tmp_path):
         text=True,
         timeout=120,
     )
-    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_wrong_name():

@@ -1,0 +1,101 @@
+"""A callback that ends a run, or warns, if the policy moves too far from the reference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.modules.hooks import OnPolicyCallback
+
+
+class KLGuard(OnPolicyCallback):
+    """A callback that ends the run with an error, or warns once, if the KL to the reference stays above a bound.
+
+    The KL is the metric ``objective/kl_to_ref``, in nats per response, or this KL divided by the mean length of the
+    responses, in nats per token. When the KL has been above the bound in ``iterations`` successive iterations, the run
+    ends like one whose last iteration this was: metrics and ``last.ckpt`` are written. Then comes the error, so that
+    the command has a status other than 0 and the policy is not exported. A run that is resumed from ``last.ckpt`` with
+    a higher bound or other options continues from there.
+
+    Args:
+        bound: The largest KL that is allowed, in nats.
+        per: Whether the bound is for a ``response`` (the mean over the responses of an iteration) or for a ``token``
+            (the mean over their tokens).
+        iterations: The number of successive iterations above the bound before the guard acts.
+        action: ``stop`` to end the run, ``warn`` to warn once and go on.
+
+    Raises:
+        ValueError: if ``bound`` is not positive, ``iterations`` is less than 1, or ``per`` or ``action`` is unknown.
+        UserError: at the end of training, if the guard has stopped the run.
+
+    >>> KLGuard(bound=0.2, per="token").iterations
+    3
+    """
+
+    def __init__(
+        self,
+        bound: float = 50.0,
+        per: Literal["response", "token"] = "response",
+        iterations: int = 3,
+        action: Literal["stop", "warn"] = "stop",
+    ) -> None:
+        if not bound > 0:
+            raise ValueError(f"KLGuard.bound must be positive, not {bound}")
+        if iterations < 1:
+            raise ValueError(f"KLGuard.iterations must be 1 or more, not {iterations}")
+        if per not in ("response", "token"):
+            raise ValueError(f"KLGuard.per must be response or token, not {per}")
+        if action not in ("stop", "warn"):
+            raise ValueError(f"KLGuard.action must be stop or warn, not {action}")
+        self.bound = bound
+        self.per = per
+        self.iterations = iterations
+        self.action = action
+        self.above: list[float] = []  # the KL in the last iterations, all of which were above the bound
+        self.warned = False
+        self._error: str | None = None
+
+    def on_update_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        """Compare the iteration's KL with the bound; every process has the same metrics, and decides the same."""
+        kl = metrics["objective/kl_to_ref"] / (1.0 if self.per == "response" else metrics["response/length"])
+        self.above = [*self.above, kl][-self.iterations :] if kl > self.bound else []
+        if len(self.above) < self.iterations:
+            return
+        last = int(metrics["progress/iteration"])
+        found = ", ".join(f"{value:.3g}" for value in self.above)
+        when = f"iteration {last}" if len(self.above) == 1 else f"iterations {last - len(self.above) + 1} to {last}"
+        message = f"the KL to the reference was {found} nats per {self.per} in {when}, above the bound {self.bound:g}"
+        if self.action == "stop":
+            self._error = message
+            trainer.should_stop = True
+        elif not self.warned:
+            self.warned = True
+            if trainer.is_global_zero:
+                warnings.warn(f"KLGuard: {message}", stacklevel=2)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End with an error if the guard has stopped the run.
+
+        Raises:
+            UserError: if the guard has stopped the run.
+        """
+        if self._error is not None:
+            raise UserError(
+                f"KLGuard: {self._error}; a higher model.kl.coef, a lower learning rate or fewer epochs keep it lower, "
+                "and iteration-*.ckpt (--checkpoint.keep_every_n) are from before"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the KL of the last iterations, if they were above the bound, and whether the guard has warned."""
+        return {"above": self.above, "warned": self.warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the KL of the last iterations above the bound, and whether the guard has warned."""
+        self.above = [kl for kl in state_dict["above"] if kl > self.bound]
+        self.warned = state_dict["warned"]

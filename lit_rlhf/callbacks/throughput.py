@@ -1,0 +1,107 @@
+"""A callback that measures the tokens per second of each phase, and the share of the device's peak that it reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import lightning
+import torch
+
+from lit_rlhf.callbacks.plan import run_setting
+from lit_rlhf.errors import UserError
+from lit_rlhf.modules.hooks import OnPolicyCallback
+from lit_rlhf.modules.module import AlignmentModule
+from lit_rlhf.planning.hardware import Device, this_gpu
+from lit_rlhf.planning.setting import Setting
+from lit_rlhf.planning.speed import work
+from lit_rlhf.types import Rollout
+
+
+class Throughput(OnPolicyCallback):
+    """A callback that logs the tokens per second and the utilisation of each phase of an iteration.
+
+    The phases are ``generate``, ``judge`` and ``update``; their seconds are the metrics ``time/*``. Two metrics of each
+    phase are logged, for example ``perf/update_tokens_per_second`` and ``perf/update_utilisation``:
+
+    - The tokens of the iteration per second: in ``generate`` those of the responses, otherwise those of the prompts and
+      the responses, once, however often the update reads them.
+    - The utilisation: the FLOPs of the phase, divided by what all devices could do in its seconds at their peak rate.
+      The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts and
+      responses. They include the activations that are recomputed, and assume that no target KL ends the update early.
+
+    The utilisation is logged only if the peak rate is known, and for ``generate`` only if the training processes
+    generate the responses. The tokens and responses per second of whole iterations are metrics of every run:
+    ``perf/tokens_per_second`` and ``perf/responses_per_second``.
+
+    Args:
+        peak_tflops: The peak rate of one device in the precision of the run, in 10¹² FLOPs per second; None for the
+            rate that ``lit-rlhf plan`` knows of the GPU.
+
+    Raises:
+        ValueError: if ``peak_tflops`` is not positive.
+
+    >>> Throughput(peak_tflops=989.0).peak_tflops
+    989.0
+    """
+
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        if peak_tflops is not None and not peak_tflops > 0:
+            raise ValueError(f"Throughput.peak_tflops must be positive or null, not {peak_tflops}")
+        self.peak_tflops = peak_tflops
+        self._setting: Setting | None = None
+        self._peak: float | None = None  # FLOPs per second of all devices
+        self._counts = torch.zeros(3, dtype=torch.float64)  # of this process: rows, tokens of prompts, of responses
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Find the peak rate and, if it is known, what the FLOPs depend on."""
+        device = this_gpu() if trainer.strategy.root_device.type == "cuda" else Device("cpu", 0.0, None, None, None)
+        known = device.half if str(trainer.precision).startswith("bf16") else device.single
+        peak = known if self.peak_tflops is None else self.peak_tflops * 1e12
+        self._peak = None if peak is None else peak * trainer.world_size
+        if self._peak is not None:
+            try:
+                self._setting = run_setting(trainer, pl_module, Device(device.name, 0.0, None, None, None))
+            except UserError as error:
+                self._peak = None
+                if trainer.is_global_zero:
+                    print(f"Throughput: no utilisation ({error})")
+
+    def on_rollout_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
+    ) -> None:
+        """Count the rows and the tokens of this process."""
+        lengths = torch.stack(
+            [torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths]
+        )
+        self._counts = lengths.sum(1, dtype=torch.float64)
+
+    def on_update_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        """Log the tokens per second and the utilisation of each phase."""
+        assert isinstance(pl_module, AlignmentModule)
+        rows, prompts, responses = pl_module.sum_over_ranks(self._counts.to(pl_module.device)).tolist()
+        tokens = {"generate": responses, "judge": prompts + responses, "update": prompts + responses}
+        seconds = {phase: metrics[f"time/{phase}"] for phase in tokens}
+        logged = {f"perf/{phase}_tokens_per_second": tokens[phase] / seconds[phase] for phase in tokens}
+        if self._setting is not None and self._peak is not None:
+            for phase, flops in phase_flops(self._setting, round(rows), prompts / rows, responses / rows).items():
+                logged[f"perf/{phase}_utilisation"] = flops / (seconds[phase] * self._peak)
+        pl_module.log_dict(logged, batch_size=1)
+
+
+def phase_flops(setting: Setting, rows: int, prompt_tokens: float, response_tokens: float) -> dict[str, float]:
+    """Return the FLOPs of the phases of an iteration, over all processes.
+
+    Args:
+        setting: The setting of the run; its lengths and its number of rows are replaced by the other arguments.
+        rows: The number of responses.
+        prompt_tokens: The mean number of tokens in a prompt, rounded to a whole number.
+        response_tokens: The mean number of tokens in a response, rounded to a whole number.
+    """
+    prompt, response = max(1, round(prompt_tokens)), max(1, round(response_tokens))
+    generation = setting.generation and replace(setting.generation, prompt_tokens=prompt)
+    actual = replace(setting, rows=rows, length=prompt + response, scored=response, generation=generation)
+    names = {"decode": "generate"}
+    return {names.get(part.phase, part.phase): part.flops for part in work(actual)}
