@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import lightning
 import torch
 import yaml
+from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -21,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 import lit_rlhf.algorithms.off_policy_objectives
 import lit_rlhf.algorithms.vtrace
 import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolve)
-from lit_rlhf import compat
+from lit_rlhf import compat, recipes
 from lit_rlhf.callbacks import (
     ExportAtEnd,
     IterationCheckpoint,
@@ -64,6 +65,14 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+class ConfigFile(ActionConfigFile):
+    """The option ``--config``, which takes a path or the name of a recipe."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the file."""
+        super().__call__(parser, cfg, str(recipes.find(values)), option_string)
+
+
 class SaveConfig(SaveConfigCallback):
     """A callback that writes the configuration to ``config.yaml`` in the run's folder, and to the loggers."""
 
@@ -84,7 +93,7 @@ class CLI(LightningCLI):
 
     For example, to start a run, and to resume it later::
 
-        lit-rlhf fit --config configs/ppo.yaml --trainer.default_root_dir runs/ppo --checkpoint.every_n 20
+        lit-rlhf fit --config ppo --trainer.default_root_dir runs/ppo --checkpoint.every_n 20
         lit-rlhf fit --config runs/ppo/config.yaml --ckpt_path last
     """
 
@@ -92,7 +101,7 @@ class CLI(LightningCLI):
         """Return a `Parser` with the option ``--config``."""
         parser = Parser(**kwargs)
         parser.add_argument(
-            "-c", "--config", action="config", help="a YAML file; of several, later ones take precedence"
+            "-c", "--config", action=ConfigFile, help="a YAML file or recipe; of several, later ones take precedence"
         )
         return parser
 
@@ -213,7 +222,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
 
 
 def check_config_files(words: Sequence[str]) -> None:
-    """Check that every file given by ``--config`` exists and is a YAML mapping.
+    """Check that every file or recipe given by ``--config`` exists and is a YAML mapping.
 
     Args:
         words: The words of the command line.
@@ -225,12 +234,10 @@ def check_config_files(words: Sequence[str]) -> None:
     for word, after in zip(words, [*words[1:], ""], strict=True):
         option, given, value = word.partition("=")
         if option in ("-c", "--config"):
-            _check_config_file(Path(value if given else after))
+            _check_config_file(recipes.find(value if given else after))
 
 
 def _check_config_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"config: there is no file {path}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:

@@ -11,7 +11,7 @@ import lit_rlhf
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
     ("errors",),
-    ("compat", "http", "randomness", "references", "types"),
+    ("compat", "http", "randomness", "recipes", "references", "types"),
     ("algorithms",),
     ("batching",),
     ("models",),
