@@ -1,5 +1,7 @@
 """The commands ``fit``, ``validate``, ``test`` and ``predict``, built on LightningCLI."""
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -33,11 +35,13 @@ from lit_rlhf.callbacks import (
     Samples,
 )
 from lit_rlhf.checkpoints import AnyCheckpoint
+from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
+from lit_rlhf.schema import config_schema
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -51,11 +55,24 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+PRINT_COMMENTS = "--print_config=comments"
+"""The option that prints the configuration with the description of each option as a comment."""
+
+
 class Parser(LightningArgumentParser):
     """A parser that accepts no abbreviations and reports a mistake in one line, with the closest valid name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.option_groups: dict[str, tuple[type, bool]] = {}
+        """The classes of the top-level options, and whether the option chooses one of the class's subclasses."""
+
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        """Add the options of a class, and keep the class."""
+        self.option_groups[nested_key] = (lightning_class, subclass_mode)
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message as one line and exit with status 2; in a nested parser, raise the error instead."""
@@ -99,11 +116,29 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
-        parser = Parser(**kwargs)
+        self.command_parser = parser = Parser(**kwargs)  # at last that of a subcommand; all have the same groups
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="a YAML file or recipe; of several, later ones take precedence"
         )
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and print the configuration with comments if ``--print_config=comments`` asks so."""
+        words = list(sys.argv[1:] if args is None else args)
+        if PRINT_COMMENTS not in words:
+            super().parse_arguments(parser, args)
+            return
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                super().parse_arguments(
+                    parser, ["--print_config" if word == PRINT_COMMENTS else word for word in words]
+                )
+        except SystemExit as end:
+            if end.code:
+                raise
+        print(with_comments(yaml.safe_load(printed.getvalue()), config_schema(self.command_parser.option_groups)))
+        sys.exit()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run uses, with their options."""
@@ -231,7 +266,7 @@ def check_config_files(words: Sequence[str]) -> None:
         UserError: if a file does not exist or is not a YAML mapping; the message names the file and, if the YAML is
             invalid, the line.
     """
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
         option, given, value = word.partition("=")
         if option in ("-c", "--config"):
             _check_config_file(recipes.find(value if given else after))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_rlhf import cli, quickstart, recipes
+from lit_rlhf import cli, recipes
 
 
 def in_full(folder, *options):
