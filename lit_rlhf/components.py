@@ -1,8 +1,9 @@
 """The classes that a configuration can name, and their options: names, types and descriptions from their signatures."""
 
+import collections.abc
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any, get_args, get_origin
 
@@ -74,16 +75,37 @@ def options(component: type) -> list[Option]:
     >>> option.name, option.hint, option.default
     ('coef', <class 'float'>, 0.05)
     """
+    described = _descriptions(component)
+    return [
+        Option(name, hint, default, described.get(name, "")) for name, (hint, default) in _signature(component).items()
+    ]
+
+
+def option_names(component: type) -> list[str]:
+    """Return the names of a class's options, with dotted names for the options of its options.
+
+    >>> from lit_rlhf import SFT
+    >>> {"actor", "adapter.rank", "optimizer.lr"} <= set(option_names(SFT))
+    True
+    """
+    names = []
+    for name, (hint, _) in _signature(component).items():
+        inner = [part for owner in classes_in(hint) for part in [owner, *components(owner)]]
+        groups = [owner for owner in inner if is_options_group(owner) or _is_component(owner)]
+        names += [name, *(f"{name}.{option}" for owner in groups for option in _signature(owner))]
+    return list(dict.fromkeys(names))
+
+
+def _signature(component: type) -> dict[str, tuple[Any, Any]]:
+    """Return the type and the default of each option of a class."""
     init: Any = component.__init__  # type: ignore[misc]
     scope = vars(inspect.getmodule(component)) | getattr(inspect.unwrap(init), "__globals__", {})
-    described = _descriptions(component)
-    found = []
-    for name, parameter in inspect.signature(component).parameters.items():
-        is_variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if not is_variable and not (name in GIVEN and not component.__module__.startswith("lit_rlhf.")):
-            hint = _evaluated(parameter.annotation, scope)
-            found.append(Option(name, hint, parameter.default, described.get(name, "")))
-    return found
+    return {
+        name: (_evaluated(parameter.annotation, scope), parameter.default)
+        for name, parameter in inspect.signature(component).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and not (name in GIVEN and not component.__module__.startswith("lit_rlhf."))
+    }
 
 
 def summary(component: type) -> str:
@@ -140,10 +162,11 @@ def import_paths(component: type) -> list[str]:
 
 
 def classes_in(hint: Any) -> Iterator[type]:
-    """Yield the classes that a type contains, also inside unions, lists and the results of callables."""
-    if get_origin(hint) is not None and get_args(hint):
-        arguments = get_args(hint)
-        for argument in arguments[-1:] if get_origin(hint) is Callable else arguments:
-            yield from classes_in(argument)
-    elif isinstance(hint, type):
+    """Yield the classes that a type contains, also inside unions and lists, and as the results of callables."""
+    arguments = get_args(hint)
+    if get_origin(hint) is collections.abc.Callable:
+        arguments = arguments[-1:]
+    if isinstance(hint, type) and not arguments:
         yield hint
+    for argument in arguments:
+        yield from classes_in(argument)

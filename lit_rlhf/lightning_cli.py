@@ -35,6 +35,7 @@ from lit_rlhf.callbacks import (
     Samples,
 )
 from lit_rlhf.checkpoints import AnyCheckpoint
+from lit_rlhf.command_words import check_config_files, help_words
 from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
@@ -233,7 +234,9 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, "")  # so that class_path finds my_module.MyReward in the current folder
-    check_config_files(list(sys.argv[1:] if args is None else args))
+    given = list(sys.argv[1:] if args is None else args)
+    check_config_files(given)
+    words = help_words(given)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _quieten()
@@ -252,35 +255,8 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
             seed_everything_default=42,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": prog},
-            args=None if args is None else list(args),
+            args=None if args is None and words == given else words,
         )
-
-
-def check_config_files(words: Sequence[str]) -> None:
-    """Check that every file or recipe given by ``--config`` exists and is a YAML mapping.
-
-    Args:
-        words: The words of the command line.
-
-    Raises:
-        UserError: if a file does not exist or is not a YAML mapping; the message names the file and, if the YAML is
-            invalid, the line.
-    """
-    for word, after in zip(words, [*words, ""][1:], strict=True):
-        option, given, value = word.partition("=")
-        if option in ("-c", "--config"):
-            _check_config_file(recipes.find(value if given else after))
-
-
-def _check_config_file(path: Path) -> None:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"config: {path}{line} is not valid YAML: {error.problem}") from error
-    if not isinstance(config, dict):
-        what = "is empty" if config is None else f"contains a {type(config).__name__}"
-        raise UserError(f"config: {path} should be a mapping of options (model: …, data: …), but it {what}")
 
 
 def _check_checkpoint(path: str | None) -> None:

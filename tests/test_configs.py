@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lit_rlhf.cli import main
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -117,4 +118,4 @@ def test_recipes_with_adapters_have_ten_times_the_learning_rates_of_their_siblin
     assert optimizers
     for name in optimizers:
         assert ours[name]["init_args"]["lr"] == pytest.approx(10 * theirs[name]["init_args"]["lr"])
-    assert ours["adapter"]["alpha"] == 2 * ours["adapter"]["rank"]
+    assert LoRA(**ours["adapter"]).scaling == 2

@@ -22,7 +22,7 @@ LAYERS = [
     ("modules",),
     ("export", "planning"),
     ("callbacks",),
-    ("config_comments", "config_errors", "lost_processes", "schema", "testing"),
+    ("command_words", "config_comments", "config_errors", "lost_processes", "schema", "testing"),
     ("lightning_cli",),
     ("plan_cli", "quickstart", "schema_cli"),
     ("starter",),

@@ -22,7 +22,7 @@ def test_a_model_learns_the_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(HERE)
     main(
         [
-            *("fit", "--config", "config.yaml", "--model.iterations", "12"),
+            *("fit", "--config", "config.yaml", "--model.iterations", "10"),
             *("--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "false"),
         ]
     )
