@@ -120,6 +120,21 @@ def test_a_printed_configuration_is_read_back(valid, capsys, tmp_path, monkeypat
     assert max(map(len, commented.splitlines())) <= 130
 
 
+def test_later_options_take_precedence(capsys, tmp_path, monkeypatch):
+    """As docs/configs.md says, also for the options of a class that replaces another one."""
+    monkeypatch.chdir(tmp_path)
+    gae = {"class_path": "GAE", "init_args": {"gamma": 0.7, "lam": 0.5}}
+    first = {"iterations": 3, "advantages": gae, "sampling": {"max_tokens": 7}}
+    (tmp_path / "first.yaml").write_text(json.dumps({"model": {"init_args": first}}))
+    (tmp_path / "last.yaml").write_text(json.dumps({"model": {"init_args": {"advantages": "NStep", "iterations": 9}}}))
+    words = ("first.yaml", "--model.iterations=5", "--model.sampling.max_tokens=8", "--config", "last.yaml")
+    options = yaml.safe_load(printed(capsys, "ppo", "--config", *words, "--print_config"))["model"]["init_args"]
+    assert options["iterations"] == 9
+    assert options["sampling"]["max_tokens"] == 8
+    assert options["advantages"] == {"class_path": "lit_rlhf.NStep", "init_args": {"n": 8, "gamma": 0.7}}
+    assert options["rewards"][0]["class_path"] == "lit_rlhf.RewardFunction"
+
+
 def test_a_mistake_is_reported_when_comments_are_asked_for(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", "ppo", "--model.itreations", "3", "--print_config=comments"])

@@ -281,6 +281,16 @@ def test_options_out_of_range(options, message):
         LoRA(**options)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_alpha_is_twice_the_rank_unless_it_is_set(tiny_model, rank, rslora):
+    model = load_adapted(str(tiny_model()), LoRA(rank=rank, rslora=rslora), "model.actor", trained=["actor"])
+    scaling = 2 * rank**0.5 if rslora else 2.0
+    assert LoRA(rank=rank, rslora=rslora).scaling == pytest.approx(scaling)
+    assert [layer.scaling["actor"] for layer in adapted_layers(model)] == pytest.approx([scaling] * 14)
+    assert LoRA(rank=rank, alpha=2.0 * rank, rslora=rslora).scaling == pytest.approx(scaling)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "query", "nowhere.q_proj"])
 def test_layers_that_cannot_be_adapted(tiny_model, target):
     with pytest.raises(UserError, match=rf"^model\.adapter.*{target}.*") as raised:
