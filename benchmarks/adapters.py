@@ -4,7 +4,7 @@
     python benchmarks/adapters.py --stories MODEL --pairs 5 [--json adapters.json]    # time per iteration, in turns
     python benchmarks/adapters.py --table [--json adapters.json]                      # of what was measured
 
-Trains PPO (configs/ppo.yaml) on a small story model with the reward of configs/rewards.py, as lags.py does, with one
+Trains PPO (configs/ppo.yaml) on a small story model with the reward `happy_story`, as lags.py does, with one
 thread for each run. The critic starts from the actor's base: with LoRA, it is a second adapter. During a run, the score
 and the KL to the reference, in nats per response, are measured on held-out prompts. The rise in score is close to
 c √KL (Gao et al. 2022, arXiv 2210.10760, write it as a function of √KL); c is fitted to the points of each run, so that

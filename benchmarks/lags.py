@@ -4,7 +4,7 @@
     python benchmarks/lags.py --json lags.json --write     # puts the table and the plot into docs/algorithms.md
 
 Trains PPO (configs/ppo.yaml) with `Ahead` on the two toy languages of worlds.py and, with --stories, on a small story
-model with the reward of configs/rewards.py; every run learns from the same number of responses. The score of a language
+model with the reward `happy_story`; every run learns from the same number of responses. The score of a language
 is the exact expected score of the final policy as a fraction of the optimum, averaged over the last five iterations;
 that of the stories is the mean score of responses to held-out prompts at the end. `Ahead` has no workers here: the
 samples are the same.
@@ -70,7 +70,7 @@ def options(task: str, correction: str, lag: int, seed: int, folder: str, storie
                 [
                     {
                         "class_path": "RewardFunction",
-                        "init_args": {"function": f"{HERE.parent}/configs/rewards.py:happy_story"},
+                        "init_args": {"function": "lit_rlhf.rewards.examples:happy_story"},
                     }
                 ]
             ),

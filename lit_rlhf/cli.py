@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lit_rlhf import __version__
 from lit_rlhf.errors import UserError
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -18,15 +19,19 @@ Align language models with human preferences by reinforcement learning.
 
 commands:
   quickstart   SFT, a reward model and PPO from scratch, on a small corpus that is included
-  fit          train: lit-rlhf fit --config configs/ppo.yaml
-  plan         say what fit will need: memory, FLOPs, seconds; lit-rlhf plan --config configs/ppo.yaml --gpu h100
+  init         write a folder to start from: lit-rlhf init my_project
+  recipes      list the configurations that come with lit-rlhf; lit-rlhf recipes ppo prints one
+  fit          train: lit-rlhf fit --config ppo, or --config FILE.yaml
+  plan         say what fit will need: memory, FLOPs, seconds; lit-rlhf plan --config ppo --gpu h100
   report       a page with the charts and the responses of a run: lit-rlhf report runs/ppo
   validate     evaluate a model on the validation data
   test         evaluate a model on the test data
   predict      write responses as JSONL
   export       write a checkpoint's model as a Hugging Face folder
+  schema       print a JSON schema of the configurations, from which editors complete and check them
 
-lit-rlhf COMMAND --help shows a command's options; lit-rlhf fit --model.help PolicyGradient shows those of a model.
+lit-rlhf COMMAND --help shows a command's options, lit-rlhf fit --model.help PolicyGradient shows those of a model, and
+lit-rlhf --version shows the version.
 """
 
 
@@ -48,6 +53,20 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if not words or words[0] in ("-h", "--help"):
             print(HELP, end="")
+        elif words[0] in ("-V", "--version"):
+            print(f"lit-rlhf {__version__}")
+        elif words[0] == "recipes":
+            from lit_rlhf import recipes
+
+            recipes.main(words[1:])
+        elif words[0] == "init":
+            from lit_rlhf import starter
+
+            starter.main(words[1:])
+        elif words[0] == "schema":
+            from lit_rlhf import schema_cli
+
+            schema_cli.main(words[1:])
         elif words[0] == "quickstart":
             from lit_rlhf import quickstart
 

@@ -7,13 +7,12 @@ field, the last class is the one whose option is wrong, and the innermost line i
 
 import difflib
 import importlib
-import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from typing import Any
 
 from lit_rlhf import compat
+from lit_rlhf.components import components, option_names
 
 
 def explain(message: str, known: Sequence[str] = ()) -> str:
@@ -26,17 +25,18 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     >>> explain("unrecognized arguments: --trainer.max_epoch=1", ["trainer.max_epochs", "config"])
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
+    known = [name for name in known if not name.endswith(".help")]
     field, owner = ".".join(compat.PARSER_KEY.findall(message)), _owner(message)
     option = next(filter(None, (pattern.search(message) for pattern in compat.UNKNOWN_OPTION)), None)
     if owner is not None and owner.__module__.startswith("lightning."):
         return _class_expected(field, " is not set")
     if option:
         name = ".".join(filter(None, option.group("group", "name")))
-        return _unknown_option(name, field, _options(owner) if owner else known, owner)
+        return _unknown_option(name, field, option_names(owner) if owner else known, owner)
     matched = compat.UNKNOWN_CLASS.search(message)
     if matched and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
         if paths := compat.OPTIONS_OR_NULL.findall(message):
-            options = ", ".join(_options(_class(paths[-1])))
+            options = ", ".join(option_names(_class(paths[-1])))
             return f"{field}: should be null or have options ({options}), not {matched[1]!r}"
         return _class_expected(field, f": there is no class {matched[1]!r}", matched[1])
     if matched := compat.ABSTRACT_CLASS.search(message):
@@ -92,26 +92,42 @@ def _class_expected(field: str, mistake: str, name: str = "") -> str:
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
     """Return a suggestion of the known name closest to a word, or an empty string if no name is close.
 
-    In a dotted word, a first part that is unknown is replaced by a known first part that is close. Other words
-    are compared with whole names and then with the last parts of names. ``field`` is put before the name that is
-    suggested.
+    In a dotted word, a first part that is unknown is replaced by a known first part that is close. Otherwise the word
+    is replaced by a name with the same last part, by a name that is close, or by a name whose last part is close.
+    ``field`` is put before the name that is suggested.
 
     >>> _nearest("max_epoch", ["trainer.max_epochs"])
     ", did you mean 'trainer.max_epochs'?"
     >>> _nearest("updat.epochs", ["update", "update.epochs"], field="model")
     ", did you mean 'model.update.epochs'?"
+    >>> _nearest("update.max_tokens", ["adapter", "adapter.rank", "max_tokens"], field="model")
+    ", did you mean 'model.max_tokens'?"
     """
+    nearest = _in_close_group(word, known) or _with_close_name(word, known)
+    return f", did you mean {'.'.join(filter(None, [field, nearest]))!r}?" if nearest else ""
+
+
+def _in_close_group(word: str, known: Sequence[str]) -> str:
+    """Return a dotted word with a known first part in place of an unknown one that is close, or an empty string."""
     head, dot, rest = word.partition(".")
     heads = list(dict.fromkeys(name.partition(".")[0] for name in known))
-    if dot and head not in heads and (close := difflib.get_close_matches(head, heads, n=1)):
-        return f", did you mean {'.'.join(filter(None, [field, close[0], rest]))!r}?"
-    last = {name.rpartition(".")[2]: name for name in reversed(known)}
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    close = close or difflib.get_close_matches(word.rpartition(".")[2], list(last), n=1, cutoff=0.5)
-    if not close:
+    close = difflib.get_close_matches(head, heads, n=1, cutoff=0.75)
+    if not dot or head in heads or not close:
         return ""
-    nearest = ".".join(filter(None, [field, last.get(close[0], close[0])]))
-    return f", did you mean {nearest!r}?"
+    whole, inside = f"{close[0]}.{rest}", [name for name in known if name.startswith(f"{close[0]}.")]
+    return whole if whole in known else next(iter(difflib.get_close_matches(whole, inside, n=1)), whole)
+
+
+def _with_close_name(word: str, known: Sequence[str]) -> str:
+    """Return the known name with the same last part as a word, or a close one, or an empty string."""
+    ending = word.rpartition(".")[2]
+    shortest_first = sorted(known, key=lambda name: name.count("."))
+    last = {name.rpartition(".")[2]: name for name in reversed(shortest_first)}
+    if "." in word and ending in last:
+        return last[ending]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = close or difflib.get_close_matches(ending, list(last), n=1, cutoff=0.5)
+    return last.get(close[0], close[0]) if close else ""
 
 
 def _owner(text: str) -> type | None:
@@ -124,19 +140,6 @@ def _class(path: str) -> Any:
     """Return the class at an import path, or None if there is none."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name, None)
-
-
-def _options(owner: type) -> list[str]:
-    """Return the names of a class's options, with dotted names for the fields of options that are dataclasses."""
-    names = []
-    for parameter in inspect.signature(owner).parameters.values():
-        if parameter.name in ("params", "optimizer"):  # arguments of optimizers and schedules that are not options
-            continue
-        names.append(parameter.name)
-        default = type(parameter.default)
-        if is_dataclass(default) and default.__base__ is object:
-            names += [f"{parameter.name}.{inner}" for inner in inspect.signature(default).parameters]
-    return names
 
 
 def _class_names(field: str) -> list[str]:
@@ -164,22 +167,4 @@ def _class_names(field: str) -> list[str]:
     }
     last = field.rpartition(".")[2]
     base = bases.get(last) or bases.get(last.rpartition("_")[2])
-    classes = _subclasses(base) if base is not None else []
-    return sorted({c.__name__ for c in classes if c.__module__.startswith(("lit_rlhf", "torch.optim")) and _usable(c)})
-
-
-def _usable(candidate: type) -> bool:
-    """Return whether a class can be used in a configuration: it is not abstract, private or merely a base class."""
-    hidden = candidate.__name__.startswith("_") or candidate.__name__ in (
-        "AlignmentModule",
-        "OnPolicy",
-        "PreferenceModule",
-        "ResumableData",
-        "LRScheduler",
-    )
-    return not (inspect.isabstract(candidate) or hidden)
-
-
-def _subclasses(base: type) -> list[type]:
-    direct: list[type] = base.__subclasses__()
-    return [*direct, *(deeper for c in direct for deeper in _subclasses(c))]
+    return sorted({c.__name__ for c in components(base)}) if base is not None else []

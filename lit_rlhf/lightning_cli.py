@@ -1,5 +1,7 @@
 """The commands ``fit``, ``validate``, ``test`` and ``predict``, built on LightningCLI."""
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -12,6 +14,7 @@ from typing import Any, NoReturn
 import lightning
 import torch
 import yaml
+from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 import lit_rlhf.algorithms.off_policy_objectives
 import lit_rlhf.algorithms.vtrace
 import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolve)
-from lit_rlhf import compat
+from lit_rlhf import compat, recipes
 from lit_rlhf.callbacks import (
     ExportAtEnd,
     IterationCheckpoint,
@@ -37,11 +40,14 @@ from lit_rlhf.callbacks import (
 )
 from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.checkpoints import AnyCheckpoint
+from lit_rlhf.command_words import check_config_files, help_words
+from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
+from lit_rlhf.schema import config_schema
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -55,11 +61,24 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+PRINT_COMMENTS = "--print_config=comments"
+"""The option that prints the configuration with the description of each option as a comment."""
+
+
 class Parser(LightningArgumentParser):
     """A parser that accepts no abbreviations and reports a mistake in one line, with the closest valid name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.option_groups: dict[str, tuple[type, bool]] = {}
+        """The classes of the top-level options, and whether the option chooses one of the class's subclasses."""
+
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        """Add the options of a class, and keep the class."""
+        self.option_groups[nested_key] = (lightning_class, subclass_mode)
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message as one line and exit with status 2; in a nested parser, raise the error instead."""
@@ -67,6 +86,14 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         print(f"lit-rlhf: error: {explain(str(message), compat.option_names(self))}", file=sys.stderr)
         sys.exit(2)
+
+
+class ConfigFile(ActionConfigFile):
+    """The option ``--config``, which takes a path or the name of a recipe."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the file."""
+        super().__call__(parser, cfg, str(recipes.find(values)), option_string)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -89,17 +116,35 @@ class CLI(LightningCLI):
 
     For example, to start a run, and to resume it later::
 
-        lit-rlhf fit --config configs/ppo.yaml --trainer.default_root_dir runs/ppo --checkpoint.every_n 20
+        lit-rlhf fit --config ppo --trainer.default_root_dir runs/ppo --checkpoint.every_n 20
         lit-rlhf fit --config runs/ppo/config.yaml --ckpt_path last
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
-        parser = Parser(**kwargs)
+        self.command_parser = parser = Parser(**kwargs)  # at last that of a subcommand; all have the same groups
         parser.add_argument(
-            "-c", "--config", action="config", help="a YAML file; of several, later ones take precedence"
+            "-c", "--config", action=ConfigFile, help="a YAML file or recipe; of several, later ones take precedence"
         )
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and print the configuration with comments if ``--print_config=comments`` asks so."""
+        words = list(sys.argv[1:] if args is None else args)
+        if PRINT_COMMENTS not in words:
+            super().parse_arguments(parser, args)
+            return
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                super().parse_arguments(
+                    parser, ["--print_config" if word == PRINT_COMMENTS else word for word in words]
+                )
+        except SystemExit as end:
+            if end.code:
+                raise
+        print(with_comments(yaml.safe_load(printed.getvalue()), config_schema(self.command_parser.option_groups)))
+        sys.exit()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run uses, with their options."""
@@ -209,7 +254,9 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, "")  # so that class_path finds my_module.MyReward in the current folder
-    check_config_files(list(sys.argv[1:] if args is None else args))
+    given = list(sys.argv[1:] if args is None else args)
+    check_config_files(given)
+    words = help_words(given)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _quieten()
@@ -228,37 +275,8 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
             seed_everything_default=42,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": prog},
-            args=None if args is None else list(args),
+            args=None if args is None and words == given else words,
         )
-
-
-def check_config_files(words: Sequence[str]) -> None:
-    """Check that every file given by ``--config`` exists and is a YAML mapping.
-
-    Args:
-        words: The words of the command line.
-
-    Raises:
-        UserError: if a file does not exist or is not a YAML mapping; the message names the file and, if the YAML is
-            invalid, the line.
-    """
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        option, given, value = word.partition("=")
-        if option in ("-c", "--config"):
-            _check_config_file(Path(value if given else after))
-
-
-def _check_config_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"config: there is no file {path}")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"config: {path}{line} is not valid YAML: {error.problem}") from error
-    if not isinstance(config, dict):
-        what = "is empty" if config is None else f"contains a {type(config).__name__}"
-        raise UserError(f"config: {path} should be a mapping of options (model: …, data: …), but it {what}")
 
 
 def _check_checkpoint(path: str | None) -> None:

@@ -25,8 +25,8 @@ class PlanCLI(lightning_cli.CLI):
 
     Neither weights nor data are read. For example::
 
-        lit-rlhf plan --config configs/ppo.yaml --model.actor Qwen/Qwen2.5-1.5B --gpu h100
-        lit-rlhf plan --config configs/ppo.yaml --trainer.strategy fsdp2 --gpus 8 --gpu a100-80gb
+        lit-rlhf plan --config ppo --model.actor Qwen/Qwen2.5-1.5B --gpu h100
+        lit-rlhf plan --config ppo --trainer.strategy fsdp2 --gpus 8 --gpu a100-80gb
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

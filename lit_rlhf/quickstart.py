@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_rlhf import lightning_cli
+from lit_rlhf import lightning_cli, recipes
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.data import reviews
@@ -128,7 +128,7 @@ def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int
         options += ["--model.adapter.rank", "16"]
         for optimizer, rate in LORA_LEARNING_RATES[stage].items():
             options += [f"--model.{optimizer}.lr", str(rate)]
-    config = ["--config", str(config_file(f"quickstart/{'sft' if stage == 'base' else stage}.yaml"))]
+    config = ["--config", str(recipes.find_recipe(f"quickstart/{'sft' if stage == 'base' else stage}"))]
     options += ["--trainer.default_root_dir", str(folder / stage), "--summary.next", "false"]
     lightning_cli.run(["fit", *config, *options])
 
@@ -145,13 +145,6 @@ def _true_score() -> str:
     """Return the configuration of the true score as a reward of weight 0: it is logged, but not trained on."""
     function = "lit_rlhf.data.reviews:reward"
     return f'{{"class_path": "RewardFunction", "init_args": {{"function": "{function}", "weight": 0.0}}}}'
-
-
-def config_file(name: str) -> Path:
-    """Return the path of a file in ``configs/``, either in the installed package or in a source checkout."""
-    package = Path(__file__).parent
-    installed = package / "configs" / name
-    return installed if installed.exists() else package.parent / "configs" / name
 
 
 @torch.no_grad()

@@ -7,20 +7,28 @@ import pytest
 import yaml
 
 from lit_rlhf.cli import main
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "strategy").glob("*.yaml"))
 PRINT = "--print_config"
 ENGINES = sorted((CONFIGS / "engine").glob("*.yaml"))
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - set(ENGINES))
+STARTER = CONFIGS / "starter" / "config.yaml"
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - {*OVERLAYS, *ENGINES, STARTER})
 ADAPTERS = [path for path in RECIPES if path.stem.endswith("_lora")]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe(recipe, capsys):
+def name_of(recipe: Path) -> str:
+    """Return the name by which ``--config`` finds a recipe."""
+    return recipe.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_recipe(recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        main(["fit", "--config", str(recipe), "--print_config"])
+        main(["fit", "--config", name_of(recipe), "--print_config"])
     assert exit_.value.code == 0
     whole = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(recipe.read_text())
@@ -28,7 +36,7 @@ def test_recipe(recipe, capsys):
     assert whole["trainer"]["default_root_dir"] == given["trainer"]["default_root_dir"]
     lines = recipe.read_text().splitlines()
     assert 15 <= len(lines) <= 40
-    assert any(line.startswith("#   lit-rlhf fit --config") for line in lines[:4])
+    assert any(line.startswith(f"#   lit-rlhf fit --config {name_of(recipe)}") for line in lines[:4])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
@@ -43,7 +51,7 @@ def test_strategy(overlay, capsys):
     else:
         assert whole["trainer"]["strategy"] == strategy
     assert whole["trainer"]["default_root_dir"] == "runs/ppo"
-    assert any(str(overlay.relative_to(CONFIGS.parent)) in line for line in overlay.read_text().splitlines()[:3])
+    assert any(f"--config {name_of(overlay)}" in line for line in overlay.read_text().splitlines()[:3])
 
 
 @pytest.mark.parametrize("overlay", ENGINES, ids=lambda path: path.stem)
@@ -61,7 +69,7 @@ def test_engine(overlay, capsys):
     assert engine["init_args"].items() <= used["init_args"].items()
     assert whole["trainer"]["devices"] == given["trainer"]["devices"]
     assert not set(engine["init_args"]["devices"]) & set(given["trainer"]["devices"])
-    assert any(str(overlay.relative_to(CONFIGS.parent)) in line for line in overlay.read_text().splitlines()[:3])
+    assert any(f"--config {name_of(overlay)}" in line for line in overlay.read_text().splitlines()[:3])
 
 
 def test_gsm8k_recipe_runs_with_a_tiny_model_and_a_local_file(tiny_model, tmp_path, monkeypatch):
@@ -110,4 +118,4 @@ def test_recipes_with_adapters_have_ten_times_the_learning_rates_of_their_siblin
     assert optimizers
     for name in optimizers:
         assert ours[name]["init_args"]["lr"] == pytest.approx(10 * theirs[name]["init_args"]["lr"])
-    assert ours["adapter"]["alpha"] == 2 * ours["adapter"]["rank"]
+    assert LoRA(**ours["adapter"]).scaling == 2

@@ -14,6 +14,7 @@ import yaml
 
 from lit_rlhf import Correction
 from lit_rlhf import __all__ as names
+from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
 from lit_rlhf.progress import listen, stop_listening
@@ -180,3 +181,25 @@ def test_the_yaml_of_the_callbacks_page_is_read(tmp_path):
     assert found == ["KLGuard", "GradientShares", "Throughput", "EarlyStopping"]
     assert all(name in page[page.index("| callback |") :] for name in found)
     assert callbacks[0]["init_args"] == {"bound": 30, "per": "response", "iterations": 3, "action": "stop"}
+
+
+def test_the_commands_of_the_configs_page(tmp_path, monkeypatch, capsys):
+    """Those that would train print their configuration instead."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        command, _, file = line.removeprefix("lit-rlhf ").partition(" > ")
+        words = command.split()
+        if words[0] == "recipes":
+            main(words)
+        else:
+            with pytest.raises(SystemExit) as exit_:
+                main(words if file else [*words, "--print_config"])
+            assert not exit_.value.code
+        printed = capsys.readouterr().out
+        assert yaml.safe_load(printed)["model"]["class_path"].endswith("PolicyGradient")
+        if file:
+            Path(file).write_text(printed)
+    assert {path.name for path in tmp_path.iterdir()} == {"my_ppo.yaml", "whole.yaml"}

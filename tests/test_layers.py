@@ -11,7 +11,7 @@ import lit_rlhf
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
     ("errors", "progress"),
-    ("compat", "http", "randomness", "references", "types"),
+    ("compat", "components", "http", "randomness", "recipes", "references", "types"),
     ("algorithms",),
     ("batching",),
     ("models",),
@@ -22,9 +22,10 @@ LAYERS = [
     ("modules",),
     ("export", "planning", "report"),
     ("callbacks",),
-    ("config_errors", "lost_processes", "testing"),
+    ("command_words", "config_comments", "config_errors", "lost_processes", "schema", "testing"),
     ("lightning_cli",),
-    ("plan_cli", "quickstart", "report_cli"),
+    ("plan_cli", "quickstart", "report_cli", "schema_cli"),
+    ("starter",),
     ("cli",),
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

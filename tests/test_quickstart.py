@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_rlhf import cli, quickstart
+from lit_rlhf import cli, recipes
 
 
 def in_full(folder, *options):
@@ -22,20 +22,20 @@ def in_full(folder, *options):
 @pytest.fixture
 def in_miniature(monkeypatch, tmp_path, capsys):
     """Return a function that runs the command in this process, with a smaller model and few batches in each stage."""
-    original = quickstart.config_file
+    original = recipes.find_recipe
 
-    def config_file(name):
+    def find_recipe(name):
         config = yaml.safe_load(original(name).read_text())
         if "sft" in name:
             config["model"]["init_args"]["actor"]["config"] |= {"hidden_size": 32, "num_hidden_layers": 1}
         else:
             config["trainer"] |= {"limit_train_batches": 5, "limit_val_batches": 1}
         (tmp_path / "configs").mkdir(exist_ok=True)
-        path = tmp_path / "configs" / name.replace("/", "-")
+        path = tmp_path / "configs" / f"{Path(name).name}.yaml"
         path.write_text(yaml.safe_dump(config))
         return path
 
-    monkeypatch.setattr(quickstart, "config_file", config_file)
+    monkeypatch.setattr(recipes, "find_recipe", find_recipe)
     monkeypatch.setenv("COLUMNS", "140")
 
     def run(folder, *options):

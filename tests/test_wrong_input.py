@@ -288,6 +288,47 @@ def test_a_word_that_belongs_to_no_option(folder, capsys):
     check(refusal(capsys, [*fit(), "prompts.jsonl"]), r"'prompts\.jsonl'")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "option", "nearest"),
+    [
+        ("dpo", "model.update.max_tokens", "model.max_tokens"),  # the option of another module
+        ("dpo", "model.optimzer.lr", "model.optimizer.lr"),
+        ("ppo", "model.lam", "model.advantages.lam"),
+        ("ppo", "model.adaptr.rank", "model.adapter.rank"),
+        ("ppo", "trianer.max_epoch", "trainer.max_epochs"),
+    ],
+)
+def test_the_nearest_option_is_among_all_of_a_module(capsys, recipe, option, nearest):
+    message = refusal(capsys, ["fit", "--config", recipe, f"--{option}", "3"])
+    check(message, rf"'{re.escape(option)}'", f"did you mean '{re.escape(nearest)}'")
+    assert "optimizer" in message or recipe == "ppo"  # in the list of DPO's options
+
+
+def test_a_misspelt_recipe(capsys):
+    check(refusal(capsys, ["fit", "--config", "strategy/fsd2"]), "strategy/fsd2", meant("strategy/fsdp2"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fit", "--model", "SFT", "--model.adapter.help"),
+        ("fit", "--model=SFT", "--data", "Prompts", "--model.adapter.help"),
+        ("fit", "--config", "ppo", "--model.adapter.help"),
+        ("plan", "--config=ppo", "--model.adapter.help"),
+        ("fit", "--model.help", "SFT", "--model.adapter.help"),
+    ],
+)
+def test_help_of_an_option_that_has_options(capsys, words):
+    with pytest.raises(SystemExit) as exit_:
+        main(list(words))
+    assert exit_.value.code == 0
+    assert "The rank r of B A" in capsys.readouterr().out
+
+
+def test_help_of_an_option_of_no_class(capsys):
+    check(refusal(capsys, ["fit", "--model.adapter.help"]), "name the class", "--model CLASS --model.adapter.help")
+
+
 def test_an_unknown_command(capsys):
     check(refusal(capsys, ["fti"]), "'fti'", meant("fit"), "validate, test, predict")
 

@@ -43,7 +43,7 @@ class LoRA:
 
     Args:
         rank: The rank r of B A (``r`` in peft).
-        alpha: The scaling of B A is alpha / rank (``lora_alpha`` in peft).
+        alpha: The scaling of B A is alpha / rank (``lora_alpha`` in peft); None for twice the rank, a scaling of 2.
         target_modules: The linear layers to adapt: ``all-linear`` for all except the head, or the last parts of their
             names, such as ``[q_proj, v_proj]``.
         rslora: Whether the scaling is alpha / √rank, which keeps the size of the updates independent of the rank.
@@ -58,12 +58,14 @@ class LoRA:
         UserError: if a number is out of range, no target module is given, or an adapter would be merged into a
             quantized base.
 
-    >>> LoRA(rank=8, alpha=16, target_modules=["q_proj", "v_proj"]).scaling
+    >>> LoRA(rank=8, target_modules=["q_proj", "v_proj"]).scaling
     2.0
+    >>> LoRA(rank=8, alpha=8).scaling
+    1.0
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: float | None = None
     target_modules: str | list[str] = "all-linear"
     rslora: bool = False
     dora: bool = False
@@ -73,7 +75,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"model.adapter.rank must be 1 or more, not {self.rank}")
-        if not 0 < self.alpha < float("inf"):
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise UserError(f"model.adapter.alpha must be positive, not {self.alpha}")
         if not self.target_modules:
             raise UserError("model.adapter.target_modules is empty: use all-linear, or the names of linear layers")
@@ -81,9 +83,14 @@ class LoRA:
             raise UserError("model.adapter.chained must be stacked if quantization is set, not merged")
 
     @property
+    def numerator(self) -> float:
+        """The numerator of the scaling: alpha, or twice the rank if alpha is None."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
     def scaling(self) -> float:
         """The factor on B A."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        return self.numerator / (self.rank**0.5 if self.rslora else self.rank)
 
     def config(self, model: PreTrainedModel) -> LoraConfig:
         """Return peft's configuration, with the target modules of this model by name.
@@ -99,7 +106,7 @@ class LoRA:
         targets = target_names(model, self.target_modules)
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_alpha=self.numerator,  # type: ignore[arg-type]
             lora_dropout=0.0,
             target_modules=targets,
             use_rslora=self.rslora,

@@ -24,7 +24,8 @@ def seed(monkeypatch):
 
 def adapted(folder, size=0.1, **options):
     """Return an actor with a random adapter, and its reference."""
-    model = load_adapted(str(folder), LoRA(rank=4, **options), "model.actor", trained=["actor", "critic"])
+    lora = LoRA(rank=4, alpha=32.0, **options)
+    model = load_adapted(str(folder), lora, "model.actor", trained=["actor", "critic"])
     torch.manual_seed(1)
     for adapter in ("actor", "critic"):
         for name, parameter in adapter_parameters(model, adapter).items():

@@ -170,7 +170,7 @@ def test_a_merged_weight_lasts_for_the_context_alone(owner):
     layer = adapted_layers(owner.model)[0]
     before = layer.get_base_layer().weight.data.clone()
     with merged_weight(layer) as weight:
-        right = before + 16 * layer.lora_B["actor"].weight @ layer.lora_A["actor"].weight
+        right = before + 2 * layer.lora_B["actor"].weight @ layer.lora_A["actor"].weight
         torch.testing.assert_close(weight, right, atol=1e-6, rtol=1e-5)
     with pytest.raises(RuntimeError), merged_weight(layer):
         raise RuntimeError
@@ -279,6 +279,16 @@ def test_only_the_trained_adapters_are_trained(tiny_model):
 def test_options_out_of_range(options, message):
     with pytest.raises(UserError, match=message):
         LoRA(**options)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_alpha_is_twice_the_rank_unless_it_is_set(tiny_model, rank, rslora):
+    model = load_adapted(str(tiny_model()), LoRA(rank=rank, rslora=rslora), "model.actor", trained=["actor"])
+    scaling = 2 * rank**0.5 if rslora else 2.0
+    assert LoRA(rank=rank, rslora=rslora).scaling == pytest.approx(scaling)
+    assert [layer.scaling["actor"] for layer in adapted_layers(model)] == pytest.approx([scaling] * 14)
+    assert LoRA(rank=rank, alpha=2.0 * rank, rslora=rslora).scaling == pytest.approx(scaling)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "query", "nowhere.q_proj"])

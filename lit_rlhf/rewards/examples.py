@@ -1,4 +1,4 @@
-"""The reward functions of the recipes, as an example for your own.
+"""The reward function of the recipes, as an example for your own.
 
 A function receives by keyword those of the following that its parameters name: prompts, responses (text), terminated
 (whether a stop token ended the response), and any column of the prompts' file. It returns one number per response.
@@ -21,6 +21,16 @@ def happy_story(responses: list[str], terminated: list[bool]) -> list[float]:
     """Count the different happy words in a story, up to 10, in tenths; half of that for a truncated story.
 
     Repetitions do not count, so that repeating a word does not pay.
+
+    Args:
+        responses: The texts of the responses [B].
+        terminated: Whether a stop token ended each response [B].
+
+    Returns:
+        The scores [B], from 0 to 1.
+
+    >>> happy_story(["The dog was happy, happy and kind.", "A kind dog laughed and"], [True, False])
+    [0.2, 0.1]
     """
     scores = []
     for response, ended in zip(responses, terminated, strict=True):

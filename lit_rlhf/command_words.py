@@ -1,0 +1,77 @@
+"""What is done with the words of a command line before LightningCLI parses them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from lit_rlhf import recipes
+from lit_rlhf.errors import UserError
+
+HELP_OF_OPTION = re.compile(r"--(model|data)\.[\w.]+\.help(=|$)")
+"""A word that asks for the help of an option of the model's or the data's class."""
+
+
+def help_words(words: Sequence[str]) -> list[str]:
+    """Return words that ask for the help of an option in the way that jsonargparse expects.
+
+    jsonargparse shows the help of an option of a chosen class, such as ``--model.adapter.help``, only after
+    ``--model.help CLASS``. The class is taken from ``--model CLASS`` or from the files given by ``--config``.
+
+    Args:
+        words: The words of the command line.
+
+    Raises:
+        UserError: if the words ask for such help without naming the class.
+
+    >>> help_words(["fit", "--model", "SFT", "--model.adapter.help"])
+    ['fit', '--model.help', 'SFT', '--model.adapter.help']
+    """
+    asked = next((number for number, word in enumerate(words) if HELP_OF_OPTION.match(word)), None)
+    if asked is None:
+        return list(words)
+    group = words[asked][2:].partition(".")[0]
+    chosen = _given(words, f"--{group}.help") or _given(words, f"--{group}")
+    if not chosen:
+        configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in map(recipes.find, _configs(words))]
+        chosen = [name for config in configs if (name := (config.get(group) or {}).get("class_path"))]
+    if not chosen:
+        raise UserError(f"{words[asked]}: name the class first, as in --{group} CLASS {words[asked]}")
+    command = [word for word in words[:1] if not word.startswith("-")]
+    return [*command, f"--{group}.help", chosen[-1], *words[asked:]]
+
+
+def _given(words: Sequence[str], *options: str) -> list[str]:
+    """Return the values that options have on the command line, as in ``--option value`` or ``--option=value``."""
+    parts = [(word.partition("="), after) for word, after in zip(words, [*words, ""][1:], strict=True)]
+    return [value if given else after for (option, given, value), after in parts if option in options]
+
+
+def _configs(words: Sequence[str]) -> list[str]:
+    return _given(words, "-c", "--config")
+
+
+def check_config_files(words: Sequence[str]) -> None:
+    """Check that every file or recipe given by ``--config`` exists and is a YAML mapping.
+
+    Args:
+        words: The words of the command line.
+
+    Raises:
+        UserError: if a file does not exist or is not a YAML mapping; the message names the file and, if the YAML is
+            invalid, the line.
+    """
+    for name in _configs(words):
+        _check_config_file(recipes.find(name))
+
+
+def _check_config_file(path: Path) -> None:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"config: {path}{line} is not valid YAML: {error.problem}") from error
+    if not isinstance(config, dict):
+        what = "is empty" if config is None else f"contains a {type(config).__name__}"
+        raise UserError(f"config: {path} should be a mapping of options (model: …, data: …), but it {what}")

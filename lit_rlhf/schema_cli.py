@@ -1,0 +1,50 @@
+"""The command ``lit-rlhf schema``: the JSON schema of configurations, from which editors complete and check them."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lit_rlhf import lightning_cli
+from lit_rlhf.schema import config_schema
+
+
+class _Groups(Exception):  # noqa: N818 (it is no error)
+    """Carries the groups of options out of LightningCLI."""
+
+
+class SchemaCLI(lightning_cli.CLI):
+    """A command line that ends when its options are known."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["run"] = False  # the parser then has no subcommands
+        super().__init__(*args, **kwargs)
+
+    def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
+        """Parse nothing."""
+        raise _Groups(parser.option_groups)
+
+
+def schema_text() -> str:
+    """Return the JSON schema of the options of ``fit`` and the other commands, as text."""
+    groups = {}
+    try:
+        lightning_cli.run([], SchemaCLI)
+    except _Groups as found:
+        (groups,) = found.args
+    return json.dumps(config_schema(groups), indent=1, ensure_ascii=False) + "\n"
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command ``lit-rlhf schema``.
+
+    Args:
+        args: The arguments that follow ``lit-rlhf schema`` on the command line.
+    """
+    argparse.ArgumentParser(
+        prog="lit-rlhf schema",
+        description="Print a JSON schema of the configurations. An editor with a language server for YAML, such as VS "
+        "Code with the extension YAML, completes and checks a file that begins with the line "
+        "'# yaml-language-server: $schema=lit-rlhf.schema.json'.",
+    ).parse_args(args)
+    print(schema_text(), end="")

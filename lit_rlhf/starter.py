@@ -1,0 +1,58 @@
+"""The command ``lit-rlhf init``: a folder to start from, which runs as it is."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_rlhf import recipes
+from lit_rlhf.errors import UserError
+
+SCHEMA = "lit-rlhf.schema.json"
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command ``lit-rlhf init``.
+
+    Args:
+        args: The arguments that follow ``lit-rlhf init`` on the command line.
+
+    Raises:
+        UserError: if the folder is not empty.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lit-rlhf init",
+        description="Write a folder to start from: a configuration, a reward function with its test, prompts, and a "
+        "README with the commands. It runs as it is on a CPU in about a minute, without network.",
+    )
+    parser.add_argument("name", type=Path, help="the folder to write; it must not exist, or be empty")
+    folder = parser.parse_args(args).name
+    write(folder)
+    print(f"{folder} is ready. The next commands:\n\n  cd {folder}\n  pytest\n  lit-rlhf fit --config config.yaml")
+
+
+def write(folder: Path) -> None:
+    """Write the files of the starter, and the schema of its configuration, from which editors complete and check it.
+
+    Args:
+        folder: The folder to write.
+
+    Raises:
+        UserError: if the folder is not empty, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"init: {folder} is a file; give the name of a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"init: the folder {folder} is not empty; give the name of a new folder")
+    from lit_rlhf.schema_cli import schema_text
+
+    schema = schema_text()
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted((recipes.folder() / "starter").iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    readme, config = folder / "README.md", folder / "config.yaml"
+    readme.write_text(readme.read_text(encoding="utf-8").replace("NAME", folder.resolve().name, 1), encoding="utf-8")
+    reference = f"# yaml-language-server: $schema={SCHEMA}\n"
+    config.write_text(reference + config.read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / SCHEMA).write_text(schema, encoding="utf-8")
