@@ -3,6 +3,7 @@
 Heavy libraries are imported only when a command needs them, so that ``lit-rlhf --help`` answers at once.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,17 @@ from lit_rlhf.errors import UserError
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The names of the environment variable from which torch reads the options of its allocator of GPU memory."""
+
+COMMANDS = {
+    "quickstart": "quickstart",
+    "init": "starter",
+    "recipes": "recipes",
+    "plan": "plan_cli",
+    "report": "report_cli",
+    "export": "export",
+    "schema": "schema_cli",
+}
+"""The module that runs each command; the other commands are LightningCLI's."""
 
 HELP = """usage: lit-rlhf COMMAND [options]
 
@@ -55,34 +67,8 @@ def main(args: Sequence[str] | None = None) -> None:
             print(HELP, end="")
         elif words[0] in ("-V", "--version"):
             print(f"lit-rlhf {__version__}")
-        elif words[0] == "recipes":
-            from lit_rlhf import recipes
-
-            recipes.main(words[1:])
-        elif words[0] == "init":
-            from lit_rlhf import starter
-
-            starter.main(words[1:])
-        elif words[0] == "schema":
-            from lit_rlhf import schema_cli
-
-            schema_cli.main(words[1:])
-        elif words[0] == "quickstart":
-            from lit_rlhf import quickstart
-
-            quickstart.main(words[1:])
-        elif words[0] == "export":
-            from lit_rlhf import export
-
-            export.main(words[1:])
-        elif words[0] == "plan":
-            from lit_rlhf import plan_cli
-
-            plan_cli.main(words[1:])
-        elif words[0] == "report":
-            from lit_rlhf import report_cli
-
-            report_cli.main(words[1:])
+        elif words[0] in COMMANDS:
+            importlib.import_module(f"lit_rlhf.{COMMANDS[words[0]]}").main(words[1:])
         else:
             from lit_rlhf import lightning_cli
 
