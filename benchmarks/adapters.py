@@ -54,8 +54,20 @@ class Setting(NamedTuple):
         return f"LoRA, rank {self.rank}" if self.rank else "full"
 
 
-RATES = {0: (1e-4, 3e-4, 3e-5), 16: (3e-4, 5e-4, 1e-4, 1e-3, 3e-3), 8: (3e-4, 1e-3), 4: (3e-4, 1e-3)}
+RATES = {
+    0: (1e-4, 3e-4, 3e-5),
+    64: (3e-4,),
+    32: (3e-4,),
+    16: (3e-4, 4e-4, 5e-4, 1e-4, 1e-3, 3e-3),
+    8: (3e-4, 4e-4, 1e-3),
+    4: (3e-4, 1e-3),
+}
 SETTINGS = tuple(Setting(rank, rate) for rank, rates in RATES.items() for rate in rates)
+
+
+def held_out_prompts() -> list[dict[str, str]]:
+    """Return openings of stories to measure with, 864 in all, so that the scores are precise."""
+    return lags.fresh_story_prompts() * 6
 
 
 class Clock(lightning.Callback):
@@ -82,6 +94,7 @@ def options(setting: Setting, seed: int, iterations: int, folder: str, stories: 
         "model.actor_optimizer.lr": setting.rate,
         "model.critic_optimizer.lr": VALUE_RATE * setting.rate,
         "trainer.val_check_interval": min(EVERY, iterations),
+        "data.validation": f"{__file__}:held_out_prompts",
         "trainer.callbacks+": json.dumps({"class_path": "adapters.Clock"}),
     }
     if setting.rank:
