@@ -167,7 +167,7 @@ class CLI(LightningCLI):
             if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":
                 logger.init_args["save_dir"] = str(folder)
                 Path(folder).mkdir(parents=True, exist_ok=True)
-        _check_checkpoint(config.ckpt_path)
+        _check_checkpoint(config.ckpt_path, Path(config.checkpoint.dirpath or Path(folder, "checkpoints")))
 
     def before_fit(self) -> None:
         """Check the Trainer's options for gradients, and rename the folder of an older run unless that run is resumed.
@@ -252,8 +252,8 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
             process of the run has ended.
         SystemExit: if an option does not exist, or a value has the wrong type.
     """
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, "")  # so that class_path finds my_module.MyReward in the current folder
+    if os.getcwd() not in sys.path:  # so that class_path finds my_module.MyReward in this folder; "" would stand for
+        sys.path.insert(0, os.getcwd())  # that of the config, into which jsonargparse changes while it reads the file
     given = list(sys.argv[1:] if args is None else args)
     check_config_files(given)
     words = help_words(given)
@@ -279,10 +279,21 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
         )
 
 
-def _check_checkpoint(path: str | None) -> None:
-    if path is None or path in ("last", "best", "hpc") or str(path).startswith("registry"):
+def _check_checkpoint(path: str | None, folder: Path) -> None:
+    """Check that the checkpoint that ``--ckpt_path`` names exists, ``last`` and ``best`` in the folder of checkpoints.
+
+    Raises:
+        UserError: if it does not exist.
+    """
+    if path is None or path == "hpc" or str(path).startswith("registry"):
         return
-    if not Path(path).exists():
+    if path in ("last", "best"):
+        if not (folder / f"{path}.ckpt").exists():
+            raise UserError(
+                f"ckpt_path: there is no {path}.ckpt in {folder}; a run saves its first one after checkpoint.every_n "
+                "iterations; without --ckpt_path, the run starts anew"
+            )
+    elif not Path(path).exists():
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
 
 

@@ -28,7 +28,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("name", type=Path, help="the folder to write; it must not exist, or be empty")
     folder = parser.parse_args(args).name
     write(folder)
-    print(f"{folder} is ready. The next commands:\n\n  cd {folder}\n  pytest\n  lit-rlhf fit --config config.yaml")
+    commands = (f"cd {folder}", "python -m pytest", "lit-rlhf fit --config config.yaml")
+    print(f"{folder} is ready. The next commands:\n", *(f"  {command}" for command in commands), sep="\n")
 
 
 def write(folder: Path) -> None:

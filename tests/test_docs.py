@@ -105,6 +105,10 @@ def test_the_yaml_of_the_design_page_is_read(tmp_path, monkeypatch):
     assert config["model"]["init_args"]["advantages"]["init_args"] == {"gamma": 0.99}
     assert config["model"]["init_args"]["engine"]["class_path"] == "my_parts.TransformersEngine"
     assert config["trainer"]["callbacks"][0]["class_path"] == "my_parts.PrintBest"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(run.stdout)  # as a run keeps it, in another folder than the class
+    again = preloaded.run("-m", "lit_rlhf.cli", "fit", "--config", "run/config.yaml", "--print_config", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
 
 
 def test_the_service_of_the_rewards_page_scores(tmp_path, monkeypatch):

@@ -179,6 +179,7 @@ def test_what_a_run_without_a_terminal_prints(resumed):
     assert five.fullmatch(lines[0]), lines[0]
     assert lines[1].startswith("iteration 6/6  score ")
     assert re.match(r"iteration 6/6  validation: score [\d.]+  reference score [\d.]+  win rate [\d.]+  KL ", lines[2])
+    assert lines.pop(3) == "report: run/report.html"
     labels = [line.split()[0] for line in lines[3:]]
     assert labels == ["done", "score", "KL", "length", "win", "model", "files", "next", "next"]
     assert re.fullmatch(r"done      PolicyGradient, 6 iterations in 0:\d\d \(after iteration 4\)", lines[3])
@@ -187,7 +188,7 @@ def test_what_a_run_without_a_terminal_prints(resumed):
     assert lines[4].startswith(f"score     {first} → {last}, ")  # the first one is from before the interruption
     assert lines[4].endswith(" held out")
     assert lines[8] == "model     run/export"
-    assert lines[9] == "files     run: metrics.csv, samples.jsonl, config.yaml, checkpoints"
+    assert lines[9] == "files     run: metrics.csv, samples.jsonl, report.html, config.yaml, checkpoints"
     assert lines[10].endswith("--ckpt_path run/checkpoints/last.ckpt --data.predict prompts.jsonl")
 
 

@@ -53,7 +53,7 @@ def test_the_commands_of_the_readme_run(folder):
     text = (folder / "README.md").read_text()
     lines = text[text.index("```bash\n") + 8 :].partition("```")[0].splitlines()
     test, fit, predict = (line.partition("#")[0].split() for line in lines)
-    assert (test, fit[:2], predict[:2]) == (["pytest"], ["lit-rlhf", "fit"], ["lit-rlhf", "predict"])
+    assert (test, fit[:2], predict[:2]) == (["python", "-m", "pytest"], ["lit-rlhf", "fit"], ["lit-rlhf", "predict"])
     done = run_tests(folder)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.text import Text
 
+from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.export import ExportAtEnd
 from lit_rlhf.callbacks.progress import number
 from lit_rlhf.callbacks.terminal import clock, is_terminal
@@ -70,6 +71,17 @@ class Summary(lightning.Callback):
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             show([*self.reached(trainer, pl_module), *self.files(trainer, pl_module)])
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Say what can be resumed if the user has interrupted the run."""
+        if not (isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero):
+            return
+        saved = max((c.saved_iteration for c in _checkpoints(trainer)), default=0)
+        last = f"the last checkpoint is that of iteration {saved}; --ckpt_path last resumes from it"
+        none = "there is no checkpoint yet, since checkpoint.every_n iterations have not been done"
+        print(f"interrupted in iteration {iteration_of(pl_module) + 1}: {last if saved else none}", flush=True)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the metrics of the first iteration and the first validation."""
         return {"first": self.first}
@@ -112,6 +124,11 @@ class Summary(lightning.Callback):
                 self.first.setdefault(name, float(trainer.callback_metrics[name]))
 
 
+def _checkpoints(trainer: lightning.Trainer) -> list[IterationCheckpoint]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, IterationCheckpoint)]
+
+
 def following(module: AlignmentModule, run: Path, export: Path) -> list[str]:
     """Return the commands that usually follow a run.
 
@@ -123,14 +140,14 @@ def following(module: AlignmentModule, run: Path, export: Path) -> list[str]:
     adapter = "" if module.adapter is None else "_lora"
     if isinstance(module, SFT):
         return [
-            f"lit-rlhf fit --config configs/reward{adapter}.yaml --model.reward {export} --data.train pairs.jsonl",
-            f"lit-rlhf fit --config configs/dpo{adapter}.yaml --model.actor {export} --data.train pairs.jsonl",
+            f"lit-rlhf fit --config reward{adapter} --model.reward {export} --data.train pairs.jsonl",
+            f"lit-rlhf fit --config dpo{adapter} --model.actor {export} --data.train pairs.jsonl",
         ]
     if isinstance(module, RewardModeling):
         reward = f"[{{class_path: RewardModel, init_args: {{model: {export}, normalize: true}}}}]"
         return [
-            f"lit-rlhf fit --config configs/ppo{adapter}.yaml --data.train prompts.jsonl --model.critic reward "
-            f"--model.rewards '{reward}'"
+            f"lit-rlhf fit --config ppo{adapter} --model.actor {module.source} --data.train prompts.jsonl "
+            f"--model.critic reward --model.rewards '{reward}'"
         ]
     commands = [] if module.adapter is None else [f"lit-rlhf export {run} --merge"]
     if not isinstance(module, DPO):

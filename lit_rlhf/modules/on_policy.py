@@ -333,10 +333,9 @@ class OnPolicy(AlignmentModule):
         if batch_idx not in self.reference_answers:  # once a run, because the reference does not change
             answers = self._respond(batch, self.reference, batch_idx)
             self.reference_answers[batch_idx] = answers.responses, self.scores.judge(answers)[1]
-        actor = self._actor_outputs(inputs.rollout)
+        actor, reference = self._actor_outputs(inputs.rollout), self.reference_answers[batch_idx]
         kl_of_tokens = k1(actor.logprobs, response_logprobs(self.reference, inputs.rollout, self.max_tokens))
         kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
-        reference = self.reference_answers[batch_idx]
         measure_held_out(self.held_out, inputs.rollout, scores, reference[1], rewards, kl_to_ref)
         outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
         return outputs | {"kl_of_tokens": kl_of_tokens, "reference": reference}

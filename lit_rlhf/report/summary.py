@@ -79,5 +79,6 @@ def _held_out(run: Run) -> list[str]:
 
 
 def _kl(run: Run) -> list[str]:
-    column = "objective/kl_to_ref" if run.values("objective/kl_to_ref") else "val/kl_to_ref"
-    return [f"the KL to the reference is {kl:.2f} nats per response" for kl in run.values(column)[-1:]]
+    held_out = bool(run.values("val/score") and run.values("val/kl_to_ref"))  # beside the held-out score
+    where, column = ("there", "val/kl_to_ref") if held_out else ("to the reference", "objective/kl_to_ref")
+    return [f"the KL {where} is {kl:.2f} nats per response" for kl in run.values(column)[-1:]]

@@ -39,7 +39,8 @@ class RewardFunction(Reward):
       dictionary.
 
     Args:
-        function: The location of the function: ``path/to/file.py:name`` or ``package.module:name``.
+        function: The location of the function: ``path/to/file.py:name`` or ``package.module:name``; in Python, also the
+            function itself.
         weight: The factor of this reward in the score.
 
     >>> from lit_rlhf.rewards import make_reward_inputs
@@ -47,12 +48,16 @@ class RewardFunction(Reward):
     >>> reward.prepare(tokenizer=None)  # imports the function
     >>> reward(make_reward_inputs(["the soup was delicious .", "the soup was awful ."]))
     tensor([ 1., -1.])
+    >>> def brevity(responses):
+    ...     return [-len(response.split()) for response in responses]
+    >>> RewardFunction(brevity)(make_reward_inputs(["the soup was delicious ."]))
+    tensor([-5.])
     """
 
-    def __init__(self, function: str, weight: float = 1.0) -> None:
+    def __init__(self, function: str | Callable[..., Any], weight: float = 1.0) -> None:
         super().__init__(weight)
-        self.function = function
-        self._call: Callable[..., Any] | None = None
+        self._call: Callable[..., Any] | None = None if isinstance(function, str) else function
+        self.function = function if isinstance(function, str) else _location(function)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -89,6 +94,11 @@ class RewardFunction(Reward):
             ) from error
         tensor = checked_scores(scores, reward_inputs.responses, f"the reward function {self.function}")
         return tensor.to(reward_inputs.rollout.tokens.device)
+
+
+def _location(function: Callable[..., Any]) -> str:
+    named: Any = function if hasattr(function, "__name__") else type(function)
+    return f"{named.__module__}:{named.__name__}"
 
 
 def _error_location(function: Callable[..., Any], error: Exception) -> str:

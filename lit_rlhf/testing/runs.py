@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 import tempfile
@@ -78,9 +77,7 @@ def as_reward(reward: RewardOrFunction) -> Reward:
         return reward
     if not callable(reward):
         raise TypeError(f"rewards: {reward!r} is neither a Reward nor a function of responses")
-    made = RewardFunction(f"{inspect.getsourcefile(reward)}:{getattr(reward, '__name__', type(reward).__name__)}")
-    made._call = reward
-    return made
+    return RewardFunction(reward)
 
 
 @functools.cache

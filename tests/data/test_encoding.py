@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,7 @@ def test_the_first_process_shows_a_progress_bar_for_large_files(make, monkeypatc
         monkeypatch.setattr(encoding, "LARGE_SPLIT", 1)
         monkeypatch.setattr(records, "LARGE_FILE", 1)
         monkeypatch.setattr(encoding, "_processes", lambda records: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     make(rank=rank, world_size=2)
     assert ("tokenizing" in capsys.readouterr().err) is shown
 
