@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lit_rlhf import Correction
+from lit_rlhf import _PUBLIC, Correction
 from lit_rlhf import __all__ as names
 from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
@@ -203,3 +203,17 @@ def test_the_commands_of_the_configs_page(tmp_path, monkeypatch, capsys):
         if file:
             Path(file).write_text(printed)
     assert {path.name for path in tmp_path.iterdir()} == {"my_ppo.yaml", "whole.yaml"}
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: lit_rlhf\.(\S+)\n    options:\n      members: \[(.*?)\]$", page, flags=re.DOTALL | re.M)
+    assert page.count(":::") == len(found)
+    assert {part: set(re.split(r",\s+", members)) for part, members in found} == {
+        part: set(members) for part, members in _PUBLIC.items()
+    }
+
+
+def test_every_page_is_in_the_sites_menu():
+    menu = re.search(r"^nav:\n((?: .*\n)+)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M).group(1)
+    assert sorted(re.findall(r": (\S+\.md)$", menu, flags=re.M)) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
