@@ -250,7 +250,6 @@ def test_the_metrics_page_names_what_a_run_logs(fit, make_module):
 
 
 def test_the_script_of_the_sick_runs(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     run = runpy.run_path(str(ROOT / "benchmarks" / "sick_runs.py"))
     pictures = {f"{name}.png" for name in (*run["CASES"], "healthy")}
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -267,7 +266,8 @@ def test_the_script_of_the_sick_runs(tmp_path, capsys):
     assert said == quoted
 
 
-def test_the_command_of_the_first_run_is_accepted(monkeypatch):
+def test_the_command_of_the_first_run_is_accepted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "first-run.md").read_text(encoding="utf-8")
     words = re.search(r"```bash\nlit-rlhf (.*?)\n```", page).group(1).split()
     stages = []
