@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import shlex
 import threading
 from http.server import ThreadingHTTPServer
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lit_rlhf import Correction
+from lit_rlhf import _PUBLIC, Correction
 from lit_rlhf import __all__ as names
 from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
@@ -207,3 +208,75 @@ def test_the_commands_of_the_configs_page(tmp_path, monkeypatch, capsys):
         if file:
             Path(file).write_text(printed)
     assert {path.name for path in tmp_path.iterdir()} == {"my_ppo.yaml", "whole.yaml"}
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: lit_rlhf\.(\S+)\n    options:\n      members: \[(.*?)\]$", page, flags=re.DOTALL | re.M)
+    assert page.count(":::") == len(found)
+    assert {part: set(re.split(r",\s+", members)) for part, members in found} == {
+        part: set(members) for part, members in _PUBLIC.items()
+    }
+
+
+def test_every_page_is_in_the_sites_menu():
+    menu = re.search(r"^nav:\n((?: .*\n)+)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M).group(1)
+    assert sorted(re.findall(r": (\S+\.md)$", menu, flags=re.M)) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_code_of_the_python_page_runs(tiny_model, tiny_prompts, tmp_path, monkeypatch, capsys):
+    """From the first cell to the last, with a tiny model in place of the page's."""
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    cells = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    for name, value in {"MODEL": tiny_model(), "PROMPTS": tiny_prompts, "FOLDER": tmp_path / "run"}.items():
+        cells, replaced = re.subn(rf'^{name} = ".*?"', f'{name} = "{value}"', cells, flags=re.MULTILINE)
+        assert replaced == 1
+    names = {"__name__": "notebook"}
+    exec(compile(cells, "python.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert "tensor([1.0000, 0.6667])" in printed
+    assert printed[-1] == str(tmp_path / "run" / "report.html")
+    assert [float(row["progress/iteration"]) for row in names["rows"] if row["val/score"]] == [5.0, 10.0]
+    assert {sample["stage"] for sample in names["samples"]} == {"train", "val"}
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert len(names["tokens"][0]) > len(names["prompt"].input_ids[0])
+    assert 0 <= names["held_out"]["val/win_rate"] <= 1
+
+
+def test_the_metrics_page_names_what_a_run_logs(fit, make_module):
+    """And its pictures are those that the script draws, which runs here for two iterations."""
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:objective|response|policy|value|engine)/\w+)`", page))
+    recorder = Recorder()
+    fit(make_module(iterations=1), [recorder])
+    assert len(named) > 10
+    assert named <= set(recorder.metrics[0])
+
+
+def test_the_script_of_the_sick_runs(tmp_path, capsys):
+    run = runpy.run_path(str(ROOT / "benchmarks" / "sick_runs.py"))
+    pictures = {f"{name}.png" for name in (*run["CASES"], "healthy")}
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\(images/(.*?)\)", page)) == pictures
+    assert max((ROOT / "docs" / "images" / name).stat().st_size for name in pictures) < 60_000
+    run["main"](2, tmp_path, ["stale_engine", "dead_reward"])
+    assert {path.stem for path in tmp_path.iterdir()} == {"healthy", "stale_engine", "dead_reward"}
+    printed = capsys.readouterr().out
+    assert "dead_reward: " in printed
+    (guard,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    said, quoted = (
+        re.sub(r"\d\.\d{3} nats", "", " ".join(text.split())) for text in (printed.split("guard: ")[1], guard)
+    )
+    assert said == quoted
+
+
+def test_the_command_of_the_first_run_is_accepted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "first-run.md").read_text(encoding="utf-8")
+    words = re.search(r"```bash\nlit-rlhf (.*?)\n```", page).group(1).split()
+    stages = []
+    monkeypatch.setattr("lit_rlhf.quickstart.run_stage", lambda stage, folder, *counts, lora: stages.append(counts))
+    monkeypatch.setattr("lit_rlhf.quickstart.report_iterations", lambda *inputs: None)
+    monkeypatch.setattr("lit_rlhf.quickstart.report", lambda *inputs: None)
+    main(words)
+    assert stages == [(60, 5)] * 3
