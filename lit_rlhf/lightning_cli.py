@@ -20,6 +20,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 import lit_rlhf.algorithms.off_policy_objectives
@@ -158,8 +159,10 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.
 
+        With ``last``, a run that has no checkpoint yet starts anew, so that one command can start and resume a run.
+
         Raises:
-            UserError: if that checkpoint does not exist.
+            UserError: if another checkpoint than ``last`` does not exist.
         """
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
@@ -167,7 +170,11 @@ class CLI(LightningCLI):
             if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":
                 logger.init_args["save_dir"] = str(folder)
                 Path(folder).mkdir(parents=True, exist_ok=True)
-        _check_checkpoint(config.ckpt_path, Path(config.checkpoint.dirpath or Path(folder, "checkpoints")))
+        checkpoints = Path(config.checkpoint.dirpath or Path(folder, "checkpoints"))
+        if self.subcommand == "fit" and config.ckpt_path == "last" and not (checkpoints / "last.ckpt").exists():
+            rank_zero_only(print)(f"ckpt_path: there is no last.ckpt in {checkpoints}, so the run starts anew")
+            config.ckpt_path = None
+        _check_checkpoint(config.ckpt_path, checkpoints)
 
     def before_fit(self) -> None:
         """Check the Trainer's options for gradients, and rename the folder of an older run unless that run is resumed.
@@ -289,10 +296,7 @@ def _check_checkpoint(path: str | None, folder: Path) -> None:
         return
     if path in ("last", "best"):
         if not (folder / f"{path}.ckpt").exists():
-            raise UserError(
-                f"ckpt_path: there is no {path}.ckpt in {folder}; a run saves its first one after checkpoint.every_n "
-                "iterations; without --ckpt_path, the run starts anew"
-            )
+            raise UserError(f"ckpt_path: there is no {path}.ckpt in {folder}")
     elif not Path(path).exists():
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
 

@@ -139,7 +139,7 @@ def test_models_and_required_options(folder, capsys, changes, patterns):
         ({"data__batch_size": 0}, [r"batch_size", "1 or more", "0"]),
         ({"data__chat": "true"}, ["chat template"]),
         ({"ckpt_path": "nowhere.ckpt"}, ["ckpt_path", r"nowhere\.ckpt"]),
-        ({"ckpt_path": "last"}, ["ckpt_path", r"no last\.ckpt in .*checkpoints", r"checkpoint\.every_n"]),
+        ({"ckpt_path": "best"}, ["ckpt_path", r"no best\.ckpt in .*checkpoints"]),
     ],
 )
 def test_data(folder, capsys, changes, patterns):
