@@ -1,6 +1,6 @@
 """Memory of SFT and PPO with adapters on one base, and of PPO with four whole models, on a CPU.
 
-    python benchmarks/adapter_memory.py [--max-tokens 384] [--hidden 768] [--layers 12] [--precision 32-true]
+    python benchmarks/adapter_memory.py [--max-tokens 96] [--hidden 768] [--layers 13] [--precision 32-true]
 
 Writes a Llama with random weights in bfloat16 and a reward adapter, and runs each of three trainings for two
 iterations: SFT with an adapter; PPO with actor, critic, reference and reward model as adapters of one base; PPO with
@@ -149,8 +149,8 @@ def main() -> None:
     """Write the inputs, run each training three times, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--max-tokens", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=13)
+    parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--recompute", action="store_true", help="use ActivationCheckpointing in all three")
     for name in ("--run", "--folder"):  # of the processes that this one starts
