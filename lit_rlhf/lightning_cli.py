@@ -40,6 +40,7 @@ from lit_rlhf.callbacks import (
     WriteReport,
 )
 from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
+from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.command_words import check_config_files, help_words
 from lit_rlhf.config_comments import with_comments
@@ -188,7 +189,8 @@ class CLI(LightningCLI):
         _check_gradient_options(self.trainer)
         folder = Path(self.trainer.default_root_dir)
         if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
-            move_aside(folder)
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
@@ -277,7 +279,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             trainer_defaults={
                 **TRAINER_DEFAULTS,
-                "callbacks": [MetricsFile(), Predictions(), ProgressBar(), ExportAtEnd()],
+                "callbacks": [OlderRun(), MetricsFile(), Predictions(), ProgressBar(), ExportAtEnd()],
             },
             seed_everything_default=42,
             auto_configure_optimizers=False,
@@ -317,21 +319,6 @@ def _check_gradient_options(trainer: lightning.Trainer) -> None:
             "trainer.accumulate_grad_batches must be 1: every batch is cut into micro-batches already; "
             "a larger data.batch_size takes no more memory in the update"
         )
-
-
-def move_aside(folder: Path) -> None:
-    """Rename a folder that contains an older run to the first free name among ``NAME.1``, ``NAME.2``, ….
-
-    Args:
-        folder: The folder of the new run; a folder without a ``config.yaml`` is left as it is.
-    """
-    if not (folder / "config.yaml").exists():
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    print(f"{folder} contained an older run, which is now in {aside}")
 
 
 def _uses_gpus(accelerator: Any) -> bool:

@@ -133,6 +133,17 @@ def test_a_new_run_renames_the_folder_of_an_older_run(runs, tiny_model, prompt_f
     assert (runs / "again.1" / "config.yaml").read_text() == "older"
 
 
+def test_a_new_run_that_fails_before_it_begins_leaves_the_older_run_in_its_place(runs, tiny_model, prompt_file):
+    (runs / "kept").mkdir()
+    (runs / "kept" / "config.yaml").write_text("older")
+    done = lit_rlhf(*words(tiny_model, prompt_file, "kept"), "--model.actor", "nowhere", cwd=runs)
+    assert done.returncode == 1
+    assert "so the older run is in kept again" in done.stdout
+    assert [path.name for path in (runs / "kept").iterdir()] == ["config.yaml"]
+    assert (runs / "kept" / "config.yaml").read_text() == "older"
+    assert not (runs / "kept.1").exists()
+
+
 def test_checkpoints_hold_no_frozen_model(runs):
     keys = weights(runs / "whole", "last.ckpt")
     assert any(k.startswith("actor.model.") for k in keys)

@@ -1,0 +1,53 @@
+"""A callback that keeps the folder of an older run when a new run takes its place."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+
+class OlderRun(lightning.Callback):
+    """A callback that renames the folder of an older run, and back if the new run fails before its first iteration.
+
+    The folder is renamed before the fit, by `move_aside`, because loggers write to the new one before any hook.
+
+    >>> OlderRun().aside is None
+    True
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.aside: Path | None = None
+
+    def move_aside(self, folder: Path) -> None:
+        """Rename a folder that contains an older run to the first free name among ``NAME.1``, ``NAME.2``, ….
+
+        Args:
+            folder: The folder of the new run; a folder without a ``config.yaml`` is left as it is.
+        """
+        if not (folder / "config.yaml").exists():
+            return
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        self.folder, self.aside = folder, aside
+        print(f"{folder} contained an older run, which is now in {aside}")
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the new folder, since the new run has done an iteration."""
+        self.aside = None
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the folder of a run that has done nothing, and give the older run its name again."""
+        if self.folder is None or self.aside is None:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.aside.rename(self.folder)
+        print(f"the run failed before its first iteration, so the older run is in {self.folder} again")
+        self.aside = None
