@@ -130,7 +130,7 @@ def test_resumed_on_another_number_of_processes(whole, fit, before, strategy, pr
     assert_close(whole("auto-1"), fit.folder / name)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_a_killed_process_ends_the_run_and_the_run_resumes_exactly(whole, fit, strategy):
     """The killed run ends soon with a one-line error; resumed on as many processes, it ends with the same bits."""
     name, rank = f"{strategy}-killed", "1" if strategy == "ddp" else "0"

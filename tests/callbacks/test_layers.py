@@ -55,6 +55,7 @@ def test_compiled_layers_give_the_same(make_module, fit):
     torch.testing.assert_close(compiled[1], plain[1], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_recomputed_layers_are_compiled_too(make_module, monkeypatch):
     """Count the graphs of a pass with gradient, which `checkpoint` would hide from the compiler."""
     tokens = torch.arange(6, 16).view(2, 5)

@@ -84,6 +84,7 @@ def test_a_kl_in_the_loss_keeps_the_actor_near_the_reference(make_module, fit):
         assert final_kl(estimator, 3.0) < 0.5 * without
 
 
+@pytest.mark.long
 def test_adaptive_kl_to_the_reference_stays_near_its_target(make_module, fit):
     recorder = Recorder()
     module = make_module(
@@ -99,6 +100,7 @@ def test_adaptive_kl_to_the_reference_stays_near_its_target(make_module, fit):
     assert min(coefficients) < 0.2 < max(coefficients)  # the coefficient was adapted
 
 
+@pytest.mark.long
 def test_adaptive_penalty_stays_near_its_target(make_module, fit):
     recorder = Recorder()
     module = make_module(

@@ -17,7 +17,7 @@ RUNS = (
     pytest.param(("ddp", 4), marks=pytest.mark.long),
     ("fsdp2", 2),
     ("fsdp2", 4, WHOLE),
-    ("fsdp", 2, WHOLE),
+    pytest.param(("fsdp", 2, WHOLE), marks=pytest.mark.long),
 )
 ADAPTER_RUNS = (("ddp", 2), ("fsdp2", 2), pytest.param(("fsdp2", 4, "lora.*"), marks=pytest.mark.long))
 
