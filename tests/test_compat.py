@@ -504,7 +504,9 @@ def test_datasets_reports_a_file_without_records(tmp_path):
 # the other modules do not rely on private names
 
 
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "compat.py" and "configs" not in path.parts)
+SOURCES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "compat.py" and "configs" not in path.parts
+)
 IN_THE_STANDARD_LIBRARY = {"_exit", "_replace"}  # documented members of os and of named tuples
 
 
