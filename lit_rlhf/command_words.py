@@ -1,4 +1,4 @@
-"""What is done with the words of a command line before LightningCLI parses them."""
+"""What happens to the words of a command line before LightningCLI parses them."""
 
 import re
 from collections.abc import Sequence
@@ -14,16 +14,18 @@ HELP_OF_OPTION = re.compile(r"--(model|data)\.[\w.]+\.help(=|$)")
 
 
 def help_words(words: Sequence[str]) -> list[str]:
-    """Return words that ask for the help of an option in the way that jsonargparse expects.
+    """Return the words of a command line, with a request for the help of an option in the form jsonargparse expects.
 
     jsonargparse shows the help of an option of a chosen class, such as ``--model.adapter.help``, only after
     ``--model.help CLASS``. The class is taken from ``--model CLASS`` or from the files given by ``--config``.
+    Words that do not ask for such help are returned as they are. Otherwise, the words between the command and the
+    request are dropped.
 
     Args:
-        words: The words of the command line.
+        words: The words of the command line, whose files `check_config_files` has checked.
 
     Raises:
-        UserError: if the words ask for such help without naming the class.
+        UserError: if the words ask for such help, and neither they nor the files name the class.
 
     >>> help_words(["fit", "--model", "SFT", "--model.adapter.help"])
     ['fit', '--model.help', 'SFT', '--model.adapter.help']

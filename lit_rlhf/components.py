@@ -1,4 +1,4 @@
-"""The classes that a configuration can name, and their options: names, types and descriptions from their signatures."""
+"""The classes that a configuration can name, and their options, from their signatures and docstrings."""
 
 import collections.abc
 import inspect
@@ -25,7 +25,7 @@ INTERNAL = (
 """Classes without abstract methods that are nevertheless only bases of others, or that the command line itself uses."""
 
 GIVEN = ("params", "optimizer")
-"""The first arguments of optimizers and of schedules, which are no options."""
+"""The first arguments of optimizers and of schedules, which are not options."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Option:
 def components(base: type) -> list[type]:
     """Return the imported classes below a base class that a configuration can name, sorted by their names.
 
-    There are none below the classes of other libraries than Lightning and ``torch.optim``, such as ``nn.Module``.
+    The list is empty for a base class that is not of lit-rlhf, Lightning or ``torch.optim``, such as ``nn.Module``.
 
     >>> from lit_rlhf.algorithms.kl import KLController
     >>> [component.__name__ for component in components(KLController)]
@@ -61,7 +61,7 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def _is_component(candidate: type) -> bool:
-    """Return whether a configuration can use a class: it is not abstract, private or internal."""
+    """Return whether a class is listed: it is in one of `PACKAGES`, and not abstract, private or internal."""
     listed = candidate.__module__.startswith(tuple(f"{package}." for package in PACKAGES))
     hidden = candidate.__name__.startswith("_") or candidate.__name__ in INTERNAL
     return listed and not hidden and not inspect.isabstract(candidate)
@@ -109,13 +109,13 @@ def _signature(component: type) -> dict[str, tuple[Any, Any]]:
 
 
 def summary(component: type) -> str:
-    """Return the first sentence or paragraph of a class's docstring, as one line."""
+    """Return the first line of a class's docstring."""
     parsed = docstring_parser.parse(inspect.getdoc(component) or "")
     return " ".join((parsed.short_description or "").split())
 
 
 def _descriptions(component: type) -> dict[str, str]:
-    """Return the descriptions of a class's arguments, each as one line; those of its bases, if it has none itself."""
+    """Return the descriptions of a class's arguments, each as one line; a base's, if the class itself has none."""
     found: dict[str, str] = {}
     for owner in reversed(component.__mro__[:-1]):
         for text in (owner.__doc__, owner.__init__.__doc__ if "__init__" in vars(owner) else None):  # type: ignore[misc]
@@ -125,7 +125,7 @@ def _descriptions(component: type) -> dict[str, str]:
 
 
 def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
-    """Return the type of an annotation, which may be text; Any, if a name in it is imported for type checkers alone."""
+    """Return the type of an annotation, which may be text; Any, if a name in it is undefined at run time."""
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):

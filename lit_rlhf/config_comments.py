@@ -31,7 +31,7 @@ def with_comments(config: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 class _Commented:
-    """Writes parts of a configuration, each with its schema."""
+    """A writer of the parts of a configuration, each with its schema."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self.root = root
@@ -72,7 +72,7 @@ class _Commented:
         return text
 
     def alternatives(self, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the schemas of which a value has to fit one, with references resolved."""
+        """Yield the schemas, one of which a value has to fit, with references resolved."""
         if "$ref" in schema:
             definition = schema["$ref"].removeprefix("#/definitions/")
             yield from self.alternatives(self.root["definitions"][definition])
@@ -83,7 +83,7 @@ class _Commented:
             yield schema
 
     def matching(self, schema: dict[str, Any], value: Any) -> dict[str, Any]:
-        """Return the alternative that describes a value's keys or its class, or an empty schema."""
+        """Return the alternative that describes a value's keys, class or items; an empty schema if there is none."""
         for part in self.alternatives(schema):
             properties = part.get("properties", {})
             classes = properties.get("class_path", {}).get("enum", [None])

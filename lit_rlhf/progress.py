@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a piece of work has come.
+    """The progress of a piece of work.
 
     >>> Progress("generate", 3, 8, "responses").total
     8
@@ -40,7 +40,7 @@ def listen(listener: Listener) -> None:
 
 
 def stop_listening(listener: Listener) -> None:
-    """Do not call a function any more; nothing happens if it does not listen."""
+    """Stop calling a function; nothing happens if it does not listen."""
     if listener in _listeners:
         _listeners.remove(listener)
 
@@ -48,7 +48,7 @@ def stop_listening(listener: Listener) -> None:
 def tell(work: str, done: int = 0, total: int | None = None, unit: str = "", tokens: int = 0) -> None:
     """Tell the listeners how far a piece of work has come; the arguments are the fields of `Progress`.
 
-    The arguments must be numbers that the host knows: it must not wait for a GPU to tell them.
+    The numbers must already be known to the host, so that it need not wait for a GPU.
 
     >>> heard = []
     >>> listen(heard.append)
@@ -72,6 +72,9 @@ def track(items: Iterable[Item], work: str, unit: str, total: int | None = None)
         work: What is done with the items.
         unit: What the items are, in the plural.
         total: The number of items; None for the length of ``items``, if it has one.
+
+    Returns:
+        ``items`` itself if nobody listens, otherwise an iterator over them.
 
     >>> heard = []
     >>> listen(heard.append)

@@ -30,7 +30,7 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Return the names of the recipes: their paths under ``configs/`` without the ending.
+    """Return the names of the recipes: their paths under ``configs/`` without the file extension.
 
     >>> {"ppo", "strategy/fsdp2", "quickstart/sft"} <= set(names())
     True
@@ -86,7 +86,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def summary(recipe: str) -> str:
-    """Return what a recipe is: the first line of its file.
+    """Return what a recipe is: the first line of its file, without the comment sign.
 
     >>> summary("sft")
     'Supervised fine-tuning: the start of everything else.'

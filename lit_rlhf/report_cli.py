@@ -16,7 +16,8 @@ def main(args: Sequence[str]) -> None:
         args: The arguments that follow ``lit-rlhf report`` on the command line.
 
     Raises:
-        UserError: if a folder is not that of a run, or if two are the same.
+        UserError: if a folder is not that of a run, if its samples or configuration cannot be parsed, or if two folders
+            are the same.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf report",

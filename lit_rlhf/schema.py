@@ -1,6 +1,6 @@
 """The JSON schema of configurations, from which editors complete and check them.
 
-The schema is made of the signatures and docstrings of the classes that a configuration can name, so it fits the
+The schema is made from the signatures and docstrings of the classes that a configuration can name, so it fits the
 installed versions of lit-rlhf, Lightning and torch.
 """
 
@@ -19,7 +19,7 @@ Json = dict[str, Any]
 DRAFT = "http://json-schema.org/draft-07/schema#"
 SIMPLE = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null"}
 OWN = r"^(?!(lit_rlhf|torch\.optim)\.)[A-Za-z_][\w.]*\.\w+$"
-"""A class by its import path, unless it belongs to a package whose classes the schema lists one by one."""
+"""The import path of a class outside lit-rlhf and ``torch.optim``, whose classes the schema lists one by one."""
 
 OTHERS: dict[str, Json] = {
     "seed_everything": {"type": ["integer", "boolean"], "description": "The seed of all random numbers of the run."},
@@ -35,8 +35,8 @@ def config_schema(groups: Mapping[str, tuple[type, bool]]) -> Json:
     """Return a JSON schema (draft 7) of configurations.
 
     Args:
-        groups: For each top-level option the class whose options it has, and whether it is one of the class's
-            subclasses that is chosen by ``class_path``.
+        groups: For each top-level option, a class and a bool: True if ``class_path`` chooses one of the subclasses of
+            the class, False if the options are those of the class itself.
 
     >>> from lit_rlhf import Samples
     >>> schema = config_schema({"samples": (Samples, False)})
@@ -119,7 +119,7 @@ class _Schema:
         return schema | described | ({} if default is dataclasses.MISSING else {"default": default})
 
     def hint(self, hint: Any) -> Json:
-        """Return the schema of a type; an empty one, which everything fits, for types that are not described."""
+        """Return the schema of a type; an empty one, which every value fits, for types that are not described."""
         origin, arguments = get_origin(hint), get_args(hint)
         if hint in SIMPLE:
             return {"type": SIMPLE[hint]}
@@ -142,7 +142,7 @@ class _Schema:
 
 
 def _any_of(schemas: list[Json]) -> Json:
-    """Return the schema that fits what one of the schemas fits."""
+    """Return the schema of the values that fit at least one of the schemas."""
     if {} in schemas:
         return {}
     distinct = [schema for number, schema in enumerate(schemas) if schema not in schemas[:number]]
@@ -153,7 +153,7 @@ def _any_of(schemas: list[Json]) -> Json:
 
 
 def _for_yaml(text: str) -> str:
-    """Return a description without the marks of docstrings, and with YAML's names of constants."""
+    """Return a description without backquotes, and with YAML's names of constants."""
     for word, name in {"None": "null", "True": "true", "False": "false"}.items():
         text = re.sub(rf"\b{word}\b", name, text)
     return text.replace("`", "")

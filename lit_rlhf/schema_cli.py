@@ -9,8 +9,8 @@ from lit_rlhf import lightning_cli
 from lit_rlhf.schema import config_schema
 
 
-class _Groups(Exception):  # noqa: N818 (it is no error)
-    """Carries the groups of options out of LightningCLI."""
+class _Groups(Exception):  # noqa: N818 (it is not an error)
+    """An exception that carries the groups of options out of LightningCLI."""
 
 
 class SchemaCLI(lightning_cli.CLI):
@@ -21,7 +21,7 @@ class SchemaCLI(lightning_cli.CLI):
         super().__init__(*args, **kwargs)
 
     def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
-        """Parse nothing."""
+        """Raise `_Groups` with the groups of options, and parse nothing."""
         raise _Groups(parser.option_groups)
 
 
@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> None:
     argparse.ArgumentParser(
         prog="lit-rlhf schema",
         description="Print a JSON schema of the configurations. An editor with a language server for YAML, such as VS "
-        "Code with the extension YAML, completes and checks a file that begins with the line "
+        "Code with the YAML extension, completes and checks a file that begins with the line "
         "'# yaml-language-server: $schema=lit-rlhf.schema.json'.",
     ).parse_args(args)
     print(schema_text(), end="")

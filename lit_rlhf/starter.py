@@ -18,14 +18,14 @@ def main(args: Sequence[str]) -> None:
         args: The arguments that follow ``lit-rlhf init`` on the command line.
 
     Raises:
-        UserError: if the folder is not empty.
+        UserError: if the folder is not empty, or is a file.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf init",
         description="Write a folder to start from: a configuration, a reward function with its test, prompts, and a "
         "README with the commands. It runs as it is on a CPU in about a minute, without network.",
     )
-    parser.add_argument("name", type=Path, help="the folder to write; it must not exist, or be empty")
+    parser.add_argument("name", type=Path, help="the folder to write, which must be new or empty")
     folder = parser.parse_args(args).name
     write(folder)
     commands = (f"cd {folder}", "python -m pytest", "lit-rlhf fit --config config.yaml")

@@ -28,7 +28,7 @@ class GradientShares(lightning.Callback):
 
     Args:
         groups: A regular expression for each group, by the group's name. A parameter belongs to the first group whose
-            expression occurs in the parameter's name, such as ``actor.model.model.layers.3.mlp.up_proj.weight``, and
+            expression is found in the parameter's name, such as ``actor.model.model.layers.3.mlp.up_proj.weight``, or
             to the group ``other`` if there is none.
 
     >>> GradientShares({"A": "lora_A", "B": "lora_B"}).group_of("actor.layers.3.lora_B.weight")

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 LOGGED = "loggers.json"
 """The file in the run's folder that says which runs of the loggers belong to it."""
 IDS = {"WandbLogger": "id", "TensorBoardLogger": "version", "MLFlowLogger": "run_id"}
-"""By the name of a logger's class: its argument that continues an earlier run.
+"""For each class of loggers, by name, the argument that makes it continue an earlier run.
 
 CSVLogger is not among them, because it deletes the file of the version that it is given; ``metrics.csv`` in the run's
 folder continues instead.
@@ -21,7 +21,7 @@ folder continues instead.
 
 
 def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
-    """Write to a file which runs the loggers write to."""
+    """Store the ids of the loggers' runs in a file, by the name of the logger's class."""
     runs = {type(logger).__name__: logger.version for logger in loggers if type(logger).__name__ in IDS}
     if runs:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
     """Log a run's configuration, except to an MLflow run that has one.
 
-    MLflow refuses to change a configuration, which a resumed run does: at least ``ckpt_path`` differs.
+    MLflow refuses to change a configuration, which a resumed run would do: at least ``ckpt_path`` differs.
     """
     for logger in loggers:
         has_one = isinstance(logger, MLFlowLogger) and logger.experiment.get_run(str(logger.run_id)).data.params
@@ -41,7 +41,7 @@ def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
 
 @contextmanager
 def continued(path: Path, configs: Sequence[Any]) -> Iterator[None]:
-    """Inside this context, let the configurations of loggers name the runs that a file says they wrote to.
+    """In a ``with`` block, make the configurations of loggers continue the runs that are noted in a file.
 
     A configuration that names a run itself is left alone. At the end, the configurations are what they were, so that
     they can be used for another run.

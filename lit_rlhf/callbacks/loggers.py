@@ -38,12 +38,12 @@ class LogDetails(OnPolicyCallback):
     the callback `Samples` writes, of process 0. The histograms are of the scores, the response lengths, the advantages,
     and the ratios π_actor / π_engine of all processes' responses. The x-axis is the iteration.
 
-    In a run that is resumed, TensorBoard drops what was logged after the checkpoint; W&B and MLflow cannot, so that the
-    iterations between the checkpoint and the interruption are there twice.
+    In a run that is resumed, TensorBoard drops what was logged after the checkpoint; W&B and MLflow cannot, so
+    they have the iterations between the checkpoint and the interruption twice.
 
     Args:
-        every_n: The number of iterations between two logs of samples and histograms, which begin with the first
-            iteration; validations always log their samples. 0 for neither.
+        every_n: Samples and histograms are logged in the first iteration and in every ``every_n``-th, and samples also
+            in every validation; 0 to log neither, in validations as well.
         model: Whether to upload the exported model or adapter to W&B at the end, as an artifact.
 
     Raises:
@@ -76,7 +76,7 @@ class LogDetails(OnPolicyCallback):
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger) and len(list(Path(logger.log_dir).glob("events.out.*"))) > 1:
                 writer: Any = logger.experiment
-                writer.close()  # the next event opens a new file, which begins with the step from which on to drop
+                writer.close()  # the next event opens a new file, which says from which step to drop events
                 writer.purge_step = iteration_of(pl_module) + 1
 
     # ----------------------------------------------------------- samples, histograms
@@ -143,7 +143,7 @@ class LogDetails(OnPolicyCallback):
     # ------------------------------------------------------------------- the model
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Upload the exported model, if that was asked for."""
+        """Upload the exported model to W&B, if that was asked for."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         exports = [Path(trainer.default_root_dir) / c.name for c in callbacks if isinstance(c, ExportAtEnd)]
         if not self.model or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
@@ -205,7 +205,7 @@ def histogram(values: Tensor, strategy: Any) -> tuple[list[float], list[float]]:
         strategy: The Trainer's strategy.
 
     Returns:
-        The counts, and the edges of the bins, one more.
+        The counts of the bins, and their edges, of which there is one more.
     """
     empty = torch.full((1,), -torch.inf, device=values.device)
     ends = torch.stack([torch.cat([-values, empty]).max(), torch.cat([values, empty]).max()])

@@ -8,9 +8,9 @@ import lightning
 
 
 class OlderRun(lightning.Callback):
-    """A callback that renames the folder of an older run, and back if the new run fails before its first iteration.
+    """A callback that renames the folder of an older run, and back if the new run fails before it ends an iteration.
 
-    The folder is renamed before the fit, by `move_aside`, because loggers write to the new one before any hook.
+    `move_aside` renames the folder before the fit, because loggers write to the new one before any hook is called.
 
     >>> OlderRun().aside is None
     True
@@ -38,7 +38,7 @@ class OlderRun(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the new folder, since the new run has done an iteration."""
+        """Keep the new folder, since the new run has completed an iteration."""
         self.aside = None
 
     def on_exception(

@@ -71,7 +71,7 @@ class ProgressBar(LightningProgressBar):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to measure the pace at the first iteration."""
+        """Begin to measure the pace when the first iteration of this process begins."""
         if self._course is not None and self._course.done == self._course.first:
             self._course.begin()
 
@@ -200,7 +200,7 @@ class ProgressBar(LightningProgressBar):
 
 
 def total_iterations(trainer: lightning.Trainer, module: lightning.LightningModule) -> int | None:
-    """Return the number of iterations after which a run ends; None if that is not known before."""
+    """Return the number of iterations after which a run ends; None if that is not known in advance."""
     if isinstance(module, AlignmentModule) and module.iterations is not None:
         return module.iterations
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
@@ -210,7 +210,7 @@ def total_iterations(trainer: lightning.Trainer, module: lightning.LightningModu
 
 
 def number(value: Any) -> str:
-    """Return a metric as a short text with three digits.
+    """Return a metric as a short text with three significant digits, and 0 for magnitudes below 10⁻⁶.
 
     >>> number(0.123456), number(-1.2e-7)
     ('0.123', '0')

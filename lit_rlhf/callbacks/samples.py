@@ -19,19 +19,21 @@ from lit_rlhf.types import Experience, RewardInputs, ScoredRollout
 
 
 class Samples(OnPolicyCallback):
-    """A callback that writes the first responses of each iteration and of each validation, with their scores.
+    """A callback that writes process 0's first responses of each iteration and of each validation, with their scores.
 
     Each line has the iteration, the stage (``train`` or ``val``), the prompt, the response, whether a stop token ended
     the response, the score, the rewards, and the KL to the reference in nats. ``tokens`` has the ``text`` of each token
     of the response, its ``kl_to_ref`` (k1) and, in training, its ``advantage``, as the update uses it, and the critic's
-    ``value`` before it, rounded to four decimals. A line of a validation has the ``reference``'s ``response`` to the
-    same prompt, and its ``score``.
+    ``value`` of the text before the token, rounded to four decimals. A line of a validation has the ``reference``'s
+    ``response`` to the same prompt, and its ``score``.
 
     When a run is resumed, the file is first truncated to the checkpoint's lines. Any callback with a method
-    ``on_samples`` gets the same records; `LogDetails` passes them to the loggers.
+    ``on_samples`` gets the same records: in training on process 0, and in a validation on every process, which has the
+    records of its own responses. `LogDetails` passes them to the loggers.
 
     Args:
-        count: The number of responses to write per iteration and per validation.
+        count: The number of responses to write per iteration and per validation, at most those of a batch on
+            process 0.
         name: The name of the file in the run's folder.
 
     Raises:

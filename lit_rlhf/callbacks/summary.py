@@ -26,7 +26,7 @@ SHOWN = {
     "accuracy": ("train/accuracy", "val/accuracy"),
     "win rate": ("val/win_rate",),
 }
-"""By the name in the summary: the metrics of training and of the validation."""
+"""For each name in the summary, the metrics of training and of validations."""
 UNITS = {"KL": "nats per response", "length": "tokens", "win rate": "against the reference"}
 FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoints")
 
@@ -34,8 +34,8 @@ FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoi
 class Summary(lightning.Callback):
     """A callback that prints a few lines at the end of ``fit``: what was reached, the files, and the next command.
 
-    Each metric is given for the first and the last iteration, and for the first and the last validation. If the run was
-    interrupted, the first ones are those of its first part.
+    Each metric is given for the first and the last iteration, and for the first and the last validation. In a run that
+    was resumed, the first ones are those from before the interruption.
 
     Args:
         next: Whether to print the command that comes next.
@@ -74,7 +74,7 @@ class Summary(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Say what can be resumed if the user has interrupted the run."""
+        """Say from which checkpoint the run can be resumed, if the user has interrupted it."""
         if not (isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero):
             return
         saved = max((c.saved_iteration for c in _checkpoints(trainer)), default=0)

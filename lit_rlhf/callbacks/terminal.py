@@ -23,7 +23,7 @@ SILENT_SECONDS = 60.0
 
 
 class Course:
-    """How far a run has come, and what it does at the moment.
+    """The state of a run: how far it has come, and what it does at the moment.
 
     Args:
         step: What is counted, in the singular, such as ``iteration``.
@@ -42,7 +42,7 @@ class Course:
         self.work_start = self.start
 
     def hear(self, progress: Progress) -> None:
-        """Take note of the progress of some work; this method is the `Listener`."""
+        """Take note of the progress of some work."""
         if self.work is None or (progress.work, progress.total) != (self.work.work, self.work.total):
             self.work_start = time.monotonic()
         self.work = progress
@@ -69,12 +69,12 @@ class Course:
         return f"{clock(max(0.0, self.pace() * (self.total - self.done) - (now - self.newest)))} left"
 
     def pace(self) -> float:
-        """Return the mean number of seconds that a step took, of those done since the start."""
+        """Return the mean seconds per step over the steps done since the start, of which there must be at least one."""
         return (self.newest - self.start) / (self.done - self.first)
 
 
 class View(Protocol):
-    """What shows a `Course`."""
+    """A display of a `Course`."""
 
     def open(self) -> None:
         """Begin to show the course."""
@@ -169,7 +169,7 @@ class Bars:
 
 
 class Lines:
-    """Plain lines for a log file: for the first and the last step, and for a step from time to time.
+    """Plain lines for a log file: for the first and the last step, and from time to time for one between them.
 
     Args:
         course: What to show.
@@ -207,7 +207,7 @@ class Lines:
 
 
 def amount(progress: Progress) -> str:
-    """Return how much is done, with its unit; nothing if that is not known.
+    """Return how much is done, with its unit; an empty text if the total is not known.
 
     >>> amount(Progress("generate", 37, 64, "responses")), amount(Progress("update"))
     ('37/64 responses', '')
@@ -227,7 +227,7 @@ def clock(seconds: float) -> str:
 
 
 def is_terminal() -> bool:
-    """Return whether the standard output is a terminal in which lines can be drawn again."""
+    """Return whether the standard output is a terminal in which lines can be redrawn."""
     return sys.stdout.isatty() and not Console().is_dumb_terminal
 
 

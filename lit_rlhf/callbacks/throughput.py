@@ -25,7 +25,7 @@ class Throughput(OnPolicyCallback):
     phase are logged, for example ``perf/update_tokens_per_second`` and ``perf/update_utilisation``:
 
     - The tokens of the iteration per second: in ``generate`` those of the responses, otherwise those of the prompts and
-      the responses, once, however often the update reads them.
+      the responses, each counted once, however often the update reads them.
     - The utilisation: the FLOPs of the phase, divided by what all devices could do in its seconds at their peak rate.
       The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts and
       responses. They include the activations that are recomputed, and assume that no target KL ends the update early.
@@ -36,7 +36,7 @@ class Throughput(OnPolicyCallback):
 
     Args:
         peak_tflops: The peak rate of one device in the precision of the run, in 10¹² FLOPs per second; None for the
-            rate that ``lit-rlhf plan`` knows of the GPU.
+            rate that ``lit-rlhf plan`` knows for the GPU.
 
     Raises:
         ValueError: if ``peak_tflops`` is not positive.
@@ -54,7 +54,7 @@ class Throughput(OnPolicyCallback):
         self._counts = torch.zeros(3, dtype=torch.float64)  # of this process: rows, tokens of prompts, of responses
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Find the peak rate and, if it is known, what the FLOPs depend on."""
+        """Find the peak rate and, if it is known, the setting from which the FLOPs are computed."""
         device = this_gpu() if trainer.strategy.root_device.type == "cuda" else Device("cpu", 0.0, None, None, None)
         known = device.half if str(trainer.precision).startswith("bf16") else device.single
         peak = known if self.peak_tflops is None else self.peak_tflops * 1e12
@@ -97,8 +97,8 @@ def phase_flops(setting: Setting, rows: int, prompt_tokens: float, response_toke
     Args:
         setting: The setting of the run; its lengths and its number of rows are replaced by the other arguments.
         rows: The number of responses.
-        prompt_tokens: The mean number of tokens in a prompt, rounded to a whole number.
-        response_tokens: The mean number of tokens in a response, rounded to a whole number.
+        prompt_tokens: The mean number of tokens in a prompt, which is rounded here.
+        response_tokens: The mean number of tokens in a response, which is rounded here.
     """
     prompt, response = max(1, round(prompt_tokens)), max(1, round(response_tokens))
     generation = setting.generation and replace(setting.generation, prompt_tokens=prompt)

@@ -89,7 +89,7 @@ def only(found: Sequence[str], beginning: str, option: str) -> str | None:
 
 
 def with_context(prompt: Any, context: Any) -> Any:
-    """Return an instruction followed, after a blank line, by its input, if it has one.
+    """Return an instruction followed, after a blank line, by its input, if both are text and the input is not empty.
 
     >>> with_context("Translate into French.", "the soup")
     'Translate into French.\\n\\nthe soup'
@@ -100,7 +100,7 @@ def with_context(prompt: Any, context: Any) -> Any:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of turns, each with role and content.
+    """Return whether a value is a list of turns, each with a role and content.
 
     >>> is_conversation([{"role": "user", "content": "Why?"}]), is_conversation("Why?"), is_conversation([])
     (True, False, False)
@@ -113,7 +113,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def until_last_user(conversation: Conversation, where: str) -> Conversation:
-    """Return the turns up to the user's last turn, if the assistant has the last word; otherwise, all turns.
+    """Return the turns up to and including the user's last, if the assistant has the last word; otherwise, all.
 
     Raises:
         UserError: if the assistant has the last word and no turn is the user's.

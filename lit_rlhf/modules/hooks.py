@@ -11,7 +11,7 @@ from lit_rlhf.types import Experience, Rollout, ScoredRollout, Trajectory
 
 
 class OnPolicyCallback(lightning.Callback):
-    """A callback with four hooks more than Lightning's, which `PolicyGradient` and `TRPO` call in each iteration.
+    """A callback with four hooks besides Lightning's, which `PolicyGradient` and `TRPO` call in each iteration.
 
     The hooks run in the order below, on every process, each with the rows of its own process. A hook that contains a
     collective operation must therefore run it on every process. The tensors are those that the iteration goes on with:
@@ -57,7 +57,7 @@ def call_hook(module: lightning.LightningModule, name: str, *data: Any) -> None:
 
     Args:
         module: The module that trains.
-        name: The name of the hook, a method of `OnPolicyCallback`.
+        name: The name of the hook: a method of `OnPolicyCallback`, or ``on_samples``.
         data: What the hook receives after the Trainer and the module.
     """
     for callback in cast(Any, module.trainer).callbacks:

@@ -1,4 +1,4 @@
-"""The charts of the report, as specifications of Vega-Lite, which the page draws in the browser, and PNG files show."""
+"""The charts of the report, as Vega-Lite specifications, drawn by the page in the browser and saved as PNG files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_rlhf.report.run import Run, thinned
 from lit_rlhf.report.summary import WIN_RATE, phases
 
 MOST_ROWS = 1000
-"""The number of rows of metrics in the report, over all runs; each run has at least 20."""
+"""The largest number of iterations, and of validations, in the report over all runs; each run may have 20 of each."""
 SMOOTHED_FROM = 60
 """The number of iterations from which a curve is drawn pale, with its moving mean."""
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#999933", "#333333")
@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 420, 220
 class Chart:
     """A chart whose data is the table of the report, which is stored once for all charts."""
 
-    name: str  # of the file of the picture
+    name: str  # of the PNG file, without its extension
     section: str
     spec: dict[str, Any]
 
@@ -37,7 +37,7 @@ class Table:
     """The metrics of all runs as one list of rows, with short names for the columns.
 
     Args:
-        runs: The runs; of each, evenly spaced rows are kept, and rows of validations apart from those of iterations.
+        runs: The runs; of each, evenly spaced rows are kept, separately for iterations and for validations.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -79,7 +79,7 @@ def make_charts(runs: Sequence[Run], table: Table) -> list[Chart]:
 
 
 def panel_note(panel: Panel, runs: Sequence[Run]) -> str:
-    """Return what the marks of a panel are, for the line under its title."""
+    """Return the explanation of a panel's marks, for the line under its title."""
     window = _window(runs)
     trained = any(panel.trained in run.columns for run in runs)
     held_out = any(panel.held_out in run.columns for run in runs)
@@ -89,7 +89,7 @@ def panel_note(panel: Panel, runs: Sequence[Run]) -> str:
 
 
 def theme(dark: bool) -> dict[str, Any]:
-    """Return the colours and fonts of all charts, a configuration of Vega-Lite."""
+    """Return the colours and fonts of all charts, as a Vega-Lite configuration."""
     ink, pale, grid = ("#d7dce2", "#98a2ae", "#323a44") if dark else ("#22272e", "#5b6570", "#e3e7eb")
     text = {
         "labelColor": pale,
@@ -132,7 +132,7 @@ def _chart(title: str, section: str, runs: Sequence[Run], layers: list[alt.Chart
 
 
 def _finished(chart: Any) -> dict[str, Any]:
-    return chart.properties(width=WIDTH, height=HEIGHT).to_dict(validate=False)  # which takes most of the time
+    return chart.properties(width=WIDTH, height=HEIGHT).to_dict(validate=False)  # validating takes most of the time
 
 
 def _curve(panel: Panel, runs: Sequence[Run], table: Table) -> list[alt.Chart]:
@@ -175,7 +175,7 @@ def _curve(panel: Panel, runs: Sequence[Run], table: Table) -> list[alt.Chart]:
 
 
 def _scale(panel: Panel, runs: Sequence[Run]) -> alt.Scale:
-    """Return the scale of a panel: from 0 for fractions, and from the panel's floor if a value is below it."""
+    """Return the scale of a panel: from 0 for fractions but the win rate; from the floor if a value is below it."""
     values = [value for run in runs for name in panel.columns for value in run.values(name)]
     if panel.floor is not None and min(values) < panel.floor:
         return alt.Scale(zero=False, domainMin=panel.floor, clamp=True)
@@ -190,7 +190,7 @@ def _axis_format(panel: Panel, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
-    """Return the score against √KL: what each nat of distance from the reference bought."""
+    """Return the layers of the score against √KL: what the distance from the reference bought."""
     layers = []
     for prefix in prefixes:
         score, kl = table.field(f"{prefix}score"), table.field(f"{prefix}kl_to_ref")
@@ -223,7 +223,7 @@ def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
 
 
 def _time(run: Run, table: Table) -> alt.Chart:
-    """Return the seconds of each phase, stacked over the iterations."""
+    """Return the chart of the seconds of each phase, stacked, over the iterations."""
     names = phases(run)
     fields = {table.field(name): name.partition("/")[2] for name in names}
     label = " : ".join([*(f"datum.key == '{field}' ? '{name}'" for field, name in fields.items()), "''"])

@@ -24,13 +24,15 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         folders: The folders of the runs.
         out: The file to write; None for ``report.html`` in the run's folder or, for several runs, in the parent of the
             first one.
-        pictures: Whether to draw each chart also as a PNG file, in a folder beside the page with the page's name.
+        pictures: Whether to draw each chart also as a PNG file, in a folder beside the page, named like the page
+            without its extension.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: if a folder is not that of a run, or if two are the same.
+        UserError: if a folder is not that of a run, if its samples or configuration cannot be parsed, or if two folders
+            are the same.
     """
     from lit_rlhf.report.charts import DARK, LIGHT, Table, make_charts, theme
 
@@ -95,7 +97,7 @@ def _script(data: Any) -> str:
 
 
 def _libraries() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed; to bundle it takes seconds, so it is kept in a cache."""
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed; bundling it takes seconds, so it is cached."""
     import vl_convert
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-rlhf"
@@ -103,13 +105,13 @@ def _libraries() -> str:
     if file.exists():
         return file.read_text(encoding="utf-8")
     code: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-    with suppress(OSError):  # where the home folder cannot be written to, each report takes these seconds
+    with suppress(OSError):  # where the home folder cannot be written to, every report bundles it again
         _write(file, code)
     return code
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file at once, so that no reader finds half of it."""
+    """Write a file atomically, so that no reader finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""What the report shows of the metrics: one chart for each panel of which a run has a number."""
+"""What the report shows of the metrics: one chart for each panel for which a run has numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_rlhf.report.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A curve over the iterations: a line of what was measured in training, and points of what validations measured."""
+    """A chart over the iterations: a line for what training measured, and points for what validations measured."""
 
     title: str
     unit: str  # of the axis
@@ -30,7 +30,7 @@ RESULT = (
     Panel("KL to the reference", "nats per response", "objective/kl_to_ref", "val/kl_to_ref"),
     Panel("Win rate against the reference", "% of held-out prompts", None, "val/win_rate", percent=True),
     Panel("Loss", "loss", "train/loss", "val/loss"),
-    Panel("Accuracy", "% of pairs in order", "train/accuracy", "val/accuracy", percent=True),
+    Panel("Accuracy", "% of pairs ranked correctly", "train/accuracy", "val/accuracy", percent=True),
     Panel("Margin", "better score − worse score", "train/margin", "val/margin"),
     Panel("Calibration error", "% (0 is best)", None, "val/ece", percent=True),
 )
@@ -60,7 +60,9 @@ SECTIONS = {"Result": RESULT, "Length and entropy": LENGTH, "Update": UPDATE, "T
 
 
 def panels_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """Return the panels of each section for which any of the runs has numbers; constant coefficients are left out.
+    """Return the panels of each section for which any of the runs has numbers.
+
+    A KL coefficient that never changes is left out, and so is a reward that is all of the score.
 
     >>> run = Run(name="sft", config={}, rows=[{"train/loss": 2.0}], samples=[])
     >>> {title: [panel.title for panel in panels] for title, panels in panels_of([run]).items()}
@@ -77,5 +79,5 @@ def panels_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
 
 def _is_score(reward: str, runs: Sequence[Run]) -> bool:
-    """Return whether a reward is all of the score."""
+    """Return whether a reward equals the score in all rows of all runs."""
     return all(run.values(reward) == run.values("objective/score") for run in runs)

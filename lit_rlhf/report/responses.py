@@ -9,13 +9,14 @@ from typing import Any
 from lit_rlhf.report.run import Run, thinned
 
 MOST_BYTES = 2_500_000
-"""The size of all responses in the report; a page of several megabytes would open slowly."""
+"""The largest size of all responses in the report, in bytes; a page of many megabytes would open slowly."""
 
 
 def responses_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     """Return the responses of the runs and the number of those that are left out.
 
-    Whole iterations are left out, evenly and never the first or the last, in training and in validation apart.
+    Whole iterations are left out, evenly spaced and never the first or the last, separately for training and for
+    validation.
     """
     parts = [
         (run, stage, [s for s in run.samples if s["stage"] == stage]) for run in runs for stage in ("train", "val")

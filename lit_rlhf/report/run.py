@@ -1,4 +1,4 @@
-"""The files of a training run, read as they are, also while the run writes them."""
+"""The files of a training run, which can be read while the run writes them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_run(folder: Path, name: str) -> Run:
         name: The name of the run in the report.
 
     Raises:
-        UserError: if there is no ``metrics.csv``, or if a file is damaged.
+        UserError: if there is no ``metrics.csv``, or if ``samples.jsonl`` or ``config.yaml`` cannot be parsed.
     """
     metrics, samples, config = (folder / file for file in ("metrics.csv", "samples.jsonl", "config.yaml"))
     if not metrics.exists():
@@ -69,6 +69,8 @@ def read_run(folder: Path, name: str) -> Run:
 
 def flatten(options: Any, name: str = "") -> dict[str, Any]:
     """Return nested options by their full names, without the levels that the user need not write.
+
+    The value of an option that chooses a class is the class's name, without its module.
 
     >>> flatten({"model": {"init_args": {"kl": {"coef": 0.1}, "rewards": [{"weight": 1.0}]}}})
     {'model.kl.coef': 0.1, 'model.rewards.0.weight': 1.0}
@@ -89,7 +91,7 @@ def flatten(options: Any, name: str = "") -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the options in which the runs differ, with one value for each run, and – where a run has no such option.
+    """Return the options in which the runs differ, with a value for each run: ``–`` if the run has no such option.
 
     >>> one, two = (Run(name="", config={"seed": s, "lr": 0.1}, rows=[], samples=[]) for s in (1, 2))
     >>> differences([one, two])
@@ -101,7 +103,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def thinned(items: Sequence[Item], most: int) -> list[Item]:
-    """Return at most ``most`` ≥ 2 of the items, evenly spaced, among them the first and the last.
+    """Return at most ``most`` of the items (2 or more), evenly spaced, among them the first and the last.
 
     >>> thinned(range(11), 3), thinned("ab", 3)
     ([0, 5, 10], ['a', 'b'])

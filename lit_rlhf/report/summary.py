@@ -64,14 +64,14 @@ def _change(run: Run, what: str, column: str, digits: int = 2, unit: str = "", f
 
 
 def _held_out(run: Run) -> list[str]:
-    """Return the main numbers of the last validation, beside those of the reference where it has them."""
+    """Return how the held-out accuracy or loss changed or, for responses, the last validation's scores and win rate."""
     if run.values("val/accuracy"):
         return _change(run, "the held-out accuracy", "val/accuracy", 1, " %", 100)
     if not run.values("val/score"):
         return _change(run, "the held-out loss", "val/loss")
     found = f"on held-out prompts the score is {run.values('val/score')[-1]:.2f}"
     for reference in run.values("val/reference_score")[-1:]:
-        found += f", against {reference:.2f} of the reference"
+        found += f", against {reference:.2f} for the reference"
     rate = [100 * run.values(name)[-1] for name in WIN_RATE if run.values(name)]
     if len(rate) == len(WIN_RATE):
         found += ", with a win rate of {:.0f} % ({:.0f} to {:.0f} %)".format(*rate)

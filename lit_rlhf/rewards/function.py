@@ -26,7 +26,8 @@ class RewardFunction(Reward):
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]
 
-    It may be async. A function that was written for another trainer is called as there, if it names its arguments:
+    It may be async. A function written for another trainer is recognised by its parameters' names, and called as that
+    trainer calls it:
 
     - TRL, ``f(completions, **columns)``, also with ``prompts``, ``completion_ids`` and ``trainer_state`` (whose
       ``global_step`` counts iterations): a completion is text, or ``[{"role": "assistant", "content": …}]`` for a

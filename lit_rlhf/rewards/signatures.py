@@ -1,6 +1,6 @@
 """The ways in which a reward function can be called: this project's, TRL's, verl's and OpenRLHF's.
 
-A function's own arguments tell for which trainer it was written.
+The names of a function's parameters tell for which trainer it was written.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ LABELS = ("answer", "label")
 def scores_of(
     function: Callable[..., Any], name: str, inputs: RewardInputs, tokenizer: PreTrainedTokenizerBase | None
 ) -> Any:
-    """Call a reward function in the way that its arguments ask for, and return its scores, unchecked.
+    """Call a reward function in the way that its parameters ask for, and return its scores, unchecked.
 
     Args:
         function: The function, which may be async.
@@ -127,7 +127,7 @@ def _verl(inputs: RewardInputs) -> list[dict[str, Any]]:
 
 
 def _openrlhf(inputs: RewardInputs, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, Any]]:
-    """Return lists of one element, as OpenRLHF passes them."""
+    """Return the arguments of a call for each response: lists of one element, as OpenRLHF passes them."""
     column = next((inputs.columns[name] for name in LABELS if name in inputs.columns), [""] * len(inputs.responses))
     end = str(tokenizer.eos_token) if tokenizer is not None else ""
     rows = zip(inputs.prompts, inputs.responses, inputs.rollout.terminated.tolist(), column, strict=True)
@@ -146,7 +146,7 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> str
 
 
 def _value(result: Any, key: str) -> Any:
-    """Return a function's score for one response: a number, the only element of a list or tensor, or an entry."""
+    """Return the score in a result or in its entry ``key``, if it is a dictionary; a list of one score is unpacked."""
     score: Any = result.get(key) if isinstance(result, dict) else result
     shape = (len(score),) if isinstance(score, list) else tuple(getattr(score, "shape", ()))
     return score[0] if shape == (1,) else score

@@ -1,4 +1,4 @@
-"""Tools for tests with pytest: tiny models and data, a recorder of a run, and assertions about parts of one's own.
+"""Tools for tests with pytest: tiny models and data, a recorder of a run, and assertions about your own parts.
 
 The module is a pytest plugin, so its fixtures are available wherever lit-rlhf is installed: ``tiny_model``,
 ``tiny_tokenizer``, ``tiny_prompts``, ``tiny_preferences`` and ``tiny_demonstrations``. Every pytest session imports the

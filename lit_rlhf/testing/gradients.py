@@ -117,7 +117,7 @@ def _of_estimator(estimator: AdvantageEstimator, mask: Tensor) -> _Case:
 
 
 def _normal(mask: Tensor) -> Callable[[], Tensor]:
-    """Return a function that draws normal random numbers, float64, of the shape of a mask."""
+    """Return a function that draws normal random numbers, float64, in the shape of a mask."""
     generator = torch.Generator().manual_seed(0)
     return lambda: torch.randn(mask.shape, generator=generator, dtype=torch.float64)
 
@@ -166,7 +166,7 @@ def _worst_derivative(case: _Case, step: float = 1e-6) -> str:
 
 
 def _check_garbage(case: _Case, mask: Tensor, name: str, garbage: float) -> None:
-    inside = mask if mask.shape == case.inputs[name].shape else mask.any(1)  # of tokens, or of rows
+    inside = mask if mask.shape == case.inputs[name].shape else mask.any(1)  # the tokens, or the rows, that count
     spoilt, clean = (
         case.inputs | {name: torch.where(inside, case.inputs[name], outside)} for outside in (garbage, 0.0)
     )
@@ -194,7 +194,7 @@ def _values_and_gradients(case: _Case, inputs: Tensors) -> tuple[Tensors, Tensor
     leaves = {name: inputs[name].clone().requires_grad_() for name in case.differentiated}
     outputs = case.call(inputs | leaves)
     values = {key: value.detach() for key, value in outputs.items()}
-    total = sum(  # weights of different size, so that errors do not cancel
+    total = sum(  # with different weights, so that errors do not cancel
         (value * torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype).reshape(value.shape)).sum()
         for value in outputs.values()
         if value.requires_grad
@@ -216,7 +216,7 @@ def _check_equal(case: _Case, name: str, garbage: float, what: str, expected: Te
 
 
 def _title(part: Any) -> str:
-    """Return what a part says of itself, or the name of its class if that is only its address."""
+    """Return the repr of a part, or the name of its class if it has only Python's default repr."""
     return type(part).__name__ if type(part).__repr__ is object.__repr__ else repr(part)
 
 

@@ -24,7 +24,7 @@ def assert_learns(
     """Assert that a run raises its mean score, or another measure of its responses, by a given amount.
 
     The first and the last fifth of the iterations are compared. The score is what the module's rewards say of the
-    responses. It rises also if a reward has the wrong sign, because a run maximises any reward; a ``goal`` that does
+    responses. It also rises if a reward has the wrong sign, because a run maximises any reward; a ``goal`` that does
     not depend on the reward's code finds such mistakes. ::
 
         def test_my_reward():
@@ -32,7 +32,7 @@ def assert_learns(
 
     Args:
         module: A module that has not been trained, such as `tiny_ppo` makes, with its number of iterations.
-        by: The least rise of the mean, in the units of the score or the goal.
+        by: The smallest rise of the mean that passes, in the units of the score or the goal.
         goal: A function that measures one response; None to measure by the score.
         data: The prompts; None for 48 prompts of words w0 … w31.
         seed: The seed of the run.
@@ -72,7 +72,7 @@ def _ends(values: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 class _Responses(lightning.Callback):
-    """Keeps the responses and the scores of each iteration."""
+    """A callback that keeps the responses and the scores of each iteration."""
 
     def __init__(self) -> None:
         self.texts: list[Sequence[str]] = []

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and their tokenizer; torch is only imported when a model is made."""
+"""Tiny models with random weights, and their tokenizer; torch is imported only when a model is made."""
 
 from __future__ import annotations
 

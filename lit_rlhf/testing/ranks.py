@@ -1,4 +1,4 @@
-"""The assertion that a run on several processes does what it does on one."""
+"""The assertion that a run on several processes gives the same as on one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PRELOADED = [
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
 ]
-"""What the process has imported from which the others are forked."""
+"""The modules that are imported by the process from which the others are forked."""
 
 
 class Function(NamedTuple):
@@ -60,7 +60,7 @@ def assert_same_on_ranks(
 ) -> None:
     """Assert that a run on several processes ends with the weights and the metrics of a run on one process.
 
-    Real processes run on this machine's CPU and talk to each other by gloo. On each of them, the metrics of every
+    Real processes run on this machine's CPU and communicate by Gloo. On each of them, the metrics of every
     iteration, except times and speeds (``time/*``, ``perf/*``), and the final weights must be those of the run on one
     process, up to rounding. ::
 
@@ -71,8 +71,8 @@ def assert_same_on_ranks(
             assert_same_on_ranks(make)
 
     Args:
-        make: A function that makes the module. The processes import its file, so that it must be a function at the
-            top level of a file; this holds for the other functions, too.
+        make: A function that makes the module. The processes import its file, so it must be defined at the top level of
+            a file. The same holds for the other functions.
         callbacks: A function that makes callbacks, or None; what they log is compared.
         data: A function that makes the data module; None for tiny data of the module's kind.
         processes: The number of processes.
@@ -82,11 +82,11 @@ def assert_same_on_ranks(
         atol: Their absolute tolerance, which is added.
         ignore: Names of metrics that may differ.
         seed: The seed of all runs.
-        timeout: The number of seconds after which the processes are ended.
+        timeout: The number of seconds to wait for each process in turn, before all are killed.
 
     Raises:
-        AssertionError: if a metric or a weight differs, or a process fails; the message names the first differences,
-            with both values.
+        AssertionError: if a metric or a weight differs, or a process fails or takes too long; the message names the
+            first differences, with both values.
         ValueError: if a function is not at the top level of a file.
     """
     functions = [None if f is None else _function(f) for f in (make, callbacks, data)]
@@ -131,10 +131,10 @@ def _differences(
 
 
 def _run(group: list[tuple[Any, ...]], alone: tuple[Any, ...], timeout: float) -> None:
-    """Run the processes of a group and one that is alone, all at the same time.
+    """Run the processes of a group, and one process on its own, all at the same time.
 
     Raises:
-        AssertionError: if one fails or takes too long.
+        AssertionError: if a process fails or takes too long.
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Recorder(lightning.Callback):
-    """A callback that keeps each iteration's metrics and ``training_step`` output, and the trained weights."""
+    """A callback that keeps each iteration's metrics and ``training_step`` output, and the final weights."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []

@@ -18,7 +18,7 @@ from lit_rlhf.testing.recorder import Recorder
 from lit_rlhf.testing.runs import tiny_data, train
 
 MEASURED = ("time/", "perf/")
-"""How the names of metrics begin that differ from run to run."""
+"""The beginnings of the names of metrics that differ from run to run."""
 SHOWN = 3
 """The number of differences that a message names."""
 
@@ -38,8 +38,9 @@ def assert_exact_resume(
     One run goes through all iterations and saves a checkpoint on the way; a second run, with new objects, starts from
     this checkpoint. These must be equal: the metrics of the iterations after the checkpoint, except times and speeds
     (``time/*``, ``perf/*``); weights and states of optimizers and schedules at the end; and the state of each
-    callback: its ``state_dict`` and those of its public attributes that are numbers, texts, tensors, or collections of
-    these. Both runs are in the same process, so a global variable that keeps its value is not found. ::
+    callback: its ``state_dict`` and those of its public attributes that are numbers, texts, tensors, None, or
+    collections of these. Both runs are in the same process, so state that is kept in a global variable is not
+    noticed. ::
 
         def test_my_callback():
             assert_exact_resume(tiny_ppo, callbacks=lambda: [MyCallback()])
@@ -100,7 +101,7 @@ def _state_of(callback: lightning.Callback, ignore: Sequence[str]) -> dict[str, 
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value consists of numbers, texts and tensors."""
+    """Return whether a value consists of numbers, texts, tensors and None."""
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):

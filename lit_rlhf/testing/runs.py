@@ -72,7 +72,11 @@ def low_words(responses: Sequence[str]) -> list[float]:
 
 
 def as_reward(reward: RewardOrFunction) -> Reward:
-    """Return a reward as it is, and a function as a `RewardFunction`, which need not be importable."""
+    """Return a reward as it is, and a function as a `RewardFunction`, which need not be importable.
+
+    Raises:
+        TypeError: if it is neither.
+    """
     if isinstance(reward, Reward):
         return reward
     if not callable(reward):
@@ -108,7 +112,7 @@ def train(
     seed: int = 0,
     **options: Any,
 ) -> Recorder:
-    """Train on a CPU without progress bar, logger or validation, and return what a `Recorder` has recorded.
+    """Train on a CPU without a progress bar, a logger or validation, and return the `Recorder` of the run.
 
     Args:
         module: The module.
@@ -116,8 +120,8 @@ def train(
         callbacks: The callbacks; checkpoints are only saved if one of them saves them.
         folder: The folder of the run.
         ckpt_path: A checkpoint to resume from.
-        seed: The seed of the run; the caller's random numbers and environment are left as they are.
-        options: Options of the Trainer.
+        seed: The seed of the run; the caller's environment and random states, except CUDA's, are restored.
+        options: Options of the Trainer, in place of these defaults.
     """
     recorder = Recorder()
     defaults: dict[str, Any] = {
@@ -143,7 +147,7 @@ def train(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what Lightning says of the hardware and of checkpoints in a ``with`` block."""
+    """Hide what Lightning says about the hardware and checkpoints in a ``with`` block."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
@@ -157,7 +161,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed all random numbers in a ``with`` block, and restore their states and the environment after it."""
+    """Seed all random numbers in a ``with`` block; after it, restore the environment and the states, except CUDA's."""
     environment = dict(os.environ)
     with isolate_rng(include_cuda=False):
         lightning.seed_everything(seed, verbose=False)
