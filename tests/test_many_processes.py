@@ -115,7 +115,7 @@ def assert_close(one: Path, two: Path) -> None:
     ("before", "strategy", "processes"),
     [
         ("fsdp2-2", "auto", 1),
-        ("fsdp2-2", "fsdp2", 4),
+        pytest.param("fsdp2-2", "fsdp2", 4, marks=pytest.mark.long),
         ("auto-1", "fsdp2", 2),
         pytest.param("fsdp2-4", "fsdp2", 2, marks=pytest.mark.long),
         pytest.param("auto-1", "ddp", 2, marks=pytest.mark.long),

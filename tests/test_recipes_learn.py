@@ -14,7 +14,9 @@ def test_one_token_of_three(recipe):
     assert recipes.reached(recipes.run(recipe, "bandit", seed=1, iterations=40)) is not None
 
 
-@pytest.mark.parametrize("recipe", ["ppo", "grpo", "reinforce"])
+@pytest.mark.parametrize(
+    "recipe", ["grpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("ppo", "reinforce"))]
+)
 def test_steps_of_a_markov_chain(recipe):
     shares = recipes.run(recipe, "chain", seed=1, iterations=80)
     assert shares[0] < 0.5

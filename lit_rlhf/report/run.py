@@ -53,7 +53,7 @@ def read_run(folder: Path, name: str) -> Run:
         name: The name of the run in the report.
 
     Raises:
-        UserError: if there is no ``metrics.csv``, or if ``samples.jsonl`` or ``config.yaml`` cannot be parsed.
+        UserError: if there is no ``metrics.csv``, or if one of the files cannot be parsed.
     """
     metrics, samples, config = (folder / file for file in ("metrics.csv", "samples.jsonl", "config.yaml"))
     if not metrics.exists():
@@ -62,7 +62,7 @@ def read_run(folder: Path, name: str) -> Run:
     return Run(
         name=name,
         config=flatten(_read_yaml(config)) if config.exists() else {},
-        rows=[_numbers(row) for row in table],
+        rows=[_numbers(row, f"line {number} of {metrics}") for number, row in enumerate(table, start=2)],
         samples=_read_json_lines(samples) if samples.exists() else [],
     )
 
@@ -137,8 +137,11 @@ def _read_yaml(path: Path) -> Any:
         raise UserError(f"report: {path} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _numbers(row: dict[str, str]) -> dict[str, float]:
-    numbers = {name: float(value) for name, value in row.items() if value}
+def _numbers(row: dict[str, str], where: str) -> dict[str, float]:
+    try:
+        numbers = {name: float(value) for name, value in row.items() if value}
+    except (TypeError, ValueError) as error:  # a list, if the line has more values than there are columns
+        raise UserError(f"report: {where} has something else than a number in each column: {error}") from error
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 

@@ -130,10 +130,14 @@ def _differences(found: Any, expected: Any, name: str) -> Iterator[str]:
         for number, pair in enumerate(zip(found, expected, strict=True)):
             yield from _differences(*pair, f"{name}[{number}]")
     elif isinstance(found, Tensor) and isinstance(expected, Tensor):
-        if found.shape != expected.shape or not torch.equal(found.nan_to_num(), expected.nan_to_num()):
+        if found.shape != expected.shape or not torch.equal(_bits(found), _bits(expected)):
             yield _of_tensors(found, expected, name)
     elif not (found == expected or (found != found and expected != expected)):  # NaN is the value that is not itself
         yield f"{name} is {found!r}, not {expected!r}"
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _of_tensors(found: Tensor, expected: Tensor, name: str) -> str:

@@ -18,6 +18,7 @@ def iterations(folder):
         return [float(row["progress/iteration"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.long
 def test_the_guard_from_the_command_line(tiny_model, tiny_prompts, tmp_path):
     """The run ends after its second iteration above the bound, and goes on with a higher bound."""
     words = ["-m", "lit_rlhf.cli", "fit", "--model", "PolicyGradient", "--model.actor", str(tiny_model())]

@@ -5,7 +5,7 @@ from lit_rlhf.callbacks import IterationCheckpoint
 from lit_rlhf.testing import Recorder
 
 
-@pytest.mark.parametrize("at", [3, 4, 6, 8])
+@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.long) for at in (4, 6)), 8])
 def test_a_checkpoint_after_a_validation_resumes_with_the_next_batch(make_module, fit, tmp_path, at):
     """With 48 prompts in batches of 12, iterations 3 and 6 are saved after a validation, and 4 and 8 end epochs."""
     options = {"batch_size": 12, "validation": True, "val_check_interval": 3, "check_val_every_n_epoch": None}
