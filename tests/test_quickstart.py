@@ -77,6 +77,7 @@ def test_quickstart_trains_measures_and_reports(run, tmp_path):
     assert (runs / "dpo" / "export" / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_with_lora_every_later_stage_is_an_adapter_on_one_base(run, tmp_path):
     output = run(tmp_path, "--lora", "--ppo-iterations", "1")
     for text in ("1. Base", "2. SFT", "3. Reward", "4. PPO", "after BASE", "after SFT", "after PPO"):

@@ -16,7 +16,7 @@ RUNS = (
     ("ddp", 2),
     pytest.param(("ddp", 4), marks=pytest.mark.long),
     ("fsdp2", 2),
-    ("fsdp2", 4, WHOLE),
+    pytest.param(("fsdp2", 4, WHOLE), marks=pytest.mark.long),
     pytest.param(("fsdp", 2, WHOLE), marks=pytest.mark.long),
 )
 ADAPTER_RUNS = (("ddp", 2), ("fsdp2", 2), pytest.param(("fsdp2", 4, "lora.*"), marks=pytest.mark.long))
