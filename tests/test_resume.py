@@ -88,7 +88,8 @@ def test_killed_and_resumed_five_times(runs, tiny_model, prompt_file):
     assert_same_run(runs / "whole", runs / "killed")
 
 
-@pytest.mark.parametrize("calls", [(5,), pytest.param((2, 3, 5, 3, 5), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("calls", [(5,), (2, 3, 5, 3, 5)])
 def test_killed_and_resumed_with_rollouts_in_flight(tmp_path, tiny_model, prompt_file, calls):
     """Each kill meets responses that a worker process generates for later iterations; no worker outlives its parent.
 

@@ -45,6 +45,7 @@ def hosts():
         ip("netns", "del", name)
 
 
+@pytest.mark.long
 def test_two_hosts_give_the_same_weights_as_one(hosts, tiny_model, prompt_file, tmp_path):
     kinds = {}, {"seed": 1}, {"task": "score", "seed": 2}
     models = [str(tiny_model("llama", **kind)) for kind in kinds]
