@@ -20,6 +20,7 @@ _PUBLIC = {
     "algorithms.kl": ("AdaptiveKL", "FixedKL", "KLController", "ReferenceKL"),
     "algorithms.objectives": ("Clip", "KLPenalty", "Objective", "PolicyLoss", "Surrogate", "VanillaPG"),
     "algorithms.off_policy_objectives": ("CISPO", "DPPO"),
+    "algorithms.preference_losses": ("IPO", "Hinge", "PreferenceLoss", "SimPO"),
     "algorithms.vtrace": ("VTrace",),
     "callbacks": (
         "ActivationCheckpointing",
