@@ -64,7 +64,7 @@ class TrainedAdapter:
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Return a whole model: the base with the adapter, and the one that it is on top of, added to its weights.
 
-        The weights are those of the base's files, also if the run has quantized them.
+        The weights are those of the base's files, even if the run has quantized them.
 
         Args:
             tokenizer: The model's tokenizer.

@@ -55,7 +55,7 @@ class AdaptedRoles:
         """Read an adapter if the source is one, and return whether it is.
 
         Raises:
-            UserError: if it belongs to another base than the actor's.
+            UserError: if it belongs to a base other than the actor's.
         """
         if not find_adapter(source):
             return False

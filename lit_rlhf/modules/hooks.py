@@ -14,9 +14,9 @@ class OnPolicyCallback(lightning.Callback):
     """A callback with four hooks besides Lightning's, which `PolicyGradient` and `TRPO` call in each iteration.
 
     The hooks run in the order below, on every process, each with the rows of its own process. A hook that contains a
-    collective operation must therefore run it on every process. The tensors are those that the iteration goes on with:
-    they are to be read, not changed. Any Lightning callback that has a method of one of these names is called, too;
-    this class only adds the types.
+    collective operation must therefore run it on every process. The iteration continues with the same tensors, so a
+    hook must not change them. Any Lightning callback that has a method of one of these names is also called; this class
+    only adds the types.
 
     >>> class Longest(OnPolicyCallback):
     ...     tokens = 0
