@@ -18,6 +18,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: if a folder is not that of a run, if its samples or configuration cannot be parsed, or if two folders
             are the same.
+        SystemExit: if an argument is missing, unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf report",

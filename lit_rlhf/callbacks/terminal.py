@@ -233,7 +233,7 @@ def is_terminal() -> bool:
 
 @contextmanager
 def _logging_to(stream: object) -> Iterator[None]:
-    """Let all loggers that write to the terminal write to a stream instead, which does not disturb the bars."""
+    """Let the loggers that write to the terminal write to a stream inside this context, so that the bars stay intact."""
     loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
     handlers = {
         handler

@@ -229,7 +229,8 @@ class VLLMEngine(DetachedEngine):
         """Check a server that this engine did not start.
 
         Raises:
-            UserError: if the server is not set up for this engine, or cannot see the weights.
+            UserError: if the server does not answer or is not set up for this engine, or if it is on another machine
+                and ``weights_dir`` is not set.
         """
         host = urlsplit(client.url).hostname
         if self.weights_dir is None and host not in ("localhost", "127.0.0.1", "::1"):

@@ -30,7 +30,7 @@ class OnPolicyCallback(lightning.Callback):
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Called when the responses have been generated."""
+        """Called when the responses have been generated, with the rollout."""
 
     def on_rewards(
         self,
@@ -39,12 +39,12 @@ class OnPolicyCallback(lightning.Callback):
         scored: ScoredRollout,
         trajectory: Trajectory,
     ) -> None:
-        """Called when the responses have been judged: the models' outputs, the scores, and the rewards of tokens."""
+        """Called when the responses have been judged, with the models' outputs, the scores, and the tokens' rewards."""
 
     def on_advantages(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
     ) -> None:
-        """Called before the update, with the advantages, the returns and all else that it learns from."""
+        """Called before the update, with the advantages, the returns, and everything else that it learns from."""
 
     def on_update_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]

@@ -190,7 +190,7 @@ def _axis_format(panel: Panel, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
-    """Return the layers of the score against √KL: what the distance from the reference bought."""
+    """Return the layers of the chart of the score against √KL: the gain for the distance from the reference."""
     layers = []
     for prefix in prefixes:
         score, kl = table.field(f"{prefix}score"), table.field(f"{prefix}kl_to_ref")

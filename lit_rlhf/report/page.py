@@ -24,8 +24,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         folders: The folders of the runs.
         out: The file to write; None for ``report.html`` in the run's folder or, for several runs, in the parent of the
             first one.
-        pictures: Whether to draw each chart as a PNG file as well, in a folder beside the page, which has the page's
-            name without its extension.
+        pictures: Whether to draw each chart as a PNG file as well. The files are in a folder beside the page that
+            has the name of the page without its extension.
 
     Returns:
         The path of the page.
