@@ -233,7 +233,7 @@ def is_terminal() -> bool:
 
 @contextmanager
 def _logging_to(stream: object) -> Iterator[None]:
-    """Let the loggers that write to the terminal write to a stream inside this context, so that the bars stay intact."""
+    """Let loggers that write to the terminal write to a stream inside this context, so that the bars stay intact."""
     loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
     handlers = {
         handler
