@@ -6,7 +6,8 @@ import statistics
 import pytest
 import torch
 
-from lit_rlhf.algorithms.advantages import GAE, TD0, GroupNormalized, LeaveOneOut, MonteCarlo, NStep
+from lit_rlhf.algorithms.advantages import GAE, TD0, MonteCarlo, NStep
+from lit_rlhf.algorithms.group_baselines import BestOfN, GroupNormalized, LeaveOneOut
 from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL, ReferenceKL
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Surrogate, VanillaPG
 from lit_rlhf.algorithms.vtrace import VTrace
@@ -17,7 +18,7 @@ from lit_rlhf.modules import Update
 from lit_rlhf.testing import Recorder
 
 ESTIMATORS = [MonteCarlo(), TD0(), NStep(4), VTrace(), GAE(), GAE(0.9, length_alpha=0.2, critic_lam=1.0)]
-GROUPS = [GroupNormalized(), GroupNormalized(False), LeaveOneOut()]
+GROUPS = [GroupNormalized(), GroupNormalized(False), LeaveOneOut(), BestOfN()]
 OBJECTIVES = [VanillaPG, Surrogate, KLPenalty, Clip, lambda: Clip(0.01, 0.02, 3.0, "sequence")]
 KLS = [ReferenceKL("reward", "full"), ReferenceKL("loss", "k2"), ReferenceKL("loss", "k3"), ReferenceKL("loss", "full")]
 
