@@ -57,6 +57,7 @@ _PUBLIC = {
     "rewards": (
         "ExactAnswer",
         "NumericAnswer",
+        "OverlongPenalty",
         "RemoteReward",
         "Reward",
         "RewardFunction",

@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
+import lit_rlhf.algorithms.group_baselines
 import lit_rlhf.algorithms.off_policy_objectives
 import lit_rlhf.algorithms.vtrace
 import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolve)

@@ -8,10 +8,10 @@ loss         of a pair                      score of a response y to x          
 (default)    −log σ(d)                      β log π(y|x) / π_ref(y|x)             yes
 `IPO`        (d / β − 1 / 2β)²              β log π(y|x) / π_ref(y|x)             yes
 `Hinge`      max(0, 1 − d)                  β log π(y|x) / π_ref(y|x)             yes
-`SimPO`      −log σ(d − γ)                  β log π(y|x) / \\|y\\|                  no
+`SimPO`      −log σ(d − γ)                  β log π(y|x) / |y|                    no
 ===========  =============================  ====================================  ==============
 
-Bradley–Terry's loss grows with every pair that is not yet certain, and so never stops to push two responses apart. IPO
+Bradley–Terry's loss grows with every pair that is not yet certain, and so never stops pushing two responses apart. IPO
 and the hinge loss stop at a margin.
 """
 

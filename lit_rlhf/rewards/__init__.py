@@ -2,6 +2,7 @@
 
 from lit_rlhf.rewards.answers import ExactAnswer, NumericAnswer
 from lit_rlhf.rewards.function import RewardFunction
+from lit_rlhf.rewards.length import OverlongPenalty
 from lit_rlhf.rewards.model import RewardModel
 from lit_rlhf.rewards.remote import RemoteReward
 from lit_rlhf.rewards.reward import Reward, make_reward_inputs
@@ -10,6 +11,7 @@ from lit_rlhf.rewards.scores import Scores, ScoreShaping
 __all__ = [
     "ExactAnswer",
     "NumericAnswer",
+    "OverlongPenalty",
     "RemoteReward",
     "Reward",
     "RewardFunction",
