@@ -3,8 +3,9 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from torchmetrics import MaxMetric, Metric
 
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.modules.diversity import DistinctNGrams, SelfSimilarity
 from lit_rlhf.progress import tell
 from lit_rlhf.types import Rollout, ScoredRollout, Trajectory
 
@@ -100,9 +102,7 @@ class Metrics:
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Add values of any shape to the mean of this name, with weights of the same shape or one weight for all."""
-        if name not in self._metrics:
-            self._metrics[name] = WeightedMean().to(self.device)
-        self._metrics[name].update(self._on_device(value), self._on_device(weight))
+        self.update(name, WeightedMean, self._on_device(value), self._on_device(weight))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values at which the mask is True to the mean of this name; both have the same shape.
@@ -120,15 +120,17 @@ class Metrics:
 
     def maximum(self, name: str, value: Tensor) -> None:
         """Include a value, [], in the maximum of this name."""
-        if name not in self._metrics:
-            self._metrics[name] = MaxMetric(nan_strategy="disable").to(self.device)
-        self._metrics[name].update(value.detach().to(self.device))
+        self.update(name, partial(MaxMetric, nan_strategy="disable"), value)
 
     def sample_size(self, name: str, weights: Tensor, mask: Tensor) -> None:
         """Include the weights at which the mask is True in the effective sample size of this name."""
+        self.update(name, EffectiveSampleSize, weights, mask)
+
+    def update(self, name: str, make: Callable[[], Metric], *values: Tensor) -> None:
+        """Update the metric of this name with tensors; ``make`` makes the metric when the name is first used."""
         if name not in self._metrics:
-            self._metrics[name] = EffectiveSampleSize().to(self.device)
-        self._metrics[name].update(weights.detach().to(self.device), mask.to(self.device))
+            self._metrics[name] = make().to(self.device)
+        self._metrics[name].update(*(value.detach().to(self.device) for value in values))
 
     def weight(self, name: str) -> float:
         """Return the total weight of the values that this rank added to a mean."""
@@ -181,7 +183,7 @@ def measure_held_out(
     rewards: Mapping[str, Tensor],
     kl_to_ref: Tensor,
 ) -> None:
-    """Record scores, rewards, KL to the reference, lengths, truncations and win rate of responses to held-out prompts.
+    """Record scores, rewards, KL to the reference, lengths, win rate and diversity of responses to held-out prompts.
 
     The win rate is the fraction of responses that score higher than the reference's response to the same prompt,
     sampled with the same random numbers; a tie counts half.
@@ -205,6 +207,9 @@ def measure_held_out(
         **{f"rewards/{name}": reward for name, reward in rewards.items()},
     }.items():
         metrics.add(name, value)
+    tokens = rollout.at_responses(rollout.tokens)
+    metrics.update("distinct_2", partial(DistinctNGrams, n=2), tokens, rollout.response_mask)
+    metrics.update("self_similarity", partial(SelfSimilarity, n=2), tokens, rollout.response_mask)
 
 
 def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, float]:

@@ -17,5 +17,5 @@ def test_the_penalty_begins_a_buffer_before_the_maximum_length():
 
 @pytest.mark.parametrize("buffer", [0, 11])
 def test_a_buffer_out_of_range(buffer):
-    with pytest.raises(ValueError, match="^buffer must be from 1 to max_tokens, 10, not"):
+    with pytest.raises(ValueError, match=r"^buffer must be from 1 to max_tokens, 10, not"):
         OverlongPenalty(max_tokens=10, buffer=buffer)
