@@ -299,9 +299,10 @@ def _refusals_as_user_errors() -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, UserError) or not str(error).lstrip().startswith(compat.LONG_VAL_CHECK_INTERVAL):
             raise
+        refused = str(error).partition(". ")[0].strip()
         raise UserError(
-            f"trainer.val_check_interval: {str(error).partition('. ')[0].strip()}; with trainer.check_val_every_n_epoch: null, "
-            "it counts the iterations of the run"
+            f"trainer.val_check_interval: {refused}; with trainer.check_val_every_n_epoch: null, it counts the iterations "
+            "of the run"
         ) from error
 
 
