@@ -301,8 +301,8 @@ def _refusals_as_user_errors() -> Iterator[None]:
             raise
         refused = str(error).partition(". ")[0].strip()
         raise UserError(
-            f"trainer.val_check_interval: {refused}; with trainer.check_val_every_n_epoch: null, it counts the iterations "
-            "of the run"
+            f"trainer.val_check_interval: {refused}; with trainer.check_val_every_n_epoch: null, it counts the "
+            "iterations of the run"
         ) from error
 
 
