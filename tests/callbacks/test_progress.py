@@ -109,7 +109,7 @@ def test_lines_where_there_is_no_terminal(make_module, fit, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("data: ", "rewards: "))]
     assert [line.split("  ")[0] for line in lines[:3]] == ["iteration 1/6", "iteration 6/6", "iteration 6/6"]
     assert lines[2].startswith("iteration 6/6  validation: score ")
-    assert lines[3].startswith("done      PolicyGradient, 6 iterations in 0:0")
+    assert lines[3].startswith("done      PolicyGradient, 6 iterations in 0:")
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
