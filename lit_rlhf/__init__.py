@@ -37,6 +37,7 @@ _PUBLIC = {
         "Summary",
         "Throughput",
         "WriteReport",
+        "default_callbacks",
     ),
     "data": ("Demonstrations", "Preferences", "Prompts"),
     "errors": ("UserError",),

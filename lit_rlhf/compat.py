@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -222,8 +223,22 @@ INAPPLICABLE_WARNINGS = (
     r".*LightningCLI's args parameter.*",
     r".*module\(s\) in eval mode.*",
     r".*Total length of `list` across ranks is zero.*",
+    r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
 )
-"""Lightning's warnings about things that are intended here, such as modules in eval mode or no validation set."""
+"""Lightning's warnings about things that are intended here, such as modules in eval mode or no validation set.
+
+The last one is about several processes: the modules log metrics that are reduced over them already.
+"""
+
+LONG_VAL_CHECK_INTERVAL = "`val_check_interval` ("
+"""The beginning of Lightning's message that an epoch has fewer batches than the interval between validations."""
+
+
+def hide_inapplicable_warnings() -> None:
+    """Ignore the warnings that `INAPPLICABLE_WARNINGS` lists."""
+    for message in INAPPLICABLE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
 
 # argparse and jsonargparse
 

@@ -17,6 +17,7 @@ from lit_rlhf import _PUBLIC, Correction
 from lit_rlhf import __all__ as names
 from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
+from lit_rlhf.foreign_options import OPTIONS
 from lit_rlhf.generation import Sampling
 from lit_rlhf.progress import listen, stop_listening
 from lit_rlhf.rewards import RemoteReward, make_reward_inputs
@@ -172,6 +173,17 @@ def test_the_tests_of_the_testing_page_pass(number, tmp_path, monkeypatch):
     assert tests
     for test in tests:
         test()
+
+
+def test_the_options_of_other_trainers_have_the_names_of_the_tables():
+    named = {}
+    for page in (ROOT / "docs").glob("from-*.md"):
+        for row in re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            theirs, ours = (re.findall(r"`([^`]+)`", cell) for cell in row)
+            for name in theirs:
+                named.setdefault(name.lstrip("-").rpartition(".")[2], set()).update(ours)
+    wrong = {name: ours for name, ours in OPTIONS.items() if not set(ours) <= named.get(name, set())}
+    assert wrong == {}
 
 
 def test_the_yaml_of_the_callbacks_page_is_read(tmp_path):

@@ -54,6 +54,11 @@ class ProgressBar(LightningProgressBar):
         self._course: Course | None = None
         self._view: View | None = None
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the progress is shown; Lightning asks this when a module prints something."""
+        return self.enabled
+
     def disable(self) -> None:
         """Show nothing; Lightning calls this method on all processes but the first."""
         self.enabled = False

@@ -123,13 +123,15 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the precision, and discard the reference's responses and scores from an earlier run.
+        """Check the precision, name the rewards, and discard the reference's answers from an earlier run.
 
         Raises:
             UserError: if ``trainer.precision`` is not supported, or if an adapter is to be trained with FSDP1.
         """
         super().setup(stage)
         self.reference_answers.clear()
+        if stage != "predict":
+            self.print(f"rewards: {self.scores.description}")  # the first process prints
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Return the source of the rollouts, which starts and closes the engine."""
@@ -301,13 +303,11 @@ class OnPolicy(AlignmentModule):
             metrics.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
         counts = torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=self.device)
         responses, tokens = self.sum_over_ranks(counts).tolist()
-        logged = metrics.compute()
-        self.kl.update(logged["objective/kl_to_ref"], int(responses))
+        self.kl.update((logged := metrics.compute())["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
         self.count_iteration()
         logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0
-        logged["progress/iteration"] = float(self.iteration)
-        logged["progress/responses"] = float(self.iteration) * responses
+        logged |= {"progress/iteration": float(self.iteration), "progress/responses": int(self.iteration) * responses}
         self.log_iteration(logged, shown=("objective/score", "objective/kl_to_ref", "perf/tokens_per_second"))
         call_hook(self, "on_update_end", logged)
 

@@ -101,6 +101,12 @@ class RemoteReward(Reward):
         """The given name or, without one, the last part of the address's path; without a path, the class's name."""
         return self._name or urlsplit(self.url).path.rstrip("/").rpartition("/")[2] or super().name
 
+    @property
+    def description(self) -> str:
+        """The address of the service, without a user's name, a password or a query."""
+        parts = urlsplit(self.url)
+        return f"service {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check the address and the token without a request; the tokenizer is not used.
 

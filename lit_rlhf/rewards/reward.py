@@ -37,6 +37,11 @@ class Reward(nn.Module, ABC):
         """The name of this reward in metrics and samples."""
         return type(self).__name__
 
+    @property
+    def description(self) -> str:
+        """What this reward is, for the line that names the rewards at the start of a run."""
+        return type(self).__name__
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load models and files before the reward is first used.
 

@@ -73,6 +73,19 @@ class Scores(nn.Module):
         for name in ("count", "mean", "squares"):  # squares: the sum of squared deviations from the mean
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
+    @property
+    def description(self) -> str:
+        """The rewards in one line, each with its weight if this is not 1.
+
+        >>> from lit_rlhf.rewards import ExactAnswer, NumericAnswer
+        >>> Scores([NumericAnswer(), ExactAnswer(weight=0.0)], ScoreShaping()).description
+        'NumericAnswer, ExactAnswer (weight 0: only measured)'
+        """
+        notes = {1.0: "", 0.0: " (weight 0: only measured)"}
+        return ", ".join(
+            reward.description + notes.get(reward.weight, f" (weight {reward.weight:g})") for reward in self._iterate()
+        )
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Prepare and freeze the rewards.
 

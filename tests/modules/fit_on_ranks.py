@@ -147,7 +147,7 @@ def cases(strategy, actor, reference, scorer, *adapters):
     )
     yield "rloo", lambda: PolicyGradient(
         **common, **steps, critic="shared", sampling=several, advantages=LeaveOneOut(), objective=VanillaPG(),
-        update=one_step(),
+        update=one_step(), bootstrap_truncated=True,
     )  # fmt: skip
     yield "trpo", lambda: TRPO(**common, critic_optimizer=sgd, sampling=Sampling(max_tokens=12), update=one_step())
 

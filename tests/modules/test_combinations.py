@@ -146,9 +146,11 @@ def test_a_group_of_one_is_refused(make_module):
         make_module(advantages=GroupNormalized())
 
 
-def test_a_critic_that_nothing_uses_gives_a_warning(make_module):
-    with pytest.warns(UserWarning, match=r"LeaveOneOut has its own baseline.*model.critic: null"):
-        make_module(advantages=LeaveOneOut(), sampling=Sampling(max_tokens=8, responses=2))
+def test_a_critic_that_nothing_uses_is_refused(make_module):
+    options = {"advantages": LeaveOneOut(), "sampling": Sampling(max_tokens=8, responses=2)}
+    with pytest.raises(UserError, match=r"model.critic must be null with LeaveOneOut.*memory and time"):
+        make_module(**options)
+    assert make_module(**options, bootstrap_truncated=True).critic_source == "actor"  # the returns need it
 
 
 def test_without_a_critic_none_is_loaded(make_module):
