@@ -1,4 +1,4 @@
-"""The fenced blocks, the inline code, the commands and the options of all pages: the READMEs, CONTRIBUTING and docs/."""
+"""The blocks, the inline code, the commands and the options of all pages: the READMEs, CONTRIBUTING and docs/."""
 
 import collections.abc
 import inspect
@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "configs/starter/README.md")),
+        *(ROOT / folder / "README.md" for folder in ("", "benchmarks", "configs/starter")),
+        ROOT / "CONTRIBUTING.md",
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }

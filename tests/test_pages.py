@@ -1,7 +1,7 @@
-"""Every block, command and option of every page is checked: nothing is on a page that no test has read.
+"""Every block, command and option of every page is checked.
 
-Commands of lit-rlhf and of benchmarks/ are parsed by their own parsers, YAML is part of a run of one iteration on a tiny
-model, Python is executed, and what is left is listed with its reason.
+Commands of lit-rlhf and of benchmarks/ are parsed by their own parsers, YAML is part of a run of one iteration on a
+tiny model, Python is executed, and what is left is listed with its reason.
 """
 
 import argparse
@@ -12,15 +12,15 @@ import re
 import runpy
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 import pages
 import pytest
+import tomllib
 import yaml
 from torch.distributed.run import get_args_parser
 
-from lit_rlhf import cli, lightning_cli, plan_cli
+from lit_rlhf import cli, lightning_cli, plan_cli, starter
 from lit_rlhf.command_words import check_config_files, help_words
 from lit_rlhf.testing.data import prompts
 
@@ -39,6 +39,9 @@ NOT_RUN = {
     "nf4": "it needs bitsandbytes; tests/models/test_quantization.py",
 }
 """What keeps the YAML of a page from running here; it is constructed."""
+NAMES = ("ckpt_path", "config", "print_config", "gpu", "gpus", "prompt_tokens")
+PPO = ("--config", "ppo")
+TINY_REWARD = "[{class_path: RewardFunction, init_args: {function: lit_rlhf.testing.runs:low_words}}]"
 HEADERS = {
     f"configs/{path.relative_to(pages.ROOT / 'configs')}": re.findall(r"^#   (lit-rlhf .*)$", path.read_text(), re.M)
     for path in sorted((pages.ROOT / "configs").rglob("*.yaml"))
@@ -50,9 +53,9 @@ INLINE = [
     if re.match(r"(lit-rlhf|python|pip|\.venv/bin/\w+|wandb|apt-get) ", span.text)
     for words in pages.commands_of(span.text)
 ]
-COMMANDS = [*SHELL, *INLINE, *((page, words) for page in HEADERS for words in pages.commands_of("\n".join(HEADERS[page])))]
-DIFFERENT = list({" ".join(words): pytest.param(words, id=f"{page}:{' '.join(words)}") for page, words in COMMANDS}.values())
-OPTIONS = [span for span in pages.spans() if span.text.startswith("--") and "/from-" not in span.page]
+IN_CONFIGS = [(page, words) for page in HEADERS for words in pages.commands_of("\n".join(HEADERS[page]))]
+COMMANDS = {" ".join(words): (page, words) for page, words in (*SHELL, *INLINE, *IN_CONFIGS)}
+OPTIONS = {s.text: s for s in pages.spans() if s.text.startswith("--") and "/from-" not in s.page}
 
 
 class Parsed(Exception):  # noqa: N818 (it is not an error)
@@ -130,7 +133,8 @@ def parse(words, parsers):
         try:
             config = parsers["plan" if command == "plan" else "fit"].parse_args(given)
         except SystemExit as end:
-            assert not end.code
+            if end.code:
+                raise
             return
         config = config if command == "plan" else config[command]
         config["trainer"]["logger"] = False  # it may need a package of its own
@@ -206,7 +210,9 @@ def test_every_block_is_of_a_kind_that_is_checked():
     assert bare == [], "indented blocks, which no test reads"
 
 
-@pytest.mark.parametrize("words", DIFFERENT)
+@pytest.mark.parametrize(
+    "words", [pytest.param(words, id=f"{page}: {text}") for text, (page, words) in COMMANDS.items()]
+)
 def test_a_command_is_accepted(words, parsers, inside):
     check(words, parsers)
 
@@ -226,57 +232,45 @@ def test_a_wrong_command_is_not(parsers, inside):
             check(*pages.commands_of(text), parsers)
 
 
-@pytest.mark.parametrize("span", {span.text: span for span in OPTIONS}.values(), ids=lambda span: f"{span.page}:{span.text}")
+@pytest.mark.parametrize("span", [pytest.param(span, id=f"{span.page}: {span.text}") for span in OPTIONS.values()])
 def test_an_option_in_the_text_is_accepted(span, parsers, inside):
     """By a script of benchmarks/ that is named beside it, or by a command of lit-rlhf."""
     (words,) = pages.commands_of(span.text)
-    for candidate in candidates(words, span.scripts, parsers):
+    name = pages.OPTION.match(words[0])
+    if len(words) == 1 and "=" not in words[0] and (name or words[0].removeprefix("--") in NAMES):
+        assert not name or pages.exists(name[1])
+        return
+    for command in [["python", f"benchmarks/{script}.py"] for script in span.scripts] + ours(words):
         try:
-            candidate()
+            check([*command, *words], parsers)
         except (Exception, SystemExit):
             continue
         return
     raise AssertionError(f"nothing has the option {span.text}")
 
 
-def candidates(words, scripts, parsers):
-    """Yield functions that fail unless a command accepts the options."""
-    name = pages.OPTION.match(words[0])
-    if name and len(words) == 1 and "=" not in words[0]:
-        yield lambda: one(pages.exists(name[1]))
-        return
-    models = [kind for kind in pages.MODULES[:4] if all_exist(words, "model", kind)]
-    data = [kind for kind in pages.MODULES[4:] if all_exist(words, "data", kind)]
-    if name and models and data:
-        role = "reward" if models[0].__name__ == "RewardModeling" else "actor"
-        chosen = ["--model", models[0].__name__, f"--model.{role}", "m", "--data", data[0].__name__]
-        chosen += ["--model.rewards", "[ExactAnswer]"] if models[0] is pages.MODULES[0] else []
-        yield lambda: parse(["fit", *chosen, *words], parsers)
-        return
-    known = ["ckpt_path", "config", "print_config", "gpu", "gpus", "prompt_tokens"]
-    if len(words) == 1 and words[0].partition("=")[0].removeprefix("--") in known:
-        yield lambda: None
-    for script in scripts:
-        yield lambda: parse_script(f"benchmarks/{script}.py", words)
-    for command in (["quickstart"], ["export", "RUN"]):
-        yield lambda: parse([*command, *words], parsers)
-    for command in ("fit", "plan"):
-        yield lambda: parse([command, "--config", "ppo", *words], parsers)
+def ours(words):
+    """Return the commands of lit-rlhf that may have these options, with what else they need."""
+    models = [kind for kind in pages.MODULES[:4] if has(kind, "model", words)]
+    data = [kind for kind in pages.MODULES[4:] if has(kind, "data", words)]
+    if not pages.OPTION.match(words[0]) or not models or not data:
+        commands = (["quickstart"], ["export", "RUN"], ["fit", *PPO], ["plan", *PPO])
+        return [["lit-rlhf", *command] for command in commands]
+    rewards = ["--model.rewards", "[ExactAnswer]"] if models[0] is pages.MODULES[0] else []
+    model = ["--model", models[0].__name__, f"--model.{'reward' if 'Reward' in models[0].__name__ else 'actor'}", "m"]
+    return [["lit-rlhf", "fit", *model, *rewards, "--data", data[0].__name__]]
 
 
-def one(value):
-    assert value
-
-
-def all_exist(words, owner, kind):
-    paths = [match[1] for match in map(pages.OPTION.match, words) if match and match[1].startswith(f"{owner}.")]
-    return all(pages.exists(path, (kind,)) for path in paths)
+def has(kind, owner, words):
+    """Return whether a class has all those of the options that are the model's or the data's."""
+    paths = [match[1] for match in map(pages.OPTION.match, words) if match]
+    return all(pages.exists(path, (kind,)) for path in paths if path.startswith(f"{owner}."))
 
 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if not re.search("/from-|/python", page)])
 def test_every_option_that_a_page_names_exists(page):
-    found = {span.text: match[1] for span in pages.spans() if span.page == page and (match := pages.OPTION.match(span.text))}
-    assert [text for text, path in found.items() if not pages.exists(path)] == []
+    found = [match[1] for span in pages.spans() if span.page == page and (match := pages.OPTION.match(span.text))]
+    assert [path for path in found if not pages.exists(path)] == []
 
 
 @pytest.mark.parametrize("block", pages.blocks("python"), ids=str)
@@ -291,32 +285,26 @@ def test_python_is_executed(block, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block", pages.blocks("yaml"), ids=str)
 def test_yaml_is_part_of_a_run(block, parsers, inside, tiny_model, tmp_path):
-    config = yaml.safe_load(block.text)
-    if config is None:  # a comment for editors, with which the file of the starter begins
-        assert block.text.strip() in (inside / "config.yaml").read_text().splitlines()[0] or "schema" in block.text
+    """As a config after another one, which trains a tiny model."""
+    part = yaml.safe_load(block.text)
+    if part is None:  # the comment with which the configs of `lit-rlhf init` begin
+        assert block.text.strip() == f"# yaml-language-server: $schema={starter.SCHEMA}"
         return
-    if not config.keys() & {"model", "data", "trainer"}:
-        config = {"model": {"init_args": config}}
-    model = config.setdefault("model", {})
-    if config.get("data", {}).get("class_path") == "Demonstrations":
-        model.setdefault("class_path", "SFT")
-        few = []
+    file, run = tmp_path / "part.yaml", tmp_path / "run"
+    file.write_text(block.text if part.keys() & {"model", "data", "trainer"} else yaml.safe_dump({"model": part}))
+    if "Demonstrations" in block.text:
+        words, few = ["--model", "SFT", "--data", "Demonstrations"], []
     else:
-        model.setdefault("class_path", "PolicyGradient")
-        model["init_args"] = {"rewards": [TINY_REWARD]} | model.get("init_args", {})
-        config.setdefault("data", {"class_path": "Prompts", "init_args": {"train": "prompts.jsonl"}})
+        words = ["--model", "PolicyGradient", "--model.rewards", TINY_REWARD, "--data", "Prompts"]
         few = ["--model.sampling.max_tokens", "4", "--model.iterations", "1"]
-    if "Ahead" in block.text:
-        few += ["--model.engine.workers", "0"]
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    words = ["--config", str(file), "--model.actor", str(tiny_model()), "--data.batch_size", "4", *few]
-    if any(part in block.text for part in NOT_RUN):
+    words += ["--model.actor", str(tiny_model()), "--data.train", "prompts.jsonl", "--config", str(file), *few]
+    if any(name in block.text for name in NOT_RUN):
         parse(["fit", *words], parsers)
         return
-    quiet = ["--trainer.enable_progress_bar", "false", "--report.at_end", "false", "--trainer.limit_train_batches", "1"]
-    cli.main(["fit", *words, *quiet, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "run")])
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) > 1
-
-
-TINY_REWARD = {"class_path": "RewardFunction", "init_args": {"function": "lit_rlhf.testing.runs:low_words"}}
+    words += ["--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(run)]
+    words += ["--trainer.enable_progress_bar", "false", "--report.at_end", "false"]
+    words += ["--trainer.limit_train_batches", "1"]
+    cli.main(["fit", *words, *(["--model.engine.workers", "0"] if "Ahead" in block.text else [])])
+    assert len((run / "metrics.csv").read_text().splitlines()) == 2
+    if "my_parts" in block.text:  # what a run keeps is in another folder than the user's classes
+        parse(["fit", "--config", str(run / "config.yaml")], parsers)

@@ -1,4 +1,4 @@
-"""What docs/data.md shows is true: every record is recognised without options, and the messages are those of the code."""
+"""What docs/data.md shows is true: every record is recognised without options, and the messages are the code's."""
 
 import json
 import re
