@@ -24,7 +24,7 @@ from lit_rlhf import cli, lightning_cli, plan_cli, starter
 from lit_rlhf.command_words import check_config_files, help_words
 from lit_rlhf.testing.data import prompts
 
-OUTPUTS = {"text": "what a run printed", "mermaid": "a drawing", "json": "records, which test_docs.py reads"}
+OUTPUTS = {"text": "what a run printed", "mermaid": "a drawing", "json": "records, which tests/data/test_page.py reads"}
 OTHER_PROGRAMS = {"ruff", "mypy", "mkdocs", "srun", "apt-get", "wandb"}
 """Programs whose commands are not checked; of srun, the command that it starts is."""
 OTHER_MODULES = {"venv", "pytest", "vllm.entrypoints.openai.api_server"}
@@ -33,18 +33,27 @@ ELSEWHERE = {
     "docs/from-trl.md": ("test_arriving.py", "test_the_script_and_the_command_say_the_same"),  # TRL is not installed
 }
 """The tests of the pages whose Python needs more than a few lines around it."""
+RUN_IN = {
+    **{"quickstart": "test_quickstart.py", "init": "test_starter.py", "recipes": "test_recipes.py"},
+    **{"fit": "test_configs.py", "plan": "test_plan_cli.py", "report": "report/test_report.py"},
+    **{"validate": "test_resume.py", "test": "test_pages.py", "predict": "test_resume.py"},
+    **{"export": "test_export.py", "schema": "test_schema.py"},
+}
+"""The tests that run each command of lit-rlhf."""
 NOT_RUN = {
     "VLLMEngine": "it needs vLLM; tests/generation/test_vllm.py runs it",
     "RemoteReward": "it needs a service; tests/test_docs.py and tests/rewards/test_remote.py start one",
-    "nf4": "it needs bitsandbytes; tests/models/test_quantization.py",
+    "nf4": "it needs bitsandbytes; tests/models/test_quantized.py",
 }
 """What keeps the YAML of a page from running here; it is constructed."""
 NAMES = ("ckpt_path", "config", "print_config", "gpu", "gpus", "prompt_tokens")
+"""Options of the commands themselves, which the text names without a value."""
 PPO = ("--config", "ppo")
 TINY_REWARD = "[{class_path: RewardFunction, init_args: {function: lit_rlhf.testing.runs:low_words}}]"
 HEADERS = {
     f"configs/{path.relative_to(pages.ROOT / 'configs')}": re.findall(r"^#   (lit-rlhf .*)$", path.read_text(), re.M)
     for path in sorted((pages.ROOT / "configs").rglob("*.yaml"))
+    if path.parent.name != "configs" or path.stem.endswith(("_lora", "gsm8k"))  # test_configs.py runs the others
 }
 SHELL = [(str(block), words) for block in pages.blocks(*pages.SHELLS) for words in pages.commands_of(block.text)]
 INLINE = [
@@ -308,3 +317,19 @@ def test_yaml_is_part_of_a_run(block, parsers, inside, tiny_model, tmp_path):
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
     if "my_parts" in block.text:  # what a run keeps is in another folder than the user's classes
         parse(["fit", "--config", str(run / "config.yaml")], parsers)
+
+
+def test_test_measures_a_policy(inside, tiny_model, tmp_path, capsys):
+    words = ["--model", "PolicyGradient", "--model.rewards", TINY_REWARD, "--model.actor", str(tiny_model())]
+    words += ["--model.sampling.max_tokens", "4", "--data", "Prompts", "--data.test", "prompts.jsonl"]
+    cli.main(["test", *words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)])
+    assert "test/win_rate" in capsys.readouterr().out
+
+
+def test_every_command_runs_in_a_test():
+    """In a real run on a tiny model, where the command has one."""
+    commands = re.findall(r"^  (\w+)  ", cli.HELP, flags=re.MULTILINE)
+    assert sorted(commands) == sorted(RUN_IN)
+    for command, file in RUN_IN.items():
+        text = (pages.ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert re.search(rf"\"{command}\"|lit-rlhf {command}|{command}_cli", text), command
