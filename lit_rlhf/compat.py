@@ -115,8 +115,8 @@ def allow_variants(count: int) -> None:
 def tensors_without_memory() -> AbstractContextManager[Any]:
     """Return a context in which operations compute the shapes and data types of their results, but no values.
 
-    Uses ``FakeTensorMode``. The public meta device would not do: it has no autocast, and no attention kernels but the
-    one that stores the scores of all pairs of tokens. The mode's logger is silenced, because it also reports
+    Uses ``FakeTensorMode``. The public meta device is not enough: it has no autocast, and no attention kernel except
+    the one that stores the scores of all pairs of tokens. The mode's logger is silenced, because it also reports
     errors that are raised anyway.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -346,7 +346,7 @@ def selected_adapters(layer: LoraLayer) -> tuple[str, ...]:
 
 
 def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> None:
-    """Let layers add the outputs of these adapters alone, in this order; of none, if no adapter is named.
+    """Let layers add the outputs of only these adapters, in this order, or of none if no adapter is named.
 
     Sets ``_active_adapter`` and ``_disable_adapters``, because the public ``set_adapter`` and ``enable_adapters`` also
     change which parameters are trained, while these layers serve several roles in each step.
@@ -358,11 +358,11 @@ def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> Non
 
 
 def share_inputs(layers: Iterable[LoraLayer]) -> None:
-    """Let adapters take the inputs of their layers as they are, which the backward pass then keeps once for all.
+    """Let adapters take the inputs of their layers as they are, so that the backward pass keeps one copy for all.
 
     Otherwise, peft copies a bfloat16 input to the float32 of the adapter, from which autocast makes another bfloat16
     copy for each layer. Layers with DoRA still copy: they compute the norms of weights in their input's precision.
-    Sets ``cast_input_dtype_enabled``, as peft's ``disable_input_dtype_casting`` does for a while.
+    Sets ``cast_input_dtype_enabled``, as peft's ``disable_input_dtype_casting`` does temporarily.
     """
     for layer in layers:
         layer.cast_input_dtype_enabled = bool(layer.lora_variant)

@@ -118,7 +118,7 @@ class JSONClient:
         Args:
             path: What follows the address of the service: nothing, or a path that begins with a slash.
             bodies: The JSON object of each request.
-            work: What the requests are for; whoever shows the progress shows it.
+            work: What the requests are for; shown with their progress.
             unit: What the answers are, in the plural; also shown.
 
         Raises:

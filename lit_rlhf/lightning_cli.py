@@ -124,14 +124,17 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
-        self.command_parser = parser = Parser(**kwargs)  # at last that of a subcommand; all have the same groups
+        self.command_parser = parser = Parser(**kwargs)  # in the end, that of a subcommand; all have the same groups
         parser.add_argument(
-            "-c", "--config", action=ConfigFile, help="a YAML file or recipe; of several, later ones take precedence"
+            "-c",
+            "--config",
+            action=ConfigFile,
+            help="a YAML file or recipe; if there are several, later ones take precedence",
         )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and print the configuration with comments if ``--print_config=comments`` asks so."""
+        """Parse the command line, and print the configuration with comments if ``--print_config=comments`` is given."""
         words = list(sys.argv[1:] if args is None else args)
         if PRINT_COMMENTS not in words:
             super().parse_arguments(parser, args)
@@ -155,7 +158,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(LogDetails, "details")
         parser.add_lightning_class_args(PrintPlan, "plan")
         parser.add_lightning_class_args(WriteReport, "report")
-        parser.add_lightning_class_args(Summary, "summary")  # the last one, so that it names the other's file
+        parser.add_lightning_class_args(Summary, "summary")  # after WriteReport, whose file it names
 
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.
@@ -163,7 +166,7 @@ class CLI(LightningCLI):
         With ``last``, a run that has no checkpoint yet starts anew, so that one command can start and resume a run.
 
         Raises:
-            UserError: if another checkpoint than ``last`` does not exist.
+            UserError: if a checkpoint other than ``last`` does not exist.
         """
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
@@ -289,7 +292,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
 
 
 def _check_checkpoint(path: str | None, folder: Path) -> None:
-    """Check that the checkpoint that ``--ckpt_path`` names exists, ``last`` and ``best`` in the folder of checkpoints.
+    """Check that the checkpoint that ``--ckpt_path`` names exists; ``last`` and ``best`` are looked for in ``folder``.
 
     Raises:
         UserError: if it does not exist.
@@ -316,7 +319,7 @@ def _check_gradient_options(trainer: lightning.Trainer) -> None:
         )
     if trainer.accumulate_grad_batches != 1:
         raise UserError(
-            "trainer.accumulate_grad_batches must be 1: every batch is cut into micro-batches already; "
+            "trainer.accumulate_grad_batches must be 1: every batch is already cut into micro-batches; "
             "a larger data.batch_size takes no more memory in the update"
         )
 

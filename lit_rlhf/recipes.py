@@ -103,6 +103,7 @@ def main(args: Sequence[str]) -> None:
 
     Raises:
         UserError: if there is no recipe with the given name.
+        SystemExit: if an argument is unknown or wrong, or if it is ``--help``.
 
     >>> main(["strategy/ddp"])
     # Every GPU holds all models and processes its part of each batch. For models that fit into one GPU.

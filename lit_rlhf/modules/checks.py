@@ -24,9 +24,9 @@ def check_settings(
         scores: The rewards and their combination.
         sampling: The options for sampling.
         advantages: The advantage estimator.
-        correction: The correction for responses of another policy; None for none.
+        correction: The correction for responses of another policy; None for no correction.
         has_critic: Whether the module has a critic, either with its own weights or on the actor's trunk.
-        bootstrap_truncated: Whether the critic's value stands for the rewards after a truncated response.
+        bootstrap_truncated: Whether the critic's value replaces the rewards after a truncated response.
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a

@@ -29,7 +29,7 @@ def estimate_experience(
         scored: The responses, with the outputs of all models.
         trajectory: The reward of each token, and the critic's values.
         estimator: The advantage estimator.
-        correction: The correction for responses that the engine's policy drew; None for none.
+        correction: The correction for responses that the engine's policy drew; None for no correction.
         update: The options of the update, which say whether rewards and advantages are whitened.
         reduce: A function that returns the sum of a tensor over all processes.
         metrics: Receives the standard deviation of the advantages before they are whitened, the explained variance of

@@ -206,7 +206,7 @@ class AlignmentModule(lightning.LightningModule):
         """
         if not isinstance(batch, self.batch_type):
             given, expected = type(batch).__name__, self.batch_type.__name__
-            raise UserError(f"data: {type(self).__name__} takes {expected}es, this data module gives {given}es")
+            raise UserError(f"data: {type(self).__name__} takes {expected}es, but this data module gives {given}es")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the batch with `check_batch`, which raises a `UserError` if the batch cannot be used."""
