@@ -124,7 +124,7 @@ class CLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the command that was given, or all commands, because making the options of one takes a third of a second."""
+        """Return the given command, or all commands: making the options of one takes a third of a second."""
         commands = LightningCLI.subcommands()
         return {name: skipped for name, skipped in commands.items() if [name] == self.words[:1]} or commands
 
