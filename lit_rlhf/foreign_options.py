@@ -35,7 +35,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("model.adapter.alpha",),
     "lora_rank": ("model.adapter.rank",),
     "loss_agg_mode": ("model.update.aggregation",),
-    "loss_type": ("model.update.aggregation",),
+    "loss_type": ("model.update.aggregation", "model.loss"),
     "lr_scheduler_type": ("model.scheduler",),
     "max_completion_length": ("model.sampling.max_tokens",),
     "max_grad_norm": ("model.update.clip_grad_norm", "model.clip_grad_norm"),

@@ -62,7 +62,7 @@ def test_the_recipes_are_the_ones_in_configs():
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| [`{name}`]"))
         estimator = re.search(r"`(\w+)`", row.split("|")[2]).group(1)
         assert re.search(rf"advantages: .*{estimator}", text)
-    assert len(named) == 8
+    assert len(named) == 10
 
 
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
