@@ -28,9 +28,10 @@ from lit_rlhf.models.sharding import owners, unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
-from lit_rlhf.modules.estimation import estimate_experience
+from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.guard import Guard
+from lit_rlhf.modules.held_out import measure_answers
 from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
@@ -216,9 +217,7 @@ class OnPolicy(AlignmentModule):
             values, last_values = actor.values, actor.last_values
             if self.critic is not None:
                 values, last_values = critic_values(self.critic, rollout, self.max_tokens)
-            bootstrap = None
-            if self.bootstrap_truncated and last_values is not None:
-                bootstrap = torch.where(rollout.terminated, 0.0, last_values)
+            bootstrap = bootstrap_values(last_values, rollout.terminated) if self.bootstrap_truncated else None
         return ScoredRollout(
             rollout=rollout,
             reward_inputs=inputs,
@@ -337,6 +336,7 @@ class OnPolicy(AlignmentModule):
         kl_of_tokens = k1(actor.logprobs, response_logprobs(self.reference, inputs.rollout, self.max_tokens))
         kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
         measure_held_out(self.held_out, inputs.rollout, scores, reference[1], rewards, kl_to_ref)
+        measure_answers(self.held_out, self.scores, inputs, rewards, self.sampling.responses)
         outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
         return outputs | {"kl_of_tokens": kl_of_tokens, "reference": reference}
 

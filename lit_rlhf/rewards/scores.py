@@ -1,8 +1,8 @@
 """The combination of several rewards into one score, and the shaping of this score."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ class ScoreShaping:
             raise ValueError(
                 f"scores.truncation_penalty must be 0 or more (it is subtracted), not {self.truncation_penalty}"
             )
+
+
+class CheckedAnswers(NamedTuple):
+    """The answers that responses give, and which of them are correct."""
+
+    answers: Sequence[Hashable]  # B, of which equal ones are the same answer; None for a response without an answer
+    correct: Tensor  # [B] bool
 
 
 class Scores(nn.Module):
@@ -124,6 +131,25 @@ class Scores(nn.Module):
             rewards[name] = values
             score = score + reward.weight * values
         return rewards, score
+
+    def check_answers(self, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor]) -> CheckedAnswers | None:
+        """Return the answers of the responses, by the first reward that checks answers, or None if no reward does.
+
+        Args:
+            reward_inputs: The responses.
+            rewards: The unweighted rewards of these responses by name, as `judge` returns them.
+
+        Raises:
+            UserError: if the reward does not give one answer for each response.
+        """
+        for reward, values in zip(self._iterate(), rewards.values(), strict=True):
+            answers = reward.extract_answers(reward_inputs)
+            if answers is not None:
+                count = len(reward_inputs.responses)
+                if len(answers) != count:
+                    raise UserError(f"the reward {reward.name} should extract {count} answers, not {len(answers)}")
+                return CheckedAnswers(answers, values == 1)
+        return None
 
     @torch.no_grad()
     def shape(self, scores: Tensor, terminated: Tensor, reduce: Reduce) -> Tensor:

@@ -38,6 +38,7 @@ from lit_rlhf import (
     Preferences,
     Prompts,
     ReferenceKL,
+    Reward,
     RewardFunction,
     RewardModel,
     RewardModeling,
@@ -78,6 +79,19 @@ class ShiftedEngine(NativeEngine):
         rollout = super().generate(*inputs, **options)
         waves = torch.sin(rollout.group[:, None] + 2.0 * torch.arange(rollout.response_mask.shape[1]))
         return replace(rollout, rollout_logprobs=rollout.rollout_logprobs - rollout.response_mask * waves)
+
+
+class LowFirstWord(Reward):
+    """Says that the first word of a response is its answer, and that the words w0 … w15 are correct."""
+
+    def forward(self, reward_inputs):
+        return torch.tensor([float(answer in LOW) for answer in self.extract_answers(reward_inputs)])
+
+    def extract_answers(self, reward_inputs):
+        return [(response.split() or [None])[0] for response in reward_inputs.responses]
+
+
+LOW = {f"w{i}" for i in range(16)}
 
 
 def sgd(parameters):
@@ -134,7 +148,7 @@ def cases(strategy, actor, reference, scorer, *adapters):
     yield (
         "grpo",
         lambda: PolicyGradient(
-            **common,
+            **{**common, "rewards": [RewardFunction(LOW_WORDS), LowFirstWord(weight=0.0)]},
             **steps,
             critic=None,
             sampling=several,
@@ -239,7 +253,8 @@ def main(strategy, *folders, prompts, out, only):
             precision="bf16-mixed" if name.startswith("lora half") else None,
             callbacks=[recorder, hooks, *([ExportAtEnd(Path(out).stem)] if name == "lora stacked" else [])],
         )
-        data = Prompts(train=prompts, batch_size=10 if name == "three" else 24)
+        held_out = {"validation": prompts, "validation_batch_size": 20} if name == "grpo" else {}
+        data = Prompts(train=prompts, batch_size=10 if name == "three" else 24, **held_out)
         if name == "packed" or name.endswith("sft"):
             packing = {"packing": True, "max_tokens": 40} if name == "packed" else {}
             data = Demonstrations(train=f"{__file__}:texts", batch_size=11, **packing)
@@ -249,6 +264,7 @@ def main(strategy, *folders, prompts, out, only):
         trainer.fit(module, datamodule=data)
         timed = ("time/", "perf/")
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
+        metrics |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         results[name] = {"weights": recorder.weights, "metrics": metrics, "steps": trainer.global_step}
         results[name]["parameters"] = describe(module, trainer.optimizers)
         results[name]["hooks"] = hooks.of_all_ranks()
