@@ -55,9 +55,12 @@ _PUBLIC = {
     ),
     "modules.hooks": ("OnPolicyCallback",),
     "rewards": (
+        "ChatEndpoint",
         "ExactAnswer",
+        "Judge",
         "NumericAnswer",
         "OverlongPenalty",
+        "PairwiseJudge",
         "RemoteReward",
         "Reward",
         "RewardFunction",
