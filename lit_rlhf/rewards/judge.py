@@ -63,8 +63,8 @@ class Judge(Reward):
 
     The question to the judge is a text with placeholders: ``{prompt}``, ``{response}``, and the names of the prompts'
     columns, such as ``{answer}`` for a reference answer. Each is replaced by the text itself between tags, which the
-    text cannot contain in practice, because they have its hash. What follows the question tells the judge that these texts are
-    quotations, and how to answer. A judge can still be fooled: see ``docs/rewards.md``.
+    text cannot close, because their name has the text's hash. What follows the question tells the judge that these
+    texts are quotations, and how to answer. A judge can still be fooled: see ``docs/rewards.md``.
 
     Source: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena" (arXiv 2306.05685), section 3.1,
     "single answer grading", and with a column for a reference answer, "reference-guided grading".
