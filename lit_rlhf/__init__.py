@@ -56,9 +56,12 @@ _PUBLIC = {
     ),
     "modules.hooks": ("OnPolicyCallback",),
     "rewards": (
+        "ChatEndpoint",
         "ExactAnswer",
+        "Judge",
         "NumericAnswer",
         "OverlongPenalty",
+        "PairwiseJudge",
         "RemoteReward",
         "Reward",
         "RewardFunction",
