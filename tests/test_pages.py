@@ -43,6 +43,7 @@ RUN_IN = {
 NOT_RUN = {
     "VLLMEngine": "it needs vLLM; tests/generation/test_vllm.py runs it",
     "RemoteReward": "it needs a service; tests/test_docs.py and tests/rewards/test_remote.py start one",
+    "Judge": "it needs a service; tests/rewards/test_judge.py starts one",
     "nf4": "it needs bitsandbytes; tests/models/test_quantized.py",
 }
 """What keeps the YAML of a page from running here; it is constructed."""
@@ -293,7 +294,7 @@ def test_python_is_executed(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", pages.blocks("yaml"), ids=str)
-def test_yaml_is_part_of_a_run(block, parsers, inside, tiny_model, tmp_path):
+def test_yaml_is_part_of_a_run(block, parsers, inside, tiny_model, tmp_path, monkeypatch):
     """As a config after another one, which trains a tiny model."""
     part = yaml.safe_load(block.text)
     if part is None:  # the comment with which the configs of `lit-rlhf init` begin
@@ -308,6 +309,7 @@ def test_yaml_is_part_of_a_run(block, parsers, inside, tiny_model, tmp_path):
         few = ["--model.sampling.max_tokens", "4", "--model.iterations", "1"]
     words += ["--model.actor", str(tiny_model()), "--data.train", "prompts.jsonl", "--config", str(file), *few]
     if any(name in block.text for name in NOT_RUN):
+        monkeypatch.setenv("JUDGE_KEY", "key")
         parse(["fit", *words], parsers)
         return
     words += ["--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(run)]
