@@ -51,8 +51,9 @@ from lit_rlhf.callbacks import ExportAtEnd
 from lit_rlhf.strategies import FSDP
 from lit_rlhf.testing import Recorder
 
-sys.path.insert(0, os.path.dirname(__file__))  # pytest, which looks for doctests here, does not add it
+sys.path[:0] = [os.path.dirname(__file__), str(Path(__file__).parents[1])]  # pytest does not add the first of them
 import adapter_cases
+import preloaded
 
 warnings.filterwarnings("ignore")
 LOW_WORDS = "lit_rlhf.testing.runs:low_words"
@@ -232,6 +233,7 @@ def describe(module, optimizers):
 def main(strategy, *folders, prompts, out, only):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
+    preloaded.fork_workers()
     results = {}
     for name, make in cases(strategy, *folders):
         if not re.fullmatch(only, name):

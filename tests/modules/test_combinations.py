@@ -23,6 +23,9 @@ OBJECTIVES = [VanillaPG, Surrogate, KLPenalty, Clip, lambda: Clip(0.01, 0.02, 3.
 KLS = [ReferenceKL("reward", "full"), ReferenceKL("loss", "k2"), ReferenceKL("loss", "k3"), ReferenceKL("loss", "full")]
 
 
+LARGE = Update(epochs=2, minibatches=2, max_tokens=1024)
+
+
 def adam(lr):
     return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0)
 
@@ -52,7 +55,7 @@ def test_the_sampled_kl_estimates_the_full_kl(make_module, fit, where):
     """Over a whole batch the mean of k1 is near the mean of the full KL, which enters the reward in the same way."""
     recorder = Recorder()
     module = make_module(
-        iterations=4, actor_optimizer=adam(3e-3), reference_kl=ReferenceKL(where, "full"), kl=FixedKL(0.1)
+        iterations=3, update=LARGE, actor_optimizer=adam(3e-3), reference_kl=ReferenceKL(where, "full"), kl=FixedKL(0.1)
     )
     fit(module, [recorder], batch_size=48)
     scored = recorder.outputs[-1]["scored_rollout"]
@@ -73,7 +76,11 @@ def test_a_kl_in_the_loss_keeps_the_actor_near_the_reference(make_module, fit):
     def final_kl(estimator, coef):
         recorder = Recorder()
         module = make_module(
-            iterations=8, actor_optimizer=adam(3e-3), kl=FixedKL(coef), reference_kl=ReferenceKL("loss", estimator)
+            iterations=8,
+            update=LARGE,
+            actor_optimizer=adam(3e-3),
+            kl=FixedKL(coef),
+            reference_kl=ReferenceKL("loss", estimator),
         )
         fit(module, [recorder], batch_size=24)
         rewards = module.reward(recorder.outputs[-1]["scored_rollout"]).rewards
