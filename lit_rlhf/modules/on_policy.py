@@ -31,10 +31,10 @@ from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.guard import Guard
-from lit_rlhf.modules.held_out import measure_answers
+from lit_rlhf.modules.held_out import measure_answers, measure_held_out, summarize_held_out
 from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.losses import Losses
-from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
+from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
 from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
@@ -296,13 +296,13 @@ class OnPolicy(AlignmentModule):
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
         """Log the metrics, and update the rest of the saved state before callbacks save checkpoints."""
-        mask = trajectory.mask
         measure_experience(scored, trajectory, self.kl.coef, metrics)
         for name, optimizer in self.optimizers_by_name().items():
             metrics.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
-        counts = torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=self.device)
-        responses, tokens = self.sum_over_ranks(counts).tolist()
-        self.kl.update((logged := metrics.compute())["objective/kl_to_ref"], int(responses))
+        counts = [float(len(trajectory.mask)), float(trajectory.mask.sum())]
+        responses, tokens = self.sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=self.device)).tolist()
+        logged = metrics.compute()
+        self.kl.update(logged["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
         self.count_iteration()
         logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0

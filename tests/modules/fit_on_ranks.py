@@ -52,8 +52,8 @@ from lit_rlhf.strategies import FSDP
 from lit_rlhf.testing import Recorder
 
 sys.path[:0] = [os.path.dirname(__file__), str(Path(__file__).parents[1])]  # pytest does not add the first of them
-import adapter_cases
-import preloaded
+import adapter_cases  # noqa: E402
+import preloaded  # noqa: E402
 
 warnings.filterwarnings("ignore")
 LOW_WORDS = "lit_rlhf.testing.runs:low_words"
