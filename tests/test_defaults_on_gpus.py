@@ -61,7 +61,7 @@ def fit(tiny_model, prompt_file, tmp_path, matmul_precision):
     [
         (True, [], "bf16-mixed", "tf32"),
         (False, [], "32-true", "tf32"),
-        (True, ["--trainer.precision", "32-true"], "32-true", "tf32"),
+        pytest.param(True, ["--trainer.precision", "32-true"], "32-true", "tf32", marks=pytest.mark.long),
         (True, ["--trainer.accelerator", "cpu"], "32-true", "none"),
     ],
     ids=["GPU", "older GPU", "float32 on a GPU", "CPU beside a GPU"],

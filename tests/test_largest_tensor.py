@@ -34,7 +34,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kl", [ReferenceKL("reward", "k1"), ReferenceKL("loss", "full")], ids=["k1", "full"])
+@pytest.mark.parametrize(
+    "kl",
+    [
+        pytest.param(ReferenceKL("reward", "k1"), marks=pytest.mark.long, id="k1"),
+        pytest.param(ReferenceKL("loss", "full"), id="full"),
+    ],
+)
 def test_largest_tensor(tiny_model, make_module, fit, kl):
     config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
               "num_attention_heads": 1, "vocab_size": VOCABULARY}  # fmt: skip

@@ -114,7 +114,7 @@ def assert_close(one: Path, two: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "strategy", "processes"),
     [
-        ("fsdp2-2", "auto", 1),
+        pytest.param("fsdp2-2", "auto", 1, marks=pytest.mark.long),
         pytest.param("fsdp2-2", "fsdp2", 4, marks=pytest.mark.long),
         ("auto-1", "fsdp2", 2),
         pytest.param("fsdp2-4", "fsdp2", 2, marks=pytest.mark.long),
@@ -195,6 +195,7 @@ def test_each_process_holds_its_share(tiny_model, prompt_file, tmp_path):
     assert max(held_bytes[2]) < alone / 2 * 1.05 + 2**19
 
 
+@pytest.mark.long
 def test_each_process_holds_its_share_of_a_base(tiny_model, prompt_file, tmp_path):
     """The base is sharded; only the adapters of the actor and the critic have gradients and optimizer states."""
     base, shape = tmp_path / "base", {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}

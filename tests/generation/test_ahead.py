@@ -215,6 +215,7 @@ def test_a_module_forgets_the_rollouts_of_an_interrupted_run(make_module, fit):
         assert torch.equal(rollout.tokens[0, :width], prompts.tokens[0][prompts.mask[0]])
 
 
+@pytest.mark.long
 def test_saving_does_not_change_the_samples_in_half_precision(make_module, fit, tmp_path):
     """Checkpoints are saved outside of autocast, but the rollouts for which they wait belong inside."""
     runs = []

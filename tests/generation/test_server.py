@@ -216,7 +216,7 @@ def test_a_server_that_is_killed(started, tiny_model):
 # ------------------------------------------------------------------ the end of a run
 
 
-@pytest.mark.parametrize("end", ["error", signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("end", ["error", pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL])
 def test_nothing_is_left_of_a_run(python, tiny_model, tmp_path, end):
     failure = end if isinstance(end, str) else "hang"
     words = [str(HERE / "vllm_trainer.py"), python, str(tiny_model("gpt2")), str(tmp_path / "weights"), failure]

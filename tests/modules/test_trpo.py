@@ -27,7 +27,7 @@ def make_trpo(tiny_model):
     return make
 
 
-@pytest.mark.parametrize("max_kl", [0.003, 0.03])
+@pytest.mark.parametrize("max_kl", [pytest.param(0.003, marks=pytest.mark.long), 0.03])
 def test_the_kl_after_the_step_stays_within_its_bound(make_trpo, fit, max_kl):
     recorder = Recorder()
     fit(make_trpo(iterations=4, region=TrustRegion(max_kl=max_kl, damping=0.01)), [recorder], batch_size=24)

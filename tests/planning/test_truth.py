@@ -26,6 +26,7 @@ TEXT = " ".join(f"w{i % 32}" for i in range(40))
 CPU = Device("cpu", 24 * GB, None, None, None)
 METHODS = ["ppo", "shared critic", "grpo", "dpo", "reward", "sft"]
 ADAPTED = ["adapted ppo", "adapted sft"]
+SHORT = ["ppo", "sft", "adapted ppo"]
 
 
 def adamw(parameters):
@@ -172,7 +173,9 @@ def check(method, shape, tiny_model, make_trainer, monkeypatch, folder, rows=4, 
         assert planned[phase] == pytest.approx(peaks[found[phase]], rel=0.02), phase
 
 
-@pytest.mark.parametrize("method", METHODS + ADAPTED)
+@pytest.mark.parametrize(
+    "method", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in METHODS + ADAPTED]
+)
 def test_plan_and_truth(method, tiny_model, make_trainer, monkeypatch, tmp_path):
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 10}
     check(method, shape, tiny_model, make_trainer, monkeypatch, tmp_path)
