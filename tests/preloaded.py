@@ -5,6 +5,7 @@ The processes of one test session have the same parent, which starts with the fi
 """
 
 import atexit
+import fcntl
 import multiprocessing
 import os
 import runpy
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import reduction
 from pathlib import Path
+from types import SimpleNamespace
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
@@ -80,6 +83,49 @@ def torchrun(count: int, *words: str, cwd: Path | str = ".", timeout: float = 12
     finally:
         for program in programs:
             program.kill()
+
+
+def fork_workers(patch=setattr) -> None:
+    """Make the worker processes of `Ahead` forks, too; ``patch`` is a function like setattr."""
+    from lit_rlhf.generation import workers
+
+    patch(workers, "subprocess", SimpleNamespace(Popen=_Popen, DEVNULL=subprocess.DEVNULL))
+
+
+class _Popen:
+    """What `Ahead` needs of ``subprocess.Popen([sys.executable, "-c", code])``: open files keep their numbers."""
+
+    def __init__(self, words, *, env, stdin, pass_fds):
+        assert (words[:2], stdin) == ([sys.executable, "-c"], subprocess.DEVNULL)
+        arguments = words[2], env, [_OpenFile(number) for number in pass_fds]
+        self._process = _processes.Process(target=_run_code, args=arguments, daemon=True)
+        self._process.start()
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+class _OpenFile:
+    """A file descriptor that is sent to a process when it starts."""
+
+    def __init__(self, number, sent=None):
+        self.number, self.sent = number, sent
+
+    def __reduce__(self):
+        return _OpenFile, (self.number, reduction.DupFd(self.number))
+
+
+def _run_code(code, environment, files):
+    apart = [fcntl.fcntl(file.sent.detach(), fcntl.F_DUPFD, 500) for file in files]  # from the numbers of the others
+    for file, number in zip(files, apart, strict=True):
+        os.dup2(number, file.number)
+        os.close(number)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = environment["PYTHONPATH"].split(os.pathsep)
+    exec(code)
 
 
 def free_port() -> int:

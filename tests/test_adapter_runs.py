@@ -71,6 +71,7 @@ def runs(tiny_model, exported_adapter, prompt_file, tmp_path_factory):
             *("--trainer.default_root_dir", name, "--trainer.accelerator", "cpu"),
             *("--trainer.strategy", strategy, "--trainer.devices", str(processes)),
             *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n", "2", "--checkpoint.keep_every_n", "2"),
+            *("--report.at_end", "false"),
         ]
         return {"words": [*words, *more], "processes": processes, "environment": environment}
 
@@ -114,7 +115,7 @@ def last(folder: Path) -> dict:
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize("kind", ["alone", pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.long) for kind in ("alone", "ddp")), "fsdp2"])
 def test_killed_and_resumed(runs, kind):
     """The continued run ends with the same bits as the uninterrupted one."""
     assert -signal.SIGKILL in runs.kill(kind)

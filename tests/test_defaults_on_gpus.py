@@ -48,6 +48,7 @@ def fit(tiny_model, prompt_file, tmp_path, matmul_precision):
         words = ["fit", "--model", "PolicyGradient", "--model.actor", str(tiny_model("llama"))]
         words += [f'--model.rewards=[{{"class_path": "RewardFunction", "init_args": {{"function": "{REWARD}"}}}}]']
         words += ["--model.iterations", "1", "--model.sampling.max_tokens", "4", "--data", "Prompts"]
+        words += ["--model.update.epochs", "1", "--model.update.minibatches", "1", "--report.at_end", "false"]
         words += ["--data.train", str(prompt_file), "--data.batch_size", "8", "--trainer.enable_progress_bar", "false"]
         main([*words, "--trainer.default_root_dir", str(tmp_path / "run"), *options])
         return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["precision"]

@@ -30,7 +30,8 @@ def run(request, tiny_model, prompt_file, tmp_path_factory):
             *("--model.critic_optimizer", "AdamW", "--model.critic_optimizer.lr", "1e-2"),
             *("--data", "Prompts", "--data.train", str(prompt_file), "--data.batch_size", "8"),
             *("--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu"),
-            *("--trainer.enable_progress_bar", "false"),
+            *("--trainer.enable_progress_bar", "false", "--report.at_end", "false"),
+            *("--model.update.epochs", "1", "--model.update.minibatches", "2"),
         ]
     )
     return folder

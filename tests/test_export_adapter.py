@@ -27,6 +27,7 @@ def fit(folder, module, data, *words, optimizers=("optimizer",), **model):
     for name in optimizers:
         words += [f"--model.{name}=AdamW", f"--model.{name}.lr=1e-2"]
     words += ["--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    words += ["--report.at_end=false"]
     main(["fit", f"--model={module}", f"--data={data}", *words, f"--trainer.default_root_dir={folder}"])
     return folder
 
@@ -34,6 +35,7 @@ def fit(folder, module, data, *words, optimizers=("optimizer",), **model):
 def ppo(folder, files, actor, reward, **options):
     rewards = json.dumps([{"class_path": "RewardModel", "init_args": {"model": str(reward), "normalize": True}}])
     both = {"optimizers": ("actor_optimizer", "critic_optimizer"), "iterations": 2, "sampling__max_tokens": 6}
+    both |= {"update__epochs": 1, "update__minibatches": 1}
     train = f"--data.train={files / 'prompts.jsonl'}"
     return fit(folder, "PolicyGradient", "Prompts", train, actor=actor, rewards=rewards, **both, **options)
 

@@ -16,7 +16,7 @@ from lit_rlhf.modules import Update
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PromptBatch
 
-VOCABULARY, MAX_TOKENS = 131_072, 1024
+VOCABULARY, MAX_TOKENS = 16_384, 1024
 
 
 class Largest(TorchDispatchMode):

@@ -78,6 +78,7 @@ def resumed(tmp_path_factory, tiny_model, prompt_file):
         *("--trainer.val_check_interval", "3", "--trainer.check_val_every_n_epoch", "null"),
         *("--trainer.default_root_dir", "run", "--checkpoint.every_n", "2", "--details.every_n", "2"),
         *("--details.model", "true", "--ckpt_path", "last"),
+        *("--model.update.epochs", "1", "--model.update.minibatches", "2"),
     ]
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
     killed = preloaded.run(*command, cwd=folder, **environment, KILL_AT_CALL="8")

@@ -57,14 +57,14 @@ def fit(tiny_model, prompt_file, tmp_path_factory):
             *("--data", "Prompts", "--data.train", str(prompt_file), "--data.batch_size", "11"),
             *("--trainer.default_root_dir", name, "--trainer.accelerator", "cpu"),
             *("--trainer.strategy", strategy, "--trainer.devices", str(processes)),
-            *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n", "2"),
+            *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n", "2", "--report.at_end", "false"),
         ]
         if status is not None:
             done = subprocess.run(
                 [sys.executable, *words, *more],
                 cwd=folder,
                 env={**os.environ, **environment},
-                capture_output=True,
+                capture_output=True,  # until the last of its processes has ended
                 text=True,
                 timeout=120,
             )
@@ -147,13 +147,13 @@ def test_a_killed_process_ends_the_run_and_the_run_resumes_exactly(whole, fit, s
 
 def test_predictions_of_all_processes(whole, prompt_file):
     """They are in the order of the file, as with one process."""
-    runs, checkpoint = whole("ddp-2").parent, whole("auto-1") / "checkpoints" / "last.ckpt"
+    runs = whole("auto-1").parent
+    words = ["-m", "lit_rlhf.cli", "predict", "--config", "auto-1/config.yaml", "--trainer.strategy", "ddp"]
+    words += ["--ckpt_path", "auto-1/checkpoints/last.ckpt", "--data.predict", str(prompt_file)]
     predictions = {}
     for processes in (1, 2):
-        words = ["-m", "lit_rlhf.cli", "predict", "--config", "ddp-2/config.yaml", "--ckpt_path", str(checkpoint)]
-        words += ["--data.predict", str(prompt_file), "--trainer.devices", str(processes)]
-        words += ["--trainer.default_root_dir", f"predicted-{processes}"]
-        for done in preloaded.torchrun(processes, *words, cwd=runs):
+        more = ["--trainer.devices", str(processes), "--trainer.default_root_dir", f"predicted-{processes}"]
+        for done in preloaded.torchrun(processes, *words, *more, cwd=runs):
             assert done.returncode == 0, done.stderr[-3000:]
         predictions[processes] = (runs / f"predicted-{processes}" / "predictions.jsonl").read_text()
     assert len(predictions[1].splitlines()) == 48
@@ -202,10 +202,9 @@ def test_each_process_holds_its_share_of_a_base(tiny_model, prompt_file, tmp_pat
     model = load_model(RandomWeights(shape, str(tiny_model())))
     model.save_pretrained(base)
     load_tokenizer(str(tiny_model())).save_pretrained(base)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += [str(Path(__file__).with_name("bytes_on_ranks.py")), "fsdp2", str(base), str(prompt_file), str(tmp_path)]
-    done = subprocess.run([sys.executable, *words, str(base)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [str(Path(__file__).with_name("bytes_on_ranks.py")), "fsdp2", str(base), str(prompt_file), str(tmp_path)]
+    for done in preloaded.torchrun(2, *words, str(base)):
+        assert done.returncode == 0, done.stderr[-3000:]
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
     adapters = 2 * 4 * 4 * (4 * (256 + 256) + 3 * (256 + 512)) * 4  # two, of rank 4, in 4 layers, float32
     held = [int((tmp_path / f"2-{rank}").read_text()) for rank in range(2)]

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -10,7 +11,8 @@ recipes, worlds = (pytest.importorskip(name) for name in ("recipes", "worlds"))
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
-def test_one_token_of_three(recipe):
+def test_one_token_of_three(recipe, monkeypatch):
+    preloaded.fork_workers(monkeypatch.setattr)
     assert recipes.reached(recipes.run(recipe, "bandit", seed=1, iterations=40)) is not None
 
 

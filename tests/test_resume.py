@@ -73,19 +73,21 @@ def runs(tmp_path_factory, tiny_model, prompt_file) -> Path:
     return folder
 
 
-def test_killed_and_resumed_five_times(runs, tiny_model, prompt_file):
-    """The run is killed in iterations 2, 3 and 5, in the validation after iteration 6, and in iteration 7.
+@pytest.mark.parametrize("calls", [(2, 7, 3), pytest.param((2, 3, 5, 3, 5), marks=pytest.mark.long)])
+def test_killed_and_resumed(runs, tiny_model, prompt_file, calls):
+    """The run is killed in iterations 2 and 5 and in the validation after iteration 6; then also in 3 and 7.
 
     The reward is called once per iteration and twice in a process's first validation (for the reference too);
     checkpoints are saved every second iteration, after its validation.
     """
-    command = [*words(tiny_model, prompt_file, "killed"), "--ckpt_path", "last"]
-    for call in (2, 3, 5, 3, 5):
+    name = f"killed-{len(calls)}"
+    command = [*words(tiny_model, prompt_file, name), "--ckpt_path", "last"]
+    for call in calls:
         killed = lit_rlhf(*command, cwd=runs, KILL_AT_CALL=str(call))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = lit_rlhf(*command, cwd=runs)
     assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(runs / "whole", runs / "killed")
+    assert_same_run(runs / "whole", runs / name)
 
 
 @pytest.mark.long

@@ -1,9 +1,6 @@
 """With two processes, one fills the cache and both read it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import preloaded
@@ -27,9 +24,7 @@ def test_a_bad_record_ends_both_processes_with_a_one_line_error(tiny_model, prom
     words = ["fit", "--model", "SFT", "--model.actor", tiny_model("llama"), "--data", "Prompts", "--data.train", path]
     words += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     words += ["--trainer.default_root_dir", tmp_path / "run"]
-    command = [sys.executable, "-m", "lit_rlhf.cli", *map(str, words)]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = preloaded.run("-m", "lit_rlhf.cli", *map(str, words), HF_DATASETS_CACHE=str(cache))
     assert done.returncode == 1
     assert f"\nlit-rlhf: error: data.train: record 49 of {path} has no column 'prompt'" in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ import threading
 import time
 
 import lightning
+import preloaded
 import pytest
 import torch
 
@@ -37,6 +38,13 @@ class Weights(lightning.Callback):
 
 def adam(parameters):
     return torch.optim.AdamW(parameters, lr=3e-3)
+
+
+@pytest.fixture(autouse=True)
+def workers(request, monkeypatch):
+    """Fork the worker processes, except for one test that starts one as users do."""
+    if request.function is not test_validation_has_no_lag_and_the_engine_is_started_in_each_worker:
+        preloaded.fork_workers(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -43,13 +43,14 @@ def total_variation(module):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "distance"), [(192, 0.08), pytest.param(384, 0.05, marks=pytest.mark.long)], ids=["short", "long"]
+    ("batch_size", "iterations", "lr", "distance"),
+    [(96, 80, 7e-3, 0.08), pytest.param(384, 120, 5e-3, 0.05, marks=pytest.mark.long)],
+    ids=["short", "long"],
 )
 @pytest.mark.parametrize(
     ("estimator", "whiten"), [("k1", False), ("full", True), pytest.param("full", False, marks=pytest.mark.long)]
 )
-def test_ppo(make_trainer, estimator, whiten, batch_size, distance):
-    iterations = 120
+def test_ppo(make_trainer, estimator, whiten, batch_size, iterations, lr, distance):
     module = PolicyGradient(
         actor=RandomWeights(config=SHAPE, tokenizer=f"{BENCHMARKS}/worlds.py:chain_tokenizer", seed=1),
         rewards=[RewardFunction(f"{BENCHMARKS}/worlds.py:chain_score")],
@@ -59,8 +60,8 @@ def test_ppo(make_trainer, estimator, whiten, batch_size, distance):
         advantages=GAE(lam=1.0),
         update=Update(epochs=2, minibatches=1, whiten_advantages=whiten, value_clip=None),
         iterations=iterations,
-        actor_optimizer=lambda p: torch.optim.Adam(p, lr=5e-3),
-        critic_optimizer=lambda p: torch.optim.Adam(p, lr=5e-3),
+        actor_optimizer=lambda p: torch.optim.Adam(p, lr=lr),
+        critic_optimizer=lambda p: torch.optim.Adam(p, lr=lr),
         actor_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.02, iterations),
     )
     trainer = make_trainer(max_epochs=-1)

@@ -40,7 +40,7 @@ def pages(browser, run_of_ppo, other_run, tmp_path_factory):
             "request",
             lambda request: None if request.url.startswith(("file:", "data:")) else complaints.append(request.url),
         )
-        page.goto(file.as_uri())
+        page.goto(file.as_uri(), timeout=60_000)
         page.wait_for_selector("html[data-drawn]", timeout=60_000)
         opened[scheme] = page
     return opened, complaints
