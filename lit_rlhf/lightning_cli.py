@@ -122,6 +122,15 @@ class CLI(LightningCLI):
         lit-rlhf fit --config runs/ppo/config.yaml --ckpt_path last
     """
 
+    def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
+        self.command = command
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommand that was given, because a parser takes time, or all of them if it does not exist."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in known if name == self.command} or known
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
         self.command_parser = parser = Parser(**kwargs)  # at last that of a subcommand; all have the same groups
@@ -284,6 +293,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
             seed_everything_default=42,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": prog},
+            command=next(iter(words), None),
             args=None if args is None and words == given else words,
         )
 

@@ -10,6 +10,8 @@ import yaml
 
 from lit_rlhf import cli, recipes
 
+pytestmark = pytest.mark.usefixtures("without_plans")
+
 
 def in_full(folder, *options):
     """Run the command with its own model and data, but few iterations."""

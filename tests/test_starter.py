@@ -12,6 +12,7 @@ from lit_rlhf import recipes, starter
 from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 STARTER = recipes.folder() / "starter"
 
