@@ -47,6 +47,11 @@ class Program:
         arguments = words, os.path.abspath(cwd), {**os.environ, **environment}, self._output
         self._process = _processes.Process(target=_main, args=arguments)
         self._process.start()
+        self.pid = self._process.pid
+
+    def output(self) -> str:
+        """Return what the program has written to its standard output so far."""
+        return self._output[0].read_text() if self._output[0].exists() else ""
 
     def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Wait for the end, and return the status and the output; end the program if it takes too long."""

@@ -50,7 +50,8 @@ from lit_rlhf.callbacks import ExportAtEnd
 from lit_rlhf.strategies import FSDP
 from lit_rlhf.testing import Recorder
 
-sys.path[:0] = [os.path.dirname(__file__), str(Path(__file__).parents[1])]  # pytest does not add the first of them
+sys.path.insert(0, os.path.dirname(__file__))  # pytest, which looks for doctests here, does not add it
+sys.path.insert(1, str(Path(__file__).parents[1]))
 import adapter_cases
 import preloaded
 
