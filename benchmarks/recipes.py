@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE))
 
 from lit_rlhf.cli import main  # noqa: E402
 
-RECIPES = ("reinforce", "a2c", "a3c", "ppo_penalty", "ppo", "trpo", "grpo", "rloo")
+RECIPES = ("reinforce", "reinforce_pp", "a2c", "a3c", "ppo_penalty", "ppo", "trpo", "grpo", "dr_grpo", "rloo")
 STEPS = {"bandit": 1, "chain": 4}
 RATE = 1e-2
 GOAL, HELD = 0.95, 5

@@ -34,14 +34,32 @@ def help_words(words: Sequence[str]) -> list[str]:
     if asked is None:
         return list(words)
     group = words[asked][2:].partition(".")[0]
-    chosen = _given(words, f"--{group}.help") or _given(words, f"--{group}")
-    if not chosen:
-        configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in map(recipes.find, _configs(words))]
-        chosen = [name for config in configs if (name := (config.get(group) or {}).get("class_path"))]
+    chosen = chosen_class(words, group)
     if not chosen:
         raise UserError(f"{words[asked]}: name the class first, as in --{group} CLASS {words[asked]}")
     command = [word for word in words[:1] if not word.startswith("-")]
-    return [*command, f"--{group}.help", chosen[-1], *words[asked:]]
+    return [*command, f"--{group}.help", chosen, *words[asked:]]
+
+
+def chosen_class(words: Sequence[str], group: str) -> str:
+    """Return the class that the words of a command line, or else their files, choose for the model or for the data.
+
+    Args:
+        words: The words of the command line, whose files `check_config_files` has checked.
+        group: ``model`` or ``data``.
+
+    Returns:
+        The name or the import path of the class; an empty string if none is chosen.
+
+    >>> chosen_class(["fit", "--config", "ppo"], "model")
+    'PolicyGradient'
+    """
+    chosen = _given(words, f"--{group}.help") or _given(words, f"--{group}")
+    if not chosen:
+        configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in map(recipes.find, _configs(words))]
+        groups = [part for config in configs if isinstance(part := config.get(group), dict)]
+        chosen = [str(name) for part in groups if (name := part.get("class_path"))]
+    return chosen[-1] if chosen else ""
 
 
 def _given(words: Sequence[str], *options: str) -> list[str]:

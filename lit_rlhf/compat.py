@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -115,8 +116,8 @@ def allow_variants(count: int) -> None:
 def tensors_without_memory() -> AbstractContextManager[Any]:
     """Return a context in which operations compute the shapes and data types of their results, but no values.
 
-    Uses ``FakeTensorMode``. The public meta device would not do: it has no autocast, and no attention kernels but the
-    one that stores the scores of all pairs of tokens. The mode's logger is silenced, because it also reports
+    Uses ``FakeTensorMode``. The public meta device is not enough: it has no autocast, and no attention kernel except
+    the one that stores the scores of all pairs of tokens. The mode's logger is silenced, because it also reports
     errors that are raised anyway.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -222,8 +223,22 @@ INAPPLICABLE_WARNINGS = (
     r".*LightningCLI's args parameter.*",
     r".*module\(s\) in eval mode.*",
     r".*Total length of `list` across ranks is zero.*",
+    r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
 )
-"""Lightning's warnings about things that are intended here, such as modules in eval mode or no validation set."""
+"""Lightning's warnings about things that are intended here, such as modules in eval mode or no validation set.
+
+The last one is about several processes: the modules log metrics that are reduced over them already.
+"""
+
+LONG_VAL_CHECK_INTERVAL = "`val_check_interval` ("
+"""The beginning of Lightning's message that an epoch has fewer batches than the interval between validations."""
+
+
+def hide_inapplicable_warnings() -> None:
+    """Ignore the warnings that `INAPPLICABLE_WARNINGS` lists."""
+    for message in INAPPLICABLE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
 
 # argparse and jsonargparse
 
@@ -346,7 +361,7 @@ def selected_adapters(layer: LoraLayer) -> tuple[str, ...]:
 
 
 def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> None:
-    """Let layers add the outputs of these adapters alone, in this order; of none, if no adapter is named.
+    """Let layers add the outputs of only these adapters, in this order, or of none if no adapter is named.
 
     Sets ``_active_adapter`` and ``_disable_adapters``, because the public ``set_adapter`` and ``enable_adapters`` also
     change which parameters are trained, while these layers serve several roles in each step.
@@ -358,11 +373,11 @@ def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> Non
 
 
 def share_inputs(layers: Iterable[LoraLayer]) -> None:
-    """Let adapters take the inputs of their layers as they are, which the backward pass then keeps once for all.
+    """Let adapters take the inputs of their layers as they are, so that the backward pass keeps one copy for all.
 
     Otherwise, peft copies a bfloat16 input to the float32 of the adapter, from which autocast makes another bfloat16
     copy for each layer. Layers with DoRA still copy: they compute the norms of weights in their input's precision.
-    Sets ``cast_input_dtype_enabled``, as peft's ``disable_input_dtype_casting`` does for a while.
+    Sets ``cast_input_dtype_enabled``, as peft's ``disable_input_dtype_casting`` does temporarily.
     """
     for layer in layers:
         layer.cast_input_dtype_enabled = bool(layer.lora_variant)

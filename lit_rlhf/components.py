@@ -137,7 +137,7 @@ def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
 
 
 def is_options_group(hint: Any) -> bool:
-    """Return whether a type stands for the options of one dataclass, such as ``Sampling``, not for a choice of classes.
+    """Return whether a type is a dataclass of options, such as ``Sampling``, and not a choice between classes.
 
     >>> from lit_rlhf import GAE, Sampling
     >>> is_options_group(Sampling), is_options_group(GAE)
@@ -162,7 +162,7 @@ def import_paths(component: type) -> list[str]:
 
 
 def classes_in(hint: Any) -> Iterator[type]:
-    """Yield the classes that a type contains, also inside unions and lists, and as the results of callables."""
+    """Yield the classes that a type contains, including those inside unions and lists, and the results of callables."""
     arguments = get_args(hint)
     if get_origin(hint) is collections.abc.Callable:
         arguments = arguments[-1:]

@@ -72,7 +72,7 @@ class _Commented:
         return text
 
     def alternatives(self, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the schemas, one of which a value has to fit, with references resolved."""
+        """Yield the schemas between which a schema lets a value choose, with references resolved."""
         if "$ref" in schema:
             definition = schema["$ref"].removeprefix("#/definitions/")
             yield from self.alternatives(self.root["definitions"][definition])

@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_rlhf import compat
 from lit_rlhf.components import components, option_names
+from lit_rlhf.foreign_options import own_name
 
 
 def explain(message: str, known: Sequence[str] = ()) -> str:
@@ -20,7 +21,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
 
     Args:
         message: jsonargparse's message, often many lines.
-        known: The options of the command itself, such as ``trainer.max_epochs``.
+        known: The options of the command and of the classes that were chosen, such as ``trainer.max_epochs``.
 
     >>> explain("unrecognized arguments: --trainer.max_epoch=1", ["trainer.max_epochs", "config"])
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
@@ -32,7 +33,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
         return _class_expected(field, " is not set")
     if option:
         name = ".".join(filter(None, option.group("group", "name")))
-        return _unknown_option(name, field, option_names(owner) if owner else known, owner)
+        return _unknown_option(name, field, option_names(owner) if owner else known, owner, known)
     matched = compat.UNKNOWN_CLASS.search(message)
     if matched and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
         if paths := compat.OPTIONS_OR_NULL.findall(message):
@@ -74,13 +75,15 @@ def _type(name: str) -> str:
     return words.get(name, name.rpartition(".")[2])
 
 
-def _unknown_option(option: str, field: str, known: Sequence[str], owner: type | None) -> str:
+def _unknown_option(option: str, field: str, known: Sequence[str], owner: type | None, others: Sequence[str]) -> str:
     whole = ".".join(filter(None, [field, option]))
+    own = own_name(whole, {*others, *(".".join(filter(None, [field, name])) for name in known)})
+    meant = f", did you mean {own!r}?" if own else _nearest(option, known, field)
     group = option.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == (group if f"{group}." in " ".join(known) else "")]
     who = owner.__name__ if owner else group if f"{group}." in " ".join(known) else ""
     listed = f"; {f'{who} has' if who else 'there are'}: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
-    return f"there is no option {whole!r}{_nearest(option, known, field)}{listed}"
+    return f"there is no option {whole!r}{meant}{listed}"
 
 
 def _class_expected(field: str, mistake: str, name: str = "") -> str:
@@ -168,3 +171,20 @@ def _class_names(field: str) -> list[str]:
     last = field.rpartition(".")[2]
     base = bases.get(last) or bases.get(last.rpartition("_")[2])
     return sorted({c.__name__ for c in components(base)}) if base is not None else []
+
+
+def chosen_options(base: type, group: str, name: str) -> list[str]:
+    """Return the options of the class that a group of options chooses, each with the group before it.
+
+    Args:
+        base: The base of the classes that can be chosen.
+        group: The group, such as ``model``.
+        name: The name or the import path of the class; that of no class of lit_rlhf gives no options.
+
+    >>> import lightning
+    >>> from lit_rlhf import SFT
+    >>> "model.optimizer.lr" in chosen_options(lightning.LightningModule, "model", "SFT")
+    True
+    """
+    chosen = [c for c in components(base) if c.__name__ == name.rpartition(".")[2]]
+    return [f"{group}.{option}" for component in chosen for option in option_names(component)]

@@ -49,7 +49,7 @@ def save_folder(
 def export(
     run: Path, checkpoint: str = "last", out: Path | None = None, role: Role | None = None, merge: bool = False
 ) -> Path:
-    """Export a model from a checkpoint as a Hugging Face folder, or as peft's if an adapter was trained.
+    """Export a model from a checkpoint as a Hugging Face folder, or as a folder of peft if an adapter was trained.
 
     Args:
         run: The run's folder, which contains ``config.yaml``.

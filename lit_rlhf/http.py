@@ -1,6 +1,8 @@
 """A client of services that take and return JSON over HTTP: engines and rewards on other machines."""
 
+import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,47 @@ MAX_PAUSE_SECONDS = 60.0
 """The longest pause before the next attempt, in seconds, that a service can ask for (Retry-After)."""
 NOTICE_SECONDS = 0.2
 """The maximum number of seconds after `JSONClient.close` until `JSONClient.post_all` stops waiting for answers."""
+
+
+def check_token_env(name: str | None, option: str) -> None:
+    """Check that an option holds the name of an environment variable, and not the token that belongs into it.
+
+    Args:
+        name: The value of the option; None for no token.
+        option: The option, for messages.
+
+    Raises:
+        UserError: if the value cannot be the name of a variable; the message does not show it.
+
+    >>> check_token_env("sk-0123", "rewards.token_env")
+    Traceback (most recent call last):
+        ...
+    lit_rlhf.errors.UserError: rewards.token_env must be the name of an environment variable, not the token itself
+    """
+    if name is not None and not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise UserError(f"{option} must be the name of an environment variable, not the token itself")
+
+
+def read_token(name: str | None, option: str) -> str | None:
+    """Return the token in an environment variable, or None if there is no name.
+
+    Args:
+        name: The name of the variable.
+        option: The option that holds the name, for messages.
+
+    Raises:
+        UserError: if the variable is not set, or if a header cannot carry its value.
+    """
+    if name is None:
+        return None
+    token = os.environ.get(name, "").strip()
+    if not token:
+        raise UserError(f"{option}: the environment variable {name} is not set")
+    if not re.fullmatch(r"[!-~]+", token):  # an error of the HTTP library would show the token
+        raise UserError(
+            f"{option}: the token in the environment variable {name} contains spaces, or characters outside ASCII"
+        )
+    return token
 
 
 class JSONClient:
@@ -118,7 +161,7 @@ class JSONClient:
         Args:
             path: What follows the address of the service: nothing, or a path that begins with a slash.
             bodies: The JSON object of each request.
-            work: What the requests are for; whoever shows the progress shows it.
+            work: What the requests are for; shown with their progress.
             unit: What the answers are, in the plural; also shown.
 
         Raises:
@@ -215,7 +258,7 @@ class JSONClient:
 
     def _read(self, answer: requests.Response, address: str, read: Callable[[requests.Response], Any] | None) -> Any:
         if not answer.ok:
-            status = f"{answer.status_code} {answer.reason}"
+            status = self._shown(f"{answer.status_code} {answer.reason}")
             raise UserError(f"{self.option}: {address} answered {status}: {self._shown(answer.text)}")
         if read is not None:
             return read(answer)

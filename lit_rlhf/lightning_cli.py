@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,28 +23,19 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
+import lit_rlhf.algorithms.group_baselines
 import lit_rlhf.algorithms.off_policy_objectives
 import lit_rlhf.algorithms.vtrace
 import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolve)
 from lit_rlhf import compat, recipes
-from lit_rlhf.callbacks import (
-    ExportAtEnd,
-    IterationCheckpoint,
-    LogDetails,
-    MetricsFile,
-    Predictions,
-    PrintPlan,
-    ProgressBar,
-    Samples,
-    Summary,
-    WriteReport,
-)
+from lit_rlhf.callbacks import IterationCheckpoint, ProgressBar
+from lit_rlhf.callbacks.defaults import UNNAMED, WITH_OPTIONS
 from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.checkpoints import AnyCheckpoint
-from lit_rlhf.command_words import check_config_files, help_words
+from lit_rlhf.command_words import check_config_files, chosen_class, help_words
 from lit_rlhf.config_comments import with_comments
-from lit_rlhf.config_errors import explain
+from lit_rlhf.config_errors import chosen_options, explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
@@ -74,6 +65,8 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.option_groups: dict[str, tuple[type, bool]] = {}
         """The classes of the top-level options, and whether the option chooses one of the class's subclasses."""
+        self.words: Sequence[str] = ()
+        """The words of the command line."""
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -86,7 +79,10 @@ class Parser(LightningArgumentParser):
         """Print the message as one line and exit with status 2; in a nested parser, raise the error instead."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"lit-rlhf: error: {explain(str(message), compat.option_names(self))}", file=sys.stderr)
+        known = compat.option_names(self)
+        for group, base in (("model", lightning.LightningModule), ("data", lightning.LightningDataModule)):
+            known += chosen_options(base, group, chosen_class(self.words, group))
+        print(f"lit-rlhf: error: {explain(str(message), known)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -122,34 +118,38 @@ class CLI(LightningCLI):
         lit-rlhf fit --config runs/ppo/config.yaml --ckpt_path last
     """
 
-    def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
-        self.command = command
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("args")
+        self.words: list[str] = list(sys.argv[1:] if given is None else given)
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the subcommand that was given, because a parser takes time, or all of them if it does not exist."""
-        known = LightningCLI.subcommands()
-        return {name: known[name] for name in known if name == self.command} or known
+        """Return the given command, or all commands: making the options of one takes a third of a second."""
+        commands = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in commands.items() if [name] == self.words[:1]} or commands
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
-        self.command_parser = parser = Parser(**kwargs)  # at last that of a subcommand; all have the same groups
+        self.command_parser = parser = Parser(**kwargs)  # in the end, that of a subcommand; all have the same groups
+        parser.words = self.words
         parser.add_argument(
-            "-c", "--config", action=ConfigFile, help="a YAML file or recipe; of several, later ones take precedence"
+            "-c",
+            "--config",
+            action=ConfigFile,
+            help="a YAML file or recipe; if there are several, later ones take precedence",
         )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and print the configuration with comments if ``--print_config=comments`` asks so."""
-        words = list(sys.argv[1:] if args is None else args)
-        if PRINT_COMMENTS not in words:
+        """Parse the command line, and print the configuration with comments if ``--print_config=comments`` is given."""
+        if PRINT_COMMENTS not in self.words:
             super().parse_arguments(parser, args)
             return
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
                 super().parse_arguments(
-                    parser, ["--print_config" if word == PRINT_COMMENTS else word for word in words]
+                    parser, ["--print_config" if word == PRINT_COMMENTS else word for word in self.words]
                 )
         except SystemExit as end:
             if end.code:
@@ -159,12 +159,8 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run uses, with their options."""
-        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(LogDetails, "details")
-        parser.add_lightning_class_args(PrintPlan, "plan")
-        parser.add_lightning_class_args(WriteReport, "report")
-        parser.add_lightning_class_args(Summary, "summary")  # the last one, so that it names the other's file
+        for name, callback in WITH_OPTIONS.items():
+            parser.add_lightning_class_args(callback, name)
 
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.
@@ -172,7 +168,7 @@ class CLI(LightningCLI):
         With ``last``, a run that has no checkpoint yet starts anew, so that one command can start and resume a run.
 
         Raises:
-            UserError: if another checkpoint than ``last`` does not exist.
+            UserError: if a checkpoint other than ``last`` does not exist.
         """
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
@@ -252,7 +248,7 @@ class CLI(LightningCLI):
                 super().instantiate_classes()
         except UserError:
             raise
-        except (ValueError, MisconfigurationException) as error:
+        except ValueError as error:
             raise UserError(explain(str(error))) from error
 
 
@@ -278,7 +274,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _quieten()
-    with exit_with_peers():
+    with exit_with_peers(), _refusals_as_user_errors():
         cli(
             lightning.LightningModule,
             lightning.LightningDataModule,
@@ -288,18 +284,34 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             trainer_defaults={
                 **TRAINER_DEFAULTS,
-                "callbacks": [OlderRun(), MetricsFile(), Predictions(), ProgressBar(), ExportAtEnd()],
+                "callbacks": [OlderRun(), *(callback() for callback in UNNAMED)],
             },
             seed_everything_default=42,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": prog},
-            command=next(iter(words), None),
             args=None if args is None and words == given else words,
         )
 
 
+@contextlib.contextmanager
+def _refusals_as_user_errors() -> Iterator[None]:
+    """Raise Lightning's refusals of an option as errors of the user, who sees one line without a traceback."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(explain(str(error))) from error
+    except ValueError as error:
+        if isinstance(error, UserError) or not str(error).lstrip().startswith(compat.LONG_VAL_CHECK_INTERVAL):
+            raise
+        refused = str(error).partition(". ")[0].strip()
+        raise UserError(
+            f"trainer.val_check_interval: {refused}; with trainer.check_val_every_n_epoch: null, it counts the "
+            "iterations of the run"
+        ) from error
+
+
 def _check_checkpoint(path: str | None, folder: Path) -> None:
-    """Check that the checkpoint that ``--ckpt_path`` names exists, ``last`` and ``best`` in the folder of checkpoints.
+    """Check that the checkpoint that ``--ckpt_path`` names exists; ``last`` and ``best`` are looked for in ``folder``.
 
     Raises:
         UserError: if it does not exist.
@@ -326,7 +338,7 @@ def _check_gradient_options(trainer: lightning.Trainer) -> None:
         )
     if trainer.accumulate_grad_batches != 1:
         raise UserError(
-            "trainer.accumulate_grad_batches must be 1: every batch is cut into micro-batches already; "
+            "trainer.accumulate_grad_batches must be 1: every batch is already cut into micro-batches; "
             "a larger data.batch_size takes no more memory in the update"
         )
 
@@ -346,5 +358,5 @@ def _quieten() -> None:
     """Hide advertisements, and warnings that do not apply to lit-rlhf."""
     for logger in compat.ADVERTISING_LOGGERS:
         logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(compat.ADVERTISEMENTS))
-    for message in (*compat.INAPPLICABLE_WARNINGS, compat.LEAF_SPEC_WARNING):
-        warnings.filterwarnings("ignore", message=message)
+    compat.hide_inapplicable_warnings()
+    warnings.filterwarnings("ignore", message=compat.LEAF_SPEC_WARNING)

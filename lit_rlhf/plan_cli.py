@@ -48,7 +48,7 @@ class PlanCLI(lightning_cli.CLI):
         """Do nothing, because a plan leaves the run's folder as it is."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Return no Trainer, which would need the devices that are only planned for."""
+        """Return None, because a Trainer would need the devices, which this machine may lack."""
 
     def after_instantiate_classes(self) -> None:
         """Print the plan.

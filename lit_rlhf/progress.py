@@ -1,7 +1,7 @@
-"""The progress of work that takes a while, told to whoever shows it, such as the callback `ProgressBar`.
+"""The progress of work that takes a while, reported to listeners such as the callback `ProgressBar`.
 
-The parts of the package that do such work know nothing about who listens. While nobody does, `tell` costs a comparison,
-and `track` returns what it was given.
+The parts of the package that do such work do not know the listeners. Without a listener, `tell` costs one comparison,
+and `track` returns the items that it was given.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -40,13 +40,13 @@ def listen(listener: Listener) -> None:
 
 
 def stop_listening(listener: Listener) -> None:
-    """Stop calling a function; nothing happens if it does not listen."""
+    """Stop calling a function; nothing happens if it is not a listener."""
     if listener in _listeners:
         _listeners.remove(listener)
 
 
 def tell(work: str, done: int = 0, total: int | None = None, unit: str = "", tokens: int = 0) -> None:
-    """Tell the listeners how far a piece of work has come; the arguments are the fields of `Progress`.
+    """Report to the listeners how far a piece of work has come; the arguments are the fields of `Progress`.
 
     The numbers must already be known to the host, so that it need not wait for a GPU.
 
@@ -65,7 +65,7 @@ def tell(work: str, done: int = 0, total: int | None = None, unit: str = "", tok
 
 
 def track(items: Iterable[Item], work: str, unit: str, total: int | None = None) -> Iterable[Item]:
-    """Return the items, and tell the listeners about each one when the next is asked for.
+    """Return the items, and report each one to the listeners when the next one is requested.
 
     Args:
         items: What the work consists of.
@@ -74,7 +74,7 @@ def track(items: Iterable[Item], work: str, unit: str, total: int | None = None)
         total: The number of items; None for the length of ``items``, if it has one.
 
     Returns:
-        ``items`` itself if nobody listens, otherwise an iterator over them.
+        ``items`` itself if there is no listener, otherwise an iterator over them.
 
     >>> heard = []
     >>> listen(heard.append)

@@ -60,6 +60,10 @@ def main(args: Sequence[str]) -> None:
 
     Args:
         args: The arguments that follow ``lit-rlhf quickstart`` on the command line.
+
+    Raises:
+        UserError: if a stage fails, for the reasons of ``lit-rlhf fit``.
+        SystemExit: if an argument is unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf quickstart",

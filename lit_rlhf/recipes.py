@@ -18,7 +18,7 @@ TITLES = {
 }
 """The headings of the list, by the folder of the recipes under ``configs/``."""
 
-METHODS = ("sft", "reward", "dpo", "ppo", "trpo", "grpo", "rloo", "reinforce", "a2c", "a3c")
+METHODS = ("sft", "reward", "dpo", "ppo", "trpo", "grpo", "dr_grpo", "rloo", "reinforce", "a2c", "a3c")
 """The order of the recipes: the beginnings of their names, in the order in which a beginner needs them."""
 
 
@@ -103,6 +103,7 @@ def main(args: Sequence[str]) -> None:
 
     Raises:
         UserError: if there is no recipe with the given name.
+        SystemExit: if an argument is unknown or wrong, or if it is ``--help``.
 
     >>> main(["strategy/ddp"])
     # Every GPU holds all models and processes its part of each batch. For models that fit into one GPU.

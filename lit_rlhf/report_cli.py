@@ -18,11 +18,12 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: if a folder is not that of a run, if its samples or configuration cannot be parsed, or if two folders
             are the same.
+        SystemExit: if an argument is missing, unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf report",
-        description="Write a page with the charts and the responses of a run, from the files in its folder alone, also "
-        "while the run is under way. With several runs, their curves are drawn in the same charts. The page is one "
+        description="Write a page with the charts and the responses of a run, from the files in its folder alone, even "
+        "while the run is in progress. With several runs, their curves are drawn in the same charts. The page is one "
         "file, which needs no network; each chart is also drawn as a PNG file, in a folder of the page's name.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run: runs/NAME")

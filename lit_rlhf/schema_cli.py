@@ -40,6 +40,9 @@ def main(args: Sequence[str]) -> None:
 
     Args:
         args: The arguments that follow ``lit-rlhf schema`` on the command line.
+
+    Raises:
+        SystemExit: if there is an argument, such as ``--help``.
     """
     argparse.ArgumentParser(
         prog="lit-rlhf schema",

@@ -19,6 +19,7 @@ def main(args: Sequence[str]) -> None:
 
     Raises:
         UserError: if the folder is not empty, or is a file.
+        SystemExit: if an argument is missing, unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(
         prog="lit-rlhf init",

@@ -208,7 +208,7 @@ class RewardInputs:
     responses: Sequence[str]  # B, without special tokens
     columns: Mapping[str, Sequence[Any]]  # B values each
     rollout: Rollout
-    iteration: int = 0  # the number of iterations before
+    iteration: int = 0  # the number of iterations that were completed before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

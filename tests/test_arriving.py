@@ -1,25 +1,19 @@
 """The pages for those who come from other trainers: every option that they name exists, and what they show works."""
 
 import ast
-import collections.abc
 import importlib.util
-import inspect
 import re
 import shlex
-import typing
 from pathlib import Path
 
-import lightning
 import preloaded
 import pytest
-import torch
 import yaml
+from pages import exists
 
 import lit_rlhf
-from lit_rlhf import DPO, SFT, Correction, PolicyGradient, RewardModeling
-from lit_rlhf.callbacks import IterationCheckpoint, Samples
-from lit_rlhf.callbacks.plan import PrintPlan
-from lit_rlhf.data import Demonstrations, Preferences, Prompts
+from lit_rlhf import DPO, Correction, PolicyGradient, RewardModeling
+from lit_rlhf.data import Preferences, Prompts
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {name: (DOCS / f"from-{name}.md").read_text(encoding="utf-8") for name in ("trl", "openrlhf", "verl")}
@@ -30,8 +24,6 @@ MODULES = {
     "DPOConfig": (DPO, Preferences),
     "RewardConfig": (RewardModeling, Preferences),
 }
-ALL = (PolicyGradient, DPO, RewardModeling, SFT, Prompts, Preferences, Demonstrations)
-OTHERS = {"trainer": lightning.Trainer, "checkpoint": IterationCheckpoint, "samples": Samples, "plan": PrintPlan}
 PATH = re.compile(r"`((?:model|data|trainer|checkpoint|samples|plan)(?!\.jsonl)(?:\.\w+)+)(?::[^`]*)?`")
 
 
@@ -41,39 +33,6 @@ def table(page, heading):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
     assert all(len(row) == 3 for row in rows)
     return {row[0].strip("`"): row[1:] for row in rows}
-
-
-def kinds(annotation):
-    """Return the classes that an option of this type may take, with all classes derived from them."""
-    origin = typing.get_origin(annotation)
-    if origin is collections.abc.Callable:  # the factory of an optimizer or a schedule
-        made = typing.get_args(annotation)[1]
-        return [torch.optim.AdamW] if made is torch.optim.Optimizer else []
-    if origin is not None:
-        return [kind for part in typing.get_args(annotation) for kind in kinds(part)]
-    if not inspect.isclass(annotation) or annotation.__module__ == "builtins":
-        return []
-    return [annotation, *(kind for derived in annotation.__subclasses__() for kind in kinds(derived))]
-
-
-def options(kind):
-    """Return the types of a class's options by their names."""
-    hints = typing.get_type_hints(kind.__init__)
-    return {name: hints.get(name) for name in inspect.signature(kind.__init__).parameters if name != "self"}
-
-
-def exists(path, modules):
-    owner, *names = path.split(".")
-    data = [kind for kind in modules if issubclass(kind, lightning.LightningDataModule)]
-    models = [kind for kind in modules if kind not in data]
-    found = {"model": models, "data": data}.get(owner) or [OTHERS[owner]]
-    for number, name in enumerate(names):
-        types = [options(kind)[name] for kind in found if name in options(kind)]
-        if not types:
-            return False
-        if number + 1 < len(names):
-            found = [kind for annotation in types for kind in kinds(annotation)]
-    return True
 
 
 @pytest.mark.parametrize("heading", FIELDS)
@@ -93,14 +52,14 @@ def test_every_option_that_a_page_names_exists(name):
         ours = re.sub(r"^\| `[^`]+`", "|", ours, flags=re.MULTILINE).replace("`data.train_batch_size`", "")
     paths = set(PATH.findall(ours))
     assert len(paths) > 30
-    assert sorted(path for path in paths if not exists(path, ALL)) == []
+    assert sorted(path for path in paths if not exists(path)) == []
 
 
 def test_what_does_not_exist_is_found():
-    assert exists("model.update.epochs", ALL)
-    assert exists("model.actor_optimizer.lr", ALL)
+    assert exists("model.update.epochs")
+    assert exists("model.actor_optimizer.lr")
     wrong = ["model.update.epoch", "model.advantages.lamda", "data.batchsize", "trainer.devices.lr", "model.epochs"]
-    assert [path for path in wrong if exists(path, ALL)] == []
+    assert [path for path in wrong if exists(path)] == []
     assert not exists("model.beta", MODULES["PPOConfig"])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_rlhf.algorithms.advantages import GroupNormalized
+from lit_rlhf.algorithms.group_baselines import GroupNormalized
 from lit_rlhf.algorithms.kl import ReferenceKL
 from lit_rlhf.generation import Sampling
 from lit_rlhf.modules import DPO, TRPO, RewardModeling, TrustRegion, Update

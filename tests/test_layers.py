@@ -11,7 +11,7 @@ import lit_rlhf
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
     ("errors", "progress"),
-    ("compat", "components", "http", "randomness", "recipes", "references", "types"),
+    ("compat", "components", "foreign_options", "http", "randomness", "recipes", "references", "types"),
     ("algorithms",),
     ("batching",),
     ("models",),

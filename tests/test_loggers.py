@@ -154,7 +154,8 @@ def test_mlflow_continues_its_run(resumed):
     (run,) = [path.name for path in (folder / "ml").glob("[0-9]*/*") if (path / "metrics").exists()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        client = tracking.MlflowClient(f"file:{folder / 'ml'}")
+        patch.setenv("MLFLOW_TRACKING_URI", f"file:{folder / 'ml'}")  # MLflow 3.1 looks for artifacts only here
+        client = tracking.MlflowClient()
         history = client.get_metric_history(run, "objective/score")
         assert sorted(metric.step for metric in history) == [1, 2, 3, 4, 5, 5, 6]  # 5 was done twice
         assert client.get_run(run).data.params["model/class_path"].endswith("PolicyGradient")

@@ -116,7 +116,7 @@ def test_a_printed_configuration_is_read_back(valid, capsys, tmp_path, monkeypat
     lines = [line.strip() for line in commented.splitlines()]
     assert lines[lines.index("rank: 4") - 1] == "# The rank r of B A (r in peft)."
     assert lines[lines.index("seed_everything: 42") - 1].startswith("# The seed")
-    assert any("Choices: GAE, GroupNormalized" in line for line in lines)
+    assert any("Choices: BestOfN, GAE, GroupNormalized" in line for line in lines)
     assert max(map(len, commented.splitlines())) <= 130
 
 

@@ -286,6 +286,12 @@ def test_values_of_the_wrong_type(folder, capsys, changes, patterns):
     check(refusal(capsys, fit(**changes)), *patterns)
 
 
+def test_an_interval_between_validations_longer_than_an_epoch(folder, capsys):
+    message = refusal(capsys, fit(data__validation="prompts.jsonl", trainer__val_check_interval=5))
+    check(message, r"trainer\.val_check_interval", r"\(5\)", r"\(2\)", r"check_val_every_n_epoch: null")
+    assert not (folder / "run").exists()  # a run without an iteration leaves nothing that counts as an older run
+
+
 def test_a_word_that_belongs_to_no_option(folder, capsys):
     check(refusal(capsys, [*fit(), "prompts.jsonl"]), r"'prompts\.jsonl'")
 
@@ -298,12 +304,16 @@ def test_a_word_that_belongs_to_no_option(folder, capsys):
         ("ppo", "model.lam", "model.advantages.lam"),
         ("ppo", "model.adaptr.rank", "model.adapter.rank"),
         ("ppo", "trianer.max_epoch", "trainer.max_epochs"),
+        ("ppo", "learning_rate", "model.actor_optimizer.lr"),  # the options of other trainers
+        ("dpo", "model.learning_rate", "model.optimizer.lr"),
+        ("ppo", "model.update.kl_coef", "model.kl.coef"),
+        ("grpo", "trainer.num_train_epochs", "trainer.max_epochs"),
     ],
 )
 def test_the_nearest_option_is_among_all_of_a_module(capsys, recipe, option, nearest):
     message = refusal(capsys, ["fit", "--config", recipe, f"--{option}", "3"])
     check(message, rf"'{re.escape(option)}'", f"did you mean '{re.escape(nearest)}'")
-    assert "optimizer" in message or recipe == "ppo"  # in the list of DPO's options
+    assert "optimizer" in message or recipe != "dpo"  # in the list of DPO's options
 
 
 def test_a_misspelt_recipe(capsys):

@@ -15,7 +15,10 @@ estimator           advantage of token t             variance                 bi
 `VTrace`            min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ − Vₜ)    grows with ρ̄ and c̄       falls with ρ̄ and c̄
 `LeaveOneOut`       R − mean of the other R          falls with group size    none; no critic
 `GroupNormalized`   (R − mean R) / std R             falls with group size    some; no critic
+`BestOfN`           1 if R is the group's largest    grows with group size    some; no critic
 ==================  ===============================  =======================  ==================
+
+`VTrace` is in the module `vtrace`, and the last three are in `group_baselines`.
 """
 
 from abc import ABC, abstractmethod
@@ -194,68 +197,6 @@ class GAE(AdvantageEstimator):
         return (1.0 - 1.0 / (self.length_alpha * length)).clamp(min=0.0)
 
 
-@dataclass(frozen=True)
-class LeaveOneOut(AdvantageEstimator):
-    """The response's return minus the mean return of the other responses to its prompt, the same at every token.
-
-    Aᵢ = Rᵢ − Σ_{j≠i} Rⱼ / (n − 1) for the n non-empty responses to a prompt, with R = Σₜ rₜ (+ bootstrap). The estimate
-    is unbiased, because the baseline does not depend on response i.
-
-    Source: Ahmadian et al. 2024 (RLOO, arXiv 2402.14740), section 3.2; Kool et al. 2019.
-
-    Raises:
-        ValueError: when called, if the trajectory has no ``group``, or a prompt has only one non-empty response.
-
-    >>> rewards = torch.tensor([[3.0], [1.0]])
-    >>> LeaveOneOut()(Trajectory(rewards=rewards, mask=rewards > 0, group=torch.tensor([0, 0]))).advantages
-    tensor([[ 2.],
-            [-2.]])
-    """
-
-    needs_group: ClassVar[bool] = True
-
-    def __call__(self, trajectory: Trajectory) -> Estimates:
-        """Return advantages and sampled, undiscounted returns, each [B, T]."""
-        group = _Group(trajectory)
-        return group.estimates(group.centred * group.size / (group.size - 1))
-
-
-@dataclass(frozen=True)
-class GroupNormalized(AdvantageEstimator):
-    """The response's return, standardised over the responses to its prompt, the same at every token.
-
-    Aᵢ = (Rᵢ − mean R) / (std R + 1e-8) for the n non-empty responses to a prompt, with R = Σₜ rₜ (+ bootstrap) and the
-    sample standard deviation std R = √(Σᵢ (Rᵢ − mean R)² / (n − 1)). If all n returns are equal, A = 0.
-
-    Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2; without the division: Liu et al. 2025 (Dr. GRPO,
-    arXiv 2503.20783), section 3.1, because the division favours prompts whose responses have nearly equal returns.
-
-    Args:
-        divide_by_std: Whether to divide by the standard deviation; if False, only the mean is subtracted.
-
-    Raises:
-        ValueError: when called, if the trajectory has no ``group``, or a prompt has only one non-empty response.
-
-    >>> rewards, group = torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([0, 0, 0])
-    >>> GroupNormalized()(Trajectory(rewards=rewards, mask=rewards > 0, group=group)).advantages
-    tensor([[ 1.],
-            [-1.],
-            [ 0.]])
-    """
-
-    divide_by_std: bool = True
-    needs_group: ClassVar[bool] = True
-
-    def __call__(self, trajectory: Trajectory) -> Estimates:
-        """Return advantages and sampled, undiscounted returns, each [B, T]."""
-        group = _Group(trajectory)
-        advantage = group.centred
-        if self.divide_by_std:
-            deviation = (group.sum(advantage**2) / (group.size - 1)).sqrt()
-            advantage = advantage / (deviation + 1e-8)
-        return group.estimates(advantage)
-
-
 def td_errors(
     rewards: Tensor, values: Tensor | None, mask: Tensor, bootstrap: Tensor | None = None, gamma: float = 1.0
 ) -> Tensor:
@@ -361,37 +302,6 @@ def _estimates(advantages: Tensor, trajectory: Trajectory, critic_advantages: Te
 
 def _deltas(trajectory: Trajectory, gamma: float) -> Tensor:
     return td_errors(trajectory.rewards, trajectory.values, trajectory.mask, trajectory.bootstrap, gamma)
-
-
-class _Group:
-    """The return of each response, and its difference from the mean return of the non-empty responses to the prompt.
-
-    The mean is taken in float64, so that the mean of equal float32 returns is exact and the differences are 0.
-    """
-
-    def __init__(self, trajectory: Trajectory) -> None:
-        if trajectory.group is None:
-            raise ValueError("a group baseline needs the trajectory's group, the prompt of each row, but it is None")
-        self.mask = trajectory.mask
-        deltas = td_errors(trajectory.rewards, None, self.mask, trajectory.bootstrap)
-        self.returns = discounted_sum(deltas, self.mask, discount=1.0)
-        self.nonempty = self.mask.any(1)
-        self.index = trajectory.group.unique(return_inverse=True)[1]
-        self.size = self.sum(torch.ones_like(self.returns[:, 0], dtype=torch.float64))
-        if (self.size[self.nonempty] < 2).any():
-            raise ValueError("a group baseline needs 2 or more responses to each prompt, not 1 (sampling.responses)")
-        returns = self.returns.gather(1, self.mask.byte().argmax(1, keepdim=True)).squeeze(1).double()
-        self.centred = returns - self.sum(returns) / self.size.clamp(min=1)  # [B]
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return, for each row, the sum of ``x`` [B] over the non-empty rows of the same group, [B]."""
-        x = torch.where(self.nonempty, x, 0.0)
-        return torch.zeros_like(x).index_add(0, self.index, x)[self.index]
-
-    def estimates(self, advantage: Tensor) -> Estimates:
-        """Return estimates that give every token of a row the row's ``advantage`` [B]."""
-        advantages = torch.where(self.mask, advantage[:, None], 0.0)
-        return Estimates(advantages=advantages.to(self.returns.dtype), returns=self.returns)
 
 
 def _check_unit_interval(**fields: float | None) -> None:

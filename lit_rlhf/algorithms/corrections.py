@@ -112,7 +112,11 @@ class Correction:
         return self.bypass or self.level is not None
 
     def _check_weight(self) -> None:
-        """Refuse options of the importance weight if there is none, and a correction with neither weight nor mask."""
+        """Check the options of the importance weight.
+
+        Raises:
+            ValueError: if there is no importance weight, but an option of it is set, or there is no mask either.
+        """
         if not self.bypass and self.level is not None:
             return
         reason = "with bypass" if self.bypass else "without a level"

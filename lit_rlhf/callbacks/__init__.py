@@ -1,6 +1,7 @@
 """Callbacks: plan, checkpoints, files, loggers, report, guards and measurements of a run, changes of the layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
+from lit_rlhf.callbacks.defaults import default_callbacks
 from lit_rlhf.callbacks.export import ExportAtEnd
 from lit_rlhf.callbacks.gradients import GradientShares
 from lit_rlhf.callbacks.kl_guard import KLGuard
@@ -30,4 +31,5 @@ __all__ = [
     "Summary",
     "Throughput",
     "WriteReport",
+    "default_callbacks",
 ]

@@ -1,5 +1,7 @@
 """Checkpoints that are saved by iteration."""
 
+import signal
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,9 @@ class IterationCheckpoint(ModelCheckpoint):
     needs ``--trainer.deterministic true``, because the backward pass of flash attention otherwise adds in an order that
     varies.
 
+    Ctrl-C ends the run on all processes when the iteration is complete and ``last.ckpt`` is saved; a second Ctrl-C ends
+    it at once.
+
     Args:
         every_n: The number of iterations between two saves of ``last.ckpt``, which is also saved at the end.
         keep_every_n: The number of iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
@@ -31,6 +36,7 @@ class IterationCheckpoint(ModelCheckpoint):
     Raises:
         ValueError: if ``every_n`` or ``keep_every_n`` is less than 1.
         UserError: during training, if there is no metric with the name ``monitor``.
+        KeyboardInterrupt: after an iteration in which a process got Ctrl-C.
 
     >>> callback = IterationCheckpoint(every_n=20, monitor="val/loss", mode="min")
     >>> callback.every_n, callback.best is None
@@ -55,12 +61,36 @@ class IterationCheckpoint(ModelCheckpoint):
         self.better = mode
         self.best: float | None = None
         self.saved_iteration = 0
+        self.interrupted = False
+        self._handler: Any = None  # of Ctrl-C, while this callback handles it
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Set the folder to ``checkpoints`` in the run's folder if no folder was given."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begin to handle Ctrl-C, which only the main thread can do."""
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        self._restore_handler()
+        print("Ctrl-C: the run ends after this iteration, with a checkpoint; press it again to end it now", flush=True)
+
+    def _restore_handler(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Handle Ctrl-C no longer."""
+        self._restore_handler()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,7 +108,8 @@ class IterationCheckpoint(ModelCheckpoint):
         """Do nothing: checkpoints are saved by iteration, not by epoch."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save ``last.ckpt`` if it does not contain the last iteration yet."""
+        """Save ``last.ckpt`` if it does not contain the last iteration yet, and handle Ctrl-C no longer."""
+        self._restore_handler()
         if iteration_of(pl_module) > self.saved_iteration:
             self._write(trainer, "last.ckpt", iteration_of(pl_module))
 
@@ -96,8 +127,11 @@ class IterationCheckpoint(ModelCheckpoint):
             self._write(trainer, "best.ckpt", iteration)
         if self.keep_every_n is not None and iteration % self.keep_every_n == 0:
             self._write(trainer, f"iteration-{iteration:06d}.ckpt", iteration)
-        if iteration % self.every_n == 0 or trainer.should_stop:
+        interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        if iteration % self.every_n == 0 or trainer.should_stop or interrupted:
             self._write(trainer, "last.ckpt", iteration)
+        if interrupted:
+            raise KeyboardInterrupt
 
     def _is_best(self, trainer: lightning.Trainer, metric: str) -> bool:
         metrics = trainer.callback_metrics

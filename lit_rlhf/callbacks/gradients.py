@@ -59,15 +59,15 @@ class GradientShares(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin the means of an iteration."""
+        """Discard the shares of the previous iteration."""
         self._shares = {}
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Measure the gradients of a step, which are the same on every process; the host does not wait for the device.
+        """Log each group's share in the gradient of a step, without letting the host wait for the device.
 
-        Each step logs the means so far, so that the last step of the iteration logs the means of the iteration.
+        Each step logs the means over the steps so far, so that the last step logs the means of the iteration.
         """
         assert isinstance(pl_module, AlignmentModule)
         own = next(name for name, each in pl_module.optimizers_by_name().items() if each.optimizer is optimizer)

@@ -17,16 +17,16 @@ class KLGuard(OnPolicyCallback):
 
     The KL is the metric ``objective/kl_to_ref``, in nats per response, or this KL divided by the mean length of the
     responses, in nats per token. When the KL has been above the bound in ``iterations`` consecutive iterations, the run
-    ends like one whose last iteration this was: metrics and ``last.ckpt`` are written. Then comes the error, so that
-    the command has a status other than 0 and the policy is not exported. A run that is resumed from ``last.ckpt`` with
-    a higher bound or other options continues from there.
+    ends as if this iteration were the last: metrics and ``last.ckpt`` are written. The error is raised afterwards, so
+    that the command has a status other than 0 and the policy is not exported. A run that is resumed from ``last.ckpt``
+    with a higher bound or other options continues from there.
 
     Args:
         bound: The largest KL that is allowed, in nats.
         per: Whether the bound is for a ``response`` (the mean over the responses of an iteration) or for a ``token``
             (the mean over their tokens).
         iterations: The number of consecutive iterations above the bound before the guard acts.
-        action: ``stop`` to end the run, ``warn`` to warn once and go on.
+        action: ``stop`` to end the run, ``warn`` to warn once and continue.
 
     Raises:
         ValueError: if ``bound`` is not positive, ``iterations`` is less than 1, or ``per`` or ``action`` is unknown.
@@ -88,7 +88,7 @@ class KLGuard(OnPolicyCallback):
         if self._error is not None:
             raise UserError(
                 f"KLGuard: {self._error}; a higher model.kl.coef, a lower learning rate or fewer epochs keep it lower, "
-                "and the checkpoints iteration-*.ckpt (--checkpoint.keep_every_n) are earlier"
+                "and iteration-*.ckpt (--checkpoint.keep_every_n) are checkpoints from before that"
             )
 
     def state_dict(self) -> dict[str, Any]:

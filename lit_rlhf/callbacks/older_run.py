@@ -1,6 +1,7 @@
 """A callback that keeps the folder of an older run when a new run takes its place."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import lightning
 class OlderRun(lightning.Callback):
     """A callback that renames the folder of an older run, and back if the new run fails before it ends an iteration.
 
-    `move_aside` renames the folder before the fit, because loggers write to the new one before any hook is called.
+    `move_aside` renames the folder before the fit, because loggers write to the new one before any hook is called. If
+    there is no older run, the ``config.yaml`` of a run that fails so early is removed, so that its folder does not
+    count as that of a run.
 
     >>> OlderRun().aside is None
     True
@@ -26,28 +29,34 @@ class OlderRun(lightning.Callback):
         Args:
             folder: The folder of the new run; a folder without a ``config.yaml`` is left as it is.
         """
+        self.folder = folder
         if not (folder / "config.yaml").exists():
             return
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
         folder.rename(aside)
-        self.folder, self.aside = folder, aside
+        self.aside = aside
         print(f"{folder} contained an older run, which is now in {aside}")
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the new folder, since the new run has completed an iteration."""
-        self.aside = None
+        self.folder = self.aside = None
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Remove the folder of a run that has done nothing, and give the older run its name again."""
-        if self.folder is None or self.aside is None:
+        if self.folder is None:
+            return
+        if self.aside is None:
+            (self.folder / "config.yaml").unlink(missing_ok=True)
+            with suppress(OSError):  # the folder is not empty
+                self.folder.rmdir()
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.aside.rename(self.folder)
         print(f"the run failed before its first iteration, so the older run is in {self.folder} again")
-        self.aside = None
+        self.folder = self.aside = None

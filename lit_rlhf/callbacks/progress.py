@@ -31,9 +31,9 @@ IN_VALIDATION = ("loss", "perplexity", "accuracy", "score", "reference_score", "
 class ProgressBar(LightningProgressBar):
     """A callback that shows the progress of a run, with metrics by short names such as ``KL`` (nats per response).
 
-    In a terminal, one bar shows the iterations with the time left, and a second one the work of the moment: decoding,
+    In a terminal, one bar shows the iterations with the time left, and a second bar shows the current work: decoding,
     judging, the update, a validation. Elsewhere, such as in the log of SLURM, plain lines are printed for the first and
-    the last iteration, for every validation, and for an iteration from time to time. Only process 0 prints.
+    the last iteration, for every validation, and from time to time for another iteration. Only process 0 prints.
 
     Args:
         every: The minimum number of seconds between two lines for iterations; a terminal's bars ignore it.
@@ -53,6 +53,11 @@ class ProgressBar(LightningProgressBar):
         self.enabled = True
         self._course: Course | None = None
         self._view: View | None = None
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the progress is shown; Lightning asks this when a module prints something."""
+        return self.enabled
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this method on all processes but the first."""
@@ -90,7 +95,7 @@ class ProgressBar(LightningProgressBar):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Remove the bars, so that the message stands alone."""
+        """Remove the bars, so that the error message is not mixed with them."""
         self._close()
 
     # --------------------------------------------- validation, test, prediction
@@ -175,7 +180,7 @@ class ProgressBar(LightningProgressBar):
 
     def _hear(self, progress: Progress) -> None:
         course, view = self._course, self._view
-        if course is not None and view is not None:  # another thread may tell something after the end
+        if course is not None and view is not None:  # another thread may report progress after the end
             course.hear(progress)
             view.heard()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.text import Text
@@ -17,6 +18,7 @@ from lit_rlhf.callbacks.progress import number
 from lit_rlhf.callbacks.terminal import clock, is_terminal
 from lit_rlhf.modules import DPO, SFT, RewardModeling
 from lit_rlhf.modules.module import AlignmentModule, iteration_of
+from lit_rlhf.modules.on_policy import OnPolicy
 
 SHOWN = {
     "score": ("objective/score", "val/score"),
@@ -34,8 +36,10 @@ FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoi
 class Summary(lightning.Callback):
     """A callback that prints a few lines at the end of ``fit``: what was reached, the files, and the next command.
 
-    Each metric is given for the first and the last iteration, and for the first and the last validation. In a run that
-    was resumed, the first ones are those from before the interruption.
+    Each metric is given for the first and the last iteration, and for the first and the last validation. If the
+    reference has the actor's initial weights, as it has by default, its held-out score stands in place of the first
+    validation's, and its KL to itself, 0. In a run that was resumed, the first ones are those from before the
+    interruption.
 
     Args:
         next: Whether to print the command that comes next.
@@ -80,7 +84,9 @@ class Summary(lightning.Callback):
         saved = max((c.saved_iteration for c in _checkpoints(trainer)), default=0)
         last = f"the last checkpoint is that of iteration {saved}; --ckpt_path last resumes from it"
         none = "there is no checkpoint yet, since checkpoint.every_n iterations have not been done"
-        print(f"interrupted in iteration {iteration_of(pl_module) + 1}: {last if saved else none}", flush=True)
+        done = iteration_of(pl_module)
+        when = f"after iteration {done}" if saved == done else f"in iteration {done + 1}"
+        print(f"interrupted {when}: {last if saved else none}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the metrics of the first iteration and the first validation."""
@@ -96,8 +102,9 @@ class Summary(lightning.Callback):
         done, seconds = iteration_of(module), time.monotonic() - self._start
         begun = "" if self._from == 0 else f" (after iteration {self._from})"
         lines = [("done", f"{type(module).__name__}, {done} iterations in {clock(seconds)}{begun}")]
+        first = self.first | initial(module, last)
         for label, names in SHOWN.items():
-            changes = [self._change(name, last[name]) for name in names if name in last]
+            changes = [_change(name, first.get(name), last) for name in names if name in last]
             if changes and (label != "score" or "objective/score" in last):  # not a reward model's own scores
                 lines.append((label, ", ".join(changes) + (f"  ({UNITS[label]})" if label in UNITS else "")))
         return lines
@@ -111,11 +118,7 @@ class Summary(lightning.Callback):
         if export is None or not export.exists():
             return lines
         lines.insert(0, ("model", str(export)))
-        return [*lines, *(("next", command) for command in (following(module, run, export) if self.next else ()))]
-
-    def _change(self, name: str, last: float) -> str:
-        values = [number(last)] if self.first.get(name, last) == last else [number(self.first[name]), number(last)]
-        return " → ".join(values) + (" held out" if name.startswith("val/") else "")
+        return [*lines, *(("next", command) for command in (following(trainer, module, export) if self.next else ()))]
 
     def _keep(self, trainer: lightning.Trainer, stage: str) -> None:
         names = [name for names in SHOWN.values() for name in names if name.startswith("val/") == (stage == "val")]
@@ -129,14 +132,39 @@ def _checkpoints(trainer: lightning.Trainer) -> list[IterationCheckpoint]:
     return [callback for callback in callbacks if isinstance(callback, IterationCheckpoint)]
 
 
-def following(module: AlignmentModule, run: Path, export: Path) -> list[str]:
-    """Return the commands that usually follow a run.
+def initial(module: AlignmentModule, last: dict[str, float]) -> dict[str, float]:
+    """Return the held-out metrics of the actor before the first iteration, which are the reference's.
 
     Args:
         module: The module that was trained.
-        run: The run's folder.
+        last: The metrics at the end.
+
+    Returns:
+        The metrics; none if the reference has other weights than the initial actor, or if there was no validation.
+    """
+    same = isinstance(module, OnPolicy) and module.reference_source in (None, module.source)
+    if not same or "val/reference_score" not in last:
+        return {}
+    return {"val/score": last["val/reference_score"], "val/kl_to_ref": 0.0}
+
+
+def _change(name: str, first: float | None, last: dict[str, float]) -> str:
+    if name == "val/win_rate":
+        low, high = (number(last[f"{name}_{bound}"]) for bound in ("low", "high"))
+        return f"{number(last[name])} held out, 95 % interval {low}–{high}"
+    values = [number(last[name])] if first in (None, last[name]) else [number(first), number(last[name])]
+    return " → ".join(values) + (" held out" if name.startswith("val/") else "")
+
+
+def following(trainer: lightning.Trainer, module: AlignmentModule, export: Path) -> list[str]:
+    """Return the commands that usually follow a run; those that read its configuration only if it was saved.
+
+    Args:
+        trainer: The Trainer, which has the callback that saves the configuration if the command line started the run.
+        module: The module that was trained.
         export: The folder of the exported model or adapter.
     """
+    run, callbacks = Path(trainer.default_root_dir), trainer.callbacks  # type: ignore[attr-defined]
     adapter = "" if module.adapter is None else "_lora"
     if isinstance(module, SFT):
         return [
@@ -149,11 +177,16 @@ def following(module: AlignmentModule, run: Path, export: Path) -> list[str]:
             f"lit-rlhf fit --config ppo{adapter} --model.actor {module.source} --data.train prompts.jsonl "
             f"--model.critic reward --model.rewards '{reward}'"
         ]
+    serve = [f"vllm serve {export if module.adapter is None else run / 'export_merged'}"]
+    if not any(isinstance(callback, SaveConfigCallback) for callback in callbacks):
+        return serve if module.adapter is None else []
     commands = [] if module.adapter is None else [f"lit-rlhf export {run} --merge"]
-    if not isinstance(module, DPO):
-        last = f"--config {run / 'config.yaml'} --ckpt_path {run / 'checkpoints' / 'last.ckpt'}"
-        commands.append(f"lit-rlhf predict {last} --data.predict prompts.jsonl")
-    return [*commands, f"vllm serve {export if module.adapter is None else run / 'export_merged'}"]
+    last = next((path for c in _checkpoints(trainer) if (path := Path(str(c.dirpath), "last.ckpt")).exists()), None)
+    if last is not None and not isinstance(module, DPO):
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = "" if getattr(data, "sources", {}).get("predict") else " --data.predict prompts.jsonl"
+        commands.append(f"lit-rlhf predict --config {run / 'config.yaml'} --ckpt_path {last}{prompts}")
+    return [*commands, *serve]
 
 
 def show(lines: list[tuple[str, str]]) -> None:

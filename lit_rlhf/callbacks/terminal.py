@@ -1,4 +1,4 @@
-"""How a run is shown while it goes on: as bars in a terminal, and as plain lines in a file or a pipe."""
+"""The display of a run in progress: bars in a terminal, and plain lines in a file or a pipe."""
 
 import logging
 import sys
@@ -19,11 +19,11 @@ REFRESH_PER_SECOND = 4
 QUIET_SECONDS = 1.0
 """The number of seconds after which work of unknown amount is shown, so that short work does not flicker."""
 SILENT_SECONDS = 60.0
-"""The number of seconds without a line after which a line tells how far the current work has come."""
+"""The number of seconds without a line after which a line shows how far the current work has come."""
 
 
 class Course:
-    """The state of a run: how far it has come, and what it does at the moment.
+    """The state of a run: how far it has come, and what it is doing.
 
     Args:
         step: What is counted, in the singular, such as ``iteration``.
@@ -38,21 +38,21 @@ class Course:
         self.stage: Progress | None = None
         """The stage that interrupts the steps, such as a validation."""
         self.work: Progress | None = None
-        """The work that a part of the package tells about."""
+        """The work whose progress a part of the package reported last."""
         self.work_start = self.start
 
     def hear(self, progress: Progress) -> None:
-        """Take note of the progress of some work."""
+        """Store the progress of some work."""
         if self.work is None or (progress.work, progress.total) != (self.work.work, self.work.total):
             self.work_start = time.monotonic()
         self.work = progress
 
     def begin(self) -> None:
-        """Take note that the first step begins; what came before it does not count in the pace."""
+        """Record that the first step begins; the time before it does not count in the pace."""
         self.start, self.work = time.monotonic(), None
 
     def advance(self, done: int, metrics: list[str]) -> None:
-        """Take note that steps are done, and of the metrics to show."""
+        """Store the number of steps done, and the metrics to show."""
         self.done, self.metrics, self.stage, self.work = done, metrics, None, None
         self.newest = time.monotonic()
 
@@ -93,7 +93,7 @@ class View(Protocol):
 
 
 class Bars:
-    """Two bars at the bottom of a terminal: one for the run, and one for what it does at the moment.
+    """Two bars at the bottom of a terminal: one for the run, and one for what it is doing.
 
     A thread draws them a few times a second, so that the run itself only stores numbers.
 
@@ -169,7 +169,7 @@ class Bars:
 
 
 class Lines:
-    """Plain lines for a log file: for the first and the last step, and from time to time for one between them.
+    """Plain lines for a log file: for the first and the last step, and from time to time for a step in between.
 
     Args:
         course: What to show.
@@ -233,7 +233,7 @@ def is_terminal() -> bool:
 
 @contextmanager
 def _logging_to(stream: object) -> Iterator[None]:
-    """Let all loggers that write to the terminal write to a stream instead, which does not disturb the bars."""
+    """Let loggers that write to the terminal write to a stream inside this context, so that the bars stay intact."""
     loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
     handlers = {
         handler

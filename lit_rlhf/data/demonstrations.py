@@ -52,7 +52,7 @@ class DemonstrationEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row; ``cut`` tells whether the text was cut, and ``prompt`` counts the prompt's tokens."""
+        """The columns of a row; ``cut`` says whether the text was cut, and ``prompt`` counts the prompt's tokens."""
         flags = {name: pyarrow.bool_() for name in ("kept", "cut")}
         return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32()), "prompt": pyarrow.int64()})
 
@@ -138,8 +138,8 @@ class Demonstrations(ResumableData):
     """Texts to imitate, or prompts with responses to imitate.
 
     The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function. A response to
-    a conversation is text or a list of further turns. Of a whole conversation, the assistant's turns at the end are the
-    response.
+    a conversation is text or a list of further turns. The response in a whole conversation is the assistant's turns at
+    its end.
 
     Args:
         train: The source of the texts to imitate.
@@ -199,7 +199,7 @@ class Demonstrations(ResumableData):
         return self.held_out_loader("validation", self.batch_size, "data.batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation loader, since the validation texts are used for testing, too."""
+        """Return the validation loader, since the validation texts are also used for testing."""
         return self.val_dataloader()
 
     def rows_of(self, split: str, encoder: DemonstrationEncoder, records: Records, table: "datasets.Dataset") -> Rows:

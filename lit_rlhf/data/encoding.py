@@ -30,7 +30,7 @@ Row: TypeAlias = dict[str, Any]
 LARGE_SPLIT = 20_000
 """The number of records above which tokenizing shows a progress bar; also the minimum for each of several processes."""
 TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
-"""The settings in a saved tokenizer's files that only tell how it was last called or where it was loaded from."""
+"""The settings in a saved tokenizer's files that only say how it was last called or where it was loaded from."""
 
 
 class Encoder(Protocol):
@@ -38,7 +38,7 @@ class Encoder(Protocol):
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row, one of which, ``kept``, tells whether loaders use the row."""
+        """The columns of a row, one of which, ``kept``, says whether loaders use the row."""
 
     @property
     def columns(self) -> str:

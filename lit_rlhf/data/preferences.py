@@ -60,7 +60,7 @@ class PreferenceEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row; ``tied`` tells whether responses are equal, ``prompted`` whether there is a prompt."""
+        """The columns of a row; ``tied`` says whether responses are equal, ``prompted`` whether there is a prompt."""
         numbers = pyarrow.list_(pyarrow.int32())
         flags = {name: pyarrow.bool_() for name in ("kept", "tied", "prompted")}
         lists = {"prompt": numbers, "tokens": pyarrow.list_(numbers), "begin": numbers}
@@ -276,7 +276,7 @@ class Preferences(ResumableData):
         return self.held_out_loader("validation", self.validation_batch_size, "data.validation_batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation loader, since the validation preferences are used for testing, too."""
+        """Return the validation loader, since the validation preferences are also used for testing."""
         return self.val_dataloader()
 
     def rows_of(self, split: str, encoder: PreferenceEncoder, records: Records, table: "datasets.Dataset") -> Rows:

@@ -108,7 +108,7 @@ class PromptEncoder:
     def prompt(self, record: Record, where: str) -> Prompt:
         """Return the prompt of a record, as text or as a conversation.
 
-        Of a conversation in which the assistant has the last word, the turns up to the user's last one are the prompt.
+        If the assistant has the last word in a conversation, the prompt is the turns up to the user's last one.
 
         Raises:
             UserError: if the record has no value in the prompts' column or in a column of the template, the template is
@@ -165,9 +165,9 @@ class _Formatter(Formatter):
 class Prompts(ResumableData):
     """Prompts from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
-    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template; of a
-    conversation in which the assistant has the last word, the turns up to the user's last one are the prompt. The
-    rewards receive all columns of the records, and the correct answers as ``answer``.
+    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template; if
+    the assistant has the last word in a conversation, the prompt is the turns up to the user's last one. The rewards
+    receive all columns of the records, and the correct answers as ``answer``.
 
     Args:
         train: The source of the prompts to train on.

@@ -126,7 +126,7 @@ def value_of(record: Record, name: str, where: str) -> Any:
 def progress_bars(shown: bool) -> Iterator[None]:
     """Hide the progress bars of `datasets` inside this context unless ``shown``; bars that were off stay off.
 
-    They are hidden in any case unless the standard error, where they are drawn, is a terminal.
+    If the standard error, where the bars are drawn, is not a terminal, they are always hidden.
     """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -228,8 +228,8 @@ def _read_jsonl(path: Path, field: str) -> Records:
     """Open a JSONL file, storing its lines unparsed, because a single Arrow type per column could change values.
 
     Raises:
-        UserError: if the file cannot be read, has no records or changes meanwhile, if a line is not a JSON object, or
-            if the cache cannot be written or read.
+        UserError: if the file cannot be read, has no records or changes while it is read, if a line is not a JSON
+            object, or if the cache cannot be written or read.
     """
     import datasets
 

@@ -30,7 +30,7 @@ class Flight:
     """A rollout that is being generated, with the weights that draw it."""
 
     pending: PendingRollout
-    idle: Future[float]  # complete when the responses are; its result: the seconds of the generators' idle time before
+    idle: Future[float]  # done when the responses are; its result is the seconds of the generators' idle time before
     weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor; empty if not kept
 
 

@@ -139,6 +139,8 @@ class _Layer(CacheLayerMixin):
         """Return -1, which means that there is no maximum length."""
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
 
 def _keys_values(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values

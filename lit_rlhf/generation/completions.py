@@ -78,8 +78,8 @@ def draw_responses(
 
     If a stop token is drawn before the minimum length, the token is drawn again, with another seed, until it is not a
     stop token. These tokens then have the distribution without the stop tokens, while their log-probabilities are those
-    of the full distribution. The server's own option for the minimum length would leave the stop tokens out of the
-    log-probabilities, too; it is used at temperature 0 only, where drawing again would give the same token.
+    of the full distribution. The server's own option for the minimum length would also leave the stop tokens out of
+    the log-probabilities; it is used at temperature 0 only, where drawing again would give the same token.
 
     Args:
         client: The client of the server.
@@ -108,7 +108,7 @@ def draw_responses(
         for row in waiting:
             responses[row] = Response(responses[row].tokens[:-1], responses[row].logprobs[:-1])
     raise UserError(
-        f"model.sampling.min_tokens is {min_tokens}, but stop tokens are so likely that a response has still only "
+        f"model.sampling.min_tokens is {min_tokens}, but stop tokens are so likely that a response still has only "
         f"{len(responses[waiting[0]].tokens)} after {ATTEMPTS_PER_TOKEN * min_tokens} attempts"
     )
 

@@ -189,7 +189,7 @@ class PendingRollout(ABC):
 
 
 class DetachedEngine(Engine):
-    """The interface of an engine whose work is done outside the training process, so that training can go on meanwhile.
+    """The interface of an engine whose work is done outside the training process, so that training can continue.
 
     A subclass implements `begin`; the actor's weights may change as soon as `begin` has returned.
     """

@@ -21,7 +21,7 @@ WATCH_SECONDS = 0.5
 
 
 def keep(parent: int, folder: str, command: list[str]) -> int:
-    """Run a command until it ends by itself, or until the parent ends or closes the standard input.
+    """Run a command until it ends by itself, until the parent ends or closes the standard input, or until SIGTERM.
 
     Args:
         parent: The id of the process that started this program.

@@ -107,7 +107,7 @@ class NativeEngine(Engine):
             decoding = _Decoding(actor, prompts, sampling, special_tokens, numbers, self.cache_tokens, self.compile)
             with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for each length
                 decoding.run()
-            decoding.cache.layers.clear()  # they refer to the cache, too, and would live until the garbage collection
+            decoding.cache.layers.clear()  # they also refer to the cache, and would live until the garbage collection
         longest = int(decoding.lengths.max())
         last = decoding.tokens.gather(1, decoding.lengths[:, None] - 1)
         return join_responses(

@@ -16,7 +16,7 @@ from lit_rlhf.models.quantization import QuantizedLinear
 class StaticStep:
     """A compiled decoding step for all rows and columns of a cache; a GPU replays it as one CUDA graph.
 
-    Rows without a sequence are computed, too, but their results are not used. The graph is captured when the step is
+    Rows without a sequence are also computed, but their results are not used. The graph is captured when the step is
     first called, and is freed with this object. The graphs that ``torch.compile`` itself can capture would never be
     freed, although the cache and gathered weights have other addresses in the next generation.
 

@@ -52,7 +52,7 @@ class Job:
 
 
 class VLLMEngine(DetachedEngine):
-    """An engine that lets a vLLM server generate: one that runs already, or one that starts and ends with the run.
+    """An engine that lets a vLLM server generate: one that is already running, or one that it starts and ends itself.
 
     The server receives the actor's weights before it generates, as files: they are written to a folder by process 0,
     and read by the server. Each response is one request with a seed of its own, a function of the seed of the run, the
@@ -65,12 +65,12 @@ class VLLMEngine(DetachedEngine):
     distribution. With ``min_tokens``, a stop token that comes too early is drawn again; at temperature 0, the server
     forbids it instead, and the log-probabilities of the first ``min_tokens`` tokens are those without the stop tokens.
 
-    A server that runs already must be vLLM 0.32 or later, with the environment variable ``VLLM_SERVER_DEV_MODE=1``
-    and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16`` for ``bf16-mixed``). Whoever
-    reaches its port can control it. On a CPU, its model must not have tied embeddings.
+    A server that is already running must be vLLM 0.32 or later, with the environment variable
+    ``VLLM_SERVER_DEV_MODE=1`` and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16``
+    for ``bf16-mixed``). Whoever reaches its port can control it. On a CPU, its model must not have tied embeddings.
 
     Args:
-        url: The address of a server that runs already, such as ``http://127.0.0.1:8000``; None to start one.
+        url: The address of a server that is already running, such as ``http://127.0.0.1:8000``; None to start one.
         python: The Python interpreter of an environment in which vLLM is installed; None to use ``url``.
         devices: The indices of the GPUs for the server that is started, among those that the run may use. vLLM
             divides each layer between several GPUs (tensor parallelism). None to let the server see all of these GPUs,
@@ -86,7 +86,7 @@ class VLLMEngine(DetachedEngine):
         server_args: Further arguments for the server that is started; they take precedence over the engine's own.
 
     Raises:
-        ValueError: if not exactly one of ``url`` and ``python`` is given, if options of a server to start are given
+        ValueError: if not exactly one of ``url`` and ``python`` is given, if an option for a server to start is given
             with ``url``, or if a number is out of range.
         UserError: in ``start``, if the server cannot be reached, does not start, or is not set up for this engine.
 
@@ -122,7 +122,9 @@ class VLLMEngine(DetachedEngine):
             )
         for name, value in (("devices", devices), ("max_model_len", max_model_len), ("server_args", server_args)):
             if url is not None and value is not None:
-                raise ValueError(f"engine.{name} is an option of a server to start, but engine.url names one that runs")
+                raise ValueError(
+                    f"engine.{name} is an option for a server to start, but engine.url names one that is running"
+                )
         for name, number in (("timeout", timeout), ("startup_timeout", startup_timeout)):
             if number <= 0:
                 raise ValueError(f"engine.{name} must be positive, not {number}")
@@ -227,7 +229,8 @@ class VLLMEngine(DetachedEngine):
         """Check a server that this engine did not start.
 
         Raises:
-            UserError: if the server is not set up for this engine, or cannot see the weights.
+            UserError: if the server does not answer or is not set up for this engine, or if it is on another machine
+                and ``weights_dir`` is not set.
         """
         host = urlsplit(client.url).hostname
         if self.weights_dir is None and host not in ("localhost", "127.0.0.1", "::1"):
@@ -280,7 +283,7 @@ class VLLMEngine(DetachedEngine):
             try:
                 self._check_length(max(len(text) for part in asked for text, _ in part), sampling)
                 folder = self._write(actor, weights)
-            except Exception as error:  # the other processes must hear of it, too
+            except Exception as error:  # the other processes must be told of it
                 pending.problem = _line(error)
                 return pending
             name = self._model["id"]

@@ -45,7 +45,7 @@ class AdaptedLinear(Linear):
         return weight
 
     def has_plain(self, adapters: list[str]) -> bool:
-        """Return whether these adapters are s B A x and nothing more, such as DoRA's norms or a bias."""
+        """Return whether these adapters only add s B A x, without extensions such as DoRA's norms or a bias."""
         return not any(name in self.lora_variant or self.lora_B[name].bias is not None for name in adapters)
 
     def _can_use_sum(self, x: Tensor, adapters: list[str]) -> bool:

@@ -30,7 +30,7 @@ HEAD = "base_model.model.score.weight"
 
 @dataclass(frozen=True, slots=True)
 class SavedAdapter:
-    """An adapter as it is saved: its options, its weights, and what a critic or a reward model has besides."""
+    """An adapter as it is saved: its options, its weights, and the additional parts of a critic or a reward model."""
 
     source: str  # the folder or the hub id
     base: str  # the folder or the hub id of the base
@@ -116,7 +116,7 @@ def add_saved_adapter(model: PreTrainedModel, name: str, saved: SavedAdapter, fi
     """Add a saved adapter to a model in place; it is not trained.
 
     Args:
-        model: The adapter's base, of which the weights may not be read yet.
+        model: The adapter's base, whose weights may not have been read yet.
         name: The adapter's name in the model.
         saved: The adapter.
         field: The name of the configuration field, for error messages.
@@ -180,7 +180,7 @@ def write_adapter(model: PreTrainedModel, adapters: list[str], base: str, folder
     """Write adapters of a model as one adapter that peft and vLLM load.
 
     Args:
-        model: The base, of which the weights may not be read, with its adapters.
+        model: The base with its adapters; the base's weights may not have been read.
         adapters: The names of the adapters, of which the folder gets the sum.
         base: The folder or the hub id of the base.
         folder: The folder to write.
@@ -213,7 +213,7 @@ def joined_adapter(model: PreTrainedModel, adapters: list[str]) -> tuple[LoraCon
     that an adapter lacks gets zeros.
 
     Args:
-        model: A base, of which the weights may not be read, with its adapters.
+        model: A base with its adapters; the base's weights may not have been read.
         adapters: The names of the adapters.
 
     Returns:

@@ -52,7 +52,7 @@ class LoRA:
             adapter below the new one, and ``merged`` adds it to the base's weights.
         quantization: The format of the base's frozen weights W, except the head and the embeddings: ``nf4`` for 4 bits
             (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An
-            exported adapter is the same in any case, but fits best the base with which it was trained.
+            exported adapter has the same form in any case, but works best with the base on which it was trained.
 
     Raises:
         UserError: if a number is out of range, no target module is given, or an adapter would be merged into a
@@ -162,7 +162,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     """Add an adapter to a model in place; its output is 0 at first, and neither it nor the model is trained.
 
     Args:
-        model: The model, which may have other adapters, and whose weights may not be read yet.
+        model: The model, which may have other adapters, and whose weights may not have been read yet.
         name: The adapter's name.
         config: Its options, whose target modules are names.
         number: Selects other random numbers for the initial weights, for adapters of the same run.
@@ -189,7 +189,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
 
 
 def _initialize(model: nn.Module, name: str) -> None:
-    """Draw the initial weights of an adapter: the same numbers, whether or not the weights of its base are read yet."""
+    """Draw the initial weights of an adapter: the same numbers, whether or not its base's weights have been read."""
     for layer in adapted_layers(model):
         if name not in layer.lora_A:
             continue
@@ -319,7 +319,7 @@ def whole_model(model: Any) -> Any:
 
 @contextmanager
 def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[None]:
-    """Let layers add the outputs of these adapters alone, inside this context.
+    """Let layers add the outputs of only these adapters, inside this context.
 
     Nothing is copied, and whether a parameter is trained does not change.
 

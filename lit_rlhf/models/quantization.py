@@ -101,7 +101,7 @@ def prepare_quantized(model: nn.Module, field: str) -> None:
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if a layer rounds its input, too, or has a shape that bitsandbytes gets wrong on a CPU.
+        UserError: if a layer also rounds its input, or has a shape that bitsandbytes gets wrong on a CPU.
     """
     for name, layer in model.named_modules():
         weight: Any = getattr(layer, "weight", None)

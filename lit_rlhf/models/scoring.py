@@ -24,7 +24,7 @@ class ScalarModel(nn.Module):
         trunk: The decoder without its language-model head, or a view of one that another model owns.
         head: The linear map from a hidden state to one number.
         adapter: The name of the adapter that is this model's own part of the trunk; None if the whole trunk is.
-        scale: Of a reward model, the mean and the standard deviation of its scores on its training set, if known.
+        scale: The mean and the standard deviation of a reward model's scores on its training set, if known.
 
     >>> from transformers import GPT2Config, GPT2Model
     >>> trunk = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))

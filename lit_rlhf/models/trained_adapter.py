@@ -50,7 +50,7 @@ class TrainedAdapter:
             card: The model card, in Markdown.
 
         Raises:
-            UserError: if the base or an adapter cannot be loaded.
+            UserError: if the base or an adapter cannot be loaded, or the adapter does not fit the base.
         """
         with unread_weights():  # only the adapters' weights are needed
             model, names = self._load()
@@ -64,13 +64,14 @@ class TrainedAdapter:
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Return a whole model: the base with the adapter, and the one that it is on top of, added to its weights.
 
-        The weights are those of the base's files, also if the run has quantized them.
+        The weights are those of the base's files, even if the run has quantized them.
 
         Args:
             tokenizer: The model's tokenizer.
 
         Raises:
-            UserError: if the base or an adapter cannot be loaded, or the base's files hold quantized weights.
+            UserError: if the base or an adapter cannot be loaded, the adapter does not fit the base, or the base's
+                files hold quantized weights.
         """
         model = merge_all(*self._load())
         if self.head is None:
@@ -80,7 +81,11 @@ class TrainedAdapter:
         return classifier
 
     def _load(self) -> tuple[PreTrainedModel, list[str]]:
-        """Load the base with the trained adapter and the one below it, and return the names of these adapters."""
+        """Load the base with the trained adapter and the one below it, and return the names of these adapters.
+
+        Raises:
+            UserError: if the base or an adapter cannot be loaded, or the trained adapter does not fit the base.
+        """
         source = self.source if self.below is None else base_of(self.source)
         saved = {} if self.below is None else {"below": self.below}
         lora = replace(self.lora, chained="stacked", quantization=None)

@@ -14,7 +14,7 @@ from lit_rlhf.modules.roles import Place, Roles, RoleSources, check_vocabulary, 
 
 
 class AdaptedRoles:
-    """The roles as adapters of the actor's base; they must be known before the base is loaded, and perhaps sharded.
+    """The roles as adapters of the actor's base; all of them must be known before the base is loaded.
 
     Args:
         sources: What to load. The critic is ``actor`` or ``reward`` for an adapter on top of those that the actor or
@@ -55,7 +55,7 @@ class AdaptedRoles:
         """Read an adapter if the source is one, and return whether it is.
 
         Raises:
-            UserError: if it belongs to another base than the actor's.
+            UserError: if it belongs to a base other than the actor's.
         """
         if not find_adapter(source):
             return False

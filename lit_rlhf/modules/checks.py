@@ -1,7 +1,5 @@
 """Checks of an on-policy module's settings before anything is loaded."""
 
-import warnings
-
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.errors import UserError
@@ -18,20 +16,20 @@ def check_settings(
     has_critic: bool,
     bootstrap_truncated: bool,
 ) -> None:
-    """Check that the settings of an on-policy module fit together; warn if a critic is trained but not used.
+    """Check that the settings of an on-policy module fit together.
 
     Args:
         scores: The rewards and their combination.
         sampling: The options for sampling.
         advantages: The advantage estimator.
-        correction: The correction for responses of another policy; None for none.
+        correction: The correction for responses of another policy; None for no correction.
         has_critic: Whether the module has a critic, either with its own weights or on the actor's trunk.
-        bootstrap_truncated: Whether the critic's value stands for the rewards after a truncated response.
+        bootstrap_truncated: Whether the critic's value replaces the rewards after a truncated response.
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
-            critic, an estimator that compares the responses to a prompt gets only one, or the estimator and the
-            correction would both weight the tokens.
+            critic, an estimator that compares the responses to a prompt gets only one, a critic would be trained
+            although nothing uses it, or the estimator and the correction would both weight the tokens.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")
@@ -47,9 +45,8 @@ def check_settings(
             raise UserError(
                 f"model.sampling.responses is 1, but {name} compares the responses to a prompt: it needs 2 or more"
             )
-        if has_critic:
-            warnings.warn(
-                f"{name} has its own baseline: the critic is trained, but nothing uses it "
-                "(model.critic: null saves its memory and time)",
-                stacklevel=2,
+        if has_critic and not bootstrap_truncated:
+            raise UserError(
+                f"model.critic must be null with {name}, which compares the responses to a prompt: the critic's "
+                "training would cost memory and time, and nothing but model.bootstrap_truncated uses it"
             )

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.algorithms.preference_losses import PreferenceLoss
 from lit_rlhf.algorithms.preferences import implicit_reward
 from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.data.loader import ResumableLoader
@@ -26,7 +27,7 @@ from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.module import keep_out_of_checkpoints
-from lit_rlhf.modules.preference import PreferenceModule
+from lit_rlhf.modules.preference import PreferenceModule, pairs
 from lit_rlhf.modules.roles import RoleSources, load_roles
 from lit_rlhf.progress import track
 from lit_rlhf.randomness import Stream
@@ -38,8 +39,9 @@ class DPO(PreferenceModule):
 
     The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)). The loss of a pair is
     −log σ(score_chosen − score_rejected − margin), where the margin is 0 unless the data has one; the loss of a ranking
-    is Plackett–Luce's. The held-out metrics are those of reward modelling, computed from the implicit rewards; the
-    length and the KL to the reference, in nats per response, are measured on responses that the actor samples.
+    is Plackett–Luce's. The option ``loss`` has others. The held-out metrics are those of reward modelling, computed
+    from the scores; the length and the KL to the reference, in nats per response, are measured on responses that the
+    actor samples.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 
@@ -47,6 +49,8 @@ class DPO(PreferenceModule):
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
         reference: The frozen reference model, given in the same way as the actor; None for the initial actor.
         beta: β > 0, in units of reward per nat; a larger value keeps the policy closer to the reference.
+        loss: The loss of a pair: ``IPO``, ``Hinge`` or ``SimPO``; of a ranking, its mean over all pairs in it. None for
+            Bradley–Terry's and Plackett–Luce's.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         cache_reference: Whether to compute the reference's log-probabilities of all training responses once, before the
             first step, instead of in every epoch.
@@ -76,6 +80,7 @@ class DPO(PreferenceModule):
         actor: ModelSource = "",
         reference: ModelSource | None = None,
         beta: float = 0.1,
+        loss: PreferenceLoss | None = None,
         label_smoothing: float = 0.0,
         cache_reference: bool = True,
         sampling: Sampling = Sampling(),
@@ -101,8 +106,13 @@ class DPO(PreferenceModule):
             raise ValueError(f"model.beta must be positive, not {beta}")
         if not sampling.temperature > 0:
             raise ValueError("model.sampling.temperature must be positive: it divides the logits of both models")
+        if loss is not None and label_smoothing:
+            raise ValueError(
+                f"model.label_smoothing must be 0 with model.loss {type(loss).__name__}, not {label_smoothing}"
+            )
         self.reference_source = reference
         self.beta = beta
+        self.preference_loss = loss
         self.cache_reference = cache_reference
         self.sampling = sampling
         self.engine = engine
@@ -130,6 +140,11 @@ class DPO(PreferenceModule):
         self.actor, self.reference = roles.actor, roles.reference
         self.train(self.training)
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss depends on the reference; if not, the reference only serves to measure the KL."""
+        return self.preference_loss is None or self.preference_loss.uses_reference
+
     @cached_property
     def special_tokens(self) -> SpecialTokens:
         """The tokens that end a response, and the padding token.
@@ -140,9 +155,30 @@ class DPO(PreferenceModule):
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
-        """Return the implicit reward of each response, [N]."""
+        """Return the score of each response, [N]: its implicit reward, unless the loss uses no reference."""
         logprobs = self.actor(batch.tokens, batch.response_tokens_mask).logprobs.sum(1)
-        return implicit_reward(logprobs, self._reference_logprobs(batch), self.beta)
+        if self.uses_reference:
+            return implicit_reward(logprobs, self._reference_logprobs(batch), self.beta)
+        return self.beta * logprobs / (batch.lengths - batch.prompt_lengths)
+
+    def loss(self, scores: Tensor, batch: PreferenceBatch) -> Tensor:
+        """Return the loss of each ranking, [B].
+
+        Args:
+            scores: [B, K], best response first, 0 where a ranking has fewer than K responses.
+            batch: The rankings.
+
+        Raises:
+            UserError: if the data has margins and ``loss`` is not Bradley–Terry's, or if label smoothing or a margin is
+                used with rankings of more than two responses.
+        """
+        if self.preference_loss is None:
+            return super().loss(scores, batch)
+        if batch.margin is not None:
+            raise UserError(f"model.loss {type(self.preference_loss).__name__} has no place for the data's margins")
+        ahead, _, both = pairs(scores, batch)
+        losses = self.preference_loss(torch.where(both, ahead, 0.0), self.beta)
+        return torch.where(both, losses, 0.0).sum(1) / both.sum(1).clamp(min=1)
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PreferenceBatch) -> Tensor:
@@ -166,7 +202,7 @@ class DPO(PreferenceModule):
             UserError: if the batches do not come from one of this package's data modules, or if that data module is for
                 another kind of training.
         """
-        if not self.cache_reference:
+        if not (self.cache_reference and self.uses_reference):
             return
         loader: Any = self.trainer.train_dataloader
         if not isinstance(loader, ResumableLoader):

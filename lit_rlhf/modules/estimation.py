@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
@@ -11,6 +12,22 @@ from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.off_policy import corrected
 from lit_rlhf.modules.update import Update
 from lit_rlhf.types import Experience, ScoredRollout, Trajectory
+
+
+def bootstrap_values(last_values: Tensor | None, terminated: Tensor) -> Tensor | None:
+    """Return what replaces the rewards after the last token: the critic's value of truncated responses.
+
+    Args:
+        last_values: [B], the value after the last token of each response; None without a critic.
+        terminated: Bool [B], True if a stop token ended the response.
+
+    Returns:
+        The values, [B], which are 0 for terminated responses; None without a critic.
+
+    >>> bootstrap_values(torch.tensor([2.0, 3.0]), torch.tensor([True, False]))
+    tensor([0., 3.])
+    """
+    return None if last_values is None else torch.where(terminated, 0.0, last_values)
 
 
 def estimate_experience(
@@ -29,7 +46,7 @@ def estimate_experience(
         scored: The responses, with the outputs of all models.
         trajectory: The reward of each token, and the critic's values.
         estimator: The advantage estimator.
-        correction: The correction for responses that the engine's policy drew; None for none.
+        correction: The correction for responses that the engine's policy drew; None for no correction.
         update: The options of the update, which say whether rewards and advantages are whitened.
         reduce: A function that returns the sum of a tensor over all processes.
         metrics: Receives the standard deviation of the advantages before they are whitened, the explained variance of

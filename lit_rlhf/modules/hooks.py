@@ -14,9 +14,9 @@ class OnPolicyCallback(lightning.Callback):
     """A callback with four hooks besides Lightning's, which `PolicyGradient` and `TRPO` call in each iteration.
 
     The hooks run in the order below, on every process, each with the rows of its own process. A hook that contains a
-    collective operation must therefore run it on every process. The tensors are those that the iteration goes on with:
-    they are to be read, not changed. Any Lightning callback that has a method of one of these names is called, too;
-    this class only adds the types.
+    collective operation must therefore run it on every process. The iteration continues with the same tensors, so a
+    hook must not change them. Any Lightning callback that has a method of one of these names is also called; this class
+    only adds the types.
 
     >>> class Longest(OnPolicyCallback):
     ...     tokens = 0
@@ -30,7 +30,7 @@ class OnPolicyCallback(lightning.Callback):
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Called when the responses have been generated."""
+        """Called when the responses have been generated, with the rollout."""
 
     def on_rewards(
         self,
@@ -39,12 +39,12 @@ class OnPolicyCallback(lightning.Callback):
         scored: ScoredRollout,
         trajectory: Trajectory,
     ) -> None:
-        """Called when the responses have been judged: the models' outputs, the scores, and the rewards of tokens."""
+        """Called when the responses have been judged, with the models' outputs, the scores, and the tokens' rewards."""
 
     def on_advantages(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
     ) -> None:
-        """Called before the update, with the advantages, the returns and all else that it learns from."""
+        """Called before the update, with the advantages, the returns, and everything else that it learns from."""
 
     def on_update_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]

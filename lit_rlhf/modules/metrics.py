@@ -3,8 +3,9 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from torchmetrics import MaxMetric, Metric
 from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.progress import tell
-from lit_rlhf.types import Rollout, ScoredRollout, Trajectory
+from lit_rlhf.types import ScoredRollout, Trajectory
 
 
 class WeightedMean(Metric):
@@ -100,9 +101,7 @@ class Metrics:
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Add values of any shape to the mean of this name, with weights of the same shape or one weight for all."""
-        if name not in self._metrics:
-            self._metrics[name] = WeightedMean().to(self.device)
-        self._metrics[name].update(self._on_device(value), self._on_device(weight))
+        self.update(name, WeightedMean, self._on_device(value), self._on_device(weight))
 
     def add_masked(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values at which the mask is True to the mean of this name; both have the same shape.
@@ -120,15 +119,17 @@ class Metrics:
 
     def maximum(self, name: str, value: Tensor) -> None:
         """Include a value, [], in the maximum of this name."""
-        if name not in self._metrics:
-            self._metrics[name] = MaxMetric(nan_strategy="disable").to(self.device)
-        self._metrics[name].update(value.detach().to(self.device))
+        self.update(name, partial(MaxMetric, nan_strategy="disable"), value)
 
     def sample_size(self, name: str, weights: Tensor, mask: Tensor) -> None:
         """Include the weights at which the mask is True in the effective sample size of this name."""
+        self.update(name, EffectiveSampleSize, weights, mask)
+
+    def update(self, name: str, make: Callable[[], Metric], *values: Tensor) -> None:
+        """Update the metric of this name with tensors; ``make`` makes the metric when the name is first used."""
         if name not in self._metrics:
-            self._metrics[name] = EffectiveSampleSize().to(self.device)
-        self._metrics[name].update(weights.detach().to(self.device), mask.to(self.device))
+            self._metrics[name] = make().to(self.device)
+        self._metrics[name].update(*(value.detach().to(self.device) for value in values))
 
     def weight(self, name: str) -> float:
         """Return the total weight of the values that this rank added to a mean."""
@@ -173,67 +174,9 @@ def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: f
         metrics.add(f"rewards/{name}", value)
 
 
-def measure_held_out(
-    metrics: Metrics,
-    rollout: Rollout,
-    scores: Tensor,
-    reference_scores: Tensor,
-    rewards: Mapping[str, Tensor],
-    kl_to_ref: Tensor,
-) -> None:
-    """Record scores, rewards, KL to the reference, lengths, truncations and win rate of responses to held-out prompts.
-
-    The win rate is the fraction of responses that score higher than the reference's response to the same prompt,
-    sampled with the same random numbers; a tie counts half.
-
-    Args:
-        metrics: Receives the metrics.
-        rollout: The actor's responses, B rows.
-        scores: [B], the scores of the actor's responses.
-        reference_scores: [B], the scores of the reference's responses.
-        rewards: The unweighted rewards of the actor's responses by name, [B] each.
-        kl_to_ref: [B], the KL to the reference in nats per response.
-    """
-    for name, value in {
-        "score": scores,
-        "score_squared": scores.double() ** 2,
-        "reference_score": reference_scores,
-        "kl_to_ref": kl_to_ref,
-        "length": rollout.response_lengths,
-        "truncated_fraction": (~rollout.terminated).float(),
-        "win_rate": (scores > reference_scores).float() + 0.5 * (scores == reference_scores),
-        **{f"rewards/{name}": reward for name, reward in rewards.items()},
-    }.items():
-        metrics.add(name, value)
-
-
-def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, float]:
-    """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval.
-
-    Args:
-        means: The means of the metrics that `measure_held_out` records; the mean of the squared scores is removed.
-        prompts: The number of prompts, which are the independent trials of the win rate.
-    """
-    low, high = wilson_interval(means["win_rate"], prompts)
-    return means | {"score_std": pop_standard_deviation(means), "win_rate_low": low, "win_rate_high": high}
-
-
 def pop_standard_deviation(means: dict[str, float]) -> float:
     """Return the standard deviation of the scores, and remove the mean of the squared scores from ``means``."""
     return max(0.0, means.pop("score_squared") - means["score"] ** 2) ** 0.5
-
-
-def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[float, float]:
-    """Return the confidence interval of a fraction p of n = ``count`` independent trials; z = 1.96 gives 95 %.
-
-    The bounds are (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, equation 4.
-
-    >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
-    (0.404, 0.596)
-    """
-    middle = fraction + z**2 / (2 * count)
-    spread = z * (fraction * (1 - fraction) / count + z**2 / (4 * count**2)) ** 0.5
-    return (middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)
 
 
 class Stopwatch:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from lit_rlhf.compat import strategy_of
+from lit_rlhf.compat import hide_inapplicable_warnings, strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapters import LoRA
@@ -100,10 +100,13 @@ class AlignmentModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Check what can be checked before the models are loaded; Lightning calls this method in every run.
 
+        Warnings of Lightning that do not apply to these modules are hidden.
+
         Raises:
             UserError: if ``trainer.precision`` is not supported, if an adapter is to be trained with FSDP1, or if the
                 package that quantizes the base is missing.
         """
+        hide_inapplicable_warnings()
         check_precision(self.trainer.precision)
         if self.adapter is not None and isinstance(self.trainer.strategy, FSDP):
             raise UserError("trainer.strategy: fsdp cannot train an adapter (model.adapter); use fsdp2")
@@ -206,7 +209,7 @@ class AlignmentModule(lightning.LightningModule):
         """
         if not isinstance(batch, self.batch_type):
             given, expected = type(batch).__name__, self.batch_type.__name__
-            raise UserError(f"data: {type(self).__name__} takes {expected}es, this data module gives {given}es")
+            raise UserError(f"data: {type(self).__name__} takes {expected}es, but this data module gives {given}es")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the batch with `check_batch`, which raises a `UserError` if the batch cannot be used."""

@@ -28,12 +28,13 @@ from lit_rlhf.models.sharding import owners, unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
-from lit_rlhf.modules.estimation import estimate_experience
+from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.guard import Guard
+from lit_rlhf.modules.held_out import measure_answers, measure_held_out, summarize_held_out
 from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.losses import Losses
-from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience, measure_held_out, summarize_held_out
+from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
 from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
@@ -123,13 +124,15 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the precision, and discard the reference's responses and scores from an earlier run.
+        """Check the precision, name the rewards, and discard the reference's answers from an earlier run.
 
         Raises:
             UserError: if ``trainer.precision`` is not supported, or if an adapter is to be trained with FSDP1.
         """
         super().setup(stage)
         self.reference_answers.clear()
+        if stage != "predict":
+            self.print(f"rewards: {self.scores.description}")  # the first process prints
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Return the source of the rollouts, which starts and closes the engine."""
@@ -214,9 +217,7 @@ class OnPolicy(AlignmentModule):
             values, last_values = actor.values, actor.last_values
             if self.critic is not None:
                 values, last_values = critic_values(self.critic, rollout, self.max_tokens)
-            bootstrap = None
-            if self.bootstrap_truncated and last_values is not None:
-                bootstrap = torch.where(rollout.terminated, 0.0, last_values)
+            bootstrap = bootstrap_values(last_values, rollout.terminated) if self.bootstrap_truncated else None
         return ScoredRollout(
             rollout=rollout,
             reward_inputs=inputs,
@@ -295,19 +296,17 @@ class OnPolicy(AlignmentModule):
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
         """Log the metrics, and update the rest of the saved state before callbacks save checkpoints."""
-        mask = trajectory.mask
         measure_experience(scored, trajectory, self.kl.coef, metrics)
         for name, optimizer in self.optimizers_by_name().items():
             metrics.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
-        counts = torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=self.device)
-        responses, tokens = self.sum_over_ranks(counts).tolist()
+        counts = [float(len(trajectory.mask)), float(trajectory.mask.sum())]
+        responses, tokens = self.sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=self.device)).tolist()
         logged = metrics.compute()
         self.kl.update(logged["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
         self.count_iteration()
         logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0
-        logged["progress/iteration"] = float(self.iteration)
-        logged["progress/responses"] = float(self.iteration) * responses
+        logged |= {"progress/iteration": float(self.iteration), "progress/responses": int(self.iteration) * responses}
         self.log_iteration(logged, shown=("objective/score", "objective/kl_to_ref", "perf/tokens_per_second"))
         call_hook(self, "on_update_end", logged)
 
@@ -337,6 +336,7 @@ class OnPolicy(AlignmentModule):
         kl_of_tokens = k1(actor.logprobs, response_logprobs(self.reference, inputs.rollout, self.max_tokens))
         kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
         measure_held_out(self.held_out, inputs.rollout, scores, reference[1], rewards, kl_to_ref)
+        measure_answers(self.held_out, self.scores, inputs, rewards, self.sampling.responses)
         outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
         return outputs | {"kl_of_tokens": kl_of_tokens, "reference": reference}
 

@@ -129,7 +129,7 @@ class TRPO(OnPolicy):
         region: The size of the actor's step, and how the step is computed.
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
             None for no correction.
-        bootstrap_truncated: Whether the critic's value after the last token of a truncated response stands for the
+        bootstrap_truncated: Whether the critic's value after the last token of a truncated response replaces the
             rewards that would have followed; if False, those count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
             is added to the actor's surrogate; micro-batches, aggregation and whitening apply to both.

@@ -75,7 +75,11 @@ class AdaptedModels:
         return Role(name=name, model=model, outputs=outputs, max_tokens=max_tokens, stepping=stepping, own=(*own, *new))
 
     def actor(self, outputs: Outputs, max_tokens: int, stepping: Stepping) -> Role:
-        """Return the actor, which owns the adapter that it starts from."""
+        """Return the actor, which owns the adapter that it starts from.
+
+        Raises:
+            UserError: if this adapter cannot be read, or does not fit the base.
+        """
         return self.role("actor", self.starts, outputs, max_tokens, stepping, own=tuple(self.starts))
 
     def shares(self, source: ModelSource) -> bool:
@@ -90,7 +94,7 @@ class AdaptedModels:
 
 
 def saved_adapter(name: str, source: ModelSource) -> dict[str, str]:
-    """Return a saved adapter by its name, or nothing if the source is a whole model."""
+    """Return the source, keyed by a name, if it is a saved adapter; an empty dictionary if it is a whole model."""
     return {name: str(source)} if find_adapter(source) else {}
 
 

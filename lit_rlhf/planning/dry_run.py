@@ -113,7 +113,7 @@ Gradients: TypeAlias = Literal["new", "kept", "shards"]
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
-    """Return those parameters of a model that are held in bfloat16; of adapters, only if all are."""
+    """Return the parameters of a model that are held in bfloat16; those of adapters only if ``rounding`` is ``all``."""
     if rounding == "none":
         return []
     adapters = {id(weight) for name, weight in model.named_parameters() if ".lora_" in name and rounding == "linear"}
@@ -225,7 +225,8 @@ def _run(
         return Footprint(layer=0, rest=live.peak, end=0)
     kept = moments["after"] - moments["before"]
     made = sum(x.nbytes for x in whole.parameters() if x.requires_grad) if gradients == "new" else 0
-    in_layers = moments["layers"] if "layers" in moments else live.take_peak()  # below a frozen embedding, all is over
+    # with a frozen embedding, the backward pass ends within the layers
+    in_layers = moments["layers"] if "layers" in moments else live.take_peak()
     return Footprint(kept, in_layers - len(layers) * kept, live.peak - made)
 
 

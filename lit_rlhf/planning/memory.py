@@ -153,9 +153,9 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 def _copied_weights(setting: Setting, actor: Role) -> float:
     """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
 
-    A CPU holds copies in blocks, unless the step is compiled; in float32, adapters are merged into them, and large
-    weights below adapters are moved instead of copied, unless they are sharded. Otherwise there are copies in bfloat16
-    of the weights that are held in float32, if products are computed in bfloat16, unless FSDP gathers the weights in
+    On a CPU, these are copies in blocks, unless the step is compiled. In float32, adapters are merged into the copies.
+    Large weights below adapters are moved instead of copied, unless they are sharded. In all other cases, weights that
+    are held in float32 are copied to bfloat16 if products are computed in bfloat16, unless FSDP gathers the weights in
     this precision.
     """
     assert setting.generation is not None

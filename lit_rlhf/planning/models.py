@@ -93,8 +93,8 @@ def _on_policy_adapted(module: OnPolicy, steps: dict[str, Stepping], models: Ada
 def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role:
     """Return the critic, whose adapter is on top of the actor's first one, of the reward model's, or of one it reads.
 
-    A critic that starts from the reward model is counted alike if the reward model is not an adapter, as in plans for
-    random weights; ``fit`` refuses that.
+    A critic that starts from the reward model is counted in the same way if the reward model is not an adapter, as in
+    plans for random weights; ``fit`` refuses such a critic.
     """
     tokens, rewards = module.update.max_tokens, _reward_models(module)
     if module.critic_source == "actor":

@@ -19,10 +19,10 @@ MORE_PROCESSES = (2, 4, 8, 16, 32, 64)
 
 
 class Change(NamedTuple):
-    """A change of the configuration, as an option or in words."""
+    """A change to the configuration, as an option or in words, and its effect on memory."""
 
     text: str
-    bytes: float  # of a process at the peak, after the change
+    bytes: float  # that a process holds at the peak, after the change
     suffices: bool  # whether the run then fits
 
 
@@ -106,9 +106,9 @@ def available(setting: Setting) -> float:
 def best_change(setting: Setting) -> Change:
     """Return the first change with which the run fits, or else the one with the lowest peak.
 
-    Changes are tried in the order of what they cost: time, quality, and further GPUs. Of a change with several forms,
-    such as the sizes of a micro-batch, the first form with which the run fits is returned. If there is no change to
-    try, the text advises a smaller model, and the bytes are those of the setting itself.
+    Changes are tried in the order of what they cost: time, quality, and further GPUs. If a change has several
+    forms, such as the sizes of a micro-batch, the first form with which the run fits is returned. If there is no change
+    to try, the text advises a smaller model, and the bytes are those of the setting itself.
 
     Raises:
         UserError: if a model cannot be run without the values of its tensors.

@@ -89,7 +89,7 @@ def _decoding(setting: Setting) -> Work:
 
     On average, the cache holds the prompts and half of the responses. A step takes the longest of three times: to read,
     to compute, and on a GPU to launch the operations, unless they are compiled. If the cache does not hold all rows,
-    the waiting rows take as many steps again.
+    the steps are repeated for the rows that wait.
     """
     generation = setting.generation
     assert generation is not None

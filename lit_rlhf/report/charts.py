@@ -175,7 +175,7 @@ def _curve(panel: Panel, runs: Sequence[Run], table: Table) -> list[alt.Chart]:
 
 
 def _scale(panel: Panel, runs: Sequence[Run]) -> alt.Scale:
-    """Return the scale of a panel: from 0 for fractions but the win rate; from the floor if a value is below it."""
+    """Return the scale of a panel: from 0 for fractions except the win rate; from the floor if a value is below it."""
     values = [value for run in runs for name in panel.columns for value in run.values(name)]
     if panel.floor is not None and min(values) < panel.floor:
         return alt.Scale(zero=False, domainMin=panel.floor, clamp=True)
@@ -190,7 +190,7 @@ def _axis_format(panel: Panel, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
-    """Return the layers of the score against √KL: what the distance from the reference bought."""
+    """Return the layers of the chart of the score against √KL: the gain for the distance from the reference."""
     layers = []
     for prefix in prefixes:
         score, kl = table.field(f"{prefix}score"), table.field(f"{prefix}kl_to_ref")

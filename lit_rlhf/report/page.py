@@ -24,8 +24,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         folders: The folders of the runs.
         out: The file to write; None for ``report.html`` in the run's folder or, for several runs, in the parent of the
             first one.
-        pictures: Whether to draw each chart also as a PNG file, in a folder beside the page, named like the page
-            without its extension.
+        pictures: Whether to draw each chart as a PNG file as well. The files are in a folder beside the page that
+            has the name of the page without its extension.
 
     Returns:
         The path of the page.
@@ -54,7 +54,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each run: its folder's, with as many parents as tell it from the others.
+    """Return a short name for each run: its folder's, with as many parent folders as distinguish it from the others.
 
     Raises:
         UserError: if two folders are the same.

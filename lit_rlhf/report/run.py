@@ -103,7 +103,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def thinned(items: Sequence[Item], most: int) -> list[Item]:
-    """Return at most ``most`` of the items (2 or more), evenly spaced, among them the first and the last.
+    """Return at most ``most`` of the items (2 or more), evenly spaced, including the first and the last.
 
     >>> thinned(range(11), 3), thinned("ab", 3)
     ([0, 5, 10], ['a', 'b'])
@@ -141,7 +141,7 @@ def _numbers(row: dict[str, str], where: str) -> dict[str, float]:
     try:
         numbers = {name: float(value) for name, value in row.items() if value}
     except (TypeError, ValueError) as error:  # a list, if the line has more values than there are columns
-        raise UserError(f"report: {where} has something else than a number in each column: {error}") from error
+        raise UserError(f"report: {where} has something other than a number in each column: {error}") from error
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 

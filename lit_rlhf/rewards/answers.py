@@ -1,6 +1,7 @@
 """Rewards for checkable answers: exact text, and numbers in the format of GSM8K."""
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 import torch
@@ -38,11 +39,15 @@ class ExactAnswer(Reward):
             UserError: if the prompts do not have the column.
         """
         answers = [str(answer).strip() for answer in column_of(reward_inputs, self.column)]
-        responses = [response.strip() for response in reward_inputs.responses]
         if self.ignore_case:
-            answers, responses = [a.casefold() for a in answers], [r.casefold() for r in responses]
-        scores = [float(a == r) for a, r in zip(answers, responses, strict=True)]
+            answers = [answer.casefold() for answer in answers]
+        scores = [float(a == r) for a, r in zip(answers, self.extract_answers(reward_inputs), strict=True)]
         return torch.tensor(scores, device=reward_inputs.rollout.tokens.device)
+
+    def extract_answers(self, reward_inputs: RewardInputs) -> Sequence[str]:
+        """Return each response without surrounding white space, and with its case removed if case is ignored."""
+        responses = [response.strip() for response in reward_inputs.responses]
+        return [response.casefold() for response in responses] if self.ignore_case else responses
 
 
 class NumericAnswer(Reward):
@@ -85,19 +90,25 @@ class NumericAnswer(Reward):
         Raises:
             UserError: if the prompts do not have the column, or an answer in the column contains no number.
         """
-        scores = []
-        for response, answer in zip(reward_inputs.responses, column_of(reward_inputs, self.column), strict=True):
+        scores, answers = [], column_of(reward_inputs, self.column)
+        predictions = self.extract_answers(reward_inputs)
+        for response, predicted, answer in zip(reward_inputs.responses, predictions, answers, strict=True):
             text = str(answer)
             candidates = (_decimal(text), final_number(text, self.marker), last_number(text))
             correct = next((number for number in candidates if number is not None), None)
             if correct is None:
                 raise UserError(f"the column {self.column} contains no number in {text[:80]!r}")
-            predicted = final_number(response, self.marker)
-            has_format = predicted is not None
-            if predicted is None and self.anywhere:
-                predicted = last_number(response)
+            has_format = final_number(response, self.marker) is not None
             scores.append(1.0 if predicted == correct else self.format_score if has_format else 0.0)
         return torch.tensor(scores, device=reward_inputs.rollout.tokens.device)
+
+    def extract_answers(self, reward_inputs: RewardInputs) -> Sequence[Decimal | None]:
+        """Return the final number of each response, or None for a response without one; 72 equals 72.0."""
+        numbers = [final_number(response, self.marker) for response in reward_inputs.responses]
+        if not self.anywhere:
+            return numbers
+        pairs = zip(numbers, reward_inputs.responses, strict=True)
+        return [last_number(response) if number is None else number for number, response in pairs]
 
 
 def final_number(text: str, marker: str = "####") -> Decimal | None:

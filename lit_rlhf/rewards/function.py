@@ -66,6 +66,11 @@ class RewardFunction(Reward):
         """The function's name, without the module or the file."""
         return self.function.rpartition(":")[2]
 
+    @property
+    def description(self) -> str:
+        """The location of the function."""
+        return f"function {self.function}"
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Import the function; the tokenizer is for functions that get whole texts.
 

@@ -52,6 +52,11 @@ class RewardModel(Reward):
         self.model: ScalarModel | None = None
         self.retokenizer: PreTrainedTokenizerBase | None = None
 
+    @property
+    def description(self) -> str:
+        """The model, without the options of one with random weights."""
+        return f"reward model {self.source if isinstance(self.source, str) else 'with random weights'}"
+
     def load(self) -> ScalarModel:
         """Load and freeze the model.
 

@@ -1,8 +1,6 @@
 """A service as a reward: a reward model or a judge on another machine."""
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.http import JSONClient
+from lit_rlhf.http import JSONClient, check_token_env, read_token
 from lit_rlhf.rewards.reward import Reward, checked_scores, column_of
 from lit_rlhf.types import RewardInputs
 
@@ -85,8 +83,7 @@ class RemoteReward(Reward):
                 raise ValueError(f"rewards.{option} must be {minimum} or more, not {value}")
         if timeout <= 0:
             raise ValueError(f"rewards.timeout must be positive, not {timeout}")
-        if token_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", token_env):
-            raise UserError("rewards.token_env must be the name of an environment variable, not the token itself")
+        check_token_env(token_env, "rewards.token_env")
         self.url = url
         self.batch_size = batch_size
         self.connections = connections
@@ -100,6 +97,12 @@ class RemoteReward(Reward):
     def name(self) -> str:
         """The given name or, without one, the last part of the address's path; without a path, the class's name."""
         return self._name or urlsplit(self.url).path.rstrip("/").rpartition("/")[2] or super().name
+
+    @property
+    def description(self) -> str:
+        """The address of the service, without a user's name, a password or a query."""
+        parts = urlsplit(self.url)
+        return f"service {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check the address and the token without a request; the tokenizer is not used.
@@ -158,26 +161,13 @@ class RemoteReward(Reward):
             "rewards.url",
             timeout=self.timeout,
             retries=self.retries,
-            token=self._token(),
+            token=read_token(self.token_env, "rewards.token_env"),
             connections=self.connections,
         )
 
     @property
     def _path(self) -> str:
         return "/" if self.url.endswith("/") else ""  # the client removes the slash
-
-    def _token(self) -> str | None:
-        if self.token_env is None:
-            return None
-        token = os.environ.get(self.token_env, "").strip()
-        if not token:
-            raise UserError(f"rewards.token_env: the environment variable {self.token_env} is not set")
-        if not re.fullmatch(r"[!-~]+", token):  # an error of the HTTP library would show the token
-            raise UserError(
-                f"rewards.token_env: the token in the environment variable {self.token_env} contains spaces, or "
-                "characters outside ASCII"
-            )
-        return token
 
 
 def _rows(data: dict[str, Sequence[Any]], batch: slice) -> dict[str, list[Any]]:

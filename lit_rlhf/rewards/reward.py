@@ -1,7 +1,7 @@
 """The interface of rewards, functions that several rewards use, and a function that makes inputs to try rewards out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ class Reward(nn.Module, ABC):
         """The name of this reward in metrics and samples."""
         return type(self).__name__
 
+    @property
+    def description(self) -> str:
+        """What this reward is, for the line that names the rewards at the start of a run."""
+        return type(self).__name__
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load models and files before the reward is first used.
 
@@ -47,6 +52,17 @@ class Reward(nn.Module, ABC):
     @abstractmethod
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
         """Compute one number for each response, [B] float32."""
+
+    def extract_answers(self, reward_inputs: RewardInputs) -> Sequence[Hashable] | None:
+        """Return the answer that each response gives, for pass@k and majority@n on held-out prompts.
+
+        A response is correct if its reward is 1.
+
+        Returns:
+            B answers, in a form in which equal answers are equal; None for a response without an answer. If the reward
+            does not check answers, as by default, None in place of the list, for whatever responses.
+        """
+        return None
 
 
 def make_reward_inputs(

@@ -1,8 +1,8 @@
 """The combination of several rewards into one score, and the shaping of this score."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,13 @@ class ScoreShaping:
             )
 
 
+class CheckedAnswers(NamedTuple):
+    """The answers that responses give, and which of them are correct."""
+
+    answers: Sequence[Hashable]  # B, of which equal ones are the same answer; None for a response without an answer
+    correct: Tensor  # [B] bool
+
+
 class Scores(nn.Module):
     """The rewards of a run and their weighted sum, the score, whose running statistics are stored in checkpoints.
 
@@ -72,6 +79,19 @@ class Scores(nn.Module):
         self.shaping = shaping
         for name in ("count", "mean", "squares"):  # squares: the sum of squared deviations from the mean
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    @property
+    def description(self) -> str:
+        """The rewards in one line, each with its weight if this is not 1.
+
+        >>> from lit_rlhf.rewards import ExactAnswer, NumericAnswer
+        >>> Scores([NumericAnswer(), ExactAnswer(weight=0.0)], ScoreShaping()).description
+        'NumericAnswer, ExactAnswer (weight 0: only measured)'
+        """
+        notes = {1.0: "", 0.0: " (weight 0: only measured)"}
+        return ", ".join(
+            reward.description + notes.get(reward.weight, f" (weight {reward.weight:g})") for reward in self._iterate()
+        )
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Prepare and freeze the rewards.
@@ -111,6 +131,25 @@ class Scores(nn.Module):
             rewards[name] = values
             score = score + reward.weight * values
         return rewards, score
+
+    def check_answers(self, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor]) -> CheckedAnswers | None:
+        """Return the answers of the responses, by the first reward that checks answers, or None if no reward does.
+
+        Args:
+            reward_inputs: The responses.
+            rewards: The unweighted rewards of these responses by name, as `judge` returns them.
+
+        Raises:
+            UserError: if the reward does not give one answer for each response.
+        """
+        for reward, values in zip(self._iterate(), rewards.values(), strict=True):
+            answers = reward.extract_answers(reward_inputs)
+            if answers is not None:
+                count = len(reward_inputs.responses)
+                if len(answers) != count:
+                    raise UserError(f"the reward {reward.name} should extract {count} answers, not {len(answers)}")
+                return CheckedAnswers(answers, values == 1)
+        return None
 
     @torch.no_grad()
     def shape(self, scores: Tensor, terminated: Tensor, reduce: Reduce) -> Tensor:

@@ -1,6 +1,6 @@
 """The ways in which a reward function can be called: this project's, TRL's, verl's and OpenRLHF's.
 
-The names of a function's parameters tell for which trainer it was written.
+The names of a function's parameters show for which trainer it was written.
 """
 
 import asyncio

@@ -24,9 +24,9 @@ def assert_gradient_matches(
     """Assert that gradients are those of finite differences, and that garbage outside the mask changes nothing.
 
     The gradients of automatic differentiation are compared with finite differences in float64 by
-    ``torch.autograd.gradcheck``. Then each input in turn is NaN, infinite, and −10³⁰ outside the mask: values and
-    gradients must stay the same to the last bit, and gradients there must be 0, as must the outputs of an objective or
-    an estimator. What is tested depends on the part:
+    ``torch.autograd.gradcheck``. Then each input in turn is set to NaN, to infinity and to −10³⁰ outside the mask:
+    values and gradients must stay the same to the last bit, and gradients there must be 0, as must the outputs of an
+    objective or an estimator. What is tested depends on the part:
 
     - of an `Objective`, the loss and its gradient with respect to the log-probabilities;
     - of an `AdvantageEstimator`, advantages and returns, and their gradients with respect to rewards and values,

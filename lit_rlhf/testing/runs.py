@@ -41,6 +41,9 @@ def tiny_ppo(
         words: Words that the model can say besides w0 … w31; they are one token each.
         options: Options of `PolicyGradient`, in place of the defaults above.
 
+    Raises:
+        TypeError: if one of the rewards is neither a reward nor a function.
+
     >>> tiny_ppo([lambda responses: [float("yes" in response) for response in responses]], words=["yes"]).iterations
     10
     """

@@ -6,14 +6,13 @@ import torch
 from lit_rlhf.algorithms.advantages import (
     GAE,
     TD0,
-    GroupNormalized,
-    LeaveOneOut,
     MonteCarlo,
     NStep,
     discounted_sum,
     n_step_sum,
     td_errors,
 )
+from lit_rlhf.algorithms.group_baselines import GroupNormalized, LeaveOneOut
 from lit_rlhf.algorithms.vtrace import VTrace
 from lit_rlhf.testing import assert_gradient_matches
 from lit_rlhf.types import Trajectory

@@ -5,11 +5,11 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from lit_rlhf.algorithms.advantages import GroupNormalized, LeaveOneOut
+from lit_rlhf.algorithms.group_baselines import BestOfN, GroupNormalized, LeaveOneOut
 from lit_rlhf.types import Trajectory
 
 NAN = float("nan")
-ESTIMATORS = [LeaveOneOut(), GroupNormalized(), GroupNormalized(divide_by_std=False)]
+ESTIMATORS = [LeaveOneOut(), GroupNormalized(), GroupNormalized(divide_by_std=False), BestOfN(), BestOfN(centred=True)]
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
@@ -47,6 +47,8 @@ def sampled_return(trajectory, row, start=0):
 def advantage_by_definition(estimator, own, others):
     if estimator == LeaveOneOut():
         return own - mean(others)
+    if isinstance(estimator, BestOfN):
+        return (own > max(others)) - (1 / (len(others) + 1) if estimator.centred else 0)
     centred = own - mean([own, *others])
     return centred / (stdev([own, *others]) + 1e-8) if estimator.divide_by_std else centred
 
@@ -57,6 +59,7 @@ def advantage_by_definition(estimator, own, others):
         (LeaveOneOut(), [0, 2, 4.5, -2, -4.5]),
         (GroupNormalized(), [0, 0.5**0.5, 1, -(0.5**0.5), -1]),
         (GroupNormalized(divide_by_std=False), [0, 1, 3, -1, -3]),
+        (BestOfN(), [0, 1, 1, 0, 0]),
     ],
 )
 def test_numbers_by_hand(estimator, advantages):

@@ -1,8 +1,13 @@
+import signal
+
 import pytest
 import torch
 
-from lit_rlhf.callbacks import IterationCheckpoint, MetricsFile
+from lit_rlhf.callbacks import IterationCheckpoint, MetricsFile, Summary
 from lit_rlhf.errors import UserError
+from lit_rlhf.rewards import RewardFunction
+from lit_rlhf.testing import Recorder
+from lit_rlhf.testing.runs import low_words
 
 
 def iteration(path):
@@ -56,3 +61,29 @@ def test_an_unknown_metric_is_refused_with_the_existing_ones(make_module, fit):
 def test_numbers_out_of_range():
     with pytest.raises(ValueError, match="every_n must be 1 or more, not 0"):
         IterationCheckpoint(every_n=0)
+
+
+def test_ctrl_c_ends_the_run_after_the_iteration(make_module, fit, tmp_path, capsys):
+    """With a checkpoint, from which the run goes on to the same bits as without an interruption."""
+    iterations, handler = [], signal.getsignal(signal.SIGINT)
+
+    def presses(responses):
+        iterations.append(len(responses))
+        if len(iterations) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return low_words(responses)
+
+    module = make_module(iterations=3, rewards=[RewardFunction(presses)])
+    try:
+        with pytest.raises(SystemExit):
+            fit(module, [IterationCheckpoint(every_n=10), Summary()])
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from the first one on
+    out = capsys.readouterr().out
+    assert "Ctrl-C: the run ends after this iteration, with a checkpoint" in out
+    assert "interrupted after iteration 2: the last checkpoint is that of iteration 2" in out
+    whole, rest = Recorder(), Recorder()
+    fit(make_module(iterations=3), [whole])
+    fit(make_module(iterations=3), [rest], ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert len(rest.metrics) == 1
+    assert all(torch.equal(rest.weights[name], weight) for name, weight in whole.weights.items())

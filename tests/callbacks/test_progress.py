@@ -85,7 +85,7 @@ def test_bars_in_a_terminal(terminal, make_module, fit, tmp_path, monkeypatch):
         check_val_every_n_epoch=None,
     )
     shown, left = screens(written(), columns)
-    left = [line for line in left if not line.startswith("data: ")]
+    left = [line for line in left if not line.startswith(("data: ", "rewards: "))]
     assert any(re.match(r"iteration 0/4 +━+ 0:0\d", line) for line in shown)
     assert any(re.match(r"iteration 3/4 +━+ 0:0\d left  score [\d.]+  KL -?[\d.e-]+", line) for line in shown)
     assert any(re.match(r"generate +━+ \d+/8 responses  [\d,]+ tokens/s", line) for line in shown)
@@ -106,10 +106,10 @@ def test_lines_where_there_is_no_terminal(make_module, fit, capsys):
         enable_progress_bar=True,
         max_epochs=-1,
     )
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("data: ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("data: ", "rewards: "))]
     assert [line.split("  ")[0] for line in lines[:3]] == ["iteration 1/6", "iteration 6/6", "iteration 6/6"]
     assert lines[2].startswith("iteration 6/6  validation: score ")
-    assert lines[3].startswith("done      PolicyGradient, 6 iterations in 0:0")
+    assert lines[3].startswith("done      PolicyGradient, 6 iterations in 0:")
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 

@@ -228,7 +228,7 @@ def test_a_minimum_length_that_is_never_reached(started, subject, monkeypatch):
     with serving(fail=lambda handler, path, number: (200, early) if path == COMPLETIONS else None) as server:
         message = error_of(lambda: generate(started(server.url), subject(), Sampling(max_tokens=6, min_tokens=2)))
         assert message == (
-            "model.sampling.min_tokens is 2, but stop tokens are so likely that a response has still only 0 after "
+            "model.sampling.min_tokens is 2, but stop tokens are so likely that a response still has only 0 after "
             "4 attempts"
         )
 
@@ -443,8 +443,8 @@ def test_restricted_sampling_is_refused(started, subject, sampling):
 
 WRONG = {
     "give either url, the address of a vLLM server, or python": ({}, {"url": "http://a:1", "python": "python"}),
-    "engine.devices is an option of a server to start": ({"url": "http://a:1", "devices": [0]},),
-    "engine.server_args is an option of a server to start": ({"url": "http://a:1", "server_args": ["-x"]},),
+    "engine.devices is an option for a server to start": ({"url": "http://a:1", "devices": [0]},),
+    "engine.server_args is an option for a server to start": ({"url": "http://a:1", "server_args": ["-x"]},),
     "engine.timeout must be positive, not 0": ({"url": "http://a:1", "timeout": 0},),
     "engine.connections must be 1 or more, not 0": ({"url": "http://a:1", "connections": 0},),
     "engine.devices must be indices of GPUs": ({"python": "x", "devices": []}, {"python": "x", "devices": [-1]}),

@@ -1,9 +1,6 @@
-import inspect
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from lit_rlhf.models import attention
 from lit_rlhf.models.attention import UNPADDED, is_unpadded, last_hidden_state, use_unpadded_attention
@@ -160,14 +157,16 @@ def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=N
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
-def of_2_12(*args, enable_gqa=False, **options):
-    query, key, value, *bounds = args
+def of_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    return of_2_11(query, key, value, *bounds, **options)
+    bounds = cu_seq_q, cu_seq_k, max_q, max_k
+    return of_2_11(query, key, value, *bounds, scale=scale, window_size=window_size)
 
 
-of_2_12.__signature__ = inspect.signature(varlen_attn)
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="earlier versions have fewer options")
+def test_the_installed_version_has_the_options_of_its_stand_in():
+    assert attention._options_of(of_2_12) <= attention._options_of(attention.varlen_attn)
 
 
 def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):

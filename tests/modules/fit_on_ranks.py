@@ -38,6 +38,7 @@ from lit_rlhf import (
     Preferences,
     Prompts,
     ReferenceKL,
+    Reward,
     RewardFunction,
     RewardModel,
     RewardModeling,
@@ -50,10 +51,9 @@ from lit_rlhf.callbacks import ExportAtEnd
 from lit_rlhf.strategies import FSDP
 from lit_rlhf.testing import Recorder
 
-sys.path.insert(0, os.path.dirname(__file__))  # pytest, which looks for doctests here, does not add it
-sys.path.insert(1, str(Path(__file__).parents[1]))
-import adapter_cases
-import preloaded
+sys.path[:0] = [os.path.dirname(__file__), str(Path(__file__).parents[1])]  # pytest does not add the first of them
+import adapter_cases  # noqa: E402
+import preloaded  # noqa: E402
 
 warnings.filterwarnings("ignore")
 LOW_WORDS = "lit_rlhf.testing.runs:low_words"
@@ -80,6 +80,19 @@ class ShiftedEngine(NativeEngine):
         rollout = super().generate(*inputs, **options)
         waves = torch.sin(rollout.group[:, None] + 2.0 * torch.arange(rollout.response_mask.shape[1]))
         return replace(rollout, rollout_logprobs=rollout.rollout_logprobs - rollout.response_mask * waves)
+
+
+class LowFirstWord(Reward):
+    """Says that the first word of a response is its answer, and that the words w0 … w15 are correct."""
+
+    def forward(self, reward_inputs):
+        return torch.tensor([float(answer in LOW) for answer in self.extract_answers(reward_inputs)])
+
+    def extract_answers(self, reward_inputs):
+        return [(response.split() or [None])[0] for response in reward_inputs.responses]
+
+
+LOW = {f"w{i}" for i in range(16)}
 
 
 def sgd(parameters):
@@ -136,7 +149,7 @@ def cases(strategy, actor, reference, scorer, *adapters):
     yield (
         "grpo",
         lambda: PolicyGradient(
-            **common,
+            **{**common, "rewards": [RewardFunction(LOW_WORDS), LowFirstWord(weight=0.0)]},
             **steps,
             critic=None,
             sampling=several,
@@ -149,7 +162,7 @@ def cases(strategy, actor, reference, scorer, *adapters):
     )
     yield "rloo", lambda: PolicyGradient(
         **common, **steps, critic="shared", sampling=several, advantages=LeaveOneOut(), objective=VanillaPG(),
-        update=one_step(),
+        update=one_step(), bootstrap_truncated=True,
     )  # fmt: skip
     yield "trpo", lambda: TRPO(**common, critic_optimizer=sgd, sampling=Sampling(max_tokens=12), update=one_step())
 
@@ -242,7 +255,8 @@ def main(strategy, *folders, prompts, out, only):
             precision="bf16-mixed" if name.startswith("lora half") else None,
             callbacks=[recorder, hooks, *([ExportAtEnd(Path(out).stem)] if name == "lora stacked" else [])],
         )
-        data = Prompts(train=prompts, batch_size=10 if name == "three" else 24)
+        held_out = {"validation": prompts, "validation_batch_size": 20} if name == "grpo" else {}
+        data = Prompts(train=prompts, batch_size=10 if name == "three" else 24, **held_out)
         if name == "packed" or name.endswith("sft"):
             packing = {"packing": True, "max_tokens": 40} if name == "packed" else {}
             data = Demonstrations(train=f"{__file__}:texts", batch_size=11, **packing)
@@ -252,6 +266,7 @@ def main(strategy, *folders, prompts, out, only):
         trainer.fit(module, datamodule=data)
         timed = ("time/", "perf/")
         metrics = {k: v for k, v in recorder.metrics[-1].items() if not k.startswith(timed)}
+        metrics |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         results[name] = {"weights": recorder.weights, "metrics": metrics, "steps": trainer.global_step}
         results[name]["parameters"] = describe(module, trainer.optimizers)
         results[name]["hooks"] = hooks.of_all_ranks()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_rlhf.algorithms.advantages import GAE, TD0, GroupNormalized, LeaveOneOut, MonteCarlo, NStep
+from lit_rlhf.algorithms.advantages import GAE, TD0, MonteCarlo, NStep
+from lit_rlhf.algorithms.group_baselines import GroupNormalized, LeaveOneOut
 from lit_rlhf.algorithms.kl import ReferenceKL
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Surrogate, VanillaPG
 from lit_rlhf.algorithms.vtrace import VTrace

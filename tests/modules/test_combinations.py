@@ -6,7 +6,8 @@ import statistics
 import pytest
 import torch
 
-from lit_rlhf.algorithms.advantages import GAE, TD0, GroupNormalized, LeaveOneOut, MonteCarlo, NStep
+from lit_rlhf.algorithms.advantages import GAE, TD0, MonteCarlo, NStep
+from lit_rlhf.algorithms.group_baselines import BestOfN, GroupNormalized, LeaveOneOut
 from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL, ReferenceKL
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty, Surrogate, VanillaPG
 from lit_rlhf.algorithms.vtrace import VTrace
@@ -17,7 +18,7 @@ from lit_rlhf.modules import Update
 from lit_rlhf.testing import Recorder
 
 ESTIMATORS = [MonteCarlo(), TD0(), NStep(4), VTrace(), GAE(), GAE(0.9, length_alpha=0.2, critic_lam=1.0)]
-GROUPS = [GroupNormalized(), GroupNormalized(False), LeaveOneOut()]
+GROUPS = [GroupNormalized(), GroupNormalized(False), LeaveOneOut(), BestOfN()]
 OBJECTIVES = [VanillaPG, Surrogate, KLPenalty, Clip, lambda: Clip(0.01, 0.02, 3.0, "sequence")]
 KLS = [ReferenceKL("reward", "full"), ReferenceKL("loss", "k2"), ReferenceKL("loss", "k3"), ReferenceKL("loss", "full")]
 
@@ -152,9 +153,11 @@ def test_a_group_of_one_is_refused(make_module):
         make_module(advantages=GroupNormalized())
 
 
-def test_a_critic_that_nothing_uses_gives_a_warning(make_module):
-    with pytest.warns(UserWarning, match=r"LeaveOneOut has its own baseline.*model.critic: null"):
-        make_module(advantages=LeaveOneOut(), sampling=Sampling(max_tokens=8, responses=2))
+def test_a_critic_that_nothing_uses_is_refused(make_module):
+    options = {"advantages": LeaveOneOut(), "sampling": Sampling(max_tokens=8, responses=2)}
+    with pytest.raises(UserError, match=r"model.critic must be null with LeaveOneOut.*memory and time"):
+        make_module(**options)
+    assert make_module(**options, bootstrap_truncated=True).critic_source == "actor"  # the returns need it
 
 
 def test_without_a_critic_none_is_loaded(make_module):

@@ -6,6 +6,7 @@ from itertools import combinations, permutations, product
 import pytest
 import torch
 
+from lit_rlhf.algorithms.preference_losses import IPO, Hinge, SimPO
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Sampling
@@ -57,16 +58,19 @@ def held_out(trainer):
     return {name[4:]: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
+def logprobs_of(module, model, record, response):
+    """Return the log-probability of each token of a response, in float64 from transformers' own logits."""
+    prompt, whole = (module.tokenizer(record["prompt"] + text)["input_ids"] for text in ("", response))
+    tokens = torch.tensor([[*whole, module.tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logprobs = (model.model(tokens).logits.double() / module.sampling.temperature).log_softmax(-1)
+    return [logprobs[0, place - 1, tokens[0, place]].item() for place in range(len(prompt), tokens.shape[1])]
+
+
 def reward_of(module, record, response):
     """Return the implicit reward, computed in float64 from transformers' own logits."""
-    prompt, whole = (module.tokenizer(record["prompt"] + text)["input_ids"] for text in ("", response))
-    tokens, total = torch.tensor([[*whole, module.tokenizer.eos_token_id]]), 0.0
-    with torch.no_grad():
-        for model, sign in ((module.actor.model, 1), (module.reference.model, -1)):
-            logprobs = (model(tokens).logits.double() / module.sampling.temperature).log_softmax(-1)
-            for place in range(len(prompt), tokens.shape[1]):
-                total += sign * logprobs[0, place - 1, tokens[0, place]].item()
-    return module.beta * total
+    policy, reference = (logprobs_of(module, m, record, response) for m in (module.actor, module.reference))
+    return module.beta * (sum(policy) - sum(reference))
 
 
 @pytest.mark.parametrize("places", [(2,), (3,), (2, 3, 4)])
@@ -114,6 +118,40 @@ def test_loss_and_metrics_are_those_of_the_implicit_rewards(make, fit_preference
     assert found["loss"] == pytest.approx(sum(math.log1p(math.exp(-a)) for a in ahead) / 10, abs=1e-4)
     assert found["margin"] == pytest.approx(sum(ahead) / 10, abs=1e-4)
     assert found["accuracy"] == pytest.approx(sum(a > 0 for a in ahead) / 10)
+
+
+def mean_logprob(module, record, response):
+    """Return SimPO's score of a response, without the reference."""
+    logprobs = logprobs_of(module, module.actor, record, response)
+    return module.beta * sum(logprobs) / len(logprobs)
+
+
+@pytest.mark.parametrize(
+    ("loss", "score", "of_pair"),
+    [
+        (IPO(), reward_of, lambda d: (d / 0.7 - 1 / 1.4) ** 2),
+        (Hinge(), reward_of, lambda d: max(0.0, 1 - d)),
+        (SimPO(gamma=0.3), mean_logprob, lambda d: math.log1p(math.exp(0.3 - d))),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_other_losses_of_pairs_and_of_all_pairs_of_rankings(make, fit_preferences, loss, score, of_pair):
+    records, module = rankings(6, (2, 3), seed=1), make(beta=0.7, optimizer=adam(3e-4), loss=loss)
+    recorder = Recorder()
+    fit_preferences(module, rankings(32), None, [recorder], max_epochs=4)
+    assert recorder.metrics[-1]["train/loss"] < 0.9 * recorder.metrics[0]["train/loss"]
+    found, expected = held_out(fit_preferences(module, None, records, method="validate")), 0.0
+    for record in records:
+        ranked = record.get("responses") or [record["chosen"], record["rejected"]]
+        scores = [score(module, record, response) for response in ranked]
+        of_pairs = [of_pair(better - worse) for better, worse in combinations(scores, 2)]
+        expected += sum(of_pairs) / len(of_pairs) / len(records)
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loss_without_a_place_for_a_margin(make, fit_preferences):
+    with pytest.raises(UserError, match=r"^model\.loss IPO has no place for the data's margins$"):
+        fit_preferences(make(loss=IPO()), [r | {"gap": 2.0} for r in rankings(8)], data={"margin": "gap"})
 
 
 @pytest.mark.parametrize("records", [rankings(24), rankings(24, (2, 3, 4))], ids=["pairs", "rankings"])
@@ -362,6 +400,7 @@ def test_the_policy_is_the_closed_form(fit_preferences, places, longest, steps, 
         ({"beta": -1.0}, r"^model\.beta must be positive, not -1\.0$"),
         ({"beta": math.inf}, r"^model\.beta must be positive, not inf$"),
         ({"beta": math.nan}, r"^model\.beta must be positive, not nan$"),
+        ({"label_smoothing": 0.1, "loss": IPO()}, r"^model\.label_smoothing must be 0 with model\.loss IPO, not 0\.1$"),
         ({"label_smoothing": 0.5}, r"^model\.label_smoothing must be in \[0, 0\.5\), not 0\.5$"),
         ({"max_tokens": 0}, r"^model\.max_tokens must be 1 or more, not 0$"),
         ({"clip_grad_norm": 0.0}, r"^model\.clip_grad_norm must be positive or null, not 0\.0$"),

@@ -63,6 +63,14 @@ def assert_same(alone, spread):
     assert spread["metrics"] == pytest.approx(alone["metrics"] | rounding, rel=1e-4, abs=1e-5)
 
 
+def test_held_out_metrics_are_measured(results):
+    """`test_same_weights_on_several_processes` compares them; here, some prompts have one correct answer of two."""
+    metrics = results("ddp", 1)["grpo"]["metrics"]
+    assert 0 < metrics["val/pass_at_1"] < metrics["val/pass_at_2"] < 1
+    assert metrics["val/pass_at_1"] < metrics["val/majority_at_2"]  # an empty response does not vote
+    assert metrics["val/rewards/LowFirstWord"] == pytest.approx(metrics["val/pass_at_1"])
+
+
 def test_early_stop(results):
     """The KL stops some of the 3 iterations (of 3 epochs of 3 steps of 2 optimizers), but not all after one step."""
     assert 3 * 2 < results("ddp", 1)["three"]["steps"] < 3 * 9 * 2

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_rlhf.algorithms.advantages import LeaveOneOut
+from lit_rlhf.algorithms.group_baselines import LeaveOneOut
 from lit_rlhf.algorithms.kl import ReferenceKL
 from lit_rlhf.algorithms.trust_region import flatten, line_search
 from lit_rlhf.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lit_rlhf.algorithms.advantages import GroupNormalized
+from lit_rlhf.algorithms.group_baselines import GroupNormalized
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.generation import Sampling
 from lit_rlhf.models.adapted import load_adapted_reward_model

@@ -100,3 +100,12 @@ def test_the_error_for_a_missing_column_names_the_existing_columns(reward):
 def test_an_answer_without_a_number(answer):
     with pytest.raises(UserError, match=rf"answer.*'{answer}'"):
         numeric("#### 72", answer)
+
+
+def test_extracted_answers():
+    given = reward_inputs([" Paris\n", "#### 1,072.0", "#### 1072", "it is 7", ""])
+    assert ExactAnswer().extract_answers(given) == ["Paris", "#### 1,072.0", "#### 1072", "it is 7", ""]
+    assert ExactAnswer(ignore_case=True).extract_answers(given)[0] == "paris"
+    assert NumericAnswer().extract_answers(given) == [None, 1072, 1072, None, None]
+    assert len(set(NumericAnswer().extract_answers(given))) == 2
+    assert NumericAnswer(anywhere=True).extract_answers(given) == [None, 1072, 1072, 7, None]

@@ -1,18 +1,16 @@
-"""A reward from a service: a real HTTP server in a thread, which misbehaves as each test says."""
+"""A reward from a service, which misbehaves as each test says."""
 
-import json
 import pickle
 import re
 import socket
-import threading
 import time
 from datetime import date
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from json_service import serving
 
 from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
@@ -30,65 +28,10 @@ def drop(handler) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-class Service(ThreadingHTTPServer):
-    """A server that scores responses by their length; ``instead`` are other reactions, to the first requests.
-
-    A reaction is the answer as an object or as text, a status, or a function of the request's handler.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.instead = []
-        self.answer = lengths
-        self.bodies, self.tokens = [], []
-        self.working = self.most = 0  # requests at the same time
-        self.lock, self.ended = threading.Lock(), threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/length"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Service
-
-    def do_POST(self):
-        service = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with service.lock:
-            service.bodies.append(body)
-            service.tokens.append(self.headers["Authorization"])
-            service.working += 1
-            service.most = max(service.most, service.working)
-            reaction = service.instead.pop(0) if service.instead else service.answer(body)
-        try:
-            self.react(reaction)
-        finally:
-            with service.lock:
-                service.working -= 1
-
-    def react(self, reaction) -> None:
-        if callable(reaction):
-            return reaction(self)
-        content = reaction if isinstance(reaction, str) else json.dumps(reaction)
-        self.send_response(reaction if isinstance(reaction, int) else 200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content.encode())
-
-    def log_message(self, *words):
-        pass
-
-
 @pytest.fixture
 def service():
-    with Service() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serving(lengths) as server:
         yield server
-        server.ended.set()
-        server.shutdown()
-        thread.join()
 
 
 def score(reward, responses=("one", "three"), **columns):
@@ -166,16 +109,9 @@ def test_columns_that_cannot_be_sent(service, options, columns, patterns):
 
 
 def test_an_address_keeps_its_last_slash_and_its_query(service):
-    paths = []
-
-    def note(handler):
-        paths.append(handler.path)
-        handler.react({"scores": [1, 2]})
-
-    service.instead = [note, note]
     for end in ("/", "?model=small"):
         score(RemoteReward(service.url + end))
-    assert paths == ["/length/", "/length?model=small"]
+    assert service.paths == ["/length/", "/length?model=small"]
 
 
 # ------------------------------------------------------------------ answers

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.rewards import Reward, Scores, ScoreShaping
+from lit_rlhf.rewards import Reward, Scores, ScoreShaping, make_reward_inputs
 from lit_rlhf.types import RewardInputs, Rollout
 
 
@@ -157,3 +157,13 @@ def test_prepare_freezes_the_rewards():
 def test_values_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         ScoreShaping(**options)
+
+
+def test_an_answer_for_each_response():
+    class FirstAnswer(Column):
+        def extract_answers(self, reward_inputs):
+            return reward_inputs.responses[:1]
+
+    scores, inputs = Scores([FirstAnswer("number")], ScoreShaping()), make_reward_inputs(["7", "8"], number=[1.0, 0.0])
+    with pytest.raises(UserError, match="the reward number should extract 2 answers, not 1"):
+        scores.check_answers(inputs, scores.judge(inputs)[0])

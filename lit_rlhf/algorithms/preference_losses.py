@@ -1,0 +1,119 @@
+"""Losses of a pair of responses for `DPO`, in place of Bradley–Terry's.
+
+Each is a function of d = s_chosen − s_rejected, where s is the score of a response:
+
+===========  =============================  ====================================  ==============
+loss         of a pair                      score of a response y to x            reference used
+===========  =============================  ====================================  ==============
+(default)    −log σ(d)                      β log π(y|x) / π_ref(y|x)             yes
+`IPO`        (d / β − 1 / 2β)²              β log π(y|x) / π_ref(y|x)             yes
+`Hinge`      max(0, 1 − d)                  β log π(y|x) / π_ref(y|x)             yes
+`SimPO`      −log σ(d − γ)                  β log π(y|x) / |y|                    no
+===========  =============================  ====================================  ==============
+
+Bradley–Terry's loss grows with every pair that is not yet certain, and so never stops pushing two responses apart. IPO
+and the hinge loss stop at a margin.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+
+class PreferenceLoss(ABC):
+    """The interface of the losses of a pair of responses.
+
+    >>> class Squared(PreferenceLoss):
+    ...     def __call__(self, difference, beta):
+    ...         return (difference - 1.0) ** 2
+    >>> import torch
+    >>> Squared()(torch.tensor([0.5]), beta=0.1)
+    tensor([0.2500])
+    """
+
+    uses_reference: ClassVar[bool] = True
+    """Whether the score is the implicit reward β log π(y|x) / π_ref(y|x); if not, it is β log π(y|x) / |y|."""
+
+    @abstractmethod
+    def __call__(self, difference: Tensor, beta: float) -> Tensor:
+        """Return the loss of each pair.
+
+        Args:
+            difference: The score of the better response minus that of the worse one; of any shape.
+            beta: β, the factor that the scores contain.
+
+        Returns:
+            The losses, of the same shape.
+        """
+
+
+@dataclass(frozen=True)
+class IPO(PreferenceLoss):
+    """Identity preference optimization: (h − 1 / 2β)² with h = d / β, the difference in the log-ratios π / π_ref.
+
+    The loss is smallest at h = 1 / 2β, so that the policy stays at a finite distance from the reference even where one
+    response is always preferred.
+
+    Source: Azar et al. 2024 (arXiv 2310.12036), equation 17, with τ = β.
+
+    >>> import torch
+    >>> IPO()(torch.tensor([0.0, 0.5]), beta=0.1)
+    tensor([25.,  0.])
+    """
+
+    def __call__(self, difference: Tensor, beta: float) -> Tensor:
+        """Return the loss of each pair."""
+        return ((difference - 0.5) / beta) ** 2
+
+
+@dataclass(frozen=True)
+class Hinge(PreferenceLoss):
+    """The hinge loss max(0, 1 − d): a pair whose scores differ by 1 or more has no gradient.
+
+    Source: Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425), equation 1, with the implicit rewards of Liu et al. 2024 (RSO,
+    arXiv 2309.06657), equation 7.
+
+    >>> import torch
+    >>> Hinge()(torch.tensor([0.25, 2.0]), beta=0.1)
+    tensor([0.7500, 0.0000])
+    """
+
+    def __call__(self, difference: Tensor, beta: float) -> Tensor:
+        """Return the loss of each pair."""
+        return relu(1.0 - difference)
+
+
+@dataclass(frozen=True)
+class SimPO(PreferenceLoss):
+    """Simple preference optimization: −log σ(d − γ), where the score is β times the mean log-probability of a token.
+
+    There is no reference in the loss. Longer responses are not preferred for their length, because the score is divided
+    by it. Useful values of β are larger than DPO's: 2 to 2.5.
+
+    Source: Meng et al. 2024 (arXiv 2405.14734), equation 6.
+
+    Args:
+        gamma: γ, the margin by which the better score should exceed the worse one; 0 or more. About β / 2 is usual.
+
+    Raises:
+        ValueError: if gamma is negative or not finite.
+
+    >>> import torch
+    >>> SimPO(gamma=1.0)(torch.tensor([1.0]), beta=2.0)
+    tensor([0.6931])
+    """
+
+    uses_reference: ClassVar[bool] = False
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gamma < float("inf"):
+            raise ValueError(f"loss.gamma must be 0 or more, not {self.gamma}")
+
+    def __call__(self, difference: Tensor, beta: float) -> Tensor:
+        """Return the loss of each pair."""
+        return -logsigmoid(difference - self.gamma)

@@ -1,0 +1,43 @@
+"""The callbacks that every run of the command line has, for runs that Python code starts."""
+
+from lightning.pytorch.callbacks import Callback
+
+from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
+from lit_rlhf.callbacks.export import ExportAtEnd
+from lit_rlhf.callbacks.loggers import LogDetails
+from lit_rlhf.callbacks.metrics import MetricsFile
+from lit_rlhf.callbacks.plan import PrintPlan
+from lit_rlhf.callbacks.progress import ProgressBar
+from lit_rlhf.callbacks.report import WriteReport
+from lit_rlhf.callbacks.samples import Predictions, Samples
+from lit_rlhf.callbacks.summary import Summary
+
+UNNAMED: tuple[type[Callback], ...] = (MetricsFile, Predictions, ProgressBar, ExportAtEnd)
+"""The callbacks that have no options on the command line."""
+
+WITH_OPTIONS: dict[str, type[Callback]] = {
+    "checkpoint": IterationCheckpoint,
+    "samples": Samples,
+    "details": LogDetails,
+    "plan": PrintPlan,
+    "report": WriteReport,
+    "summary": Summary,  # the last one, because it names the files that the others write
+}
+"""The callbacks that have options on the command line, by the group of these options."""
+
+
+def default_callbacks(*own: Callback) -> list[Callback]:
+    """Return the callbacks that every run of ``lit-rlhf fit`` has: they write its files and show its progress.
+
+    Args:
+        own: Callbacks to add; one of the same class as a default takes the place of the default.
+
+    >>> callbacks = default_callbacks(IterationCheckpoint(every_n=5))
+    >>> [type(callback).__name__ for callback in callbacks][:5]
+    ['MetricsFile', 'Predictions', 'ProgressBar', 'ExportAtEnd', 'IterationCheckpoint']
+    >>> callbacks[4].every_n
+    5
+    """
+    defaults = [callback() for callback in (*UNNAMED, *WITH_OPTIONS.values())]
+    placed = [next((callback for callback in own if type(callback) is type(default)), default) for default in defaults]
+    return [*(callback for callback in own if callback not in placed), *placed]

@@ -1,0 +1,101 @@
+"""What is measured of responses to held-out prompts."""
+
+from collections.abc import Hashable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.algorithms.pass_rates import majority_correct, pass_at_k
+from lit_rlhf.modules.diversity import DistinctNGrams, SelfSimilarity
+from lit_rlhf.modules.metrics import Metrics, pop_standard_deviation
+from lit_rlhf.rewards import Scores
+from lit_rlhf.types import RewardInputs, Rollout
+
+
+def measure_held_out(
+    metrics: Metrics,
+    rollout: Rollout,
+    scores: Tensor,
+    reference_scores: Tensor,
+    rewards: Mapping[str, Tensor],
+    kl_to_ref: Tensor,
+) -> None:
+    """Record scores, rewards, KL to the reference, lengths, win rate and diversity of responses to held-out prompts.
+
+    The win rate is the fraction of responses that score higher than the reference's response to the same prompt,
+    sampled with the same random numbers; a tie counts half.
+
+    Args:
+        metrics: Receives the metrics.
+        rollout: The actor's responses, B rows.
+        scores: [B], the scores of the actor's responses.
+        reference_scores: [B], the scores of the reference's responses.
+        rewards: The unweighted rewards of the actor's responses by name, [B] each.
+        kl_to_ref: [B], the KL to the reference in nats per response.
+    """
+    for name, value in {
+        "score": scores,
+        "score_squared": scores.double() ** 2,
+        "reference_score": reference_scores,
+        "kl_to_ref": kl_to_ref,
+        "length": rollout.response_lengths,
+        "truncated_fraction": (~rollout.terminated).float(),
+        "win_rate": (scores > reference_scores).float() + 0.5 * (scores == reference_scores),
+        **{f"rewards/{name}": reward for name, reward in rewards.items()},
+    }.items():
+        metrics.add(name, value)
+    tokens = rollout.at_responses(rollout.tokens)
+    metrics.update("distinct_2", partial(DistinctNGrams, n=2), tokens, rollout.response_mask)
+    metrics.update("self_similarity", partial(SelfSimilarity, n=2), tokens, rollout.response_mask)
+
+
+def measure_answers(
+    metrics: Metrics, scores: Scores, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor], responses: int
+) -> None:
+    """Record pass@k for k = 1, 2, 4, … and n, and majority@n, if a reward checks answers and n is more than 1.
+
+    Args:
+        metrics: Receives the metrics, which are means over prompts.
+        scores: The rewards of the run, the first of which that checks answers decides what is correct.
+        reward_inputs: n responses to each prompt, in prompt-major order.
+        rewards: The unweighted rewards of these responses by name, as `Scores.judge` returns them.
+        responses: n, the number of responses to each prompt.
+
+    Raises:
+        UserError: if a reward does not give one answer for each response.
+    """
+    checked = scores.check_answers(reward_inputs, rewards) if responses > 1 else None
+    if checked is None:
+        return
+    numbers: dict[Hashable, int] = {None: -1}
+    answers = [numbers.setdefault(answer, len(numbers)) for answer in checked.answers]
+    correct = checked.correct.view(-1, responses)
+    for k in [*(2**i for i in range(responses.bit_length()) if 2**i < responses), responses]:
+        metrics.add(f"pass_at_{k}", pass_at_k(correct.sum(1), responses, k))
+    voted = majority_correct(torch.tensor(answers, device=correct.device).view_as(correct), correct)
+    metrics.add(f"majority_at_{responses}", voted)
+
+
+def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, float]:
+    """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval.
+
+    Args:
+        means: The means of the metrics that `measure_held_out` records; the mean of the squared scores is removed.
+        prompts: The number of prompts, which are the independent trials of the win rate.
+    """
+    low, high = wilson_interval(means["win_rate"], prompts)
+    return means | {"score_std": pop_standard_deviation(means), "win_rate_low": low, "win_rate_high": high}
+
+
+def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """Return the confidence interval of a fraction p of n = ``count`` independent trials; z = 1.96 gives 95 %.
+
+    The bounds are (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, equation 4.
+
+    >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
+    (0.404, 0.596)
+    """
+    middle = fraction + z**2 / (2 * count)
+    spread = z * (fraction * (1 - fraction) / count + z**2 / (4 * count**2)) ** 0.5
+    return (middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)

@@ -1,0 +1,106 @@
+"""A language model behind an OpenAI-compatible endpoint, which answers messages."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.http import JSONClient, check_token_env, read_token
+from lit_rlhf.types import Conversation
+
+PATH = "/chat/completions"
+
+
+@dataclass(frozen=True)
+class ChatEndpoint:
+    """An OpenAI-compatible endpoint for chat completions: a vLLM, SGLang or llama.cpp server, or a hosted model.
+
+    A request is a POST to ``{base_url}/chat/completions`` with ``model``, ``messages``, ``max_tokens`` and a
+    ``temperature`` of 0. After the pauses of `JSONClient`, a request is sent again if the connection fails, if no
+    answer comes in time, or if the status of the answer is 429, 500, 502, 503 or 504.
+
+    Args:
+        base_url: The address before ``/chat/completions``, such as ``http://judge:8000/v1``.
+        model: The name by which the endpoint knows the model.
+        token_env: The name of the environment variable with the API key, which is sent as ``Authorization: Bearer
+            KEY``; None to send no key. The key itself is stored nowhere.
+        max_tokens: The maximum number of tokens in an answer, including what the model thinks before it.
+        connections: The maximum number of requests that a process sends at the same time.
+        timeout: The maximum number of seconds to wait for an answer.
+        retries: The maximum number of times that a request is sent again.
+        extra_body: Further fields of each request, which replace the fields above; a field of None is left out. It is
+            stored with the configuration, so it is no place for a key.
+
+    Raises:
+        ValueError: if a number is out of range.
+        UserError: if ``token_env`` cannot be the name of a variable.
+
+    >>> ChatEndpoint("https://api.example/v1", "large", token_env="JUDGE_KEY", extra_body={"temperature": None})
+    ... # doctest: +ELLIPSIS
+    ChatEndpoint(base_url='https://api.example/v1', model='large', token_env='JUDGE_KEY', max_tokens=1024, ...)
+    """
+
+    base_url: str
+    model: str
+    token_env: str | None = None
+    max_tokens: int = 1024
+    connections: int = 16
+    timeout: float = 120.0
+    retries: int = 4
+    extra_body: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_tokens": (self.max_tokens, 1),
+            "connections": (self.connections, 1),
+            "retries": (self.retries, 0),
+        }
+        for option, (value, minimum) in limits.items():
+            if value < minimum:
+                raise ValueError(f"rewards.endpoint.{option} must be {minimum} or more, not {value}")
+        if not self.timeout > 0:
+            raise ValueError(f"rewards.endpoint.timeout must be positive, not {self.timeout}")
+        check_token_env(self.token_env, "rewards.endpoint.token_env")
+
+    def client(self) -> JSONClient:
+        """Return a new client, which has the key.
+
+        Raises:
+            UserError: if the address does not begin with ``http://`` or ``https://``, if the environment variable of
+                the key is not set, or if a header cannot carry the key.
+        """
+        return JSONClient(
+            self.base_url,
+            "rewards.endpoint.base_url",
+            timeout=self.timeout,
+            retries=self.retries,
+            token=read_token(self.token_env, "rewards.endpoint.token_env"),
+            connections=self.connections,
+        )
+
+    def complete(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Return the model's answer to each conversation; empty if the model used all its tokens for thinking.
+
+        Args:
+            conversations: The conversations, each of which ends with a message of the user.
+
+        Raises:
+            UserError: if an answer does not come after all attempts, or is not what such an endpoint gives.
+        """
+        options = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens} | (self.extra_body or {})
+        options = {name: value for name, value in options.items() if value is not None}
+        bodies = [{**options, "messages": conversation} for conversation in conversations]
+        return [self._text(answer) for answer in self.client().post_all(PATH, bodies, "judge", "answers of the judge")]
+
+    def _text(self, answer: Any) -> str:
+        try:
+            text = answer["choices"][0]["message"]["content"]
+        except (TypeError, KeyError, IndexError):
+            text = answer
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"rewards.endpoint.base_url: {self.base_url}{PATH} should answer with a message, not "
+                f"{json.dumps(answer)[:80]}; is it an OpenAI-compatible endpoint?"
+            )
+        return text or ""
