@@ -129,6 +129,17 @@ def make_module(tiny_model):
     return make
 
 
+@pytest.fixture(scope="module")
+def without_plans():
+    """Let the command's runs in a file begin without a plan."""
+    import preloaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(preloaded.WITHOUT_PLANS, "yes")
+        preloaded.leave_out_plans(patch.setattr)
+        yield
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     """Return a function that makes a quiet one-epoch CPU Trainer; it saves checkpoints only if a callback does."""

@@ -33,6 +33,10 @@ _processes.set_forkserver_preload(
 )
 
 
+WITHOUT_PLANS = "LIT_RLHF_TESTS_WITHOUT_PLANS"
+"""The environment variable that makes these processes leave out the plans of their runs."""
+
+
 class Program:
     """A program that runs: ``-m MODULE`` or the path of a file, and its arguments."""
 
@@ -43,6 +47,11 @@ class Program:
         arguments = words, os.path.abspath(cwd), {**os.environ, **environment}, self._output
         self._process = _processes.Process(target=_main, args=arguments)
         self._process.start()
+        self.pid = self._process.pid
+
+    def output(self) -> str:
+        """Return what the program has written to its standard output so far."""
+        return self._output[0].read_text() if self._output[0].exists() else ""
 
     def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Wait for the end, and return the status and the output; end the program if it takes too long."""
@@ -83,6 +92,17 @@ def torchrun(count: int, *words: str, cwd: Path | str = ".", timeout: float = 12
     finally:
         for program in programs:
             program.kill()
+
+
+def leave_out_plans(patch=setattr) -> None:
+    """Let runs begin without a plan, which takes a second; ``patch`` is a function like setattr."""
+    from lit_rlhf.callbacks.plan import PrintPlan
+    from lit_rlhf.errors import UserError
+
+    def plan(self, trainer, module):
+        raise UserError("left out by the tests")
+
+    patch(PrintPlan, "plan", plan)
 
 
 def fork_workers(patch=setattr) -> None:
@@ -140,6 +160,8 @@ def _main(words, folder, environment, output):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if WITHOUT_PLANS in environment:
+        leave_out_plans()
     module = words[0] == "-m"
     sys.argv[1:] = words[2 if module else 1 :]
     try:

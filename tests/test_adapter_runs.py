@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lit_rlhf.checkpoints import by_number, read_checkpoint
 from lit_rlhf.export import export
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 REWARD = """
 import os, signal
 calls = 0

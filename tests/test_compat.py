@@ -9,7 +9,6 @@ import inspect
 import logging
 import os
 import re
-import subprocess
 import sys
 import typing
 import warnings
@@ -21,6 +20,7 @@ from pathlib import Path
 import datasets
 import jsonargparse
 import lightning
+import preloaded
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -145,24 +145,16 @@ def test_torch_reports_a_lost_gloo_peer(tmp_path):
     program = """if True:
         import os, sys, time, torch
         from torch import distributed
-        rank = int(sys.argv[1])
-        distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+        rank = int(os.environ["RANK"])
+        distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
         distributed.barrier()
         if rank == 1:
             time.sleep(0.5)
             os._exit(0)
         distributed.recv(torch.ones(1), src=1)
     """
-    words = [str(tmp_path / "meeting")]
-    started = [
-        subprocess.Popen([sys.executable, "-c", program, str(rank), *words], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        said, _ = (process.communicate(timeout=120)[1] for process in started)
-    finally:
-        for process in started:
-            process.kill()
+    (tmp_path / "program.py").write_text(program)
+    said = preloaded.torchrun(2, str(tmp_path / "program.py"), str(tmp_path / "meeting"))[0].stderr
     with contract("torch", "waiting for a gloo peer that dies raises RuntimeError with the first phrase of LOST_PEER"):
         assert "RuntimeError: " in said
         assert compat.LOST_PEER[0] in said, said

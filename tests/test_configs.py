@@ -12,6 +12,7 @@ from lit_rlhf.cli import main
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_model
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "strategy").glob("*.yaml"))
 PRINT = "--print_config"

@@ -10,6 +10,7 @@ import yaml
 
 from lit_rlhf.cli import ALLOCATOR_VARIABLES, main
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 REWARD = "lit_rlhf.data.reviews:reward"
 MATMUL = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 

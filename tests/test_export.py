@@ -15,6 +15,8 @@ from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import load_model
 from lit_rlhf.models.scoring import load_critic
 
+pytestmark = pytest.mark.usefixtures("without_plans")
+
 
 @pytest.fixture(scope="module", params=["actor", "shared", "reward"])
 def run(request, tiny_model, prompt_file, tmp_path_factory):

@@ -16,6 +16,7 @@ from lit_rlhf.models.adapter_folders import base_of
 from lit_rlhf.models.loading import load_model
 from lit_rlhf.models.scoring import load_critic, load_reward_model
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 TOKENS = torch.tensor([[2, 6, 7, 8, 9, 1], [2, 9, 10, 11, 12, 13]])
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

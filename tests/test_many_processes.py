@@ -17,6 +17,7 @@ import torch
 from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 REWARD = """
 import os, signal
 calls = 0

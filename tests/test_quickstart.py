@@ -10,6 +10,8 @@ import yaml
 
 from lit_rlhf import cli, recipes
 
+pytestmark = pytest.mark.usefixtures("without_plans")
+
 
 def in_full(folder, *options):
     """Run the command with its own model and data, but few iterations."""
@@ -29,7 +31,7 @@ def in_miniature(monkeypatch, tmp_path, capsys):
         if "sft" in name:
             config["model"]["init_args"]["actor"]["config"] |= {"hidden_size": 32, "num_hidden_layers": 1}
         else:
-            config["trainer"] |= {"limit_train_batches": 5, "limit_val_batches": 1}
+            config["trainer"] |= {"limit_train_batches": 2, "limit_val_batches": 1}
         (tmp_path / "configs").mkdir(exist_ok=True)
         path = tmp_path / "configs" / f"{Path(name).name}.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -40,7 +42,7 @@ def in_miniature(monkeypatch, tmp_path, capsys):
 
     def run(folder, *options):
         monkeypatch.chdir(folder)
-        cli.main(["quickstart", "--sft-iterations", "20", *options])
+        cli.main(["quickstart", "--sft-iterations", "5", *options])
         return capsys.readouterr().out
 
     return run

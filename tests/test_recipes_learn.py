@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 recipes, worlds = (pytest.importorskip(name) for name in ("recipes", "worlds"))
+pytestmark = pytest.mark.usefixtures("without_plans")
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)

@@ -10,6 +10,7 @@ import preloaded
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 REWARD = """
 import os, signal
 calls = 0
@@ -139,7 +140,7 @@ def test_a_new_run_renames_the_folder_of_an_older_run(runs, tiny_model, prompt_f
 def test_a_new_run_that_fails_before_it_begins_leaves_the_older_run_in_its_place(runs, tiny_model, prompt_file):
     (runs / "kept").mkdir()
     (runs / "kept" / "config.yaml").write_text("older")
-    done = lit_rlhf(*words(tiny_model, prompt_file, "kept"), "--model.actor", "nowhere", cwd=runs)
+    done = lit_rlhf(*words(tiny_model, prompt_file, "kept"), "--model.actor", "./nowhere", cwd=runs)
     assert done.returncode == 1
     assert "so the older run is in kept again" in done.stdout
     assert [path.name for path in (runs / "kept").iterdir()] == ["config.yaml"]

@@ -12,6 +12,7 @@ from lit_rlhf import recipes, starter
 from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 STARTER = recipes.folder() / "starter"
 
@@ -26,8 +27,8 @@ def folder(tmp_path_factory):
     return outside / "my_project"
 
 
-def run_tests(folder):
-    return preloaded.run("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=folder, **OFFLINE)
+def run_tests(folder, *more):
+    return preloaded.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *more, cwd=folder, **OFFLINE)
 
 
 def test_the_files(folder):
@@ -64,18 +65,21 @@ def test_the_commands_of_the_readme_run(folder):
     assert len(written) == len((folder / "prompts.jsonl").read_text().splitlines()) == 256
 
 
-def test_the_test_fails_when_the_reward_is_broken(folder):
+@pytest.mark.parametrize(
+    ("tests", "count"), [(["-k", "by_hand"], 1), pytest.param([], 2, marks=pytest.mark.long)], ids=["by hand", "all"]
+)
+def test_the_test_fails_when_the_reward_is_broken(folder, tests, count):
     reward = folder / "reward.py"
     right = reward.read_text()
     broken = right.replace("GOOD & set", "GOOD - set")  # the fewer words of praise, the better
     assert broken != right
     reward.write_text(broken)
     try:
-        done = run_tests(folder)
+        done = run_tests(folder, *tests)
     finally:
         reward.write_text(right)
     assert done.returncode == 1
-    assert "2 failed" in done.stdout
+    assert f"{count} failed" in done.stdout
 
 
 def test_a_folder_with_files_is_left_as_it_is(tmp_path, capsys, monkeypatch):

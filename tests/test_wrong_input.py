@@ -9,6 +9,7 @@ import torch
 
 from lit_rlhf.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 REWARDS = """\
 def fine(responses): return [0.0 for _ in responses]
 def divides(responses): return [1 / 0]  # line 2

@@ -314,14 +314,14 @@ def test_prefill_is_divided_into_chunks(llama, monkeypatch, cache_tokens):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_samples_do_not_depend_on_batching(subject, n):
-    prompts = subject.prompts()
+    prompts = subject.prompts(8)
     whole = responses(subject.generate(prompts, responses=n))
-    for cache_tokens in (1, 150, 400):  # one prompt at a time, and a few rows that are refilled
+    for cache_tokens in (1, 150 * n):  # one prompt at a time, and a few rows that are refilled
         assert responses(subject.generate(prompts, NativeEngine(cache_tokens), responses=n)) == whole
-    halves = [subject.generate(part(prompts, rows), responses=n) for rows in (range(8), range(8, 16))]
+    halves = [subject.generate(part(prompts, rows), responses=n) for rows in (range(4), range(4, 8))]
     assert [response for half in halves for response in responses(half)] == whole
-    backwards = responses(subject.generate(part(prompts, reversed(range(16))), responses=n))
-    assert [r for i in reversed(range(16)) for r in backwards[i * n : (i + 1) * n]] == whole
+    backwards = responses(subject.generate(part(prompts, reversed(range(8))), responses=n))
+    assert [r for i in reversed(range(8)) for r in backwards[i * n : (i + 1) * n]] == whole
 
 
 @pytest.mark.parametrize("cache_tokens", [None, 300, 700])

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
@@ -50,8 +51,8 @@ time.sleep(600)
 """
 
 
-def start_keeper(folder, *command):
-    words = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), str(folder), *command]
+def start_keeper(folder, *command, program=keeper.__file__):
+    words = [sys.executable, "-I", "-S", str(program), str(os.getpid()), str(folder), *command]
     return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -68,12 +69,15 @@ def test_the_keeper_ends_everything_when_asked(tmp_path):
 
 
 def test_the_keeper_uses_force_after_a_while(tmp_path):
-    process = start_keeper(tmp_path / "nothing", sys.executable, "-c", STUBBORN)
+    """After one second here, and otherwise after five."""
+    program = tmp_path / "keeper.py"
+    program.write_text(re.sub(r"(PATIENCE_SECONDS =) 5\.0", r"\1 1.0", Path(keeper.__file__).read_text()))
+    process = start_keeper(tmp_path / "nothing", sys.executable, "-c", STUBBORN, program=program)
     processes = [int(word) for word in process.stdout.readline().split()]
     start = time.monotonic()
     process.terminate()
     process.wait(20)
-    assert keeper.PATIENCE_SECONDS <= time.monotonic() - start < keeper.PATIENCE_SECONDS + 3
+    assert 1 <= time.monotonic() - start < 4 < keeper.PATIENCE_SECONDS
     assert not any(map(running, processes))
 
 
@@ -220,17 +224,16 @@ def test_a_server_that_is_killed(started, tiny_model):
 def test_nothing_is_left_of_a_run(python, tiny_model, tmp_path, end):
     failure = end if isinstance(end, str) else "hang"
     words = [str(HERE / "vllm_trainer.py"), python, str(tiny_model("gpt2")), str(tmp_path / "weights"), failure]
-    process = subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = process.stdout.readline().strip()
-    assert log, process.stderr.read()
+    process = preloaded.Program(*words)
+    wait_until(lambda: process.output().endswith("\n") or not process.is_running(), seconds=60)
+    log = process.output().strip()
+    assert log, process.wait().stderr
     processes = processes_in(log)
     if not isinstance(end, str):
         wait_until(lambda: len(list((tmp_path / "weights").glob("*/*"))) == 2)
         os.killpg(process.pid, end)  # as Ctrl-C does
     start = time.monotonic()
-    process.communicate(timeout=20)
+    process.wait(timeout=20)
     assert time.monotonic() - start < 10
     wait_until(lambda: not any(map(running, processes)))
     wait_until(lambda: not list((tmp_path / "weights").glob("*")))
@@ -242,7 +245,10 @@ def test_nothing_is_left_of_a_run(python, tiny_model, tmp_path, end):
 def test_the_folder_of_a_process_that_was_killed_is_removed_later(tmp_path):
     script = "import os, sys; from lit_rlhf.generation.weights_folder import WeightsFolder; "
     script += "folder = WeightsFolder(sys.argv[1], 0); print(folder.path, flush=True); os.kill(os.getpid(), 9)"
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    program = tmp_path / "program.py"
+    program.write_text(script)
+    killed = preloaded.run(str(program), str(tmp_path))
+    program.unlink()
     stale = Path(killed.stdout.strip())
     assert stale.is_dir()
     others = tmp_path / "lit-rlhf-weights-elsewhere-1-1-x"

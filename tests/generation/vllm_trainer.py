@@ -1,5 +1,6 @@
 """A process that generates with a server of its own, for tests that end it: PYTHON ACTOR WEIGHTS_DIR FAILURE."""
 
+import os
 import sys
 
 import torch
@@ -13,6 +14,7 @@ from lit_rlhf.types import PromptBatch
 
 
 def main(python, folder, weights_dir, failure):
+    os.setsid()  # signals can then be sent to this process and all that it starts
     engine = VLLMEngine(python=python, weights_dir=weights_dir, server_args=["--fail", failure])
     context = EngineContext(
         load_actor=lambda: Actor(load_model(folder)),
