@@ -48,7 +48,7 @@ def test_a_step_too_many_breaks_the_bound_on_the_ratio(setting, monkeypatch):
 
 
 def test_a_check_that_fails_or_takes_too_long_is_recorded(setting):
-    failed = gpu.measure("nothing of this name", setting, 60)
+    failed = gpu.measure("nothing of this name", setting, 300)
     assert failed.error.startswith("ValueError: ")
     assert "Traceback" in failed.messages
     assert gpu.measure("device", setting, 0.1).error == "stopped after 0 s"

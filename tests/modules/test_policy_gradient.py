@@ -113,7 +113,9 @@ def test_same_seed_same_run(make_module, fit):
     assert all(torch.equal(one.weights[k], two.weights[k]) for k in one.weights)
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize(
+    "aggregation", ["token", *(pytest.param(name, marks=pytest.mark.long) for name in ("sequence", "constant"))]
+)
 def test_micro_batches_do_not_change_the_result(make_module, fit, aggregation):
     """The engine's batch size does not change it either."""
 

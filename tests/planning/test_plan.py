@@ -104,6 +104,7 @@ def test_eight_billion_fit_eight_gpus(ppo):
     assert max(gb(plan).values()) < 60
 
 
+@pytest.mark.long
 def test_eight_billion_on_one_gpu_need_eight(ppo):
     plan = make_plan(ppo(LLAMA_8B))
     assert not plan.fits
@@ -274,6 +275,7 @@ def write_shape(folder, shape, tokenizer):
     return str(folder / "base"), str(folder / "reward")
 
 
+@pytest.mark.long
 def test_eight_billion_with_adapters_fit_one_gpu(tiny_model, tmp_path):
     """One base in bfloat16, and for each trained role 16 bytes of each of the adapter's parameters."""
     base, reward = write_shape(tmp_path, LLAMA_8B, str(tiny_model()))
