@@ -50,6 +50,8 @@ HELD_OUT, MEASUREMENTS = 576, 4
 """Held-out responses of a measurement, and the number of measurements during a run."""
 SAMPLES = 64
 """Responses of the start to each held-out prompt, of which the best are taken."""
+PAIRS, HELD_OUT_PAIRS = 7500, 500
+"""Pairs of texts from which the reward model learns, and with which it is tested."""
 RATE, CRITIC_RATE = 3e-4, 1e-3
 STEPWISE = ("reinforce", "a2c", "rloo")
 """Recipes with one optimizer step in an iteration, which have three times the learning rate."""
@@ -91,10 +93,10 @@ def train_reward_model(stories: str, reviews: Path, folder: Path, iterations: in
         words = " ".join(rng.choices(texts[label], k=5)).split()
         return " ".join(words[: rng.randint(5, 50)])
 
-    pairs = [{"chosen": text(1), "rejected": text(0)} for _ in range(8000)]
+    pairs = [{"chosen": text(1), "rejected": text(0)} for _ in range(PAIRS + HELD_OUT_PAIRS)]
     train, test = folder / "pairs.jsonl", folder / "held_out_pairs.jsonl"
-    train.write_text("\n".join(map(json.dumps, pairs[:7500])))
-    test.write_text("\n".join(map(json.dumps, pairs[7500:])))
+    train.write_text("\n".join(map(json.dumps, pairs[:PAIRS])))
+    test.write_text("\n".join(map(json.dumps, pairs[PAIRS:])))
     values = {
         "config": "reward",
         "model.reward": stories,

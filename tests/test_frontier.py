@@ -64,6 +64,8 @@ def test_the_benchmark_in_miniature(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "MAX_TOKENS", 8)
     monkeypatch.setattr(frontier, "HELD_OUT", 64)
     monkeypatch.setattr(frontier, "MEASUREMENTS", 1)
+    monkeypatch.setattr(frontier, "PAIRS", 128)
+    monkeypatch.setattr(frontier, "HELD_OUT_PAIRS", 32)
     reviews, measured = tmp_path / "reviews.jsonl", tmp_path / "frontier.json"
     reviews.write_text("\n".join(json.dumps({"text": f"w{i} w{i + 8} w1", "label": i % 2}) for i in range(8)))
     words = ["--stories", str(tiny_model("llama")), "--reviews", str(reviews), "--json", str(measured), "--seeds", "1"]
