@@ -4,13 +4,14 @@
     python benchmarks/frontier.py --table [--plot frontier.png] [--json frontier.json]      # of what was measured
 
 Every variant trains a small story model on the same number of responses; a run has one thread. Score, KL to the start
-in nats per response, length and diversity are measured on held-out prompts during the run. The tasks:
+(the story model before training) in nats per response, length and diversity are measured on held-out prompts during the
+run. The tasks:
 
 happy      the reward function `happy_story`
-sentiment  a reward model that this script trains on labelled sentences (``text``, and ``label`` 0 or 1, per line),
-           which it joins to texts of one sentiment and any length, so that short texts are not better
+sentiment  a reward model that this script trains on labelled sentences (``text``, and ``label`` 0 or 1, per line); it
+           joins them to texts of one sentiment and any length, so that the length says nothing about the sentiment
 
-*KL at equal score* compares a run with `ppo.yaml` of the same seed: the KL at which it first reaches the score that
+*KL at equal score* compares a run with `ppo.yaml` of the same seed: the lowest KL at which it reaches the score that
 `ppo.yaml` ends with, as a fraction of the KL of `ppo.yaml`.
 """
 
@@ -47,9 +48,9 @@ from lit_rlhf.cli import main as command_line  # noqa: E402
 RESPONSES, MAX_TOKENS = 3840, 64
 """Responses in a run, and tokens in a response."""
 HELD_OUT, MEASUREMENTS = 576, 4
-"""Held-out responses of a measurement, and the number of measurements during a run."""
+"""Held-out responses in a measurement, and the number of measurements during a run."""
 SAMPLES = 64
-"""Responses of the start to each held-out prompt, of which the best are taken."""
+"""Responses of the start to each held-out prompt, from which the curves without training are estimated."""
 PAIRS, HELD_OUT_PAIRS = 7500, 500
 """Pairs of texts from which the reward model learns, and with which it is tested."""
 RATE, CRITIC_RATE = 3e-4, 1e-3
@@ -246,7 +247,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the results in a file; none if there is no file."""
+    """Return the results in a file; empty results if there is no file."""
     return json.loads(path.read_text()) if path.exists() else {"start": {}, "runs": []}
 
 
@@ -262,7 +263,7 @@ def kl_ratio(result: dict[str, Any], rival: dict[str, Any]) -> float:
 
 
 def curve(scores: torch.Tensor) -> list[tuple[str, Point, str]]:
-    """Return the points that need no training: their names, places, and effective samples where they are reweighted."""
+    """Return the points that need no training: of each its name, the point, and the effective samples if any."""
     sizes = [2**i for i in range(int(math.log2(scores.shape[1])) + 1)]
     found = [(f"best of {n}", best_of_n(scores, n), "") for n in sizes]
     for share in (4.0, 2.0, 1.0, 0.5):
@@ -297,7 +298,7 @@ DIGITS = {"score": 3, "kl_to_ref": 2, "length": 1, "distinct_2": 3, "self_simila
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the scores over √KL, one panel for each task: best-of-n as a line, and the runs from the start on."""
+    """Draw the scores against √KL, one panel for each task: best-of-n as a line, and the runs from the start on."""
     import matplotlib
 
     matplotlib.use("Agg")

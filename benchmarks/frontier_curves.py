@@ -1,7 +1,7 @@
-"""What a start can reach at a KL without training: best-of-n and the exponentially tilted policy, from samples.
+"""What can be reached from a start at a KL without training: best-of-n and the exponentially tilted policy.
 
-Both are estimated from k scored responses to each of P prompts, drawn from the start. The KL is that of the policy over
-whole responses to the start, in nats per response.
+Both are estimated from k scored responses to each of P prompts, drawn from the start, which is the policy before
+training. The KL is KL(policy ‖ start) over whole responses, in nats per response.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Point(NamedTuple):
-    """A policy on the frontier of score and KL."""
+    """The KL of a policy to the start, and its score."""
 
     kl: float  # nats per response
     score: float
@@ -23,7 +23,7 @@ class Point(NamedTuple):
 def best_of_n_kl(n: int) -> float:
     """Return KL(best of n ‖ start) = log n − (n − 1)/n, in nats; an upper bound if scores can be equal.
 
-    Source: Beirami et al. 2024 (arXiv 2401.01879), equation 2, who show that it is a bound.
+    Source: Beirami et al. 2024 (arXiv 2401.01879), equation 2 (which they show to be a bound).
 
     >>> round(best_of_n_kl(4), 3)
     0.636
@@ -90,7 +90,7 @@ def tilted(scores: Tensor, coef: float) -> Tilted:
 
 
 def kl_at_score(points: Sequence[Point], score: float) -> float:
-    """Return the smallest KL at which the points reach a score, interpolated over √KL; infinity if they do not.
+    """Return the lowest KL at which the points reach a score, interpolated over √KL; infinity if they do not.
 
     A rise in score is nearly linear in √KL near the start (Gao et al. 2022, arXiv 2210.10760), so two points of a run
     that are far apart in KL can be joined.

@@ -115,7 +115,7 @@ def summary(component: type) -> str:
 
 
 def _descriptions(component: type) -> dict[str, str]:
-    """Return the descriptions of a class's arguments, each as one line; a base's, if the class itself has none."""
+    """Return the descriptions of a class's arguments, each as one line, from the class itself or else from a base."""
     found: dict[str, str] = {}
     for owner in reversed(component.__mro__[:-1]):
         for text in (owner.__doc__, owner.__init__.__doc__ if "__init__" in vars(owner) else None):  # type: ignore[misc]

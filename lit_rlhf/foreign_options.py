@@ -89,10 +89,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def own_name(option: str, known: Collection[str]) -> str:
-    """Return the name here of an option of another trainer, or an empty string if there is none.
+    """Return the name that an option of another trainer has here, or an empty string if it has none.
 
     Args:
-        option: The option that is not known, with or without its groups.
+        option: The unknown option, with or without its groups.
         known: The options that exist.
 
     >>> own_name("model.learning_rate", ["model.optimizer.lr"])

@@ -35,7 +35,7 @@ _listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> None:
-    """Call a function with every `Progress` in this process, until `stop_listening`."""
+    """Call a function with every `Progress` that is reported in this process, until `stop_listening`."""
     _listeners.append(listener)
 
 

@@ -43,8 +43,8 @@ class GroupNormalized(AdvantageEstimator):
     Aᵢ = (Rᵢ − mean R) / (std R + 1e-8) for the n non-empty responses to a prompt, with R = Σₜ rₜ (+ bootstrap) and the
     sample standard deviation std R = √(Σᵢ (Rᵢ − mean R)² / (n − 1)). If all n returns are equal, A = 0.
 
-    Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2; without the division: Liu et al. 2025 (Dr. GRPO,
-    arXiv 2503.20783), section 3.1, because the division favours prompts whose responses have nearly equal returns.
+    Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2. Without the division, which favours prompts whose
+    responses have nearly equal returns: Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783), section 3.1.
 
     Args:
         divide_by_std: Whether to divide by the standard deviation; if False, only the mean is subtracted.
@@ -132,7 +132,7 @@ class _Group:
         return torch.zeros_like(x).index_add(0, self.index, x)[self.index]
 
     def is_best(self) -> Tensor:
-        """Return 1 for the non-empty row of each group with the largest return, the first of several, else 0, [B].
+        """Return 1 for the first non-empty row of each group that has the group's largest return, else 0, [B].
 
         No row is the best of a group whose returns are all equal.
         """

@@ -1,4 +1,4 @@
-"""How often one of several responses to a prompt is correct, and how often the most frequent answer is."""
+"""How often at least one of several responses to a prompt is correct, and how often the most frequent answer is."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
     Args:
         correct: c, the number of correct responses to each prompt, [P].
         total: n, the number of responses to each prompt.
-        k: The number of responses of which one should be correct, from 1 to n.
+        k: The number of responses of which at least one should be correct, from 1 to n.
 
     Returns:
         The estimate for each prompt, [P] float64.
@@ -38,14 +38,14 @@ def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
 def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
     """Compute majority@n: whether the most frequent of the answers to a prompt is correct.
 
-    Of m answers that are equally frequent, each counts 1/m. Responses without an answer do not vote; a prompt without
-    any answer counts 0.
+    If m answers are equally the most frequent, each counts 1/m. Responses without an answer do not vote; a prompt
+    without any answer counts 0.
 
     Source: Wang et al. 2023, "Self-consistency improves chain of thought reasoning in language models" (arXiv
-    2203.11171), section 2, whose majority vote this is.
+    2203.11171), section 2 (majority vote).
 
     Args:
-        answers: The number of the answer that each of the n responses to a prompt gives, [P, n] int64. Equal answers
+        answers: A number that identifies the answer of each of the n responses to a prompt, [P, n] int64. Equal answers
             to a prompt have equal numbers; −1 stands for no answer.
         correct: Bool [P, n], True for each response whose answer is correct.
 

@@ -1,18 +1,18 @@
-"""Losses of a pair of responses for `DPO`, in place of Bradley–Terry's.
+"""Losses of a pair of responses that `DPO` can use in place of the Bradley–Terry loss.
 
 Each is a function of d = s_chosen − s_rejected, where s is the score of a response:
 
 ===========  =============================  ====================================  ==============
 loss         of a pair                      score of a response y to x            reference used
 ===========  =============================  ====================================  ==============
-(default)    −log σ(d)                      β log π(y|x) / π_ref(y|x)             yes
-`IPO`        (d / β − 1 / 2β)²              β log π(y|x) / π_ref(y|x)             yes
-`Hinge`      max(0, 1 − d)                  β log π(y|x) / π_ref(y|x)             yes
-`SimPO`      −log σ(d − γ)                  β log π(y|x) / |y|                    no
+(default)    −log σ(d)                      β log (π(y|x) / π_ref(y|x))           yes
+`IPO`        (d / β − 1 / (2β))²            β log (π(y|x) / π_ref(y|x))           yes
+`Hinge`      max(0, 1 − d)                  β log (π(y|x) / π_ref(y|x))           yes
+`SimPO`      −log σ(d − γ)                  (β / |y|) log π(y|x)                  no
 ===========  =============================  ====================================  ==============
 
-Bradley–Terry's loss grows with every pair that is not yet certain, and so never stops pushing two responses apart. IPO
-and the hinge loss stop at a margin.
+The gradient of the Bradley–Terry loss is 0 at no finite d, so the loss never stops pushing two responses apart. IPO and
+the hinge loss stop at a margin.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ class PreferenceLoss(ABC):
     """
 
     uses_reference: ClassVar[bool] = True
-    """Whether the score is the implicit reward β log π(y|x) / π_ref(y|x); if not, it is β log π(y|x) / |y|."""
+    """Whether the score is β log (π(y|x) / π_ref(y|x)), the implicit reward; if not, it is (β / |y|) log π(y|x)."""
 
     @abstractmethod
     def __call__(self, difference: Tensor, beta: float) -> Tensor:
@@ -52,10 +52,10 @@ class PreferenceLoss(ABC):
 
 @dataclass(frozen=True)
 class IPO(PreferenceLoss):
-    """Identity preference optimization: (h − 1 / 2β)² with h = d / β, the difference in the log-ratios π / π_ref.
+    """Identity preference optimization: (h − 1 / (2β))² with h = d / β, the difference in log(π / π_ref).
 
-    The loss is smallest at h = 1 / 2β, so that the policy stays at a finite distance from the reference even where one
-    response is always preferred.
+    The loss is smallest at h = 1 / (2β), so that the policy stays at a finite distance from the reference even where
+    one response is always preferred.
 
     Source: Azar et al. 2024 (arXiv 2310.12036), equation 17, with τ = β.
 
@@ -91,7 +91,7 @@ class SimPO(PreferenceLoss):
     """Simple preference optimization: −log σ(d − γ), where the score is β times the mean log-probability of a token.
 
     There is no reference in the loss. Longer responses are not preferred for their length, because the score is divided
-    by it. Useful values of β are larger than DPO's: 2 to 2.5.
+    by the number of tokens. Useful values of β are larger than those for DPO: 2 to 2.5.
 
     Source: Meng et al. 2024 (arXiv 2405.14734), equation 6.
 

@@ -30,7 +30,7 @@ class IterationCheckpoint(ModelCheckpoint):
         keep_every_n: The number of iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
         monitor: The metric whose best value decides ``best.ckpt``, for example ``val/score``; None for no
             ``best.ckpt``.
-        mode: Whether the best value is the largest or the smallest.
+        mode: Whether the best value is the largest (``max``) or the smallest (``min``).
         dirpath: The folder of the checkpoints; None for ``checkpoints`` in the run's folder.
 
     Raises:
@@ -89,7 +89,7 @@ class IterationCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Handle Ctrl-C no longer."""
+        """Stop handling Ctrl-C."""
         self._restore_handler()
 
     def on_train_batch_end(
@@ -108,7 +108,7 @@ class IterationCheckpoint(ModelCheckpoint):
         """Do nothing: checkpoints are saved by iteration, not by epoch."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save ``last.ckpt`` if it does not contain the last iteration yet, and handle Ctrl-C no longer."""
+        """Save ``last.ckpt`` if it does not contain the last iteration yet, and stop handling Ctrl-C."""
         self._restore_handler()
         if iteration_of(pl_module) > self.saved_iteration:
             self._write(trainer, "last.ckpt", iteration_of(pl_module))

@@ -23,7 +23,7 @@ class WriteReport(lightning.Callback):
         self.at_end = at_end
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the report; its pictures are left to the command, because they take seconds."""
+        """Write the report without pictures, which take seconds; ``lit-rlhf report`` writes them too."""
         folder = Path(trainer.default_root_dir)
         if not (self.at_end and trainer.is_global_zero and (folder / "metrics.csv").exists()):
             return

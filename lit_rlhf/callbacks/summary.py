@@ -1,4 +1,4 @@
-"""A callback that says at the end of a run what was reached, where it is, and which command comes next."""
+"""A callback that says at the end of a run what was reached, where it is, and which commands come next."""
 
 from __future__ import annotations
 
@@ -34,15 +34,14 @@ FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoi
 
 
 class Summary(lightning.Callback):
-    """A callback that prints a few lines at the end of ``fit``: what was reached, the files, and the next command.
+    """A callback that prints a few lines at the end of ``fit``: what was reached, the files, and the next commands.
 
     Each metric is given for the first and the last iteration, and for the first and the last validation. If the
-    reference has the actor's initial weights, as it has by default, its held-out score stands in place of the first
-    validation's, and its KL to itself, 0. In a run that was resumed, the first ones are those from before the
-    interruption.
+    reference has the actor's initial weights, as it has by default, the first held-out values are the reference's: its
+    score, and a KL of 0. In a resumed run, the first values are those from before the interruption.
 
     Args:
-        next: Whether to print the command that comes next.
+        next: Whether to print the commands that come next.
 
     >>> Summary(next=False).next
     False
@@ -190,7 +189,7 @@ def following(trainer: lightning.Trainer, module: AlignmentModule, export: Path)
 
 
 def show(lines: list[tuple[str, str]]) -> None:
-    """Print lines of a label and a text: with colours in a terminal; long lines are not broken, so they can be copied.
+    """Print lines, each a label and a text, in colour in a terminal; long lines stay whole, so that they can be copied.
 
     >>> show([("done", "3 iterations"), ("model", "runs/ppo/export")])
     done      3 iterations

@@ -58,7 +58,7 @@ class Course:
 
     @property
     def label(self) -> str:
-        """The current step and the number of steps."""
+        """What is counted, the number done and, if it is known, the total, such as ``iteration 3/10``."""
         return f"{self.step} {self.done}" + ("" if self.total is None else f"/{self.total}")
 
     def duration(self) -> str:

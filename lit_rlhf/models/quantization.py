@@ -123,13 +123,13 @@ def prepare_quantized(model: nn.Module, field: str) -> None:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the quantized layers of a model dequantize their weights to this type, and multiply in it, in place.
+    """Make the 4-bit layers of a model dequantize their weights to a data type and multiply in it, in place.
 
-    Those of torchao follow autocast.
+    The layers of torchao need no such setting, because they follow autocast.
 
     Args:
         model: The model.
-        dtype: The type of autocast, if it is on.
+        dtype: The data type of autocast.
     """
     layers: list[Any] = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
     for layer in layers:

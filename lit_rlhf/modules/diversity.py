@@ -1,4 +1,4 @@
-"""Metrics of how different the responses of a run are, which fall when the policy collapses."""
+"""Metrics of how different responses are from one another, which show whether the policy collapses."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def ngram_buckets(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]
     """Return the bucket of each n-gram of tokens, [B, T − n + 1] int64, and a mask of those that are inside the mask.
 
     Args:
-        tokens: [B, T] int64.
+        tokens: [B, T] int64, the tokens of the responses.
         mask: Bool [B, T], True at the tokens of the responses; an n-gram counts if all its tokens do.
         n: The number of consecutive tokens.
 
@@ -30,12 +30,16 @@ def ngram_buckets(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]
 
 
 class DistinctNGrams(Metric):
-    """The number of different n-grams in all responses, as a fraction of the number of n-grams, on all ranks.
+    """The number of different n-grams in all responses, as a fraction of the number of all n-grams, over all ranks.
 
-    It falls when responses repeat themselves or one another, and also when they become longer or more. The number of
-    different n-grams is estimated from the hash table by linear counting, −m log(1 − d / m) for d of m buckets in use.
+    It falls when responses repeat themselves or one another, and also when they become longer or more numerous. The
+    number of different n-grams is estimated from the hash table by linear counting, −m log(1 − d / m) for d of m
+    buckets in use.
 
     Source: Li et al. 2016 (distinct-n, arXiv 1510.03055), section 5.3; Whang et al. 1990 (linear counting).
+
+    Args:
+        n: The number of consecutive tokens in an n-gram.
 
     >>> distinct = DistinctNGrams(n=2)
     >>> distinct.update(torch.tensor([[5, 6, 5, 6]]), torch.tensor([[True, True, True, True]]))
@@ -51,7 +55,7 @@ class DistinctNGrams(Metric):
         self.add_state("counts", torch.zeros(BUCKETS, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, mask: Tensor) -> None:
-        """Add responses, [B, T] each."""
+        """Add the responses in ``tokens``, [B, T] int64, where the bool ``mask``, [B, T], is True."""
         buckets, inside = ngram_buckets(tokens, mask, self.n)
         self.counts.index_add_(0, buckets.flatten(), inside.flatten().double())
 
@@ -62,11 +66,15 @@ class DistinctNGrams(Metric):
 
 
 class SelfSimilarity(Metric):
-    """The similarity of the n-grams of two different responses, averaged over all pairs of responses, on all ranks.
+    """The similarity of the n-grams of two different responses, averaged over all pairs of responses, over all ranks.
 
-    With f_i(g) the relative frequency of n-gram g in response i, normalised to length 1, it is the mean of the cosine
-    Σ_g f_i(g) f_j(g) over all pairs i ≠ j: 1 if all responses are equal, 0 if no two of them share an n-gram. It is
-    computed from the sum of the vectors, because Σ_{i≠j} f_i · f_j = |Σ_i f_i|² − N for N vectors of length 1.
+    With f_i(g) the number of times that the n-gram g occurs in response i, divided by √Σ_g (that number)², it is the
+    mean of the cosine Σ_g f_i(g) f_j(g) over all pairs i ≠ j: 1 if all responses are equal, 0 if no two of them share
+    an n-gram. It is computed from the sum of the vectors f_i, because Σ_{i≠j} f_i · f_j = |Σ_i f_i|² − N for N vectors
+    of length 1.
+
+    Args:
+        n: The number of consecutive tokens in an n-gram.
 
     >>> similarity = SelfSimilarity(n=1)
     >>> similarity.update(torch.tensor([[5, 6], [5, 7]]), torch.ones(2, 2, dtype=torch.bool))
@@ -84,7 +92,10 @@ class SelfSimilarity(Metric):
         self.add_state("responses", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, mask: Tensor) -> None:
-        """Add responses, [B, T] each; those with fewer than n tokens are left out."""
+        """Add the responses in ``tokens``, [B, T] int64, where the bool ``mask``, [B, T], is True.
+
+        Responses with fewer than n tokens are left out.
+        """
         buckets, inside = ngram_buckets(tokens, mask, self.n)
         rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(buckets)
         in_row, count = torch.unique((rows * BUCKETS + buckets)[inside], return_counts=True)

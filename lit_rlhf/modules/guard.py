@@ -64,7 +64,7 @@ class Guard:
 
 
 def measure_mismatch(module: AlignmentModule, actor: Actor, rollout: Rollout, responses: int) -> Mismatch:
-    """Measure the mismatch on a sample of each process's responses; all processes call this function together.
+    """Return the `Mismatch` on a sample of each process's responses; all processes call this function together.
 
     Args:
         module: The module that trains.

@@ -57,7 +57,7 @@ def measure_answers(
 
     Args:
         metrics: Receives the metrics, which are means over prompts.
-        scores: The rewards of the run, the first of which that checks answers decides what is correct.
+        scores: The rewards of the run; the first of them that checks answers decides what is correct.
         reward_inputs: n responses to each prompt, in prompt-major order.
         rewards: The unweighted rewards of these responses by name, as `Scores.judge` returns them.
         responses: n, the number of responses to each prompt.

@@ -199,7 +199,7 @@ class Pairs(NamedTuple):
 
 
 def pairs(scores: Tensor, batch: PreferenceBatch) -> Pairs:
-    """Return the differences between the responses of all pairs.
+    """Return the differences in score and in length between the two responses of every pair.
 
     Args:
         scores: [B, K], best response first.

@@ -36,7 +36,7 @@ class Phase:
 
     @property
     def bytes(self) -> float:
-        """The sum of the parts."""
+        """The sum of the parts, in bytes."""
         return sum(part.bytes for part in self.parts)
 
 

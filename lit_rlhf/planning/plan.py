@@ -128,7 +128,7 @@ def _try(text: str, changed: Setting) -> Change:
 
 
 def _changes(setting: Setting) -> Iterator[list[tuple[str, Setting]]]:
-    """Yield each change as a list of its forms, the strongest one last; the list is empty if no form is possible.
+    """Yield each change that may save memory, as a list of its forms, the strongest last; empty if none is possible.
 
     A change that helps a single phase is left out unless that phase has the peak.
     """

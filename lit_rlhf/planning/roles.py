@@ -181,7 +181,7 @@ def _tensors(state: dict[str, Any]) -> list[Tensor]:
 
 
 def _set_tokens(config: Any, source: RandomWeights, field: str) -> None:
-    """Set the size of the vocabulary and the special tokens as `load_model` does."""
+    """Set the vocabulary size and the special tokens in a configuration, as `load_model` does."""
     tokenizer = load_tokenizer(source, field)
     found = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in {"vocab_size": len(tokenizer), **found}.items():

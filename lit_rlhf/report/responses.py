@@ -13,10 +13,10 @@ MOST_BYTES = 2_500_000
 
 
 def responses_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
-    """Return the responses of the runs and the number of those that are left out.
+    """Return the responses that the report shows, and the number of those that are left out.
 
-    Whole iterations are left out, evenly spaced and never the first or the last, separately for training and for
-    validation.
+    If the responses of all runs are too large, whole iterations are left out, evenly spaced and never the first or the
+    last, separately for training and for validation.
     """
     parts = [
         (run, stage, [s for s in run.samples if s["stage"] == stage]) for run in runs for stage in ("train", "val")

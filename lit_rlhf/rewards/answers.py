@@ -45,7 +45,7 @@ class ExactAnswer(Reward):
         return torch.tensor(scores, device=reward_inputs.rollout.tokens.device)
 
     def extract_answers(self, reward_inputs: RewardInputs) -> Sequence[str]:
-        """Return each response without surrounding white space, and with its case removed if case is ignored."""
+        """Return each response without surrounding white space, and case-folded if case is ignored."""
         responses = [response.strip() for response in reward_inputs.responses]
         return [response.casefold() for response in responses] if self.ignore_case else responses
 

@@ -27,7 +27,7 @@ class ChatEndpoint:
             KEY``; None to send no key. The key itself is stored nowhere.
         max_tokens: The maximum number of tokens in an answer, including what the model thinks before it.
         connections: The maximum number of requests that a process sends at the same time.
-        timeout: The maximum number of seconds to wait for an answer.
+        timeout: The maximum number of seconds to wait for an answer, in each attempt.
         retries: The maximum number of times that a request is sent again.
         extra_body: Further fields of each request, which replace the fields above; a field of None is left out. It is
             stored with the configuration, so it is no place for a key.
@@ -86,7 +86,8 @@ class ChatEndpoint:
             conversations: The conversations, each of which ends with a message of the user.
 
         Raises:
-            UserError: if an answer does not come after all attempts, or is not what such an endpoint gives.
+            UserError: if the address or the key cannot be used, if an answer does not come after all attempts, or if it
+                is not what such an endpoint gives.
         """
         options = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens} | (self.extra_body or {})
         options = {name: value for name, value in options.items() if value is not None}

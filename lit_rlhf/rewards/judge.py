@@ -1,4 +1,4 @@
-"""A language model as a judge, which rates a response, or compares it with another one."""
+"""A language model as a judge, which rates responses or compares them with others."""
 
 import hashlib
 import math
@@ -62,8 +62,8 @@ class Judge(Reward):
     once more, in the same conversation.
 
     The question to the judge is a text with placeholders: ``{prompt}``, ``{response}``, and the names of the prompts'
-    columns, such as ``{answer}`` for a reference answer. Each is replaced by the text itself between tags, which the
-    text cannot close, because their name has the text's hash. What follows the question tells the judge that these
+    columns, such as ``{answer}`` for a reference answer. Each is replaced by the text that it stands for, between tags
+    that this text cannot close, because their name contains its hash. After the question, the judge is told that these
     texts are quotations, and how to answer. A judge can still be fooled: see ``docs/rewards.md``.
 
     Source: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena" (arXiv 2306.05685), section 3.1,
@@ -71,15 +71,16 @@ class Judge(Reward):
 
     Args:
         endpoint: The endpoint of the language model.
-        template: The question, with the placeholder ``{response}`` and others, without the form of the answer.
+        template: The question, with the placeholder ``{response}`` and possibly others. How to answer is added to it.
         scale: The lowest and the highest rating, a and b.
-        unparsed: The reward, from 0 to 1, of a response for which the judge twice did not give a rating in the right
-            form, with a warning; None to end the run.
+        unparsed: The reward, from 0 to 1, of a response if the judge twice fails to give a rating in the right form,
+            which also causes a warning; None to end the run in this case.
         weight: The factor of this reward in the score.
         name: The name of this reward in metrics and samples; None for the class's name.
 
     Raises:
-        ValueError: if the scale or ``unparsed`` is out of range, or if the template lacks a placeholder.
+        ValueError: if ``scale`` is not a lower and a higher finite number, if ``unparsed`` is not from 0 to 1, or if
+            the template lacks ``{response}``.
         UserError: in ``prepare``, if the endpoint's address or key cannot be used.
 
     >>> judge = Judge(ChatEndpoint("http://judge:8000/v1", "large", token_env="JUDGE_KEY"), scale=(1, 5))
@@ -127,8 +128,9 @@ class Judge(Reward):
         """Ask for a rating of each response, and return the ratings, scaled to [0, 1], [B].
 
         Raises:
-            UserError: if no usable answer comes after all attempts, or if the prompts lack a column that the template
-                names.
+            UserError: if the endpoint gives no usable answer after all attempts, if the judge twice fails to give a
+                rating in the right form and ``unparsed`` is None, or if a column that the template names is missing or
+                lacks a value.
         """
         low, high = self.scale
         form = f"end your answer with your rating, a number from {low:g} to {high:g}, as in [[rating]]"
@@ -141,10 +143,10 @@ class Judge(Reward):
 class PairwiseJudge(Reward):
     """A language model that compares each response with another one to the same prompt; the reward is the win rate.
 
-    The judge sees the two responses in both orders, and each time says which is the better one. The reward is 1 if this
-    is twice the response, 0 if it is twice the other one, and ½ if the judge contradicts itself. A judge that prefers
-    the first (or the second) of any two responses therefore gives ½ to all of them. A tie is not offered: a judge that
-    sees no difference chooses by the position.
+    The judge sees the two responses in both orders, and says each time which is better. The reward is 1 if it chooses
+    this response both times, 0 if it chooses the other one both times, and ½ if its two verdicts differ. A judge that
+    always prefers the first (or always the second) response therefore gives ½ to all of them. The judge cannot declare
+    a tie: one that sees no difference is expected to choose by position.
 
     The judge gives its reasons and ends its answer with ``[[A]]`` or ``[[B]]``. All else is as with `Judge`.
 
@@ -153,14 +155,14 @@ class PairwiseJudge(Reward):
     Args:
         endpoint: The endpoint of the language model.
         column: The column of the prompts with the other response: text, or a conversation.
-        template: The question, with the placeholders ``{response_a}`` and ``{response_b}`` and others.
-        unparsed: The result, from 0 to 1, of a comparison in which the judge twice did not give a verdict in the right
-            form, with a warning; None to end the run.
+        template: The question, with the placeholders ``{response_a}`` and ``{response_b}`` and possibly others.
+        unparsed: The result, from 0 to 1, of a comparison in one order if the judge twice fails to give a verdict in
+            the right form, which also causes a warning; None to end the run in this case.
         weight: The factor of this reward in the score.
         name: The name of this reward in metrics and samples; None for the class's name.
 
     Raises:
-        ValueError: if ``unparsed`` is out of range, or if the template lacks a placeholder.
+        ValueError: if ``unparsed`` is not from 0 to 1, or if the template lacks one of the two placeholders.
         UserError: in ``prepare``, if the endpoint's address or key cannot be used.
 
     >>> judge = PairwiseJudge(ChatEndpoint("http://judge:8000/v1", "large"), column="reference")
@@ -199,10 +201,12 @@ class PairwiseJudge(Reward):
         self.endpoint.client()
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """Let each response be compared in both orders, and return the win rates, 0, ½ or 1, [B].
+        """Have the judge compare each response in both orders, and return the win rates, from 0 to 1, [B].
 
         Raises:
-            UserError: if no usable answer comes after all attempts, or if the prompts lack a column.
+            UserError: if the endpoint gives no usable answer after all attempts, if the judge twice fails to give a
+                verdict in the right form and ``unparsed`` is None, or if a column that is needed is missing or lacks a
+                value.
         """
         form = "end your answer with [[A]] if response A is better, or with [[B]] if response B is"
         prompts, responses = reward_inputs.prompts, reward_inputs.responses
@@ -230,7 +234,7 @@ def rating_in(answer: str, low: float, high: float) -> float | None:
 
 
 def win_in(answer: str, letter: str) -> float | None:
-    """Return 1 if a judge's answer ends with the letter of a response, 0 if with the other one, None if with neither.
+    """Return 1 if a judge's answer ends with the letter of a response, 0 if with the other letter, None if with none.
 
     >>> win_in("Only A is right: [[A]]", "A"), win_in("[[A]]", "B"), win_in("Either [[A]] or [[C]]", "A")
     (1.0, 0.0, None)
@@ -241,7 +245,7 @@ def win_in(answer: str, letter: str) -> float | None:
 
 
 def _quoted(text: str, name: str) -> str:
-    """Return a text between tags that cannot be closed from inside, because their name has the text's hash."""
+    """Return a text between tags that cannot be closed from inside, because their name contains the text's hash."""
     tag = f"{name}-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:8]}"
     return f"<{tag}>\n{text}\n</{tag}>"
 

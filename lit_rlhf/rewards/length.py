@@ -10,8 +10,8 @@ class OverlongPenalty(Reward):
     """A reward of 0 for short responses, which falls to −1 over the last ``buffer`` tokens before the maximum length.
 
     For a response of |y| tokens it is max(−1, min(0, (L − b − |y|) / b)) with L = ``max_tokens`` and
-    b = ``buffer``. A penalty that grows with the length tells the model in time that a response becomes too long; the
-    truncation of a good response alone is noise.
+    b = ``buffer``. The penalty warns the model before a response is truncated; a low score that a good response gets
+    only because it was truncated would be noise.
 
     Source: Yu et al. 2025 (DAPO, arXiv 2503.14476), equation 13.
 
@@ -21,7 +21,7 @@ class OverlongPenalty(Reward):
         weight: The factor of this reward in the score.
 
     Raises:
-        ValueError: if buffer is not from 1 to max_tokens.
+        ValueError: if ``buffer`` is not from 1 to ``max_tokens``.
 
     >>> from lit_rlhf.rewards import make_reward_inputs
     >>> OverlongPenalty(max_tokens=2, buffer=2)(make_reward_inputs(["one token"]))
