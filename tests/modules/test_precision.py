@@ -6,6 +6,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.generation import Sampling
 from lit_rlhf.models.scoring import load_reward_model
 from lit_rlhf.modules import DPO, SFT, TRPO, PolicyGradient, RewardModeling, Update
 from lit_rlhf.rewards import RewardFunction, RewardModel
@@ -118,7 +119,12 @@ def test_half_the_bytes_give_the_same_bits(request, both, make_module, fit, tiny
 def test_dpo_gives_the_same_bits(both, fit_preferences, tiny_model):
     def train():
         module, recorder = (
-            DPO(actor=str(tiny_model("gpt2")), reference=str(tiny_model("gpt2", seed=1)), iterations=2),
+            DPO(
+                actor=str(tiny_model("gpt2")),
+                reference=str(tiny_model("gpt2", seed=1)),
+                sampling=Sampling(max_tokens=6),  # the model has few positions
+                iterations=2,
+            ),
             Recorder(),
         )
         fit_preferences(module, RANKINGS, RANKINGS, [recorder], precision="bf16-mixed")
