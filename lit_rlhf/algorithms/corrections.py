@@ -36,7 +36,7 @@ class PolicyWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Correction:
-    """What an update does about responses that were drawn from the engine's policy μ instead of the actor's, π_old.
+    """The correction of the policy loss for responses drawn from the engine's policy μ instead of the actor's, π_old.
 
     The objective's loss of token t is multiplied by a constant weight: the ratio ρₜ = π_old / μ, clipped to
     [``truncate_below``, ``truncate_above``], or 0 if the ratio is outside [``mask_below``, ``mask_above``]. The weights
