@@ -28,8 +28,8 @@ def check_settings(
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
-            critic, an estimator that compares the responses to a prompt gets only one, a critic would be trained
-            although nothing uses it, or the estimator and the correction would both weight the tokens.
+            critic, an estimator that compares the responses to a prompt gets only one response, a critic would be
+            trained although nothing uses it, or the estimator and the correction would both weight the tokens.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")

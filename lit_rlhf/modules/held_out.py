@@ -1,4 +1,4 @@
-"""What is measured of responses to held-out prompts."""
+"""Metrics of the responses to held-out prompts."""
 
 from collections.abc import Hashable, Mapping
 from functools import partial

@@ -31,7 +31,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By optimizer name: a function that makes the optimizer from parameters, and one that makes its schedule, or None."""
+"""Pairs of functions by optimizer name: one makes the optimizer from parameters, the other, or None, its schedule."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -98,7 +98,7 @@ class AlignmentModule(lightning.LightningModule):
         return hasattr(self, self.role)
 
     def setup(self, stage: str) -> None:
-        """Check what can be checked before the models are loaded; Lightning calls this method in every run.
+        """Check the settings before the models are loaded; Lightning calls this method at the start of every run.
 
         Warnings of Lightning that do not apply to these modules are hidden.
 
@@ -115,7 +115,7 @@ class AlignmentModule(lightning.LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The names of the quantized weights, which DDP need not send to the other processes, and cannot.
+        """The names of the quantized weights, which DDP need not and cannot send to the other processes.
 
         The name of this property is that of the attribute in which DDP looks for them.
         """
@@ -188,7 +188,7 @@ class AlignmentModule(lightning.LightningModule):
         self.log_step()
 
     def log_step(self) -> None:
-        """Make the loggers use the iteration as the step, in place of Lightning's, which is the number of batches."""
+        """Make the loggers use the iteration as the step; Lightning's own step would be the number of batches."""
         if self.trainer.loggers:  # Lightning takes the metric of this name for the step, and does not log it
             self.log("step", float(self.iteration), batch_size=1)
 

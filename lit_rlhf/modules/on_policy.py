@@ -124,10 +124,10 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the precision, name the rewards, and discard the reference's answers from an earlier run.
+        """Check the settings, print the names of the rewards, and discard the reference's answers from an earlier run.
 
         Raises:
-            UserError: if ``trainer.precision`` is not supported, or if an adapter is to be trained with FSDP1.
+            UserError: as listed in `AlignmentModule.setup`.
         """
         super().setup(stage)
         self.reference_answers.clear()

@@ -24,7 +24,7 @@ from lit_rlhf.types import PromptBatch, Rollout
 
 
 class Learner(Protocol):
-    """What this file uses of `OnPolicy`, besides what every module has."""
+    """The attributes of `OnPolicy` that this file uses besides those of `AlignmentModule`."""
 
     special_tokens: SpecialTokens
     shards_actor: bool

@@ -56,8 +56,9 @@ class TrustRegion:
             squared norm of the gradient.
         damping: The constant that is added to the diagonal of the Fisher matrix; a larger value moves the step towards
             the plain gradient and makes the step more robust.
-        fisher_every: The Fisher matrix is averaged over the responses to every n-th prompt: 1 uses all prompts, 4 a
-            quarter of them in a quarter of the time. The gradient, the line search and the bound use all prompts.
+        fisher_every: n, where the Fisher matrix is averaged over the responses to every n-th prompt: 1 uses all
+            prompts, 4 a quarter of them in a quarter of the time. The gradient, the line search and the bound use all
+            prompts.
         backtracks: The maximum number of steps that the line search tries.
         backtrack_ratio: The ratio of each step in the line search to the step before it, in (0, 1).
 
