@@ -18,7 +18,7 @@ HAPPY = re.compile(
 
 
 def happy_story(responses: list[str], terminated: list[bool]) -> list[float]:
-    """Count the different happy words in a story, up to 10, in tenths; half of that for a truncated story.
+    """Score a story by a tenth of its number of different happy words, at most 1; a truncated story gets half of that.
 
     Repetitions do not count, so that repeating a word does not pay.
 

@@ -72,7 +72,7 @@ def _results(function: Callable[..., Any], name: str, calls: Sequence[dict[str, 
     async def gathered() -> list[Any]:
         return await asyncio.gather(*results)
 
-    with ThreadPoolExecutor(1) as thread:  # of its own, because this one may have a running loop, as in a notebook
+    with ThreadPoolExecutor(1) as thread:  # another one, because this one may have a running loop, as in a notebook
         return thread.submit(lambda: asyncio.run(gathered())).result()
 
 
@@ -153,4 +153,4 @@ def _value(result: Any, key: str) -> Any:
 
 
 def _ignore(*values: Any) -> None:
-    """Accept what a function would log with TRL."""
+    """Accept and ignore the values that a function would log with TRL."""
