@@ -46,7 +46,7 @@ class DemonstrationEncoder:
     """
 
     prompt: str | None = None
-    context: str | None = None  # of a recognised `instruction`: its input
+    context: str | None = None  # the column of the input to a recognised `instruction`
     response: str | None = None
     max_tokens: int = 512
 
@@ -58,7 +58,7 @@ class DemonstrationEncoder:
 
     @property
     def columns(self) -> str:
-        """What the texts are made from."""
+        """The columns that the texts are made from, for a message."""
         if self.prompt is None:
             return f"texts from `{self.response or 'text'}`"
         prompts = " and ".join(f"`{name}`" for name in (self.prompt, self.context) if name)

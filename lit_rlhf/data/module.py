@@ -1,4 +1,4 @@
-"""What all data modules share: splits, loaders for the splits, and a training loader that resumes at its position."""
+"""The base of the data modules: splits, loaders for the splits, and a training loader that resumes at its position."""
 
 from abc import abstractmethod
 from collections.abc import Mapping

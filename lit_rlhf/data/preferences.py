@@ -49,7 +49,7 @@ class PreferenceEncoder:
     """
 
     prompt: str | None = None
-    context: str | None = None  # of a recognised `instruction`: its input
+    context: str | None = None  # the column of the input to a recognised `instruction`
     chosen: str = "chosen"
     rejected: str = "rejected"
     responses: str = "responses"
@@ -68,7 +68,7 @@ class PreferenceEncoder:
 
     @property
     def columns(self) -> str:
-        """What the prompts are made from."""
+        """The columns that the prompts are made from, for a message."""
         return "prompts from " + " and ".join(f"`{name}`" for name in (self.prompt or "prompt", self.context) if name)
 
     def recognised(self, record: Record, where: str) -> "PreferenceEncoder":
@@ -197,8 +197,8 @@ class Preferences(ResumableData):
     of a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
     (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
     list of further turns, with or without the turns of the prompt before them. Beside such lists, a prompt that is text
-    is the user's turn. If the records have no prompts, each response is a whole text or a whole conversation, and what
-    the responses of a record have in common at the start counts as the prompt.
+    is the user's turn. If the records have no prompts, each response is a whole text or a whole conversation, and the
+    beginning that the responses of a record share counts as the prompt.
 
     Args:
         train: The source of the pairs or rankings to learn from.

@@ -46,8 +46,8 @@ class PromptEncoder:
     """
 
     column: str | None = None
-    context: str | None = None  # of a recognised `instruction`: its input
-    answer: str | None = field(default=None, repr=False)  # the repr names the rows, which do not depend on the answers
+    context: str | None = None  # the column of the input to a recognised `instruction`
+    answer: str | None = field(default=None, repr=False)  # the repr decides the rows' name in the cache
     template: str | None = None
     chat: bool = False
     first_tokens: int | None = None
@@ -62,7 +62,7 @@ class PromptEncoder:
 
     @property
     def columns(self) -> str:
-        """What the prompts and the answers are made from."""
+        """The columns that the prompts and the answers are made from, for a message."""
         names = " and ".join(f"`{name}`" for name in (self.column or "prompt", self.context) if name)
         prompts = f"prompts from {names if self.template is None else 'data.template'}"
         return prompts + (f", answers from `{self.answer}`" if self.answer else "")
