@@ -1,4 +1,4 @@
-"""The models of an iteration as adapters on one base; by default, the reference is the actor without its new adapter."""
+"""The models of an iteration as adapters on one base; the reference is, by default, the actor without its new one."""
 
 from collections.abc import Callable
 from functools import partial
