@@ -9,7 +9,7 @@ import lightning
 
 
 class OlderRun(lightning.Callback):
-    """A callback that renames the folder of an older run, and back if the new run fails before it ends an iteration.
+    """A callback that renames the folder of an older run, and renames it back if the new run fails in iteration 1.
 
     `move_aside` renames the folder before the fit, because loggers write to the new one before any hook is called. If
     there is no older run, the ``config.yaml`` of a run that fails so early is removed, so that its folder does not
@@ -48,7 +48,7 @@ class OlderRun(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Remove the folder of a run that has done nothing, and give the older run its name again."""
+        """Remove the folder of a run that has completed no iteration, and give the older run's folder its name again."""
         if self.folder is None:
             return
         if self.aside is None:
