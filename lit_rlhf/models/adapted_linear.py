@@ -86,7 +86,7 @@ def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differenti
 
 
 def use_sums(model: nn.Module) -> None:
-    """Let peft's adapted layers with plain linear bases be `AdaptedLinear`, in place; all others stay as they are."""
+    """Turn peft's adapted layers with plain linear bases into `AdaptedLinear`, in place; all others are unchanged."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = AdaptedLinear
