@@ -48,7 +48,7 @@ class OlderRun(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Remove the folder of a run that has completed no iteration, and give the older run's folder its name again."""
+        """Remove the folder of a run that has completed no iteration, and rename the older run's folder back."""
         if self.folder is None:
             return
         if self.aside is None:
