@@ -24,7 +24,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
     """Check that a vLLM server can compute with an actor's adapter.
 
     Raises:
-        UserError: if it cannot.
+        UserError: if the server cannot compute with the adapter.
     """
     if lora.quantization is not None:
         raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
@@ -38,7 +38,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return what a server needs of an actor with an adapter: the trained weights, full, on process 0.
+    """Return the weights of an actor with an adapter that a server needs: the trained ones, in full, on process 0.
 
     All processes call this function together.
 
@@ -52,7 +52,7 @@ class ServedAdapters:
     """The adapters of a run, on process 0, and the server's base.
 
     Args:
-        context: What the engine needs to know about the run.
+        context: The properties of the run that the engine needs.
     """
 
     def __init__(self, context: EngineContext) -> None:
@@ -71,7 +71,7 @@ class ServedAdapters:
         """The maximum rank that the server must allow for.
 
         Raises:
-            UserError: if vLLM does not allow for it.
+            UserError: if vLLM does not support this rank.
         """
         layers = adapted_layers(self.actor.model)
         needed = max(sum(layer.r[name] for name in layer.lora_A) for layer in layers)
