@@ -1,4 +1,4 @@
-"""What a plan is made for: the models, the device, and the options of a run that affect memory and time."""
+"""The input of a plan: the models, the device, and the options of a run that affect memory and time."""
 
 from __future__ import annotations
 
