@@ -13,7 +13,7 @@ from lit_rlhf.report.run import Run, thinned
 from lit_rlhf.report.summary import WIN_RATE, phases
 
 MOST_ROWS = 1000
-"""The largest number of iterations, and of validations, in the report over all runs; each run may have 20 of each."""
+"""The most iterations, and the most validations, in the report over all runs; each run may have at least 20 of each."""
 SMOOTHED_FROM = 60
 """The number of iterations from which a curve is drawn pale, with its moving mean."""
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#999933", "#333333")

@@ -1,4 +1,4 @@
-"""What happened in a run, in one sentence with numbers."""
+"""A summary of a run, in one sentence with numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WAITING = "time/wait_for"
 
 
 def summarize(run: Run) -> str:
-    """Return what happened in a run: how long it took, and how its main numbers changed from the start to the end.
+    """Return a summary of a run: its duration, and its main metrics at the start and at the end.
 
     >>> rows = [{"progress/iteration": i, "train/loss": 3.0 / i} for i in (1.0, 2.0, 3.0)]
     >>> summarize(Run(name="sft", config={"model.iterations": 4}, rows=rows, samples=[]))
