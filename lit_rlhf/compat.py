@@ -83,9 +83,9 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterator[None]:
     """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
 
-    Removes from ``_forward_pre_hooks`` and ``_forward_hooks`` what belongs to the object that ``_get_fsdp_state``
-    returns, and from the module itself the ``methods`` that ``register_fsdp_forward_method`` has set; at the end of the
-    context, puts everything back in the same order.
+    Removes the hooks in ``_forward_pre_hooks`` and ``_forward_hooks`` that belong to the object that
+    ``_get_fsdp_state`` returns, and those of the ``methods`` that ``register_fsdp_forward_method`` has set on the
+    module; at the end of the context, puts everything back in the same order.
     """
     state, part = module._get_fsdp_state(), vars(module)
     hooks = [(entries, dict(entries)) for entries in (part["_forward_pre_hooks"], part["_forward_hooks"])]

@@ -22,7 +22,7 @@ INTERNAL = (
     *("AlignmentModule", "OnPolicy", "OnPolicyCallback", "PreferenceModule", "ResumableData", "LRScheduler"),
     *("Parser", "Rollouts", "SaveConfig"),
 )
-"""Classes without abstract methods that are nevertheless only bases of others, or that the command line itself uses."""
+"""Classes without abstract methods that are nevertheless only bases of others, or used by the command line alone."""
 
 GIVEN = ("params", "optimizer")
 """The first arguments of optimizers and of schedules, which are not options."""

@@ -179,7 +179,7 @@ def chosen_options(base: type, group: str, name: str) -> list[str]:
     Args:
         base: The base of the classes that can be chosen.
         group: The group, such as ``model``.
-        name: The name or the import path of the class; that of no class of lit_rlhf gives no options.
+        name: The name or the import path of the class; a class that `components` does not list has no options here.
 
     >>> import lightning
     >>> from lit_rlhf import SFT

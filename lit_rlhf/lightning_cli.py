@@ -124,13 +124,13 @@ class CLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the given command, or all commands: making the options of one takes a third of a second."""
+        """Return only the given command, if any: making the options of one takes a third of a second."""
         commands = LightningCLI.subcommands()
         return {name: skipped for name, skipped in commands.items() if [name] == self.words[:1]} or commands
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
-        self.command_parser = parser = Parser(**kwargs)  # in the end, that of a subcommand; all have the same groups
+        self.command_parser = parser = Parser(**kwargs)  # the last is that of a subcommand; all have the same groups
         parser.words = self.words
         parser.add_argument(
             "-c",

@@ -205,7 +205,7 @@ class DetachedEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Pass on the actor's current weights, without waiting for responses, and return the rollout to generate.
+        """Pass on the actor's current weights, and return the rollout that is to be generated with them.
 
         All processes call this method together; the arguments are those of `Engine.generate`.
         """
