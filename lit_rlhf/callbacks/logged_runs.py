@@ -31,7 +31,7 @@ def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
     """Log a run's configuration, except to an MLflow run that already has one.
 
-    MLflow refuses to change a configuration, which a resumed run would do: at least ``ckpt_path`` differs.
+    MLflow refuses a changed configuration, and that of a resumed run differs at least in ``ckpt_path``.
     """
     for logger in loggers:
         has_one = isinstance(logger, MLFlowLogger) and logger.experiment.get_run(str(logger.run_id)).data.params

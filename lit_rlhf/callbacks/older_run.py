@@ -9,11 +9,12 @@ import lightning
 
 
 class OlderRun(lightning.Callback):
-    """A callback that renames the folder of an older run, and renames it back if the new run fails in iteration 1.
+    """A callback that renames the folder of an older run when a new run takes its place.
 
-    `move_aside` renames the folder before the fit, because loggers write to the new one before any hook is called. If
-    there is no older run, the ``config.yaml`` of a run that fails so early is removed, so that its folder does not
-    count as that of a run.
+    If the new run fails before its first iteration is complete, the older run's folder gets its name back. `move_aside`
+    renames the folder before the fit, because loggers write to the new one before any hook is called. If there is no
+    older run, the ``config.yaml`` of a run that fails so early is removed, so that its folder does not count as that of
+    a run.
 
     >>> OlderRun().aside is None
     True

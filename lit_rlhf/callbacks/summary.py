@@ -77,7 +77,7 @@ class Summary(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Say from which checkpoint the run can be resumed, if the user has interrupted it."""
+        """Print the checkpoint from which the run can be resumed, if the user has interrupted the run."""
         if not (isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero):
             return
         saved = max((c.saved_iteration for c in _checkpoints(trainer)), default=0)

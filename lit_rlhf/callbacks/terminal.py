@@ -89,7 +89,7 @@ class View(Protocol):
         """Show a result that is not to be overwritten."""
 
     def close(self) -> None:
-        """Stop, and leave nothing behind that looks unfinished."""
+        """Stop the display, and remove the parts of it that are unfinished."""
 
 
 class Bars:

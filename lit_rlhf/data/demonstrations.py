@@ -211,7 +211,7 @@ class Demonstrations(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> DemonstrationBatch:
-        """Make a batch from a list of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (index in the global batch, row) pairs."""
         texts = [(row["tokens"], row["prompt"]) for _, row in placed]
         alone = [[i] for i in range(len(texts))]
         limit = self.encoder.max_tokens

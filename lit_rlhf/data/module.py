@@ -46,7 +46,7 @@ class ResumableData(lightning.LightningDataModule):
 
     @abstractmethod
     def collate(self, placed: list[tuple[int, Any]]) -> Any:
-        """Return a batch made from a list of (place in the global batch, row) pairs."""
+        """Return a batch made from a list of (index in the global batch, row) pairs."""
 
     @abstractmethod
     def rows_of(self, split: str, encoder: Any, records: Records, table: "datasets.Dataset") -> Rows:

@@ -302,7 +302,7 @@ class Preferences(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> PreferenceBatch:
-        """Make a batch from a list of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (index in the global batch, row) pairs."""
         rankings = [row for _, row in placed]
         responses = [tokens for ranking in rankings for tokens in ranking["tokens"]]
         tokens = torch.full((len(responses), max(map(len, responses))), int(self.tokenizer.pad_token_id))
@@ -343,5 +343,5 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
 
 
 def _begin(shared: int, whole: list[int]) -> int:
-    """Return the index where the response begins, between 1 and the last index; nothing predicts the first token."""
+    """Return the index of the response's first token, between 1 and the last index, since nothing predicts index 0."""
     return max(1, min(shared, len(whole) - 1))

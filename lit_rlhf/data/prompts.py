@@ -283,7 +283,7 @@ class Prompts(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> PromptBatch:
-        """Make a batch from a list of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (index in the global batch, row) pairs."""
         rows = [row for _, row in placed]
         names = dict.fromkeys(name for row in rows for name in row["record"])
         tokens, mask = left_pad([row["tokens"] for row in rows], self.tokenizer.pad_token_id)

@@ -147,7 +147,7 @@ def shared_prefix(*rows: list[int]) -> int:
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize texts with the tokenizer's own opening, but without an end-of-sequence token added by the tokenizer."""
+    """Tokenize texts with the tokens that the tokenizer adds at the start, but without an end-of-sequence token."""
     if not texts:
         return []
     rows: list[list[int]] = list(tokenizer(list(texts), return_attention_mask=False)["input_ids"])

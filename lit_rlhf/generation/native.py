@@ -182,7 +182,7 @@ class _Decoding:
             logits = self._admit(self._forward(new) if self.first_column else None)
 
     def _admit(self, logits: Tensor | None) -> Tensor:
-        """Prefill waiting prompts if enough rows are free; return the logits of the rows in use and of the new rows."""
+        """Prefill waiting prompts if enough rows are free; return the logits of all rows, old and new, [rows, V]."""
         n, used = self.sampling.responses, len(self.first_column)
         free = self.cache.rows - used
         count = min(len(self.prompt_lengths) - self.next_prompt, free // n)
@@ -241,7 +241,7 @@ class _Decoding:
         return new
 
     def _remove_ended(self, new: Tensor) -> Tensor:
-        """Replace rows that have ended with the last active rows; return the newest tokens of the remaining rows."""
+        """Replace ended rows with the last active rows; return the newest tokens of the remaining rows, [rows]."""
         ended = self.ended.tolist()
         remaining = len(ended) - sum(ended)
         if remaining == len(ended):

@@ -168,7 +168,7 @@ class Actor(nn.Module):
     def _compare(
         self, hidden: Tensor, targets: Tensor, other: "Actor", other_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities, entropies and the full KL to another actor, all of them twice differentiable."""
+        """Return log-probabilities, entropies and the full KL to another actor, each [N] and twice differentiable."""
         rows = chunk_rows(self.model.config.vocab_size, hidden.device, 4)  # 37 bytes for each logit under bf16-mixed
         chunks = [
             checkpoint(self._compare_chunk, *inputs, other, use_reentrant=False, preserve_rng_state=False)

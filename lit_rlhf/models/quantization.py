@@ -1,7 +1,7 @@
 """Quantized bases: the frozen weights of linear layers below adapters, in 4 or 8 bits each.
 
-transformers loads and quantizes them. Here they become layers that compute x Wᵀ with the dequantized W, the same with
-and without gradient, and for each text alone.
+transformers loads and quantizes them. Here they become layers that compute x Wᵀ with the dequantized W. The result is
+the same with and without gradient, and does not depend on the other texts of a batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The models of an iteration as adapters on one base; the reference is, by default, the actor without its new one."""
+"""The models of an iteration as adapters on one base; the reference is usually the actor without its new adapter."""
 
 from collections.abc import Callable
 from functools import partial
@@ -48,7 +48,7 @@ class AdaptedRoles:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the actor's source is an adapter that is merged into its base; no adapter then has this base."""
+        """Whether the actor's source is an adapter that is merged into its base; no other adapter then fits the base."""
         return find_adapter(self.sources.actor) is not None and not self.starts
 
     def _read(self, name: str, source: ModelSource | None, where: str) -> bool:
@@ -99,7 +99,7 @@ class AdaptedRoles:
         return ScalarModel(AdaptedTrunk(actor, [*below, "critic"]), head, adapter="critic")
 
     def build_reference(self, actor: Actor, place: Place) -> Actor:
-        """Return the reference: what the actor starts from, another adapter, the base alone, or a whole model."""
+        """Return the reference: the initial actor, another adapter of the base, the base alone, or a whole model."""
         source, temperature = self.sources.reference, self.sources.temperature
         is_base = isinstance(source, str) and same_model(source, base_of(str(self.sources.actor)))
         if source is None:

@@ -1,4 +1,4 @@
-"""From rewards to the experience that the update learns from: advantages, returns, and corrections."""
+"""The experience that the update learns from, computed from the rewards: advantages, returns, and corrections."""
 
 from dataclasses import replace
 

@@ -31,7 +31,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""Pairs of functions by optimizer name: one makes the optimizer from parameters, the other, or None, its schedule."""
+"""By optimizer name, the function that makes the optimizer from parameters, and one that makes its schedule or None."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -258,7 +258,7 @@ class AlignmentModule(lightning.LightningModule):
         self._log_held_out("test")
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Return the held-out metrics to log: their means, and what derived modules compute from the means."""
+        """Return the held-out metrics to log: their means, and the numbers that derived modules compute from them."""
         return means
 
     def _log_held_out(self, stage: str) -> None:
@@ -270,10 +270,10 @@ class AlignmentModule(lightning.LightningModule):
     def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
         """Build a model, shard it as the strategy requires, and return it on this process's device.
 
-        The host's memory holds only what belongs on the host: if a model is sharded or goes to a GPU, each process
-        reads just its own part of the model from the files. There are two exceptions, in which each process loads the
-        whole model first: FSDP1, and weights that cannot be read later (see `unread_weights`). Each process places its
-        models one after the other, so it holds at most one such whole model at a time.
+        A model that is sharded or goes to a GPU takes no memory of the host: each process reads only its own part of
+        the model from the files. There are two exceptions, in which each process loads the whole model first: FSDP1,
+        and weights that cannot be read later (see `unread_weights`). Each process places its models one after the
+        other, so it holds at most one such whole model at a time.
 
         Args:
             build: A function that loads the model with `load_model`.

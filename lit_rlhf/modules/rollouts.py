@@ -1,4 +1,4 @@
-"""The rollouts that the iterations learn from: generated when they are needed or, with `Ahead`, some time before."""
+"""The rollouts that the iterations learn from, generated when they are needed or, with `Ahead`, iterations before."""
 
 from __future__ import annotations
 

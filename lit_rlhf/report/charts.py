@@ -117,7 +117,7 @@ def theme(dark: bool) -> dict[str, Any]:
 
 
 def _window(runs: Sequence[Run]) -> int:
-    """Return by how many rows the moving mean extends to each side; 0 for short runs, which need none."""
+    """Return the number of rows by which the moving mean extends to each side; 0 for short runs, which need none."""
     longest = max((len(run.values("progress/iteration")) for run in runs), default=0)
     return min(longest, MOST_ROWS // len(runs)) // 40 if longest >= SMOOTHED_FROM else 0
 

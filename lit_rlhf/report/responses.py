@@ -1,4 +1,4 @@
-"""The responses of the report: those of ``samples.jsonl``, as many iterations of them as the page has room for."""
+"""The responses of the report, from ``samples.jsonl``: those of as many iterations as the page has room for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The reward function of the recipes, as an example for your own.
 
-A function receives by keyword those of the following that its parameters name: prompts, responses (text), terminated
-(whether a stop token ended the response), and any column of the prompts' file. It returns one number per response.
+The function receives those keyword arguments that its parameters name, among prompts, responses (text), terminated
+(whether a stop token ended the response), and all columns of the prompts' file. It returns one number per response.
 """
 
 import re

@@ -21,9 +21,9 @@ SIGNATURES = (
     "verl's f(data_source, solution_str, ground_truth, extra_info) and OpenRLHF's f(queries, prompts, labels)"
 )
 TRUTHS = ("reward_model.ground_truth", "ground_truth", "answer")
-"""Where verl's ``ground_truth`` is taken from: the first of these columns that the record has."""
+"""The columns from which verl's ``ground_truth`` is taken: the first of them that the record has."""
 LABELS = ("answer", "label")
-"""Where OpenRLHF's ``labels`` are taken from: the first of these columns that the record has."""
+"""The columns from which OpenRLHF's ``labels`` are taken: the first of them that the records have."""
 
 
 def scores_of(

@@ -193,7 +193,7 @@ def _main(work: tuple[Any, ...], port: int, path: list[str], cwd: str) -> None:
 
 
 def _nothing() -> None:
-    """Stand for a function that was not given."""
+    """Stand in for a function that was not given."""
 
 
 def _import(function: Function) -> Any:
