@@ -48,7 +48,7 @@ class AdaptedRoles:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the actor's source is an adapter that is merged into its base; no other adapter then fits the base."""
+        """Whether the actor's source is an adapter that is merged into its base; no other adapter then fits it."""
         return find_adapter(self.sources.actor) is not None and not self.starts
 
     def _read(self, name: str, source: ModelSource | None, where: str) -> bool:
