@@ -314,7 +314,7 @@ def _check_checkpoint(path: str | None, folder: Path) -> None:
     """Check that the checkpoint that ``--ckpt_path`` names exists; ``last`` and ``best`` are looked for in ``folder``.
 
     Raises:
-        UserError: if it does not exist.
+        UserError: if the checkpoint does not exist.
     """
     if path is None or path == "hpc" or str(path).startswith("registry"):
         return

@@ -115,7 +115,8 @@ class Correction:
         """Check the options of the importance weight.
 
         Raises:
-            ValueError: if there is no importance weight, but an option of it is set, or there is no mask either.
+            ValueError: if an option of the importance weight is set although there is no weight, or if there is neither
+                a weight nor a mask nor a bypass.
         """
         if not self.bypass and self.level is not None:
             return

@@ -28,8 +28,7 @@ class IterationCheckpoint(ModelCheckpoint):
     Args:
         every_n: The number of iterations between two saves of ``last.ckpt``, which is also saved at the end.
         keep_every_n: The number of iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
-        monitor: The metric of which each new best value saves ``best.ckpt``, for example ``val/score``; None for no
-            ``best.ckpt``.
+        monitor: The metric whose improvement saves ``best.ckpt``, for example ``val/score``; None for no ``best.ckpt``.
         mode: Whether the best value is the largest (``max``) or the smallest (``min``).
         dirpath: The folder of the checkpoints; None for ``checkpoints`` in the run's folder.
 

@@ -29,7 +29,7 @@ class ResumableData(lightning.LightningDataModule):
 
     Args:
         sources: The source of each split, by the split's name; None for a split without a source.
-        contents: A plural noun for what the sources hold, such as "prompts", for messages.
+        contents: A plural noun for the contents of the sources, such as "prompts", for messages.
     """
 
     encoder: Encoder

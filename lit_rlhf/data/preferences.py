@@ -209,8 +209,8 @@ class Preferences(ResumableData):
         chosen: The column of the better response of a pair.
         rejected: The column of the worse response of a pair.
         responses: The column of a ranking's responses, best first.
-        margin: The column of numbers that say by how much the better response of a pair should score higher than the
-            other. If None, no margin is used.
+        margin: The column of margins, in units of score, by which the better response of a pair should score higher
+            than the other. If None, no margin is used.
         as_pairs: Whether to split each ranking into all its pairs.
         ties: What to do with a record that has two equal responses, neither of which can be better: ``refuse`` raises
             an error, ``drop`` leaves the record out and counts it.

@@ -85,7 +85,7 @@ def draw_responses(
         client: The client of the server.
         requests: The requests, from `completion_request`.
         min_tokens: The minimum number of tokens before a stop token; 0 at temperature 0.
-        vocabulary: The number of tokens of the vocabulary.
+        vocabulary: The number of tokens in the vocabulary.
 
     Returns:
         The responses, in the order of the requests.
@@ -132,7 +132,7 @@ def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, opti
     Args:
         answer: The JSON value with which the server answered.
         request: The request, from `completion_request`.
-        vocabulary: The number of tokens of the vocabulary.
+        vocabulary: The number of tokens in the vocabulary.
         option: The name of the option that holds the server's address, for messages.
 
     Raises:

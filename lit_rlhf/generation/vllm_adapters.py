@@ -43,7 +43,7 @@ def trained_weights(actor: Actor) -> dict[str, Tensor]:
     All processes call this function together.
 
     Args:
-        actor: The actor that owns the base, or a view of it, of which the server needs nothing new.
+        actor: The actor that owns the base, or a view of it; for a view, the result is empty.
     """
     return {} if owners(actor) else full_state_dict(actor, trained_only=True)
 
@@ -108,7 +108,7 @@ def push_adapter(client: JSONClient, name: str, folder: Path) -> None:
         folder: The folder of the adapter.
 
     Raises:
-        UserError: if the server does not load it.
+        UserError: if the server does not load the adapter.
     """
     body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}  # a repeated request is not refused
     try:

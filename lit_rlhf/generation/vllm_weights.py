@@ -39,7 +39,7 @@ def check_version(client: JSONClient, version: str) -> None:
         version: The name of the weights.
 
     Raises:
-        UserError: if it has other weights.
+        UserError: if the server has other weights.
     """
     found = client.get("/weight_info")["weight_version"]
     if found != version:

@@ -233,7 +233,7 @@ def _check_head(checked: PreTrainedModel) -> None:
     """Check that the trunk and the head, applied one after the other, give the logits of the whole model.
 
     Raises:
-        UserError: if they do not.
+        UserError: if the logits differ.
     """
     model = with_weights(checked)
     was_training = model.training

@@ -69,7 +69,7 @@ def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differenti
     Args:
         shape: The shape of W, [out, in].
         rank: The rank of B A.
-        tokens: t.
+        tokens: t, the number of tokens.
         differentiates: Whether a backward pass follows.
 
     >>> sum_is_cheaper((64, 64), rank=16, tokens=1000, differentiates=True)

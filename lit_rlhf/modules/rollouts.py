@@ -216,7 +216,7 @@ def _check_prompts(rollout: Rollout, batch: PromptBatch, responses: int) -> None
     """Check that the rollout answers the prompts of the batch.
 
     Raises:
-        UserError: if it does not.
+        UserError: if the rollout answers other prompts.
     """
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device).repeat_interleave(responses)
     is_prompt = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device) < rollout.prompt_lengths[:, None]

@@ -263,7 +263,7 @@ def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     and waits until that pass has given a gradient to every trained parameter.
 
     Args:
-        loss: The loss.
+        loss: The loss, [].
         parameters: Parameters on which the loss does not depend.
 
     >>> weight, other = torch.tensor(2.0, requires_grad=True), torch.ones(3, requires_grad=True)

@@ -50,7 +50,7 @@ class TrustRegion:
     """The size of the actor's step, and the accuracy with which the step is computed.
 
     Args:
-        max_kl: δ, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
+        max_kl: δ > 0, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
         cg_iterations: The maximum number of conjugate-gradient iterations; each takes one Fisher-vector product.
         cg_tolerance: The iterations stop once the squared norm of the residual is at most this fraction of the
             squared norm of the gradient.

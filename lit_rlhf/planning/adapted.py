@@ -102,7 +102,7 @@ def _saved_config(model: PreTrainedModel, source: str) -> LoraConfig:
     """Return the options of a saved adapter; its weights are not read.
 
     Raises:
-        UserError: if they cannot be read.
+        UserError: if the options cannot be read.
     """
     from peft import PeftConfig
 

@@ -301,7 +301,7 @@ def _ask(
     second question is a reminder of the form.
 
     Raises:
-        UserError: if the endpoint gives no usable answer, or if no number is found twice and ``unparsed`` is None.
+        UserError: if the endpoint gives no usable answer, or if twice no number is found and ``unparsed`` is None.
     """
     talks: list[Conversation] = [[{"role": "user", "content": question}] for question in questions]
     answers = judge.endpoint.complete(talks)
