@@ -81,7 +81,7 @@ class PreferenceBatch:
     lengths: Tensor  # [N] int64, tokens of prompt and response
     ranking: Tensor  # [B, K] int64, rows of ``tokens``, best first; 0 where the ranking has fewer than K responses
     mask: Tensor  # [B, K] bool, False where the ranking has fewer than K responses
-    margin: Tensor | None  # [B] float32, by which the better score of a pair should exceed the worse one
+    margin: Tensor | None  # [B] float32, the amount by which a pair's better score should exceed the other
     number: Tensor  # [B] int64, the index of each ranking in its split
     prompts: Sequence[list[int]]  # B, the prompts' tokens, ready to be continued; [] for a record without a prompt
 
@@ -245,7 +245,7 @@ class Trajectory:
     values: Tensor | None = None  # [B, T], V of the state before each token; None for a baseline of 0
     bootstrap: Tensor | None = None  # [B], the value after the last token; None for 0
     group: Tensor | None = None  # [B] int64, the prompt that each row answers
-    ratios: Tensor | None = None  # [B, T], the actor's probability of each token over the engine's; None for 1
+    ratios: Tensor | None = None  # [B, T], the actor's probability of each token divided by the engine's; None for 1
 
     def __post_init__(self) -> None:
         check_shapes(rewards=self.rewards, mask=self.mask, values=self.values, ratios=self.ratios)

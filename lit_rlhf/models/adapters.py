@@ -175,8 +175,10 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     from lit_rlhf.models.adapted_linear import use_sums
 
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of GPT-2's layers, which peft recognises
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the roles before
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # about GPT-2's layers, which peft recognises
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config`"
+        )  # about the adapters of earlier roles
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
@@ -194,7 +196,7 @@ def _initialize(model: nn.Module, name: str) -> None:
         if name not in layer.lora_A:
             continue
         for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.is_meta:  # as its base
+            if part.weight.is_meta:  # like the base's weights
                 part.to_empty(device="cpu")
         layer.reset_lora_parameters(name, True)
 
