@@ -175,7 +175,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     from lit_rlhf.models.adapted_linear import use_sums
 
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # about GPT-2's layers, which peft recognises
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft recognises GPT-2
         warnings.filterwarnings(
             "ignore", message="Already found a `peft_config`"
         )  # about the adapters of earlier roles
