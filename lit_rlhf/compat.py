@@ -279,8 +279,8 @@ OPTIONS_OR_NULL = re.compile(r"Subtypes: \[<class '(lit_rlhf\.[^']+)'>, <class '
 ABSTRACT_CLASS = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
 """An abstract class; also the message about options that are given without their class."""
 
-MISSING_OPTION = re.compile(r"arguments are required: (?:\w+\.)?(\w+)")
-"""An option that is required but not given, without the subcommand before the dot."""
+MISSING_OPTION = re.compile(r"arguments are required: ([\w.]+)")
+"""An option that is required but not given, within the class that needs it or after the subcommand."""
 
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)")
 """A subcommand that does not exist, and the subcommands that do."""
