@@ -279,8 +279,8 @@ OPTIONS_OR_NULL = re.compile(r"Subtypes: \[<class '(lit_rlhf\.[^']+)'>, <class '
 ABSTRACT_CLASS = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
 """The pattern of an abstract class; also of the message about options that are given without their class."""
 
-MISSING_OPTION = re.compile(r"arguments are required: (?:\w+\.)?(\w+)")
-"""The pattern of an option that is required but not given, without the subcommand before the dot."""
+MISSING_OPTION = re.compile(r"arguments are required: ([\w.]+)")
+"""The pattern of an option that is required but not given, after the subcommand or within the class that needs it."""
 
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)")
 """The pattern of a subcommand that does not exist, and of the subcommands that do."""

@@ -43,7 +43,9 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if matched := compat.ABSTRACT_CLASS.search(message):
         return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
     if matched := compat.MISSING_OPTION.search(message):
-        return _class_expected(matched[1], " is not set")
+        if field and owner:
+            return f"{field}.{matched[1]} is not set; {owner.__name__} needs it"
+        return _class_expected(matched[1].rpartition(".")[2], " is not set")
     if matched := compat.UNKNOWN_COMMAND.search(message):
         choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
         return f"there is no command {matched[1]!r}{_nearest(matched[1], choices)}; there are: {', '.join(choices)}"
