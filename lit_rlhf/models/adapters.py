@@ -176,9 +176,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
 
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft recognises GPT-2
-        warnings.filterwarnings(
-            "ignore", message="Already found a `peft_config`"
-        )  # about the adapters of earlier roles
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # about earlier roles
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
