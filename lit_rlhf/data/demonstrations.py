@@ -68,7 +68,7 @@ class DemonstrationEncoder:
         """Return this encoder with the columns of the prompts and the responses, if no option names them.
 
         Raises:
-            UserError: if the record has no columns that are known to hold demonstrations, or several.
+            UserError: if the record has no columns that are known to hold demonstrations, or several choices of them.
 
         >>> DemonstrationEncoder().recognised({"prompt": "6 x 7?", "completion": "42"}, "record 1").columns
         'prompts from `prompt`, responses from `completion`'

@@ -71,8 +71,8 @@ class PromptEncoder:
         """Return this encoder with the columns of the prompts and the answers, if no option names them.
 
         Raises:
-            UserError: if the record has no column that is known to hold prompts, or several, or several that are known
-                to hold answers.
+            UserError: if the record has no column or several columns that are known to hold prompts, or several columns
+                that are known to hold answers.
 
         >>> PromptEncoder().recognised({"question": "6 x 7?", "ground_truth": "42"}, "record 1").columns
         'prompts from `question`, answers from `ground_truth`'

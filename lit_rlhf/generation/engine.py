@@ -25,8 +25,8 @@ class Sampling:
         min_tokens: The minimum number of tokens before a stop token may be sampled.
         temperature: The divisor of the logits; 0 selects the most likely token at each step (not for training).
         top_k: The number of most likely tokens to sample from; 0 for all tokens.
-        top_p: The minimum total probability of the tokens to sample from, which are the smallest set of most likely
-            tokens that reaches this probability; 1 for all tokens.
+        top_p: Sample from the smallest set of most likely tokens whose total probability is at least this number, in
+            (0, 1]; 1 for all tokens.
         stop: The text of each token that ends a response, in addition to the model's end-of-sequence tokens.
         responses: The number of responses for each prompt.
 

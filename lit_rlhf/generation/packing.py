@@ -75,7 +75,7 @@ def _multiply(blocks: Tensor, bias: Tensor | None, adapters: Sequence[Tensor], x
 
 
 def _adapters(layer: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Return Aᵀ [in, R] and Bᵀ [R, out] with the scaling, where R is the sum of the ranks of the selected adapters.
+    """Return Aᵀ [in, R] and the scaled Bᵀ [R, out], where R is the sum of the ranks of the selected adapters.
 
     The list is empty if none is selected.
     """

@@ -100,7 +100,7 @@ class ServedAdapters:
 
 
 def push_adapter(client: JSONClient, name: str, folder: Path) -> None:
-    """Let the server load an adapter.
+    """Make the server load an adapter.
 
     Args:
         client: The client of the server.
@@ -120,7 +120,7 @@ def push_adapter(client: JSONClient, name: str, folder: Path) -> None:
 
 
 def remove_adapter(client: JSONClient, name: str) -> None:
-    """Let the server forget an adapter.
+    """Make the server unload an adapter.
 
     Args:
         client: The client of the server.
