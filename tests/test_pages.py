@@ -6,6 +6,7 @@ tiny model, Python is executed, and what is left is listed with its reason.
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import pages
 import pytest
-import tomllib
 import yaml
 from torch.distributed.run import get_args_parser
 
@@ -208,8 +208,8 @@ def python(program, words):
     if program == "python":
         assert words[1] in OTHER_MODULES
     assert all((pages.ROOT / word).exists() for word in words if word.startswith("tests/"))
-    extras = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {extra for word in words for extra in re.findall(r"^(?:\.|lit-rlhf)\[(\w+)\]$", word)} <= extras.keys()
+    extras = importlib.metadata.metadata("lit-rlhf").get_all("Provides-Extra")
+    assert {extra for word in words for extra in re.findall(r"^(?:\.|lit-rlhf)\[(\w+)\]$", word)} <= set(extras)
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
