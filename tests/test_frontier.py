@@ -10,7 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-curves, frontier = (pytest.importorskip(name) for name in ("frontier_curves", "frontier"))
+names = "frontier_curves", "frontier", "frontier_tasks", "frontier_trl", "randomwalks"
+curves, frontier, tasks, trl, randomwalks = (pytest.importorskip(name) for name in names)
 Point = curves.Point
 
 
@@ -61,15 +62,15 @@ def test_kl_at_a_score():
 
 
 def test_the_benchmark_in_miniature(tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(frontier, "MAX_TOKENS", 8)
+    monkeypatch.setattr(tasks, "MAX_TOKENS", 8)
     monkeypatch.setattr(frontier, "HELD_OUT", 64)
     monkeypatch.setattr(frontier, "MEASUREMENTS", 1)
-    monkeypatch.setattr(frontier, "PAIRS", 128)
-    monkeypatch.setattr(frontier, "HELD_OUT_PAIRS", 32)
+    monkeypatch.setattr(tasks, "PAIRS", 128)
+    monkeypatch.setattr(tasks, "HELD_OUT_PAIRS", 32)
     reviews, measured = tmp_path / "reviews.jsonl", tmp_path / "frontier.json"
     reviews.write_text("\n".join(json.dumps({"text": f"w{i} w{i + 8} w1", "label": i % 2}) for i in range(8)))
     words = ["--stories", str(tiny_model("llama")), "--reviews", str(reviews), "--json", str(measured), "--seeds", "1"]
-    small = ["--responses", "64", "--samples", "2", "--reward-iterations", "2"]
+    small = ["--responses", "64", "--samples", "2", "--model-iterations", "2"]
     frontier.main([*words, *small, "--variants", "ppo.yaml"])
     frontier.main([*words, *small, "--variants", "ppo, full KL, decayed", "--tasks", "happy"])  # adds to the file
     results = json.loads(measured.read_text())
