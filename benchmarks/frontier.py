@@ -8,8 +8,9 @@ model before training) in nats per response, length and diversity are measured o
 frontier_tasks.py describes the tasks. With --trl-python, TRL's trainers run, too: their policies are measured in the
 same way, with the same random numbers (frontier_trl.py).
 
-*KL at equal score* compares a run with `ppo.yaml` or with a trainer of TRL, of the same seed: the lowest KL at which it
-reaches the score that the other ends with, as a fraction of the other's KL.
+*KL at the score of* another run, `ppo.yaml` or a trainer of TRL with the same seed, is the lowest KL at which a run
+reaches the score that the other ends with, as a fraction of the other's KL. The CPU seconds of TRL are those of its
+training alone; ours include loading and the measurements during the run.
 """
 
 import argparse
@@ -288,7 +289,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--reviews", type=Path, help="labelled sentences, for the task sentiment")
     parser.add_argument("--models", type=Path, help="keep the models of the tasks in this folder, and use those in it")
     parser.add_argument("--trl-python", type=Path, help="the Python of an environment with TRL (README.md)")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=["happy", "sentiment"])
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, help="default: happy and, with --reviews, sentiment")
     parser.add_argument("--variants", nargs="*", choices=(*VARIANTS, *frontier_trl.TRAINERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
@@ -299,6 +300,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="also draw the frontier to this file; needs matplotlib")
     parser.add_argument("--json", type=Path, default=Path("frontier.json"))
     arguments = parser.parse_args(words)
+    arguments.tasks = arguments.tasks or ["happy", *(["sentiment"] if arguments.reviews else [])]
     arguments.variants = arguments.variants or [*VARIANTS, *(frontier_trl.TRAINERS if arguments.trl_python else ())]
     if not arguments.table:
         needed = [name for name in arguments.variants if name in frontier_trl.TRAINERS]
