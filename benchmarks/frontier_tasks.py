@@ -92,7 +92,7 @@ def randomwalks(folder: Path, iterations: int | None = None) -> Task:
         }
         quietly(["fit", *(f"--{name}={value}" for name, value in values.items())])
     source = f"{file}:prompts"
-    return Task(str(folder / "export"), source, source, 11, function=f"{file}:optimality", rate=3e-4)
+    return Task(str(folder / "export"), source, source, 11, function=f"{file}:optimality", rate=1e-4)
 
 
 def quickstart(folder: Path, iterations: int | None = None) -> Task:
