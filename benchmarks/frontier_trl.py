@@ -37,7 +37,7 @@ TRAINERS = {
     "TRL GRPO": TRL("grpo", kl_coef=0.02, batch=128, group=8, epochs=2, minibatches=4),
     "TRL RLOO": TRL("rloo", kl_coef=0.02, batch=128, group=4, epochs=1, minibatches=1, rate_factor=3.0),
 }
-"""Groups, epochs, minibatches and the learning rates of GRPO and RLOO are those of the recipes of the same name."""
+"""KL coefficients, groups, epochs, minibatches and rates of GRPO and RLOO are those of the recipes of that name."""
 
 
 def run(task: Task, name: str, seed: int, responses: int, saves: int, held_out: int, python: Path) -> dict[str, Any]:

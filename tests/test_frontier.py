@@ -168,6 +168,27 @@ def test_the_arguments_of_trls_process(walks, tmp_path):
         assert given.truncation_penalty == (task.truncation_penalty or None)
 
 
+def test_the_table_compares_runs_with_those_of_trl():
+    def result(name, *points):
+        full = [dict.fromkeys(trl.MEASURED, 0.5) | {"kl_to_ref": kl, "score": score} for kl, score in points]
+        return {"task": "walks", "variant": name, "seed": 1, "seconds": 1.0, "start": 0.0, "scores": [], "points": full}
+
+    rival = "TRL PPO, kl 0.2"
+    runs = [result("ppo.yaml", (1.0, 1.0), (9.0, 3.0)), result("rloo.yaml", (1.0, 0.5)), result(rival, (8.0, 2.0))]
+    rows = frontier.table({"start": {"walks": [[0.0, 1.0]]}, "runs": runs}).splitlines()
+    column = [cell.strip() for cell in rows[0].split("|")].index(f"KL at the score of {rival} (seeds)")
+    cells = {cells[2].strip(): cells[column].strip() for cells in (row.split("|") for row in rows[2:])}
+    assert cells["ppo.yaml"] == "0.50 (1 of 1)"  # 2² of 8 nats
+    assert cells["rloo.yaml"] == "not reached"
+    assert cells[rival] == "1.00 (1 of 1)"
+
+
+def test_trls_trainers_need_trls_environment(capsys):
+    with pytest.raises(SystemExit):
+        frontier.main(["--tasks", "randomwalks", "--variants", "TRL GRPO"])
+    assert "--trl-python is missing: TRL GRPO needs it" in capsys.readouterr().err
+
+
 def test_the_benchmark_in_miniature(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "MAX_TOKENS", 8)
     monkeypatch.setattr(frontier, "HELD_OUT", 64)
