@@ -1,18 +1,16 @@
 """The frontier of score and KL: what best-of-n and the tilted policy reach without training, and what recipes reach.
 
-    python benchmarks/frontier.py --stories MODEL [--reviews REVIEWS.jsonl] [--seeds 3] [--jobs 1]
+    python benchmarks/frontier.py --stories MODEL [--reviews REVIEWS.jsonl] [--trl-python ENV/bin/python] [--seeds 3]
     python benchmarks/frontier.py --table [--plot frontier.png] [--json frontier.json]      # of what was measured
 
-Every variant trains a small story model on the same number of responses; a run has one thread. Score, KL to the start
-(the story model before training) in nats per response, length and diversity are measured on held-out prompts during the
-run. The tasks:
+Every variant trains a small model on the same number of responses; a run has one thread. Score, KL to the start (the
+model before training) in nats per response, length and diversity are measured on held-out prompts during the run.
+frontier_tasks.py describes the tasks. With --trl-python, TRL's trainers run, too: their policies are measured in the
+same way, with the same random numbers (frontier_trl.py).
 
-happy      the reward function `happy_story`
-sentiment  a reward model that this script trains on labelled sentences (``text``, and ``label`` 0 or 1, per line); it
-           joins them to texts of one sentiment and any length, so that the length says nothing about the sentiment
-
-*KL at equal score* compares a run with `ppo.yaml` of the same seed: the lowest KL at which it reaches the score that
-`ppo.yaml` ends with, as a fraction of the KL of `ppo.yaml`.
+*KL at the score of* another run, `ppo.yaml` or a trainer of TRL with the same seed, is the lowest KL at which a run
+reaches the score that the other ends with, as a fraction of the other's KL. The CPU seconds of TRL are those of its
+training alone; ours include loading and the measurements during the run.
 """
 
 import argparse
@@ -23,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -36,24 +33,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import lags  # noqa: E402
+import frontier_tasks  # noqa: E402
+import frontier_trl  # noqa: E402
 import lightning  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from frontier_curves import Point, best_of_n, kl_at_score, tilted  # noqa: E402
+from frontier_tasks import Task  # noqa: E402
 
-from lit_rlhf import LeaveOneOut, PolicyGradient, Prompts, RewardFunction, RewardModel, Sampling  # noqa: E402
-from lit_rlhf.cli import main as command_line  # noqa: E402
+from lit_rlhf import LeaveOneOut, PolicyGradient, Prompts, Sampling  # noqa: E402
+from lit_rlhf.references import load_reference  # noqa: E402
 
-RESPONSES, MAX_TOKENS = 3840, 64
-"""Responses in a run, and tokens in a response."""
+RESPONSES = 3840
+"""Responses in a run."""
 HELD_OUT, MEASUREMENTS = 576, 4
 """Held-out responses in a measurement, and the number of measurements during a run."""
 SAMPLES = 64
 """Responses of the start to each held-out prompt, from which the curves without training are estimated."""
-PAIRS, HELD_OUT_PAIRS = 7500, 500
-"""Pairs of texts from which the reward model learns, and with which it is tested."""
-RATE, CRITIC_RATE = 3e-4, 1e-3
+TASKS = ("happy", "sentiment", "randomwalks", "quickstart")
 STEPWISE = ("reinforce", "a2c", "rloo")
 """Recipes with one optimizer step in an iteration, which have three times the learning rate."""
 
@@ -78,58 +75,6 @@ VARIANTS = {
 }
 
 
-def held_out_prompts() -> list[dict[str, str]]:
-    """Return openings of stories to measure with; each occurs often, so that the scores are precise."""
-    return lags.fresh_story_prompts() * 4
-
-
-def train_reward_model(stories: str, reviews: Path, folder: Path, iterations: int | None = None) -> Path:
-    """Train a reward model of sentiment on pairs of texts, and return its folder."""
-    rng, texts = random.Random(1), {label: list[str]() for label in (0, 1)}
-    for line in reviews.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        texts[record["label"]].append(record["text"])
-
-    def text(label: int) -> str:
-        words = " ".join(rng.choices(texts[label], k=5)).split()
-        return " ".join(words[: rng.randint(5, 50)])
-
-    pairs = [{"chosen": text(1), "rejected": text(0)} for _ in range(PAIRS + HELD_OUT_PAIRS)]
-    train, test = folder / "pairs.jsonl", folder / "held_out_pairs.jsonl"
-    train.write_text("\n".join(map(json.dumps, pairs[:PAIRS])))
-    test.write_text("\n".join(map(json.dumps, pairs[PAIRS:])))
-    values = {
-        "config": "reward",
-        "model.reward": stories,
-        "model.optimizer.lr": 1e-3,
-        "model.iterations": iterations or "null",
-        "data.train": train,
-        "data.validation": test,
-        "trainer.default_root_dir": folder / "reward",
-        "trainer.accelerator": "cpu",
-    }
-    quietly(["fit", *(f"--{name}={value}" for name, value in values.items())])
-    return folder / "reward" / "export"
-
-
-def quietly(words: list[str]) -> None:
-    """Run a command of lit-rlhf without its output; print the output if the command fails."""
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            command_line(words)
-    except BaseException:
-        print(output.getvalue(), file=sys.stderr)
-        raise
-
-
-def rewards(model: Path | None) -> list[dict[str, Any]]:
-    """Return the rewards of a task: a reward model or, without one, the function `happy_story`."""
-    if model is None:
-        return [{"class_path": "RewardFunction", "init_args": {"function": "lit_rlhf.rewards.examples:happy_story"}}]
-    return [{"class_path": "RewardModel", "init_args": {"model": str(model), "normalize": True}}]
-
-
 class _Scores(lightning.Callback):
     """Collects the scores of held-out responses, [prompts, responses to each]."""
 
@@ -141,27 +86,19 @@ class _Scores(lightning.Callback):
         self.parts.append(outputs["scores"].view(-1, module.sampling.responses).cpu())
 
 
-def scores_of_start(stories: str, model: Path | None, samples: int) -> torch.Tensor:
+def scores_of_start(task: Task, samples: int) -> torch.Tensor:
     """Return the scores of several responses of the start to each distinct held-out prompt, [prompts, samples]."""
     torch.set_num_threads(1)
-    distinct = list({record["prompt"]: record for record in lags.fresh_story_prompts()}.values())
-    reward = RewardFunction("lit_rlhf.rewards.examples:happy_story")
+    distinct = list({record["prompt"]: record for record in load_reference(task.held_out, "prompts")()}.values())
     module = PolicyGradient(
-        actor=stories,
+        actor=task.start,
         critic=None,
-        rewards=[reward if model is None else RewardModel(str(model), normalize=True)],
-        sampling=Sampling(max_tokens=MAX_TOKENS, responses=samples),
+        rewards=[task.reward()],
+        sampling=Sampling(max_tokens=task.max_tokens, responses=samples),
         advantages=LeaveOneOut(),
     )
     collected = _Scores()
-    trainer = lightning.Trainer(
-        callbacks=[collected],
-        logger=False,
-        accelerator="cpu",
-        inference_mode=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-    )
+    trainer = frontier_trl.validator(callbacks=[collected])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder, "prompts.jsonl")
         path.write_text("\n".join(map(json.dumps, distinct)))
@@ -169,23 +106,24 @@ def scores_of_start(stories: str, model: Path | None, samples: int) -> torch.Ten
     return torch.cat(collected.parts)
 
 
-def options(variant: Variant, model: Path | None, seed: int, responses: int, folder: str, stories: str) -> list[str]:
+def options(variant: Variant, task: Task, seed: int, responses: int, folder: str) -> list[str]:
     """Return the arguments of the command line for a run."""
     text = (HERE.parent / "configs" / f"{variant.recipe}.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text)
     batch = variant.options.get("data.batch_size", config["data"]["init_args"]["batch_size"])
     batch_responses = batch * config["model"]["init_args"]["sampling"].get("responses", 1)
     iterations = max(1, responses // batch_responses)
-    rate = RATE * (3 if variant.recipe in STEPWISE else 1)
+    rate = task.rate * (3 if variant.recipe in STEPWISE else 1)
     values: dict[str, Any] = {
         "config": HERE.parent / "configs" / f"{variant.recipe}.yaml",
         "seed_everything": seed,
-        "model.actor": stories,
-        "model.rewards": json.dumps(rewards(model)),
-        "model.sampling.max_tokens": MAX_TOKENS,
+        "model.actor": task.start,
+        "model.rewards": json.dumps(task.rewards()),
+        "model.scores.truncation_penalty": task.truncation_penalty,
+        "model.sampling.max_tokens": task.max_tokens,
         "model.iterations": iterations,
-        "data.train": f"{HERE}/lags.py:story_prompts",
-        "data.validation": f"{__file__}:held_out_prompts",
+        "data.train": task.prompts,
+        "data.validation": task.held_out,
         "trainer.val_check_interval": max(1, iterations // MEASUREMENTS),
         "trainer.limit_val_batches": max(1, HELD_OUT // batch_responses),
         "trainer.check_val_every_n_epoch": "null",
@@ -201,22 +139,41 @@ def options(variant: Variant, model: Path | None, seed: int, responses: int, fol
         falling = {"start_factor": 1.0, "end_factor": 0.0, "total_iters": iterations}
         values["model.actor_scheduler"] = json.dumps({"class_path": "LinearLR", "init_args": falling})
     if config["model"]["init_args"].get("critic") is not None:
-        values["model.critic_optimizer.lr"] = CRITIC_RATE
+        values["model.critic_optimizer.lr"] = task.critic_rate
     return ["fit", *(f"--{name}={value}" for name, value in (values | variant.options).items())]
 
 
-def run(task: str, name: str, seed: int, responses: int, model: Path | None, stories: str) -> dict[str, Any]:
-    """Train, and return what was measured on held-out prompts along the run."""
+def run(task: Task, name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, and return what was measured on held-out prompts along the run, and the scores of the iterations."""
+    if name in frontier_trl.TRAINERS:
+        sizes = arguments.responses, MEASUREMENTS, HELD_OUT
+        return frontier_trl.run(task, name, seed, *sizes, arguments.trl_python)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        quietly(options(VARIANTS[name], model, seed, responses, folder, stories))
+        frontier_tasks.quietly(options(VARIANTS[name], task, seed, arguments.responses, folder))
         seconds = time.process_time() - began
         with open(Path(folder, "metrics.csv"), encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("val/score")]
-    kept = ("score", "kl_to_ref", "length", "distinct_2", "self_similarity")
-    points = [{key: float(row[f"val/{key}"]) for key in kept} for row in rows]
-    start = float(rows[0]["val/reference_score"])
-    return {"task": task, "variant": name, "seed": seed, "seconds": seconds, "start": start, "points": points}
+            rows = list(csv.DictReader(file))
+    held_out = [row for row in rows if row.get("val/score")]
+    return {
+        "seconds": seconds,
+        "start": float(held_out[0]["val/reference_score"]),
+        "scores": [float(row["objective/score"]) for row in rows if row.get("objective/score")],
+        "points": [{key: float(row[f"val/{key}"]) for key in frontier_trl.MEASURED} for row in held_out],
+    }
+
+
+def make_tasks(arguments: argparse.Namespace, folder: Path) -> dict[str, Task]:
+    """Return the tasks by name, and train the models that they need and the folder does not hold."""
+    made = {
+        "happy": lambda: frontier_tasks.happy(arguments.stories),
+        "sentiment": lambda: frontier_tasks.sentiment(
+            arguments.stories, arguments.reviews, folder / "sentiment", arguments.model_iterations
+        ),
+        "randomwalks": lambda: frontier_tasks.randomwalks(folder / "randomwalks", arguments.model_iterations),
+        "quickstart": lambda: frontier_tasks.quickstart(folder / "quickstart", arguments.model_iterations),
+    }
+    return {name: made[name]() for name in arguments.tasks}
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -224,24 +181,18 @@ def measure(arguments: argparse.Namespace) -> None:
     path: Path = arguments.json
     results = read(path)
     with tempfile.TemporaryDirectory() as folder:
-        models: dict[str, Path | None] = {}
-        if "happy" in arguments.tasks:
-            models["happy"] = None
-        if "sentiment" in arguments.tasks and arguments.reviews:
-            models["sentiment"] = train_reward_model(
-                arguments.stories, arguments.reviews, Path(folder), arguments.reward_iterations
-            )
-        for task, model in models.items():
-            if task not in results["start"]:
-                results["start"][task] = scores_of_start(arguments.stories, model, arguments.samples).tolist()
+        tasks = make_tasks(arguments, arguments.models or Path(folder))
+        for name, task in tasks.items():
+            if name not in results["start"]:
+                results["start"][name] = scores_of_start(task, arguments.samples).tolist()
                 path.write_text(json.dumps(results))
         done = {(r["task"], r["variant"], r["seed"]) for r in results["runs"]}
-        settings = itertools.product(range(1, arguments.seeds + 1), models, arguments.variants)
+        settings = itertools.product(range(1, arguments.seeds + 1), tasks, arguments.variants)
         wanted = [(task, name, seed) for seed, task, name in settings if (task, name, seed) not in done]
         with ProcessPoolExecutor(arguments.jobs) as pool:
-            asked = [pool.submit(run, *s, arguments.responses, models[s[0]], arguments.stories) for s in wanted]
-            for future in asked:
-                results["runs"].append(future.result())
+            asked = [pool.submit(run, tasks[task], name, seed, arguments) for task, name, seed in wanted]
+            for (task_name, name, seed), future in zip(wanted, asked, strict=True):
+                results["runs"].append({"task": task_name, "variant": name, "seed": seed} | future.result())
                 path.write_text(json.dumps(results))
                 print(json.dumps(results["runs"][-1]), file=sys.stderr, flush=True)
 
@@ -274,24 +225,34 @@ def curve(scores: torch.Tensor) -> list[tuple[str, Point, str]]:
 
 def table(results: dict[str, Any]) -> str:
     """Return the means over the seeds in Markdown."""
+    measured = {result["variant"] for result in results["runs"]}
+    rivals = [name for name in ("ppo.yaml", *frontier_trl.TRAINERS) if name in measured]
     heads = ["task", "policy", "score", "KL", "length", "distinct bigrams", "self-similarity", "CPU s"]
-    heads += ["KL at equal score (seeds)", "effective samples"]
+    heads += [*(f"KL at the score of {rival} (seeds)" for rival in rivals), "effective samples"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for task, scores in results["start"].items():
         for name, point, effective in curve(torch.tensor(scores)):
-            lines.append(f"| {task} | {name} | {point.score:.3f} | {point.kl:.2f} | | | | | | {effective} |")
+            cells = [task, name, f"{point.score:.3f}", f"{point.kl:.2f}", *[""] * (4 + len(rivals)), effective]
+            lines.append(f"| {' | '.join(cells)} |")
         runs = [result for result in results["runs"] if result["task"] == task]
-        rivals = {result["seed"]: result for result in runs if result["variant"] == "ppo.yaml"}
         for name in dict.fromkeys(result["variant"] for result in runs):
             found = [result for result in runs if result["variant"] == name]
             last = [result["points"][-1] for result in found]
             cells = [f"{statistics.mean(p[key] for p in last):.{digits}f}" for key, digits in DIGITS.items()]
             cells.append(f"{statistics.mean(result['seconds'] for result in found):.0f}")
-            ratios = [kl_ratio(result, rivals[result["seed"]]) for result in found if result["seed"] in rivals]
-            reached = [ratio for ratio in ratios if ratio < math.inf]
-            mean = f"{statistics.mean(reached):.2f} ({len(reached)} of {len(ratios)})" if reached else "not reached"
-            lines.append(f"| {task} | {name} | {' | '.join(cells)} | {mean} | |")
+            cells += [compared(found, [result for result in runs if result["variant"] == rival]) for rival in rivals]
+            lines.append(f"| {' | '.join([task, name, *cells, ''])} |")
     return "\n".join(lines)
+
+
+def compared(found: list[dict[str, Any]], rivals: list[dict[str, Any]]) -> str:
+    """Return the mean of `kl_ratio` over the seeds at which the rival's score is reached, and their number."""
+    of_seed = {rival["seed"]: rival for rival in rivals}
+    ratios = [kl_ratio(result, of_seed[result["seed"]]) for result in found if result["seed"] in of_seed]
+    reached = [ratio for ratio in ratios if ratio < math.inf]
+    if not reached:
+        return "not reached" if ratios else ""
+    return f"{statistics.mean(reached):.2f} ({len(reached)} of {len(ratios)})"
 
 
 DIGITS = {"score": 3, "kl_to_ref": 2, "length": 1, "distinct_2": 3, "self_similarity": 3}
@@ -324,20 +285,29 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main(words: list[str] | None = None) -> None:
     """Measure, and print the table of all that was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories", help="the folder of a small language model of stories")
+    parser.add_argument("--stories", help="the folder of a small language model of stories, for happy and sentiment")
     parser.add_argument("--reviews", type=Path, help="labelled sentences, for the task sentiment")
-    parser.add_argument("--tasks", nargs="*", default=["happy", "sentiment"])
-    parser.add_argument("--variants", nargs="*", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--models", type=Path, help="keep the models of the tasks in this folder, and use those in it")
+    parser.add_argument("--trl-python", type=Path, help="the Python of an environment with TRL (README.md)")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, help="default: happy and, with --reviews, sentiment")
+    parser.add_argument("--variants", nargs="*", choices=(*VARIANTS, *frontier_trl.TRAINERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--responses", type=int, default=RESPONSES, help="the number of responses in a run")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="responses of the start to each prompt")
-    parser.add_argument("--reward-iterations", type=int, help="the training of the reward model; default: one epoch")
+    parser.add_argument("--model-iterations", type=int, help="of each training of a task's model; for trials")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--plot", type=Path, help="also draw the frontier to this file; needs matplotlib")
     parser.add_argument("--json", type=Path, default=Path("frontier.json"))
     arguments = parser.parse_args(words)
+    arguments.tasks = arguments.tasks or ["happy", *(["sentiment"] if arguments.reviews else [])]
+    arguments.variants = arguments.variants or [*VARIANTS, *(frontier_trl.TRAINERS if arguments.trl_python else ())]
     if not arguments.table:
+        needed = [name for name in arguments.variants if name in frontier_trl.TRAINERS]
+        if needed and not arguments.trl_python:
+            parser.error(f"--trl-python is missing: {needed[0]} needs it")
+        if not arguments.stories and {"happy", "sentiment"} & set(arguments.tasks):
+            parser.error("--stories is missing: the tasks happy and sentiment need it")
         measure(arguments)
     results = read(arguments.json)
     print(table(results))
