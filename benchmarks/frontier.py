@@ -69,6 +69,9 @@ VARIANTS = {
     "ppo, decayed": Variant("ppo", {}, decays=True),
     "ppo, full KL": Variant("ppo", {"model.reference_kl.estimator": "full"}),
     "ppo, full KL, decayed": Variant("ppo", {"model.reference_kl.estimator": "full"}, decays=True),
+    "ppo, kl 0.1, full KL, decayed": Variant(
+        "ppo", {"model.kl.coef": 0.1, "model.reference_kl.estimator": "full"}, decays=True
+    ),
     "ppo, λ = 1": Variant("ppo", {"model.advantages.lam": 1.0}),
     "ppo, 1 epoch": Variant("ppo", {"model.update.epochs": 1}),
     "ppo, batches of 256": Variant("ppo", {"data.batch_size": 256}),
@@ -140,6 +143,7 @@ def options(variant: Variant, task: Task, seed: int, responses: int, folder: str
         values["model.actor_scheduler"] = json.dumps({"class_path": "LinearLR", "init_args": falling})
     if config["model"]["init_args"].get("critic") is not None:
         values["model.critic_optimizer.lr"] = task.critic_rate
+        values["model.critic"] = "actor" if task.reward_model is None else "reward"  # as TRL's
     return ["fit", *(f"--{name}={value}" for name, value in (values | variant.options).items())]
 
 
