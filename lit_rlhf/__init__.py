@@ -54,6 +54,7 @@ _PUBLIC = {
         "TrustRegion",
         "Update",
     ),
+    "modules.averaging": ("Averaging",),
     "modules.hooks": ("OnPolicyCallback",),
     "rewards": (
         "ChatEndpoint",

@@ -15,6 +15,7 @@ from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.averaging import Averaging
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
@@ -53,6 +54,8 @@ class PolicyGradient(OnPolicy):
             rewards that would have followed; if False, those count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
+        averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
+            to use the actor's last weights.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs.
         actor_optimizer: The optimizer of the actor.
         critic_optimizer: The optimizer of the critic.
@@ -93,6 +96,7 @@ class PolicyGradient(OnPolicy):
         correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
+        averaging: Averaging | None = None,
         value_grad_scale: float = 1.0,
         iterations: int | None = None,
         actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
@@ -117,6 +121,7 @@ class PolicyGradient(OnPolicy):
             correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
+            averaging=averaging,
             value_grad_scale=value_grad_scale,
             iterations=iterations,
             optimizers={

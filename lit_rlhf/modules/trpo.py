@@ -33,6 +33,7 @@ from lit_rlhf.models.adapters import AdapterView, LoRA
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.averaging import Averaging
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
@@ -133,6 +134,8 @@ class TRPO(OnPolicy):
             rewards that would have followed; if False, those count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
             is added to the actor's surrogate; micro-batches, aggregation and whitening apply to both.
+        averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
+            to use the actor's last weights.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs (max_steps counts the
             critic's steps).
         critic_optimizer: The optimizer of the critic; the actor has none.
@@ -169,6 +172,7 @@ class TRPO(OnPolicy):
         correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
+        averaging: Averaging | None = None,
         iterations: int | None = None,
         critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         critic_scheduler: LRSchedulerCallable | None = None,
@@ -194,6 +198,7 @@ class TRPO(OnPolicy):
             correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
+            averaging=averaging,
             value_grad_scale=1.0,
             iterations=iterations,
             optimizers={"value": (critic_optimizer, critic_scheduler)},

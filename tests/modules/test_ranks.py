@@ -54,6 +54,16 @@ def test_same_weights_on_several_processes(results, case, run):
     assert_same(results("ddp", 1)[case], results(*run)[case])
 
 
+@pytest.mark.parametrize("run", RUNS[:-1], ids=lambda run: f"{run[0]}-{run[1]}")
+def test_same_averages_on_several_processes(results, run):
+    """In the weights and, since validation uses them, in the held-out metrics; not under FSDP1, which refuses them."""
+    alone = results("ddp", 1)["dapo"]
+    assert_same(alone, results(*run)["dapo"])
+    averages = {name.removeprefix("averaged."): x for name, x in alone["weights"].items() if "averaged." in name}
+    assert averages.keys() == {name for name in alone["weights"] if name.startswith("actor.")}
+    assert any((x - alone["weights"][name]).abs().max() > 1e-4 for name, x in averages.items())
+
+
 def assert_same(alone, spread):
     assert spread["steps"] == alone["steps"]
     assert spread["weights"].keys() == alone["weights"].keys()
