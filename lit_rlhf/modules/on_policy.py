@@ -29,6 +29,13 @@ from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.averaging import AveragedWeights, Averaging
 from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
+from lit_rlhf.modules.dynamic_sampling import (
+    DynamicSampling,
+    counted,
+    draw_responses,
+    drop_uncounted,
+    responses_so_far,
+)
 from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.guard import Guard
@@ -74,6 +81,7 @@ class OnPolicy(AlignmentModule):
         reference: ModelSource | None,
         adapter: LoRA | None,
         sampling: Sampling,
+        dynamic_sampling: DynamicSampling | None,
         engine: Engine,
         guard: Guard,
         scores: ScoreShaping,
@@ -94,6 +102,7 @@ class OnPolicy(AlignmentModule):
         self.critic_source = critic
         self.reference_source = reference
         self.sampling = sampling
+        self.dynamic_sampling = dynamic_sampling
         self.engine = engine
         self.rollouts = Rollouts(engine, sampling, guard, partial(load_actor, actor, sampling.temperature, adapter))
         self.kl = kl
@@ -109,7 +118,7 @@ class OnPolicy(AlignmentModule):
         self.scores = Scores(rewards or [], scores)
         self.reference_answers: dict[int, tuple[Sequence[str], Tensor]] = {}  # responses and scores by held-out batch
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
-        parts = self.scores, sampling, advantages, correction
+        parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction
         check_settings(*parts, has_critic=critic is not None, bootstrap_truncated=bootstrap_truncated)
 
     @abstractmethod
@@ -188,18 +197,16 @@ class OnPolicy(AlignmentModule):
             UserError: if the engine or a reward fails, if the guard refuses the responses, or as listed in `learn`.
         """
         metrics, watch = Metrics(self.device), Stopwatch()
-        with watch.phase("generate"):
-            rollout = self.rollouts.next(self, batch, metrics)
-        call_hook(self, "on_rollout_end", rollout)
+        scored, rows = draw_responses(self, batch, metrics, watch)
         with watch.phase("judge"):
-            scored = self.judge(rollout, batch)
             trajectory = self.reward(scored)
-            experience = self.estimate(scored, trajectory, metrics)
+            experience = self.estimate(*counted(scored, trajectory, rows), metrics)
         call_hook(self, "on_rewards", scored, trajectory)
         call_hook(self, "on_advantages", experience)
         compared = self.reference if self.reference_kl.is_full and not owners(self.reference) else None
         with watch.phase("update"), self.profile("update"), unsharded(compared):
-            self.learn(self.all_ranks(experience), metrics)
+            gathered = self.all_ranks(experience)
+            self.learn(gathered if rows is None else drop_uncounted(gathered), metrics)
         self._finish(scored, trajectory, metrics, watch)
         return {"scored_rollout": scored}
 
@@ -315,7 +322,8 @@ class OnPolicy(AlignmentModule):
         self.step_schedulers()
         self.count_iteration()
         logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0
-        logged |= {"progress/iteration": float(self.iteration), "progress/responses": int(self.iteration) * responses}
+        drawn = responses_so_far(self, int(responses), logged)
+        logged |= {"progress/iteration": float(self.iteration), "progress/responses": drawn}
         self.log_iteration(logged, shown=("objective/score", "objective/kl_to_ref", "perf/tokens_per_second"))
         call_hook(self, "on_update_end", logged)
 

@@ -34,6 +34,7 @@ from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
 from lit_rlhf.modules.averaging import Averaging
+from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
@@ -121,6 +122,8 @@ class TRPO(OnPolicy):
         adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
             shared by all roles; None to train whole models.
         sampling: How responses are sampled.
+        dynamic_sampling: Whether prompts whose responses all have the same score are left out, and how often further
+            prompts are drawn in their place; None to learn from all prompts.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
@@ -162,6 +165,7 @@ class TRPO(OnPolicy):
         reference: ModelSource | None = None,
         adapter: LoRA | None = None,
         sampling: Sampling = Sampling(),
+        dynamic_sampling: DynamicSampling | None = None,
         engine: Engine = NativeEngine(),
         guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
@@ -188,6 +192,7 @@ class TRPO(OnPolicy):
             reference=reference,
             adapter=adapter,
             sampling=sampling,
+            dynamic_sampling=dynamic_sampling,
             engine=engine,
             guard=guard,
             scores=scores,

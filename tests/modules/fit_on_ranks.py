@@ -29,6 +29,7 @@ from lit_rlhf import (
     Clip,
     Correction,
     Demonstrations,
+    DynamicSampling,
     GroupNormalized,
     Guard,
     KLPenalty,
@@ -192,10 +193,11 @@ def cases(strategy, actor, reference, scorer, *adapters):
         yield (
             "dapo",
             lambda: PolicyGradient(
-                **{**common, "iterations": 2},
+                **{**common, "iterations": 2, "rewards": [LowFirstWord()]},
                 actor_optimizer=adam,
                 critic=None,
                 sampling=several,
+                dynamic_sampling=DynamicSampling(max_draws=4),
                 advantages=GroupNormalized(),
                 averaging=Averaging(decay=0.5),
                 update=Update(epochs=1, minibatches=2, max_tokens=64),
