@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.metrics import Metrics, Stopwatch
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import Experience, PromptBatch, RewardInputs, ScoredRollout, Trajectory
-
-if TYPE_CHECKING:
-    from lit_rlhf.modules.on_policy import OnPolicy
 
 Stage = TypeVar("Stage")
 
@@ -63,12 +60,12 @@ class DynamicSampling:
 
 
 def draw_responses(
-    module: OnPolicy, batch: PromptBatch, metrics: Metrics, watch: Stopwatch
+    module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch
 ) -> tuple[ScoredRollout, Tensor | None]:
     """Generate and score the responses of an iteration; all processes call this function together.
 
     Args:
-        module: The module that trains.
+        module: The module that trains, an `OnPolicy`.
         batch: The prompts of the iteration; with dynamic sampling, further ones come from the training loader.
         metrics: Receives the metrics of the engine and ``dynamic_sampling/…``.
         watch: Measures the phases ``generate`` and ``judge``.
@@ -100,9 +97,7 @@ def draw_responses(
     return scored, kept[scored.rollout.group]
 
 
-def _draw(
-    module: OnPolicy, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, first: bool = True
-) -> ScoredRollout:
+def _draw(module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, first: bool = True) -> ScoredRollout:
     with watch.phase("generate"):
         if first:
             rollout = module.rollouts.next(module, batch, metrics)
@@ -113,7 +108,7 @@ def _draw(
         return module.judge(rollout, batch)
 
 
-def _signal_of_all(module: OnPolicy, scored: ScoredRollout, size: int, first: int) -> Tensor:
+def _signal_of_all(module: Any, scored: ScoredRollout, size: int, first: int) -> Tensor:
     """Return, for the prompts of a draw of all processes, [size] bool, whether they are informative."""
     n = module.sampling.responses
     table = torch.zeros(size, device=module.device)
@@ -121,7 +116,7 @@ def _signal_of_all(module: OnPolicy, scored: ScoredRollout, size: int, first: in
     return module.sum_over_ranks(table) > 0
 
 
-def _further_prompts(module: OnPolicy) -> PromptBatch:
+def _further_prompts(module: Any) -> PromptBatch:
     loader = module.trainer.train_dataloader
     if not isinstance(loader, ResumableLoader):
         raise UserError(
@@ -199,11 +194,11 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([pad(x, (0, width - x.shape[1])) for x in tensors])
 
 
-def responses_so_far(module: OnPolicy, responses: int, metrics: Mapping[str, float]) -> int:
+def responses_so_far(module: Any, responses: int, metrics: Mapping[str, float]) -> int:
     """Return the number of responses that the run has drawn, in this and all earlier iterations.
 
     Args:
-        module: The module that trains.
+        module: The module that trains, an `OnPolicy`.
         responses: The number of responses of this iteration, over all processes.
         metrics: The metrics of this iteration.
     """

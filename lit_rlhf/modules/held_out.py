@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,15 @@ from lit_rlhf.randomness import Stream
 from lit_rlhf.rewards import Scores
 from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
-if TYPE_CHECKING:
-    from lit_rlhf.modules.on_policy import OnPolicy
-
 
 @torch.no_grad()
-def evaluate(module: OnPolicy, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
     """Score the actor's and the reference's responses to held-out prompts, and add them to the held-out metrics.
 
     The actor has its averaged weights, if they are averaged.
 
     Args:
-        module: The module, whose ``reference_answers`` keep what the reference answered earlier in the run.
+        module: An `OnPolicy`, whose ``reference_answers`` keep what the reference answered earlier in the run.
         batch: The prompts.
         batch_idx: The index of the batch; the random numbers are the same whenever it is evaluated.
 
