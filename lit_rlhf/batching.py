@@ -1,4 +1,4 @@
-"""How batches are cut (into minibatches, each process's rows, and micro-batches) and gathered from all processes."""
+"""Functions that cut batches into minibatches, each process's rows and micro-batches, or gather them from all ranks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace

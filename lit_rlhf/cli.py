@@ -35,7 +35,7 @@ commands:
   recipes      list the configurations that come with lit-rlhf; lit-rlhf recipes ppo prints one
   fit          train: lit-rlhf fit --config ppo, or --config FILE.yaml
   plan         say what fit will need: memory, FLOPs, seconds; lit-rlhf plan --config ppo --gpu h100
-  report       a page with the charts and the responses of a run: lit-rlhf report runs/ppo
+  report       write a page with the charts and the responses of a run: lit-rlhf report runs/ppo
   validate     evaluate a model on the validation data
   test         evaluate a model on the test data
   predict      write responses as JSONL

@@ -1,4 +1,4 @@
-"""What happens to the words of a command line before LightningCLI parses them."""
+"""The checks and the changes of a command line's words before LightningCLI parses them."""
 
 import re
 from collections.abc import Sequence

@@ -83,9 +83,9 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterator[None]:
     """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
 
-    Removes from ``_forward_pre_hooks`` and ``_forward_hooks`` what belongs to the object that ``_get_fsdp_state``
-    returns, and from the module itself the ``methods`` that ``register_fsdp_forward_method`` has set; at the end of the
-    context, puts everything back in the same order.
+    Removes the hooks in ``_forward_pre_hooks`` and ``_forward_hooks`` that belong to the object that
+    ``_get_fsdp_state`` returns, and those of the ``methods`` that ``register_fsdp_forward_method`` has set on the
+    module; at the end of the context, puts everything back in the same order.
     """
     state, part = module._get_fsdp_state(), vars(module)
     hooks = [(entries, dict(entries)) for entries in (part["_forward_pre_hooks"], part["_forward_hooks"])]
@@ -254,13 +254,13 @@ def option_names(parser: Any) -> list[str]:
 
 
 PARSER_KEY = re.compile(r'Parser key "([^"]+)"')
-"""The key at one level of a nested message; the keys of all levels, joined by dots, are the option's path."""
+"""The pattern of the key at one level of a nested message; the keys of all levels, joined by dots, are the option."""
 
 REFUSED_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
-"""A class whose options are refused; a message may name several such classes, the innermost last."""
+"""The pattern of a class whose options are refused; a message may name several such classes, the innermost last."""
 
 REFUSED_CALLABLE = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
-"""An optimizer or a schedule whose options are refused; the option that takes it is annotated as a callable."""
+"""The pattern of an optimizer or a schedule whose options are refused; its own option is annotated as a callable."""
 
 UNKNOWN_OPTION = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
@@ -268,36 +268,36 @@ UNKNOWN_OPTION = (
     re.compile(r"[Uu]nrecognized arguments: (?:--)?(?P<group>)(?P<name>[^\s=]+)"),
     re.compile(r"Key '(?P<group>)(?P<name>[^']+)' is not expected"),  # in older versions of jsonargparse
 )
-"""An option that does not exist, with its group if the message names the group."""
+"""The patterns of an option that does not exist, with its group if the message names the group."""
 
 UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-"""A class that does not exist."""
+"""The pattern of a class that does not exist."""
 
 OPTIONS_OR_NULL = re.compile(r"Subtypes: \[<class '(lit_rlhf\.[^']+)'>, <class 'NoneType'>\]")
-"""The dataclass of an option that accepts either this dataclass's options or null."""
+"""The pattern of the dataclass of an option that accepts either this dataclass's options or null."""
 
 ABSTRACT_CLASS = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
-"""An abstract class; also the message about options that are given without their class."""
+"""The pattern of an abstract class; also of the message about options that are given without their class."""
 
-MISSING_OPTION = re.compile(r"arguments are required: (?:\w+\.)?(\w+)")
-"""An option that is required but not given, without the subcommand before the dot."""
+MISSING_OPTION = re.compile(r"arguments are required: ([\w.]+)")
+"""The pattern of an option that is required but not given, after the subcommand or within the class that needs it."""
 
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)")
-"""A subcommand that does not exist, and the subcommands that do."""
+"""The pattern of a subcommand that does not exist, and of the subcommands that do."""
 
 CHOICE_EXPECTED = re.compile(
     r"Expected a typing\.Literal\[(.+?)\](?:\. Got value: |(?:\n.*)*?\n\s*Given value: )(.*)"  # the latter for a union
 )
-"""The choices of an option, and the value found."""
+"""The pattern of the choices of an option, and of the value found."""
 
 TYPE_EXPECTED = re.compile(r"Expected an? <class '([^']+)'>\. Got value: (.*)")
-"""The type of an option, and the value found."""
+"""The pattern of the type of an option, and of the value found."""
 
 UNION_MEMBER = re.compile(r"Expected an? <class '([^']+)'>")
-"""One of the types that a union accepts."""
+"""The pattern of one of the types that a union accepts."""
 
 GIVEN_VALUE = re.compile(r"Given value: (.+?)(?:\. Got value.*)?$", re.MULTILINE)
-"""The value that no type of a union accepts."""
+"""The pattern of a value that no type of a union accepts."""
 
 WRONG_TYPE = ("Expected", "Type typing.Callable")
 """The beginnings of a line about a value of the wrong type; the second is for an optimizer or a schedule."""
@@ -306,7 +306,7 @@ REMARK = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
     r"|Subclass types expect|a class path|a dict with|Parser key|Problem with given class_path|\(class path)"
 )
-"""The beginnings of lines that name neither the mistake nor the remedy."""
+"""The pattern of the beginnings of lines that name neither the mistake nor the remedy."""
 
 # datasets
 

@@ -16,13 +16,13 @@ PACKAGES = (
     "lightning.pytorch.strategies",
     "lightning.fabric.plugins",
 )
-"""The packages whose classes are listed; a configuration may also name a class of another one by its import path."""
+"""The packages whose classes are listed; a configuration may name a class of another package by its import path."""
 
 INTERNAL = (
     *("AlignmentModule", "OnPolicy", "OnPolicyCallback", "PreferenceModule", "ResumableData", "LRScheduler"),
     *("Parser", "Rollouts", "SaveConfig"),
 )
-"""Classes without abstract methods that are nevertheless only bases of others, or that the command line itself uses."""
+"""Classes without abstract methods that are nevertheless only bases of others, or used by the command line alone."""
 
 GIVEN = ("params", "optimizer")
 """The first arguments of optimizers and of schedules, which are not options."""
@@ -125,7 +125,7 @@ def _descriptions(component: type) -> dict[str, str]:
 
 
 def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
-    """Return the type of an annotation, which may be text; Any, if a name in it is undefined at run time."""
+    """Return the type of an annotation, which may be text; return Any if a name in it is undefined at run time."""
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):

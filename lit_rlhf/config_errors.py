@@ -43,7 +43,9 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if matched := compat.ABSTRACT_CLASS.search(message):
         return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
     if matched := compat.MISSING_OPTION.search(message):
-        return _class_expected(matched[1], " is not set")
+        if field and owner:
+            return f"{field}.{matched[1]} is not set; {owner.__name__} needs it"
+        return _class_expected(matched[1].rpartition(".")[2], " is not set")
     if matched := compat.UNKNOWN_COMMAND.search(message):
         choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
         return f"there is no command {matched[1]!r}{_nearest(matched[1], choices)}; there are: {', '.join(choices)}"
@@ -179,7 +181,7 @@ def chosen_options(base: type, group: str, name: str) -> list[str]:
     Args:
         base: The base of the classes that can be chosen.
         group: The group, such as ``model``.
-        name: The name or the import path of the class; that of no class of lit_rlhf gives no options.
+        name: The name or the import path of the class; a class that `components` does not list has no options here.
 
     >>> import lightning
     >>> from lit_rlhf import SFT

@@ -346,7 +346,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="of a run with an adapter: write a whole model instead (default folder: RUN/export_merged)",
+        help="add the trained adapter to its base, and write a whole model (default folder: RUN/export_merged)",
     )
     parser.add_argument(
         "--towards-start",

@@ -85,7 +85,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "val_files": ("data.validation",),
     "vf_coef": ("model.update.value_coef",),
 }
-"""By an option's name in another trainer, without its groups: its names here, of which each module has at most one."""
+"""The names of options here, of which each module has at most one, by their name in another trainer without groups."""
 
 
 def own_name(option: str, known: Collection[str]) -> str:

@@ -29,7 +29,7 @@ NOTICE_SECONDS = 0.2
 
 
 def check_token_env(name: str | None, option: str) -> None:
-    """Check that an option holds the name of an environment variable, and not the token that belongs into it.
+    """Check that an option holds the name of an environment variable, and not the token itself.
 
     Args:
         name: The value of the option; None for no token.
@@ -127,7 +127,7 @@ class JSONClient:
         """Return the JSON value with which the service answers a GET request, or None if the answer is empty.
 
         Args:
-            path: What follows the address of the service: nothing, or a path that begins with a slash.
+            path: The path after the address of the service, which is empty or begins with a slash.
 
         Raises:
             UserError: if no attempt succeeds, the answer reports an error or is not JSON, or the client is closed.
@@ -138,7 +138,7 @@ class JSONClient:
         """Return the JSON value with which the service answers a POST request, or None if the answer is empty.
 
         Args:
-            path: What follows the address of the service: nothing, or a path that begins with a slash.
+            path: The path after the address of the service, which is empty or begins with a slash.
             body: The JSON object to send.
 
         Raises:
@@ -159,10 +159,10 @@ class JSONClient:
         waiting are not sent any more.
 
         Args:
-            path: What follows the address of the service: nothing, or a path that begins with a slash.
+            path: The path after the address of the service, which is empty or begins with a slash.
             bodies: The JSON object of each request.
-            work: What the requests are for; shown with their progress.
-            unit: What the answers are, in the plural; also shown.
+            work: The purpose of the requests, which is shown with their progress.
+            unit: A plural noun for the answers, which is also shown.
 
         Raises:
             UserError: if one of the requests fails, for the reasons in `post`, or if the client is closed meanwhile.

@@ -64,14 +64,14 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.option_groups: dict[str, tuple[type, bool]] = {}
-        """The classes of the top-level options, and whether the option chooses one of the class's subclasses."""
+        """The class of each top-level option, and whether the option chooses one of the class's subclasses."""
         self.words: Sequence[str] = ()
         """The words of the command line."""
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
     ) -> list[str]:
-        """Add the options of a class, and keep the class."""
+        """Add the options of a class, and store the class in ``option_groups``."""
         self.option_groups[nested_key] = (lightning_class, subclass_mode)
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
@@ -124,13 +124,13 @@ class CLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the given command, or all commands: making the options of one takes a third of a second."""
+        """Return the given command, or all if none is given; adding the options of one takes a third of a second."""
         commands = LightningCLI.subcommands()
         return {name: skipped for name, skipped in commands.items() if [name] == self.words[:1]} or commands
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
-        self.command_parser = parser = Parser(**kwargs)  # in the end, that of a subcommand; all have the same groups
+        self.command_parser = parser = Parser(**kwargs)  # the last is that of a subcommand; all have the same groups
         parser.words = self.words
         parser.add_argument(
             "-c",
@@ -314,7 +314,7 @@ def _check_checkpoint(path: str | None, folder: Path) -> None:
     """Check that the checkpoint that ``--ckpt_path`` names exists; ``last`` and ``best`` are looked for in ``folder``.
 
     Raises:
-        UserError: if it does not exist.
+        UserError: if the checkpoint does not exist.
     """
     if path is None or path == "hpc" or str(path).startswith("registry"):
         return

@@ -1,4 +1,4 @@
-"""The command ``lit-rlhf plan``: what a training run will need, from its configuration alone."""
+"""The command ``lit-rlhf plan``: the memory and the time that a run will need, from its configuration alone."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Progress:
     """
 
     work: str
-    """What is done, such as ``generate``."""
+    """The name of the work, such as ``generate``."""
     done: int = 0
     total: int | None = None
     """The amount of work, in the same unit as ``done``; None if it is not known."""
@@ -46,7 +46,7 @@ def stop_listening(listener: Listener) -> None:
 
 
 def tell(work: str, done: int = 0, total: int | None = None, unit: str = "", tokens: int = 0) -> None:
-    """Report to the listeners how far a piece of work has come; the arguments are the fields of `Progress`.
+    """Report the progress of a piece of work to the listeners; the arguments are the fields of `Progress`.
 
     The numbers must already be known to the host, so that it need not wait for a GPU.
 
@@ -68,9 +68,9 @@ def track(items: Iterable[Item], work: str, unit: str, total: int | None = None)
     """Return the items, and report each one to the listeners when the next one is requested.
 
     Args:
-        items: What the work consists of.
-        work: What is done with the items.
-        unit: What the items are, in the plural.
+        items: The items that the work processes one after the other.
+        work: The name of the work, such as ``update``.
+        unit: A plural noun for the items, such as ``minibatches``.
         total: The number of items; None for the length of ``items``, if it has one.
 
     Returns:

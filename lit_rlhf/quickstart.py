@@ -41,7 +41,7 @@ LORA_LEARNING_RATES = {
     "ppo": {"actor_optimizer": 3e-4, "critic_optimizer": 5e-3},
     "dpo": {"optimizer": 3e-4},
 }
-"""By stage: the learning rates of adapters; those in ``configs/quickstart/`` are for whole models."""
+"""The learning rates of adapters, by stage; those in ``configs/quickstart/`` are for whole models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def main(args: Sequence[str]) -> None:
         "(SFT), train a reward model to predict which of two reviews people prefer, and then train the language model "
         "to write reviews that the reward model scores highly (PPO). Takes about four minutes on two cores, and needs "
         "no files, network, account or GPU. With --lora, the first half of SFT trains all weights of a base, and "
-        "everything after it is a low-rank adapter of that base.",
+        "every later stage trains a low-rank adapter of that base.",
     )
     parser.add_argument(
         "--stage", choices=("ppo", "dpo"), default="ppo", help="dpo: run DPO instead of the reward model and PPO"

@@ -86,7 +86,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def summary(recipe: str) -> str:
-    """Return what a recipe is: the first line of its file, without the comment sign.
+    """Return the description of a recipe: the first line of its file, without the comment sign.
 
     >>> summary("sft")
     'Supervised fine-tuning: the start of everything else.'

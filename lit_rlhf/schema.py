@@ -19,7 +19,7 @@ Json = dict[str, Any]
 DRAFT = "http://json-schema.org/draft-07/schema#"
 SIMPLE = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null"}
 OWN = r"^(?!(lit_rlhf|torch\.optim)\.)[A-Za-z_][\w.]*\.\w+$"
-"""The import path of a class outside lit-rlhf and ``torch.optim``, whose classes the schema lists one by one."""
+"""The pattern of import paths of classes outside lit-rlhf and ``torch.optim``; classes inside are listed one by one."""
 
 OTHERS: dict[str, Json] = {
     "seed_everything": {"type": ["integer", "boolean"], "description": "The seed of all random numbers of the run."},

@@ -54,7 +54,7 @@ class DemonstrationBatch:
 
     @property
     def lengths(self) -> Tensor:
-        """The number of tokens in each row up to the last one that is trained, [B] int64, and at least 1."""
+        """The number of tokens in each row up to the last one whose prediction is trained, at least 1; [B] int64."""
         index = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
         return torch.where(self.mask, index, 1).amax(1)
 
@@ -81,7 +81,7 @@ class PreferenceBatch:
     lengths: Tensor  # [N] int64, tokens of prompt and response
     ranking: Tensor  # [B, K] int64, rows of ``tokens``, best first; 0 where the ranking has fewer than K responses
     mask: Tensor  # [B, K] bool, False where the ranking has fewer than K responses
-    margin: Tensor | None  # [B] float32, by how much a pair's better response should outscore the other
+    margin: Tensor | None  # [B] float32, the amount by which a pair's better score should exceed the other
     number: Tensor  # [B] int64, the index of each ranking in its split
     prompts: Sequence[list[int]]  # B, the prompts' tokens, ready to be continued; [] for a record without a prompt
 
@@ -245,7 +245,7 @@ class Trajectory:
     values: Tensor | None = None  # [B, T], V of the state before each token; None for a baseline of 0
     bootstrap: Tensor | None = None  # [B], the value after the last token; None for 0
     group: Tensor | None = None  # [B] int64, the prompt that each row answers
-    ratios: Tensor | None = None  # [B, T], the actor's probability of each token over the engine's; None for 1
+    ratios: Tensor | None = None  # [B, T], the actor's probability of each token divided by the engine's; None for 1
 
     def __post_init__(self) -> None:
         check_shapes(rewards=self.rewards, mask=self.mask, values=self.values, ratios=self.ratios)

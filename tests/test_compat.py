@@ -369,7 +369,7 @@ SGD = ("fit", "--optimizer", "torch.optim.SGD")
         ("REFUSED_CALLABLE", (*SGD, "--optimizer.lrr", "1"), ["torch.optim.SGD"]),
         ("UNKNOWN_CLASS", ("fit", "--estimator", "Const"), ["Const"]),
         ("ABSTRACT_CLASS", ("fit", '--estimator={"value": 1}'), [f"{__name__}.AdvantageEstimator"]),
-        ("MISSING_OPTION", ("fit",), ["limit"]),
+        ("MISSING_OPTION", ("fit",), ["fit.limit"]),
         ("UNKNOWN_COMMAND", ("fti",), [("fti", "'fit'")]),
         ("CHOICE_EXPECTED", (*CONSTANT, "--estimator.kind", "c"), [("'a', 'b'", "c")]),
         ("TYPE_EXPECTED", ("fit", "--limit", "x"), [("int", "x")]),

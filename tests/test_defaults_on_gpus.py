@@ -32,6 +32,8 @@ def pretend(monkeypatch):
 
     def gpu(bfloat16: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        # a build of torch with CUDA would otherwise ask the driver whether the optimizer's step is being captured
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16 or including_emulation
         )

@@ -16,13 +16,17 @@ from pathlib import Path
 
 import pages
 import pytest
-import tomllib
 import yaml
 from torch.distributed.run import get_args_parser
 
 from lit_rlhf import cli, lightning_cli, plan_cli, starter
 from lit_rlhf.command_words import check_config_files, help_words
 from lit_rlhf.testing.data import prompts
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest needs there
 
 OUTPUTS = {"text": "what a run printed", "mermaid": "a drawing", "json": "records, which tests/data/test_page.py reads"}
 OTHER_PROGRAMS = {"ruff", "mypy", "mkdocs", "srun", "apt-get", "wandb"}

@@ -480,6 +480,10 @@ def test_preferences(tmp_path, tiny_model, capsys, module, record, patterns):
         (["--model", "DPO", "--model.actor", "x", "--model.label_smoothing", "0.5"], [r"label_smoothing", "0.5"]),
         (["--model", "TRPO", "--model.actor", "x", "--model.critic", "shared"], ["critic", "region"]),
         (["--model", "TRPO", "--model.actor", "x", "--model.region.max_kl", "0"], [r"region\.max_kl"]),
+        (
+            ["--model", "PolicyGradient", "--model.actor", "x", '--model.rewards=[{"class_path": "RemoteReward"}]'],
+            [r"model\.rewards\.url is not set; RemoteReward needs it"],
+        ),
     ],
 )
 def test_options_of_the_other_modules(capsys, words, patterns):

@@ -36,7 +36,7 @@ class PolicyWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Correction:
-    """What an update does about responses that were drawn from the engine's policy μ instead of the actor's, π_old.
+    """The correction of the policy loss for responses drawn from the engine's policy μ instead of the actor's, π_old.
 
     The objective's loss of token t is multiplied by a constant weight: the ratio ρₜ = π_old / μ, clipped to
     [``truncate_below``, ``truncate_above``], or 0 if the ratio is outside [``mask_below``, ``mask_above``]. The weights
@@ -115,7 +115,8 @@ class Correction:
         """Check the options of the importance weight.
 
         Raises:
-            ValueError: if there is no importance weight, but an option of it is set, or there is no mask either.
+            ValueError: if an option of the importance weight is set although there is no weight, or if there is neither
+                a weight nor a mask nor a bypass.
         """
         if not self.bypass and self.level is not None:
             return

@@ -283,7 +283,7 @@ class Clip(Objective):
 
     Args:
         eps: ε, the distance of the lower bound from 1, in (0, 1).
-        eps_high: ε_high, the distance of the upper bound from 1; None for the value of ``eps``.
+        eps_high: ε_high > 0, the distance of the upper bound from 1; None for the value of ``eps``.
         dual: c > 1, the factor of the dual clip; None for no dual clip.
         ratio: ``token``, or ``sequence`` for the length-normalised ratio of the response (see `probability_ratio`).
 

@@ -26,7 +26,7 @@ class CISPO(Objective):
 
     Args:
         eps_low: ε_low, the distance of the lower bound from 1, in (0, 1]; 1 for no lower bound.
-        eps_high: ε_high, the distance of the upper bound from 1.
+        eps_high: ε_high > 0, the distance of the upper bound from 1.
 
     Raises:
         ValueError: if a number is out of range.

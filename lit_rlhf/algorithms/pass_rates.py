@@ -1,4 +1,4 @@
-"""How often at least one of several responses to a prompt is correct, and how often the most frequent answer is."""
+"""Pass@k, how often at least one of k responses is correct, and majority@n, how often the most frequent answer is."""
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
 def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
     """Compute majority@n: whether the most frequent of the answers to a prompt is correct.
 
-    If m answers are equally the most frequent, each counts 1/m. Responses without an answer do not vote; a prompt
+    If m answers tie for the most frequent, each counts 1/m. Responses without an answer do not vote; a prompt
     without any answer counts 0.
 
     Source: Wang et al. 2023, "Self-consistency improves chain of thought reasoning in language models" (arXiv

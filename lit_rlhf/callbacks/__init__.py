@@ -1,4 +1,4 @@
-"""Callbacks: plan, checkpoints, files, loggers, report, guards and measurements of a run, changes of the layers."""
+"""Callbacks for the plan, checkpoints, files, loggers and report of a run, guards, measurements, and layer changes."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.defaults import default_callbacks

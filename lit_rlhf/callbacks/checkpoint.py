@@ -28,8 +28,7 @@ class IterationCheckpoint(ModelCheckpoint):
     Args:
         every_n: The number of iterations between two saves of ``last.ckpt``, which is also saved at the end.
         keep_every_n: The number of iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
-        monitor: The metric whose best value decides ``best.ckpt``, for example ``val/score``; None for no
-            ``best.ckpt``.
+        monitor: The metric whose improvement saves ``best.ckpt``, for example ``val/score``; None for no ``best.ckpt``.
         mode: Whether the best value is the largest (``max``) or the smallest (``min``).
         dirpath: The folder of the checkpoints; None for ``checkpoints`` in the run's folder.
 
@@ -62,7 +61,7 @@ class IterationCheckpoint(ModelCheckpoint):
         self.best: float | None = None
         self.saved_iteration = 0
         self.interrupted = False
-        self._handler: Any = None  # of Ctrl-C, while this callback handles it
+        self._handler: Any = None  # the earlier handler of Ctrl-C, while this callback handles it
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Set the folder to ``checkpoints`` in the run's folder if no folder was given."""

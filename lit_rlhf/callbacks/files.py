@@ -12,7 +12,7 @@ class TableFile:
     """A CSV file to which rows and columns can be added.
 
     Args:
-        path: The file.
+        path: The path of the file.
 
     >>> import tempfile
     >>> table = TableFile(Path(tempfile.mkdtemp()) / "metrics.csv")
@@ -64,7 +64,7 @@ class LinesFile:
     """A JSONL file to which records can be added.
 
     Args:
-        path: The file.
+        path: The path of the file.
 
     >>> import tempfile
     >>> lines = LinesFile(Path(tempfile.mkdtemp()) / "samples.jsonl")

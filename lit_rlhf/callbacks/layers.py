@@ -19,7 +19,7 @@ from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules.trpo import TRPO
 
 VARIANTS = 8
-"""The number of variants of a layer that are compiled: with and without gradient, for the first and other layers, …"""
+"""The number of variants of a layer that may be compiled, such as those with and without gradient."""
 
 
 class CompileLayers(Callback):

@@ -1,4 +1,4 @@
-"""Which runs of the loggers belong to a run, so that it continues them when it is resumed."""
+"""A record of the loggers' runs that belong to a run, so that the run continues them when it is resumed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
 
 
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
-    """Log a run's configuration, except to an MLflow run that has one.
+    """Log a run's configuration, except to an MLflow run that already has one.
 
-    MLflow refuses to change a configuration, which a resumed run would do: at least ``ckpt_path`` differs.
+    MLflow refuses a changed configuration, and that of a resumed run differs at least in ``ckpt_path``.
     """
     for logger in loggers:
         has_one = isinstance(logger, MLFlowLogger) and logger.experiment.get_run(str(logger.run_id)).data.params
@@ -41,10 +41,10 @@ def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
 
 @contextmanager
 def continued(path: Path, configs: Sequence[Any]) -> Iterator[None]:
-    """In a ``with`` block, make the configurations of loggers continue the runs that are noted in a file.
+    """Make the configurations of loggers continue the runs that are noted in a file, inside this context.
 
-    A configuration that names a run itself is left alone. At the end, the configurations are what they were, so that
-    they can be used for another run.
+    A configuration that names a run itself is left alone. At the end, the configurations are restored, so that they can
+    be used for another run.
 
     Args:
         path: The file that `note_logged` wrote; nothing happens if there is none.

@@ -1,4 +1,4 @@
-"""What the loggers get besides metrics: samples, histograms, and the exported model."""
+"""A callback that passes more than metrics to the loggers: samples, histograms, and the exported model."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class LogDetails(OnPolicyCallback):
     they have the iterations between the checkpoint and the interruption twice.
 
     Args:
-        every_n: Samples and histograms are logged in the first iteration and in every ``every_n``-th, and samples also
-            in every validation; 0 to log neither, in validations as well.
+        every_n: The number of iterations between two logs of samples and histograms, which are also logged in the first
+            iteration; samples are logged in every validation too. 0 to log no samples and histograms at all.
         model: Whether to upload the exported model or adapter to W&B at the end, as an artifact.
 
     Raises:
@@ -143,7 +143,7 @@ class LogDetails(OnPolicyCallback):
     # ------------------------------------------------------------------- the model
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Upload the exported model to W&B, if that was asked for."""
+        """Upload the exported model to W&B if ``model`` is set."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         exports = [Path(trainer.default_root_dir) / c.name for c in callbacks if isinstance(c, ExportAtEnd)]
         if not self.model or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:

@@ -9,11 +9,12 @@ import lightning
 
 
 class OlderRun(lightning.Callback):
-    """A callback that renames the folder of an older run, and back if the new run fails before it ends an iteration.
+    """A callback that renames the folder of an older run when a new run takes its place.
 
-    `move_aside` renames the folder before the fit, because loggers write to the new one before any hook is called. If
-    there is no older run, the ``config.yaml`` of a run that fails so early is removed, so that its folder does not
-    count as that of a run.
+    If the new run fails before its first iteration is complete, the older run's folder gets its name back. `move_aside`
+    renames the folder before the fit, because loggers write to the new one before any hook is called. If there is no
+    older run, the ``config.yaml`` of a run that fails so early is removed, so that its folder does not count as that of
+    a run.
 
     >>> OlderRun().aside is None
     True
@@ -48,7 +49,7 @@ class OlderRun(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Remove the folder of a run that has done nothing, and give the older run its name again."""
+        """Remove the folder of a run that has completed no iteration, and rename the older run's folder back."""
         if self.folder is None:
             return
         if self.aside is None:

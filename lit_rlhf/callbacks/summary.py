@@ -1,4 +1,4 @@
-"""A callback that says at the end of a run what was reached, where it is, and which commands come next."""
+"""A callback that prints, at the end of a run, its metrics, its files, and the commands that come next."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoi
 
 
 class Summary(lightning.Callback):
-    """A callback that prints a few lines at the end of ``fit``: what was reached, the files, and the next commands.
+    """A callback that prints a few lines at the end of ``fit``: the metrics, the files, and the next commands.
 
     Each metric is given for the first and the last iteration, and for the first and the last validation. If the
     reference has the actor's initial weights, as it has by default, the first held-out values are the reference's: its
@@ -77,7 +77,7 @@ class Summary(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Say from which checkpoint the run can be resumed, if the user has interrupted it."""
+        """Print the checkpoint from which the run can be resumed, if the user has interrupted the run."""
         if not (isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero):
             return
         saved = max((c.saved_iteration for c in _checkpoints(trainer)), default=0)
@@ -109,7 +109,7 @@ class Summary(lightning.Callback):
         return lines
 
     def files(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
-        """Return the lines on what the run has written, and on the next command."""
+        """Return the lines on the files that the run has written, and on the next commands."""
         run, callbacks = Path(trainer.default_root_dir), trainer.callbacks  # type: ignore[attr-defined]
         found = ", ".join(name for name in FILES if (run / name).exists())
         lines = [("files", f"{run}: {found}")] if found else []
@@ -156,7 +156,7 @@ def _change(name: str, first: float | None, last: dict[str, float]) -> str:
 
 
 def following(trainer: lightning.Trainer, module: AlignmentModule, export: Path) -> list[str]:
-    """Return the commands that usually follow a run; those that read its configuration only if it was saved.
+    """Return the commands that usually follow a run; if its configuration was not saved, without those that read it.
 
     Args:
         trainer: The Trainer, which has the callback that saves the configuration if the command line started the run.

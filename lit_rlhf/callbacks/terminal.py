@@ -19,14 +19,14 @@ REFRESH_PER_SECOND = 4
 QUIET_SECONDS = 1.0
 """The number of seconds after which work of unknown amount is shown, so that short work does not flicker."""
 SILENT_SECONDS = 60.0
-"""The number of seconds without a line after which a line shows how far the current work has come."""
+"""The number of seconds without a line after which a line shows the progress of the current work."""
 
 
 class Course:
-    """The state of a run: how far it has come, and what it is doing.
+    """The state of a run: the number of steps done, and the current work.
 
     Args:
-        step: What is counted, in the singular, such as ``iteration``.
+        step: A singular noun for the steps that are counted, such as ``iteration``.
         done: The number done before this process, by an earlier part of the run.
         total: The number to do; None if it is not known.
     """
@@ -58,7 +58,7 @@ class Course:
 
     @property
     def label(self) -> str:
-        """What is counted, the number done and, if it is known, the total, such as ``iteration 3/10``."""
+        """The noun for the steps, the number done and, if it is known, the total, such as ``iteration 3/10``."""
         return f"{self.step} {self.done}" + ("" if self.total is None else f"/{self.total}")
 
     def duration(self) -> str:
@@ -89,16 +89,16 @@ class View(Protocol):
         """Show a result that is not to be overwritten."""
 
     def close(self) -> None:
-        """Stop, and leave nothing behind that looks unfinished."""
+        """Stop the display, and remove the parts of it that are unfinished."""
 
 
 class Bars:
-    """Two bars at the bottom of a terminal: one for the run, and one for what it is doing.
+    """Two bars at the bottom of a terminal: one for the run, and one for its current work.
 
     A thread draws them a few times a second, so that the run itself only stores numbers.
 
     Args:
-        course: What to show.
+        course: The course to show.
         console: The terminal.
     """
 
@@ -110,7 +110,7 @@ class Bars:
         self.exits = ExitStack()
 
     def open(self) -> None:
-        """Begin to draw; what is printed meanwhile appears above the bars."""
+        """Begin to draw; text that is printed meanwhile appears above the bars."""
         self.exits.enter_context(self.live)
         self.exits.enter_context(_logging_to(sys.stderr))
 
@@ -172,7 +172,7 @@ class Lines:
     """Plain lines for a log file: for the first and the last step, and from time to time for a step in between.
 
     Args:
-        course: What to show.
+        course: The course to show.
         every: The minimum number of seconds between the lines of two steps.
     """
 
@@ -192,7 +192,7 @@ class Lines:
             self.note("  ".join([course.label, *metrics, f"{course.pace():.3g} s/{course.step}", course.duration()]))
 
     def heard(self) -> None:
-        """Print how far the current work has come if no line was printed for a minute."""
+        """Print the progress of the current work if no line was printed for a minute."""
         work = self.course.work
         if work is not None and time.monotonic() - self.last >= SILENT_SECONDS:
             self.note(f"{self.course.label}: {work.work} {amount(work)}".rstrip())
@@ -207,7 +207,7 @@ class Lines:
 
 
 def amount(progress: Progress) -> str:
-    """Return how much is done, with its unit; an empty text if the total is not known.
+    """Return the number done and the total, with their unit; an empty text if the total is not known.
 
     >>> amount(Progress("generate", 37, 64, "responses")), amount(Progress("update"))
     ('37/64 responses', '')

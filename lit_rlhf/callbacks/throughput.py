@@ -26,7 +26,7 @@ class Throughput(OnPolicyCallback):
 
     - The tokens of the iteration per second: in ``generate`` those of the responses, otherwise those of the prompts and
       the responses, each counted once, however often the update reads them.
-    - The utilisation: the FLOPs of the phase, divided by what all devices could do in its seconds at their peak rate.
+    - The utilisation: the FLOPs of the phase, divided by those that all devices could do in its time at the peak rate.
       The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts and
       responses. They include the activations that are recomputed, and assume that no target KL ends the update early.
 
@@ -92,7 +92,7 @@ class Throughput(OnPolicyCallback):
 
 
 def phase_flops(setting: Setting, rows: int, prompt_tokens: float, response_tokens: float) -> dict[str, float]:
-    """Return the FLOPs of the phases of an iteration, over all processes.
+    """Return the FLOPs of each phase of an iteration over all processes, by the phase's name.
 
     Args:
         setting: The setting of the run; its lengths and its number of rows are replaced by the other arguments.

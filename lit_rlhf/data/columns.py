@@ -113,7 +113,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def until_last_user(conversation: Conversation, where: str) -> Conversation:
-    """Return the turns up to and including the user's last, if the assistant has the last word; otherwise, all.
+    """Return the turns up to the user's last one if the assistant has the last word; otherwise, return all turns.
 
     Raises:
         UserError: if the assistant has the last word and no turn is the user's.

@@ -46,7 +46,7 @@ class DemonstrationEncoder:
     """
 
     prompt: str | None = None
-    context: str | None = None  # of a recognised `instruction`: its input
+    context: str | None = None  # the column of the input to a recognised `instruction`
     response: str | None = None
     max_tokens: int = 512
 
@@ -58,7 +58,7 @@ class DemonstrationEncoder:
 
     @property
     def columns(self) -> str:
-        """What the texts are made from."""
+        """The columns that the texts are made from, for a message."""
         if self.prompt is None:
             return f"texts from `{self.response or 'text'}`"
         prompts = " and ".join(f"`{name}`" for name in (self.prompt, self.context) if name)
@@ -68,7 +68,7 @@ class DemonstrationEncoder:
         """Return this encoder with the columns of the prompts and the responses, if no option names them.
 
         Raises:
-            UserError: if the record has no columns that are known to hold demonstrations, or several.
+            UserError: if the record has no columns that are known to hold demonstrations, or several choices of them.
 
         >>> DemonstrationEncoder().recognised({"prompt": "6 x 7?", "completion": "42"}, "record 1").columns
         'prompts from `prompt`, responses from `completion`'
@@ -211,7 +211,7 @@ class Demonstrations(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> DemonstrationBatch:
-        """Make a batch from a list of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (index in the global batch, row) pairs."""
         texts = [(row["tokens"], row["prompt"]) for _, row in placed]
         alone = [[i] for i in range(len(texts))]
         limit = self.encoder.max_tokens

@@ -42,7 +42,7 @@ class Encoder(Protocol):
 
     @property
     def columns(self) -> str:
-        """What the rows are made from, for a message, such as "prompts from `question`"."""
+        """The columns that the rows are made from, for a message, such as "prompts from `question`"."""
 
     def recognised(self, record: Record, where: str) -> "Encoder":
         """Return this encoder with the columns that its options do not name, recognised in a record of the source.

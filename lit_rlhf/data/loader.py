@@ -18,7 +18,7 @@ class Fetchable(Protocol):
 
 
 class GlobalBatches:
-    """This rank's share of each global batch, as (place in the global batch, number of the row) pairs.
+    """This rank's share of each global batch, as (index in the global batch, number of the row) pairs.
 
     Args:
         size: The number of rows.
@@ -100,7 +100,7 @@ class ResumableLoader:
 
     Args:
         records: The rows, which are read a batch at a time.
-        collate: The function that makes a batch from a list of (place in the global batch, row) pairs.
+        collate: The function that makes a batch from a list of (index in the global batch, row) pairs.
         batches: The numbers of the rows of each batch, in order.
 
     >>> import datasets

@@ -1,4 +1,4 @@
-"""What all data modules share: splits, loaders for the splits, and a training loader that resumes at its position."""
+"""The base of the data modules: splits, loaders for the splits, and a training loader that resumes at its position."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class ResumableData(lightning.LightningDataModule):
 
     Args:
         sources: The source of each split, by the split's name; None for a split without a source.
-        contents: A plural noun for what the sources hold, such as "prompts", for messages.
+        contents: A plural noun for the contents of the sources, such as "prompts", for messages.
     """
 
     encoder: Encoder
@@ -46,7 +46,7 @@ class ResumableData(lightning.LightningDataModule):
 
     @abstractmethod
     def collate(self, placed: list[tuple[int, Any]]) -> Any:
-        """Return a batch made from a list of (place in the global batch, row) pairs."""
+        """Return a batch made from a list of (index in the global batch, row) pairs."""
 
     @abstractmethod
     def rows_of(self, split: str, encoder: Any, records: Records, table: "datasets.Dataset") -> Rows:

@@ -49,7 +49,7 @@ class PreferenceEncoder:
     """
 
     prompt: str | None = None
-    context: str | None = None  # of a recognised `instruction`: its input
+    context: str | None = None  # the column of the input to a recognised `instruction`
     chosen: str = "chosen"
     rejected: str = "rejected"
     responses: str = "responses"
@@ -68,7 +68,7 @@ class PreferenceEncoder:
 
     @property
     def columns(self) -> str:
-        """What the prompts are made from."""
+        """The columns that the prompts are made from, for a message."""
         return "prompts from " + " and ".join(f"`{name}`" for name in (self.prompt or "prompt", self.context) if name)
 
     def recognised(self, record: Record, where: str) -> "PreferenceEncoder":
@@ -197,8 +197,8 @@ class Preferences(ResumableData):
     of a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
     (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
     list of further turns, with or without the turns of the prompt before them. Beside such lists, a prompt that is text
-    is the user's turn. If the records have no prompts, each response is a whole text or a whole conversation, and what
-    the responses of a record have in common at the start counts as the prompt.
+    is the user's turn. If the records have no prompts, each response is a whole text or a whole conversation, and the
+    beginning that the responses of a record share counts as the prompt.
 
     Args:
         train: The source of the pairs or rankings to learn from.
@@ -209,8 +209,8 @@ class Preferences(ResumableData):
         chosen: The column of the better response of a pair.
         rejected: The column of the worse response of a pair.
         responses: The column of a ranking's responses, best first.
-        margin: The column of numbers that say by how much the better response of a pair should score higher than the
-            other. If None, no margin is used.
+        margin: The column of margins, in units of score, by which the better response of a pair should score higher
+            than the other. If None, no margin is used.
         as_pairs: Whether to split each ranking into all its pairs.
         ties: What to do with a record that has two equal responses, neither of which can be better: ``refuse`` raises
             an error, ``drop`` leaves the record out and counts it.
@@ -302,7 +302,7 @@ class Preferences(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> PreferenceBatch:
-        """Make a batch from a list of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (index in the global batch, row) pairs."""
         rankings = [row for _, row in placed]
         responses = [tokens for ranking in rankings for tokens in ranking["tokens"]]
         tokens = torch.full((len(responses), max(map(len, responses))), int(self.tokenizer.pad_token_id))
@@ -343,5 +343,5 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
 
 
 def _begin(shared: int, whole: list[int]) -> int:
-    """Return the index where the response begins, between 1 and the last index; nothing predicts the first token."""
+    """Return the index of the response's first token, between 1 and the last index, since nothing predicts index 0."""
     return max(1, min(shared, len(whole) - 1))

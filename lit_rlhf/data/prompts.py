@@ -46,8 +46,8 @@ class PromptEncoder:
     """
 
     column: str | None = None
-    context: str | None = None  # of a recognised `instruction`: its input
-    answer: str | None = field(default=None, repr=False)  # the repr names the rows, which do not depend on the answers
+    context: str | None = None  # the column of the input to a recognised `instruction`
+    answer: str | None = field(default=None, repr=False)  # the repr decides the rows' name in the cache
     template: str | None = None
     chat: bool = False
     first_tokens: int | None = None
@@ -62,7 +62,7 @@ class PromptEncoder:
 
     @property
     def columns(self) -> str:
-        """What the prompts and the answers are made from."""
+        """The columns that the prompts and the answers are made from, for a message."""
         names = " and ".join(f"`{name}`" for name in (self.column or "prompt", self.context) if name)
         prompts = f"prompts from {names if self.template is None else 'data.template'}"
         return prompts + (f", answers from `{self.answer}`" if self.answer else "")
@@ -71,8 +71,8 @@ class PromptEncoder:
         """Return this encoder with the columns of the prompts and the answers, if no option names them.
 
         Raises:
-            UserError: if the record has no column that is known to hold prompts, or several, or several that are known
-                to hold answers.
+            UserError: if the record has no column or several columns that are known to hold prompts, or several columns
+                that are known to hold answers.
 
         >>> PromptEncoder().recognised({"question": "6 x 7?", "ground_truth": "42"}, "record 1").columns
         'prompts from `question`, answers from `ground_truth`'
@@ -283,7 +283,7 @@ class Prompts(ResumableData):
         return rows
 
     def collate(self, placed: list[tuple[int, Row]]) -> PromptBatch:
-        """Make a batch from a list of (place in the global batch, row) pairs."""
+        """Make a batch from a list of (index in the global batch, row) pairs."""
         rows = [row for _, row in placed]
         names = dict.fromkeys(name for row in rows for name in row["record"])
         tokens, mask = left_pad([row["tokens"] for row in rows], self.tokenizer.pad_token_id)

@@ -145,8 +145,8 @@ def cache_access(field: str) -> Iterator[None]:
     """Turn a failure of the cache inside this context into a one-line error; any other error passes unchanged.
 
     Raises:
-        UserError: if one was raised inside the context, even if `datasets` wrapped it in another error, or if the cache
-            cannot be written or read; in the second case, the message names the folder of the cache.
+        UserError: if a `UserError` was raised inside the context, even if `datasets` wrapped it in another error, or if
+            the cache cannot be written or read; in the second case, the message names the folder of the cache.
     """
     try:
         yield

@@ -107,9 +107,9 @@ def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]
 def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
     """Return the tokens of a prompt with a truncated response, without an end-of-sequence token at the end.
 
-    What a chat template writes after a response is left out. If that cannot be separated, because the template changes
-    the text of the response, the end-of-sequence token and what follows it are left out. The arguments are those of
-    `finished`.
+    The tokens that a chat template writes after a response are left out. If they cannot be separated, because the
+    template changes the text of the response, the last end-of-sequence token and the tokens after it are left out. The
+    arguments are those of `finished`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> unfinished(tokenizer(), "the soup was cold .", [60, 54, 68, 16, 3])
@@ -147,7 +147,7 @@ def shared_prefix(*rows: list[int]) -> int:
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize texts with the tokenizer's own opening, but without an end-of-sequence token added by the tokenizer."""
+    """Tokenize texts with the tokens that the tokenizer adds at the start, but without an end-of-sequence token."""
     if not texts:
         return []
     rows: list[list[int]] = list(tokenizer(list(texts), return_attention_mask=False)["input_ids"])

@@ -30,7 +30,7 @@ class Flight:
     """A rollout that is being generated, with the weights that draw it."""
 
     pending: PendingRollout
-    idle: Future[float]  # done when the responses are; its result is the seconds of the generators' idle time before
+    idle: Future[float]  # done when the responses are; its result is the generators' idle time before, in seconds
     weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor; empty if not kept
 
 
@@ -114,7 +114,7 @@ class Ahead(Engine):
         self.devices = devices
         self.flights: dict[int, Flight] = {}  # by the iteration that learns from the rollout
         self._context: EngineContext | None = None
-        self._unstarted = engine  # a copy of it, as it was before its start, is sent to the worker processes
+        self._unstarted = engine  # after `start`, a copy from before it, which is sent to the worker processes
         self._detached: DetachedEngine | Workers | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._threads_before: int | None = None
@@ -222,7 +222,7 @@ class Ahead(Engine):
 
     @contextmanager
     def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
-        """Inside this context, give the actor the weights that draw an iteration's responses, if they were kept."""
+        """Give the actor the weights that draw an iteration's responses, if they were kept, inside this context."""
         kept = self.flights[iteration].weights
         pairs = list(zip(map(_local, _trained(actor)), kept, strict=True)) if kept else []
         now = [weight.to("cpu", copy=True) for weight, _ in pairs]

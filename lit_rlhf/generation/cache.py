@@ -132,7 +132,7 @@ class _Layer(CacheLayerMixin):
         return self.cache.end - self.cache.start + query_length, 0
 
     def get_seq_length(self) -> Any:
-        """Return the place of the column to be written among a step's columns; a tensor if steps have a fixed shape."""
+        """Return the index, among a step's columns, of the column to write; a tensor if steps have a fixed shape."""
         return self.cache.end - self.cache.start if self.cache.column is None else self.cache.column
 
     def get_max_length(self) -> int:

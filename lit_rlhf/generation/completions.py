@@ -85,14 +85,14 @@ def draw_responses(
         client: The client of the server.
         requests: The requests, from `completion_request`.
         min_tokens: The minimum number of tokens before a stop token; 0 at temperature 0.
-        vocabulary: The number of tokens of the vocabulary.
+        vocabulary: The number of tokens in the vocabulary.
 
     Returns:
         The responses, in the order of the requests.
 
     Raises:
-        UserError: if an answer does not come or is not what a vLLM server answers, or if stop tokens are so likely that
-            a response does not reach the minimum length.
+        UserError: if an answer does not come or cannot be that of a vLLM server, or if stop tokens are so likely that a
+            response does not reach the minimum length.
     """
     responses, waiting = [Response([], []) for _ in requests], list(range(len(requests)))
     for attempt in range(1 + ATTEMPTS_PER_TOKEN * min_tokens):
@@ -132,11 +132,11 @@ def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, opti
     Args:
         answer: The JSON value with which the server answered.
         request: The request, from `completion_request`.
-        vocabulary: The number of tokens of the vocabulary.
+        vocabulary: The number of tokens in the vocabulary.
         option: The name of the option that holds the server's address, for messages.
 
     Raises:
-        UserError: if the answer is not what a vLLM server gives to such a request.
+        UserError: if the answer cannot be that of a vLLM server to this request.
 
     >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
     >>> choice = {"token_ids": [7, 1], "logprobs": {"token_logprobs": [-0.5, -2.0]}}

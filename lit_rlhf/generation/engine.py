@@ -25,8 +25,8 @@ class Sampling:
         min_tokens: The minimum number of tokens before a stop token may be sampled.
         temperature: The divisor of the logits; 0 selects the most likely token at each step (not for training).
         top_k: The number of most likely tokens to sample from; 0 for all tokens.
-        top_p: The minimum total probability of the tokens to sample from, which are the smallest set of most likely
-            tokens that reaches this probability; 1 for all tokens.
+        top_p: Sample from the smallest set of most likely tokens whose total probability is at least this number, in
+            (0, 1]; 1 for all tokens.
         stop: The text of each token that ends a response, in addition to the model's end-of-sequence tokens.
         responses: The number of responses for each prompt.
 
@@ -80,7 +80,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineContext:
-    """What an engine may need to know about the run."""
+    """The properties of a run that an engine may need."""
 
     load_actor: Callable[[], Actor]  # can be pickled; loads a copy of the run's actor, with the initial weights
     tokenizer: PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class EngineContext:
     process: int  # the index of this process among those on this machine
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
     adapter: LoRA | None = None  # the options of the actor's adapter
-    source: str = ""  # with an adapter, what the actor started from: the base, or another adapter
+    source: str = ""  # with an adapter, the source of the actor: the base, or another adapter
     rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 
 
@@ -128,11 +128,11 @@ class Engine(ABC):
         All processes call this method before the first responses are generated.
 
         Args:
-            context: What the engine may need to know about the run.
+            context: The properties of the run that the engine may need.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Release what `start` and the run acquired, such as processes; the default does nothing.
+        """Release the resources that `start` and the run acquired, such as processes; the default does nothing.
 
         The method may be called more than once, and without `start`. A closed engine can be started again.
         """
@@ -205,7 +205,7 @@ class DetachedEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Pass the actor's current weights to where the work is done, and return the rollout to generate with them.
+        """Pass on the actor's current weights, and return the rollout that is to be generated with them.
 
         All processes call this method together; the arguments are those of `Engine.generate`.
         """

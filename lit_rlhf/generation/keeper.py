@@ -15,9 +15,9 @@ import sys
 import time
 
 PATIENCE_SECONDS = 5.0
-"""The maximum time between SIGTERM, the request to end, and SIGKILL, the end by force."""
+"""The maximum number of seconds between SIGTERM, the request to end, and SIGKILL, the end by force."""
 WATCH_SECONDS = 0.5
-"""The maximum time until this program notices that its parent or the command has ended."""
+"""The maximum number of seconds until this program notices that its parent or the command has ended."""
 
 
 def keep(parent: int, folder: str, command: list[str]) -> int:

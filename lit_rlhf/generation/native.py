@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.generation.cache import RowCache
 from lit_rlhf.generation.engine import Engine, Sampling, SpecialTokens, join_responses
 from lit_rlhf.generation.packing import packed_weights
@@ -95,7 +96,8 @@ class NativeEngine(Engine):
         """Generate ``sampling.responses`` responses for each prompt, as `Engine.generate` specifies.
 
         Raises:
-            UserError: if the model caches anything besides keys and values.
+            UserError: if the model caches anything besides keys and values, or if the longest prompt and a response of
+                ``sampling.max_tokens`` tokens exceed the positions that the model has learned.
         """
         n = sampling.responses
         rows = prompts.group.repeat_interleave(n) * n + torch.arange(n, device=prompts.group.device).repeat(
@@ -145,9 +147,10 @@ class _Decoding:
         self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.next_prompt = 0  # the first prompt that has not started
-        self.sampled = 0  # the number of tokens so far, with those that rows drew after their end
+        self.sampled = 0  # the number of tokens so far, including those that rows drew after their end
         self.check_every = CHECK_ENDED_EVERY_CPU if device.type == "cpu" else CHECK_ENDED_EVERY_GPU
         self.longest_prompt = max(self.prompt_lengths)
+        _check_positions(actor, self.longest_prompt, sampling.max_tokens)
         # the maximum number of columns; a row that has ended still writes some until the next check
         self.max_columns = self.longest_prompt + sampling.max_tokens + self.check_every
         rows = len(uniforms)
@@ -182,7 +185,7 @@ class _Decoding:
             logits = self._admit(self._forward(new) if self.first_column else None)
 
     def _admit(self, logits: Tensor | None) -> Tensor:
-        """Prefill waiting prompts if enough rows are free; return the logits of the rows in use and of the new rows."""
+        """Prefill waiting prompts if enough rows are free; return the logits of all rows, old and new, [rows, V]."""
         n, used = self.sampling.responses, len(self.first_column)
         free = self.cache.rows - used
         count = min(len(self.prompt_lengths) - self.next_prompt, free // n)
@@ -241,7 +244,7 @@ class _Decoding:
         return new
 
     def _remove_ended(self, new: Tensor) -> Tensor:
-        """Replace rows that have ended with the last active rows; return the newest tokens of the remaining rows."""
+        """Replace ended rows with the last active rows; return the newest tokens of the remaining rows, [rows]."""
         ended = self.ended.tolist()
         remaining = len(ended) - sum(ended)
         if remaining == len(ended):
@@ -301,6 +304,22 @@ class _Decoding:
     def _columns(self, columns: int) -> int:
         """Limit a number of columns to the maximum, and round it up to a multiple of 8, as masks on GPUs require."""
         return -(-min(self.max_columns, columns) // 8) * 8
+
+
+def _check_positions(actor: Actor, longest_prompt: int, max_tokens: int) -> None:
+    """Check that the longest prompt and a response of the maximum length fit into learned positions, such as GPT-2's.
+
+    Raises:
+        UserError: if they need more positions than the model has learned.
+    """
+    config = actor.model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    is_rotary = getattr(config, "rope_parameters", None) is not None  # such positions are computed, without a limit
+    if positions is not None and not is_rotary and longest_prompt + max_tokens > positions:
+        raise UserError(
+            f"model.sampling.max_tokens: a prompt of {longest_prompt} tokens and a response of up to {max_tokens} need "
+            f"more than the model's {positions} positions (max_position_embeddings in its config)"
+        )
 
 
 @contextmanager

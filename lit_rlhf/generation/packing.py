@@ -13,7 +13,7 @@ from lit_rlhf.models.adapters import adapted_layers, merged_weight, selected_by,
 from lit_rlhf.models.sharding import is_sharded
 
 MOVED_BYTES = 2**20
-"""The size from which the weight below adapters is moved instead of copied; two thin products then take little time."""
+"""The size, in bytes, from which a weight below adapters is moved: the products with A and B then take little time."""
 
 
 @contextmanager
@@ -41,7 +41,10 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
 @contextmanager
 def _packed(layer: Any, linear: nn.Linear, rows: int, may_move: bool) -> Iterator[None]:
-    """Replace a layer's ``forward``, which hides that of the class, and move a large weight below adapters."""
+    """Make a layer multiply by blocks, inside this context, with a ``forward`` of its own that hides its class's.
+
+    A large weight below adapters is moved into the blocks, and moved back at the end.
+    """
     weight, dtype = linear.weight, _compute_dtype(linear.weight)
     moves = layer is not linear and may_move and _can_be_moved(layer, weight)
     with merged_weight(layer) if layer is not linear and not moves else nullcontext(weight) as used:
@@ -72,7 +75,7 @@ def _multiply(blocks: Tensor, bias: Tensor | None, adapters: Sequence[Tensor], x
 
 
 def _adapters(layer: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Return Aᵀ [in, R] and Bᵀ [R, out] with the scaling, where R is the sum of the ranks of the selected adapters.
+    """Return Aᵀ [in, R] and the scaled Bᵀ [R, out], where R is the sum of the ranks of the selected adapters.
 
     The list is empty if none is selected.
     """
@@ -109,7 +112,7 @@ def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.L
 
 
 def _can_be_moved(layer: Any, weight: Tensor) -> bool:
-    """Return whether a weight below adapters is large, is multiplied as it is, and comes back unchanged."""
+    """Return whether a weight below adapters is large, and can be multiplied and moved back without a change."""
     is_dora = any(name in layer.lora_variant for name in selected_adapters(layer))
     return weight.nbytes >= MOVED_BYTES and weight.dtype == _compute_dtype(weight) and not is_dora
 

@@ -42,7 +42,7 @@ ENDING_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What process 0 asks of the server for one rollout."""
+    """The requests of process 0 to the server for one rollout, and the weights to answer them with."""
 
     folder: Path | None  # with the weights or the adapter; None for the base of the adapters alone
     requests: list[dict[str, Any]]  # one for each response, of all processes
@@ -59,7 +59,8 @@ class VLLMEngine(DetachedEngine):
     iteration and the row.
 
     The engine does not give entropies (they are 0). Its log-probabilities equal the actor's up to rounding in float32;
-    under ``bf16-mixed``, they differ more, because the server keeps in bfloat16 what the actor keeps in float32.
+    under ``bf16-mixed``, they differ more, because the server keeps in bfloat16 numbers that the actor keeps in
+    float32.
 
     ``top_k`` and ``top_p`` are refused, because the server's log-probabilities would be those of the restricted
     distribution. With ``min_tokens``, a stop token that comes too early is drawn again; at temperature 0, the server
@@ -76,7 +77,7 @@ class VLLMEngine(DetachedEngine):
             divides each layer between several GPUs (tensor parallelism). None to let the server see all of these GPUs,
             of which it uses one, unless ``server_args`` ask for more.
         max_model_len: The maximum number of tokens in a prompt with its response, for the server that is started; None
-            for what the model and the memory allow.
+            for the maximum that the model and the memory allow.
         weights_dir: The folder in which weights are passed to the server; None for shared memory if there is room for
             them, and for the directory of temporary files otherwise. A server on another machine must see the same
             folder under the same path.
@@ -148,7 +149,7 @@ class VLLMEngine(DetachedEngine):
         self._folder: WeightsFolder | None = None
         self._adapters: ServedAdapters | None = None
         self._has_adapter = False
-        self._model: dict[str, Any] = {}  # what the server says of its model
+        self._model: dict[str, Any] = {}  # the server's description of its model
         self._run = ""
         self._pushes = count(1)
 
@@ -158,7 +159,7 @@ class VLLMEngine(DetachedEngine):
         """Start the server or connect to it, on process 0; all processes call this method together.
 
         Args:
-            context: What the engine needs to know about the run.
+            context: The properties of the run that the engine needs.
 
         Raises:
             UserError: on all processes, if the server cannot be started or reached, or is not set up for this engine.
@@ -304,13 +305,13 @@ class VLLMEngine(DetachedEngine):
         """Let the server read the weights and generate; remove the weights in any case.
 
         Args:
-            job: What to ask of the server.
+            job: The requests, and the weights to answer them with.
 
         Returns:
             The responses of each process.
 
         Raises:
-            UserError: if the server does not answer, or its answer is not what was asked for.
+            UserError: if the server does not answer, or if an answer does not fit its request.
         """
         client = self._client
         assert client is not None, "the engine is closed"

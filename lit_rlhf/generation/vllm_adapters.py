@@ -24,7 +24,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
     """Check that a vLLM server can compute with an actor's adapter.
 
     Raises:
-        UserError: if it cannot.
+        UserError: if the server cannot compute with the adapter.
     """
     if lora.quantization is not None:
         raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
@@ -38,12 +38,12 @@ def check_adapter(lora: LoRA, source: str) -> None:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return what a server needs of an actor with an adapter: the trained weights, full, on process 0.
+    """Return the weights of an actor with an adapter that a server needs: the trained ones, in full, on process 0.
 
     All processes call this function together.
 
     Args:
-        actor: The actor that owns the base, or a view of it, of which the server needs nothing new.
+        actor: The actor that owns the base, or a view of it; for a view, the result is empty.
     """
     return {} if owners(actor) else full_state_dict(actor, trained_only=True)
 
@@ -52,7 +52,7 @@ class ServedAdapters:
     """The adapters of a run, on process 0, and the server's base.
 
     Args:
-        context: What the engine needs to know about the run.
+        context: The properties of the run that the engine needs.
     """
 
     def __init__(self, context: EngineContext) -> None:
@@ -71,7 +71,7 @@ class ServedAdapters:
         """The maximum rank that the server must allow for.
 
         Raises:
-            UserError: if vLLM does not allow for it.
+            UserError: if vLLM does not support this rank.
         """
         layers = adapted_layers(self.actor.model)
         needed = max(sum(layer.r[name] for name in layer.lora_A) for layer in layers)
@@ -100,7 +100,7 @@ class ServedAdapters:
 
 
 def push_adapter(client: JSONClient, name: str, folder: Path) -> None:
-    """Let the server load an adapter.
+    """Make the server load an adapter.
 
     Args:
         client: The client of the server.
@@ -108,7 +108,7 @@ def push_adapter(client: JSONClient, name: str, folder: Path) -> None:
         folder: The folder of the adapter.
 
     Raises:
-        UserError: if the server does not load it.
+        UserError: if the server does not load the adapter.
     """
     body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}  # a repeated request is not refused
     try:
@@ -120,7 +120,7 @@ def push_adapter(client: JSONClient, name: str, folder: Path) -> None:
 
 
 def remove_adapter(client: JSONClient, name: str) -> None:
-    """Let the server forget an adapter.
+    """Make the server unload an adapter.
 
     Args:
         client: The client of the server.

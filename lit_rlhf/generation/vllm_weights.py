@@ -1,4 +1,4 @@
-"""Whole models on their way to a vLLM server."""
+"""The transfer of whole models to a vLLM server."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.http import JSONClient
 
 RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
-"""How often, at most, the server is asked to forget what it computed with older weights, and the pause in between."""
+"""The maximum number of requests to the server to empty its prefix cache, and the seconds between two of them."""
 
 
 def push_weights(client: JSONClient, version: str, folder: Path | None) -> None:
@@ -19,7 +19,7 @@ def push_weights(client: JSONClient, version: str, folder: Path | None) -> None:
         folder: The folder of the weights.
 
     Raises:
-        UserError: if the server does not read the weights, or cannot forget what it computed with older ones.
+        UserError: if the server does not read the weights, or cannot empty its prefix cache.
     """
     client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
     for _ in range(RESET_ATTEMPTS):  # fails as long as a request is active, such as one that was given up
@@ -39,7 +39,7 @@ def check_version(client: JSONClient, version: str) -> None:
         version: The name of the weights.
 
     Raises:
-        UserError: if it has other weights.
+        UserError: if the server has other weights.
     """
     found = client.get("/weight_info")["weight_version"]
     if found != version:

@@ -1,4 +1,4 @@
-"""Weights on their way to a server, in folders that exist only until the server has read them."""
+"""Folders through which weights are passed to a server, each of which exists only until the server has read it."""
 
 import glob
 import json

@@ -44,7 +44,7 @@ class Assignment:
 class Job:
     """A message to a worker: prompts to answer, and the shared memory with the weights to use."""
 
-    memory: int  # the file descriptor
+    memory: int  # the file descriptor of the shared memory
     prompts: PromptBatch
     sampling: Sampling
     special_tokens: SpecialTokens
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A worker's message to its parent: the responses, or what went wrong."""
+    """A worker's message to its parent: the responses, or the message of an error."""
 
     rollout: Rollout | None = None  # on the CPU
     error: str = ""

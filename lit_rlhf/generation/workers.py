@@ -135,7 +135,7 @@ class Workers:
         """Start the processes; they load the actor while this process continues.
 
         Args:
-            context: What the engine of each worker may need to know about the run.
+            context: The properties of the run that the engine of each worker may need.
 
         Raises:
             UserError: if a process has ended already.

@@ -168,7 +168,7 @@ class Actor(nn.Module):
     def _compare(
         self, hidden: Tensor, targets: Tensor, other: "Actor", other_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities, entropies and the full KL to another actor, all of them twice differentiable."""
+        """Return log-probabilities, entropies and the full KL to another actor, each [N] and twice differentiable."""
         rows = chunk_rows(self.model.config.vocab_size, hidden.device, 4)  # 37 bytes for each logit under bf16-mixed
         chunks = [
             checkpoint(self._compare_chunk, *inputs, other, use_reentrant=False, preserve_rng_state=False)
@@ -233,7 +233,7 @@ def _check_head(checked: PreTrainedModel) -> None:
     """Check that the trunk and the head, applied one after the other, give the logits of the whole model.
 
     Raises:
-        UserError: if they do not.
+        UserError: if the logits differ.
     """
     model = with_weights(checked)
     was_training = model.training

@@ -1,4 +1,4 @@
-"""Bases with the adapters of their roles: what a run with `LoRA` loads in place of whole models."""
+"""Bases with the adapters of their roles, which a run with `LoRA` loads in place of whole models."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ def load_adapted(
     copies: Sequence[str] = (),
     saved: Mapping[str, SavedAdapter] | None = None,
 ) -> PreTrainedModel:
-    """Load a base, frozen, with the adapters of its roles; the first trained adapter is selected.
+    """Load a frozen base with the adapters of its roles; the first trained adapter and those below it are selected.
 
     Args:
         source: A folder or a hub id, of a whole model or of an adapter, which is then stacked or merged.
@@ -60,7 +60,7 @@ def load_adapted(
         raise UserError(
             f"{field}: DoRA cannot be combined with another adapter; first merge {source} (lit-rlhf export --merge)"
         )
-    with weights_at_once() if lora.dora else nullcontext():  # which starts from the norms of the base's weights
+    with weights_at_once() if lora.dora else nullcontext():  # DoRA starts from the norms of the weights
         model = load_model(base_of(source) if starts else source, "causal", field, lora.quantization)
     config = lora.config(model)
     for number, name in enumerate((*trained, *copies)):

@@ -69,7 +69,7 @@ def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differenti
     Args:
         shape: The shape of W, [out, in].
         rank: The rank of B A.
-        tokens: t.
+        tokens: t, the number of tokens.
         differentiates: Whether a backward pass follows.
 
     >>> sum_is_cheaper((64, 64), rank=16, tokens=1000, differentiates=True)
@@ -86,7 +86,7 @@ def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differenti
 
 
 def use_sums(model: nn.Module) -> None:
-    """Let peft's adapted layers with plain linear bases be `AdaptedLinear`, in place; all others stay as they are."""
+    """Turn peft's adapted layers with plain linear bases into `AdaptedLinear`, in place; all others are unchanged."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = AdaptedLinear

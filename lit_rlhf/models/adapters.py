@@ -43,13 +43,13 @@ class LoRA:
 
     Args:
         rank: The rank r of B A (``r`` in peft).
-        alpha: The scaling of B A is alpha / rank (``lora_alpha`` in peft); None for twice the rank, a scaling of 2.
+        alpha: The numerator of the scaling alpha / rank (``lora_alpha`` in peft); None for twice the rank.
         target_modules: The linear layers to adapt: ``all-linear`` for all except the head, or the last parts of their
             names, such as ``[q_proj, v_proj]``.
         rslora: Whether the scaling is alpha / √rank, which keeps the size of the updates independent of the rank.
         dora: Whether the norm of each row of the adapted weight is trained as well, as a separate vector.
-        chained: What happens to an adapter that the model to train already is: ``stacked`` keeps it as a frozen
-            adapter below the new one, and ``merged`` adds it to the base's weights.
+        chained: The treatment of a source that is itself an adapter: ``stacked`` keeps it as a frozen adapter below the
+            new one, and ``merged`` adds it to the base's weights.
         quantization: The format of the base's frozen weights W, except the head and the embeddings: ``nf4`` for 4 bits
             (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An
             exported adapter has the same form in any case, but works best with the base on which it was trained.
@@ -115,7 +115,7 @@ class LoRA:
 
 
 def import_peft() -> None:
-    """Import peft, which makes a tensor while it is imported, on the CPU, whatever the default device is."""
+    """Import peft with the CPU as the default device, because peft makes a tensor while it is imported."""
     with torch.device("cpu"):
         import peft  # noqa: F401
 
@@ -165,7 +165,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
         model: The model, which may have other adapters, and whose weights may not have been read yet.
         name: The adapter's name.
         config: Its options, whose target modules are names.
-        number: Selects other random numbers for the initial weights, for adapters of the same run.
+        number: The number of the adapter in the run, which decides the random numbers of its initial weights.
 
     Raises:
         UserError: if peft cannot adapt one of the layers.
@@ -175,8 +175,8 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     from lit_rlhf.models.adapted_linear import use_sums
 
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of GPT-2's layers, which peft recognises
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the roles before
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft recognises GPT-2
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # about earlier roles
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
@@ -194,7 +194,7 @@ def _initialize(model: nn.Module, name: str) -> None:
         if name not in layer.lora_A:
             continue
         for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.is_meta:  # as its base
+            if part.weight.is_meta:  # like the base's weights
                 part.to_empty(device="cpu")
         layer.reset_lora_parameters(name, True)
 
@@ -214,7 +214,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 
 class Owner(Protocol):
-    """What a view uses of the model that owns the base: an `Actor`."""
+    """The attributes of the model that owns the base, an `Actor`, that a view uses."""
 
     model: Any
 
@@ -252,7 +252,7 @@ class AdaptedTrunk(nn.Module):
             return self.owner.run_trunk(**inputs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the base's embedding."""
+        """Return the base's input embedding."""
         return self.owner.model.get_input_embeddings()
 
 
@@ -303,7 +303,7 @@ class AdapterView(nn.Module):
         return self.base.get_output_embeddings()
 
     def get_input_embeddings(self) -> Any:
-        """Return the base's embedding."""
+        """Return the base's input embedding."""
         return self.base.get_input_embeddings()
 
 

@@ -10,9 +10,9 @@ CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**27
 """The number of logits in a chunk: few enough for a CPU's cache, and many for a GPU.
 
 For each chunk, autocast casts the head's weights, and the backward pass adds to their whole gradient in float32. With a
-model of 8 billion parameters and a vocabulary of 152,000, this takes an H100 as long as the matrix products of some 500
-rows, by calculation; 2²⁷ logits are 883 rows. The backward pass needs 10 bytes for each logit under bf16-mixed, and 14
-if the temperature is not 1: up to 1.9 GB.
+model of 8 billion parameters and a vocabulary of 152,000, an H100 needs as long for this, by calculation, as for the
+matrix products of about 500 rows; 2²⁷ logits are 883 rows. The backward pass needs 10 bytes for each logit under
+bf16-mixed, and 14 if the temperature is not 1: up to 1.9 GB.
 """
 LEAST_ROWS = 64
 """The minimum number of tokens in a chunk, below which reading the head's weights would dominate."""

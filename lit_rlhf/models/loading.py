@@ -110,8 +110,8 @@ def load_model(
         source: A folder, a hub id, or a configuration for random weights.
         task: ``causal`` for a language model, ``score`` for a sequence classifier with one label.
         field: The name of the configuration field, for error messages.
-        quantization: How to quantize the linear layers, of a folder or a hub id with a whole model; None to leave them
-            as they are.
+        quantization: The format to which the linear layers of a whole model from a folder or the hub are quantized;
+            None to leave them as they are.
 
     Raises:
         UserError: if the model, or the tokenizer that random weights need, cannot be loaded, if a sequence classifier

@@ -1,7 +1,7 @@
 """Quantized bases: the frozen weights of linear layers below adapters, in 4 or 8 bits each.
 
-transformers loads and quantizes them. Here they become layers that compute x Wᵀ with the dequantized W, the same with
-and without gradient, and for each text alone.
+transformers loads and quantizes them. Here they become layers that compute x Wᵀ with the dequantized W. The result is
+the same with and without gradient, and does not depend on the other texts of a batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_package(quantization: Quantization) -> None:
         quantization: The option ``model.adapter.quantization``.
 
     Raises:
-        UserError: if it is not installed.
+        UserError: if the package is not installed.
     """
     package = PACKAGES[quantization]
     if find_spec(package) is None:
@@ -79,14 +79,14 @@ def has_quantized_layers(model: nn.Module) -> bool:
 
 
 def check_whole(model: ModuleType, field: str) -> ModuleType:
-    """Return a model that is to be trained as a whole.
+    """Return a model after checking that it can be trained as a whole.
 
     Args:
         model: The model.
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if it is quantized.
+        UserError: if the model is quantized.
     """
     if has_quantized_layers(model):
         raise UserError(f"{field}: quantized weights cannot be trained; train an adapter (model.adapter)")

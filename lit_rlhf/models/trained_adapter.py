@@ -21,13 +21,13 @@ from lit_rlhf.models.weights import unread_weights
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedAdapter:
-    """An adapter that a run has trained, and what it is on top of.
+    """An adapter that a run has trained, with the base and the adapter below it.
 
     Args:
-        source: What the trained model started from: a whole model, or an adapter, which the new one is on top of.
+        source: The source of the trained model: a whole model, or an adapter on top of which the new one was trained.
         lora: The options of the adapter.
         name: The name of the adapter in the run: ``actor``, ``critic`` or ``reward``.
-        weights: Its weights, by their names in the causal language model or in its trunk.
+        weights: The adapter's weights, by their names in the causal language model or in its trunk.
         below: An adapter of the same base that takes the place of the source's, as for a critic; None for the source's.
         head: The head of a critic or a reward model; None for an actor.
         scale: The mean and the standard deviation of a reward model's scores, if they were measured.
@@ -42,7 +42,7 @@ class TrainedAdapter:
     scale: tuple[float, float] | None = None
 
     def save(self, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-        """Write the adapter as one that peft loads; it includes the adapter that it is on top of.
+        """Write an adapter that peft loads: the sum of the trained adapter and the one below it, if there is one.
 
         Args:
             tokenizer: The model's tokenizer.
@@ -62,7 +62,7 @@ class TrainedAdapter:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Return a whole model: the base with the adapter, and the one that it is on top of, added to its weights.
+        """Return a whole model: the base with the adapter, and the one below it, if any, added to its weights.
 
         The weights are those of the base's files, even if the run has quantized them.
 

@@ -150,7 +150,7 @@ def weights_at_once() -> Iterator[None]:
 
 
 def current_unread_weights() -> UnreadWeights | None:
-    """Return what the innermost active `unread_weights` yielded, or None if none is active."""
+    """Return the object that the active `unread_weights` yielded; None if none is active, or in `weights_at_once`."""
     return _unread.get()
 
 

@@ -1,4 +1,4 @@
-"""The models of an iteration on one base: each is an adapter, and the reference is the base without the new ones."""
+"""The models of an iteration as adapters on one base; the reference is usually the actor without its new adapter."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +17,9 @@ class AdaptedRoles:
     """The roles as adapters of the actor's base; all of them must be known before the base is loaded.
 
     Args:
-        sources: What to load. The critic is ``actor`` or ``reward`` for an adapter on top of those that the actor or
-            the first reward model is made of, ``shared``, None, or an adapter of the same base. The reference and the
-            reward models may also be whole models.
+        sources: The sources of the models. The critic is ``actor`` or ``reward`` for a new adapter on top of those that
+            the actor or the first reward model starts from, ``shared``, None, or an adapter of the same base. The
+            reference and the reward models may also be whole models.
         lora: The options of the trained adapters.
 
     Raises:
@@ -48,14 +48,14 @@ class AdaptedRoles:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the actor's source is an adapter that is merged into its base, which then has no name."""
+        """Whether the actor's source is an adapter that is merged into its base; no other adapter then fits it."""
         return find_adapter(self.sources.actor) is not None and not self.starts
 
     def _read(self, name: str, source: ModelSource | None, where: str) -> bool:
         """Read an adapter if the source is one, and return whether it is.
 
         Raises:
-            UserError: if it belongs to a base other than the actor's.
+            UserError: if the adapter cannot be read, or belongs to a base other than the actor's.
         """
         if not find_adapter(source):
             return False
@@ -99,7 +99,7 @@ class AdaptedRoles:
         return ScalarModel(AdaptedTrunk(actor, [*below, "critic"]), head, adapter="critic")
 
     def build_reference(self, actor: Actor, place: Place) -> Actor:
-        """Return the reference: what the actor starts from, another adapter, the base alone, or a whole model."""
+        """Return the reference: the initial actor, another adapter of the base, the base alone, or a whole model."""
         source, temperature = self.sources.reference, self.sources.temperature
         is_base = isinstance(source, str) and same_model(source, base_of(str(self.sources.actor)))
         if source is None:
@@ -118,10 +118,10 @@ def load_adapted_roles(
     place: Place,
     shards_actor: bool = True,
 ) -> Roles:
-    """Load the actor's base with the adapters of all roles, and give each role its part of it.
+    """Load the actor's base with the adapters of all roles, and return the model of each role.
 
     Args:
-        sources: What to load, with the options of the adapters.
+        sources: The sources of the models, with the options of the adapters.
         prepare: As in `load_roles`.
         place: As in `load_roles`.
         shards_actor: As in `load_roles`.

@@ -33,9 +33,9 @@ def check_settings(
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
-            critic, an estimator or dynamic sampling that compares the responses to a prompt gets only one, a critic
-            would be trained although nothing uses it, the estimator and the correction would both weight the tokens, or
-            dynamic sampling would have to draw further prompts while `Ahead` generates.
+            critic, an estimator or dynamic sampling that compares the responses to a prompt gets only one response, a
+            critic would be trained although nothing uses it, the estimator and the correction would both weight the
+            tokens, or dynamic sampling would have to draw further prompts while `Ahead` generates.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")

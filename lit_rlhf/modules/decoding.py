@@ -47,7 +47,8 @@ def as_records(reward_inputs: RewardInputs) -> list[dict[str, Any]]:
 def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
     """Return the text that each token adds to the text of the tokens before it, special tokens included.
 
-    Where several tokens make up one character, the last of them has its text, and the others have none.
+    Where several tokens make up one character, the text of the last token is this character, and the other texts are
+    empty.
     """
     texts, start, end = [], 0, 0  # the text of the tokens up to `end` is known; decoding continues from `start`
     for after in range(1, len(tokens) + 1):

@@ -68,10 +68,10 @@ class DistinctNGrams(Metric):
 class SelfSimilarity(Metric):
     """The similarity of the n-grams of two different responses, averaged over all pairs of responses, over all ranks.
 
-    With f_i(g) the number of times that the n-gram g occurs in response i, divided by √Σ_g (that number)², it is the
-    mean of the cosine Σ_g f_i(g) f_j(g) over all pairs i ≠ j: 1 if all responses are equal, 0 if no two of them share
-    an n-gram. It is computed from the sum of the vectors f_i, because Σ_{i≠j} f_i · f_j = |Σ_i f_i|² − N for N vectors
-    of length 1.
+    Let c_i(g) be the number of times that the n-gram g occurs in response i, and f_i = c_i / |c_i|. The similarity is
+    the mean of the cosine Σ_g f_i(g) f_j(g) over all pairs i ≠ j: 1 if all responses are equal, 0 if no two of them
+    share an n-gram. It is computed from the sum of the vectors f_i, because Σ_{i≠j} f_i · f_j = |Σ_i f_i|² − N for N
+    vectors of length 1.
 
     Args:
         n: The number of consecutive tokens in an n-gram.

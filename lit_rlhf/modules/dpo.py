@@ -39,9 +39,9 @@ class DPO(PreferenceModule):
 
     The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)). The loss of a pair is
     −log σ(score_chosen − score_rejected − margin), where the margin is 0 unless the data has one; the loss of a ranking
-    is Plackett–Luce's. The option ``loss`` has others. The held-out metrics are those of reward modelling, computed
-    from the scores; the length and the KL to the reference, in nats per response, are measured on responses that the
-    actor samples.
+    is Plackett–Luce's. The option ``loss`` selects another loss. The held-out metrics are those of reward modelling,
+    computed from the scores, and the length in tokens and the KL to the reference in nats per response, measured on
+    responses that the actor samples.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 
@@ -49,8 +49,8 @@ class DPO(PreferenceModule):
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
         reference: The frozen reference model, given in the same way as the actor; None for the initial actor.
         beta: β > 0, in units of reward per nat; a larger value keeps the policy closer to the reference.
-        loss: The loss of a pair: ``IPO``, ``Hinge`` or ``SimPO``; of a ranking, its mean over all pairs in it. None for
-            Bradley–Terry's and Plackett–Luce's.
+        loss: The loss of a pair: ``IPO``, ``Hinge`` or ``SimPO``; the loss of a ranking is then the mean over all its
+            pairs. None for Bradley–Terry's on pairs and Plackett–Luce's on rankings.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         cache_reference: Whether to compute the reference's log-probabilities of all training responses once, before the
             first step, instead of in every epoch.
@@ -116,7 +116,7 @@ class DPO(PreferenceModule):
         self.cache_reference = cache_reference
         self.sampling = sampling
         self.engine = engine
-        self._cached: Tensor | None = None  # [rankings of the training set, K], the log-probabilities of responses
+        self._cached: Tensor | None = None  # [rankings of the training set, K], the reference's log-probabilities
         keep_out_of_checkpoints(self, ("reference.",))
 
     def configure_model(self) -> None:
@@ -155,7 +155,7 @@ class DPO(PreferenceModule):
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
-        """Return the score of each response, [N]: its implicit reward, unless the loss uses no reference."""
+        """Return the score of each response, [N]: its implicit reward or, for `SimPO`, (β / |y|) log π(y|x)."""
         logprobs = self.actor(batch.tokens, batch.response_tokens_mask).logprobs.sum(1)
         if self.uses_reference:
             return implicit_reward(logprobs, self._reference_logprobs(batch), self.beta)
@@ -169,8 +169,8 @@ class DPO(PreferenceModule):
             batch: The rankings.
 
         Raises:
-            UserError: if the data has margins and ``loss`` is not Bradley–Terry's, or if label smoothing or a margin is
-                used with rankings of more than two responses.
+            UserError: if the data has margins and the option ``loss`` is set, or if label smoothing or a margin is used
+                with rankings of more than two responses.
         """
         if self.preference_loss is None:
             return super().loss(scores, batch)

@@ -1,4 +1,4 @@
-"""From rewards to the experience that the update learns from: advantages, returns, and corrections."""
+"""The experience that the update learns from, computed from the rewards: advantages, returns, and corrections."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from lit_rlhf.types import Experience, ScoredRollout, Trajectory
 
 
 def bootstrap_values(last_values: Tensor | None, terminated: Tensor) -> Tensor | None:
-    """Return what replaces the rewards after the last token: the critic's value of truncated responses.
+    """Return the critic's values that replace the rewards after the last tokens of truncated responses.
 
     Args:
         last_values: [B], the value after the last token of each response; None without a critic.

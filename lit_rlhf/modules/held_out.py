@@ -1,4 +1,4 @@
-"""Responses to held-out prompts, and what is measured of them."""
+"""Responses to held-out prompts, and their metrics."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class OnPolicyCallback(lightning.Callback):
     def on_advantages(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
     ) -> None:
-        """Called before the update, with the advantages, the returns, and everything else that it learns from."""
+        """Called before the update, with the advantages, the returns, and everything else that the update uses."""
 
     def on_update_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]
@@ -58,7 +58,7 @@ def call_hook(module: lightning.LightningModule, name: str, *data: Any) -> None:
     Args:
         module: The module that trains.
         name: The name of the hook: a method of `OnPolicyCallback`, or ``on_samples``.
-        data: What the hook receives after the Trainer and the module.
+        data: The arguments of the hook after the Trainer and the module.
     """
     for callback in cast(Any, module.trainer).callbacks:
         hook = getattr(callback, name, None)

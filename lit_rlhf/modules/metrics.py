@@ -180,7 +180,7 @@ def pop_standard_deviation(means: dict[str, float]) -> float:
 
 
 class Stopwatch:
-    """Measures how many seconds each of several named phases takes."""
+    """A stopwatch that adds up the seconds of several named phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

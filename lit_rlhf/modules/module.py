@@ -32,7 +32,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By optimizer name: a function that makes the optimizer from parameters, and one that makes its schedule, or None."""
+"""By optimizer name, the function that makes the optimizer from parameters, and one that makes its schedule or None."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -100,7 +100,7 @@ class AlignmentModule(lightning.LightningModule):
         return hasattr(self, self.role)
 
     def setup(self, stage: str) -> None:
-        """Check what can be checked before the models are loaded; Lightning calls this method in every run.
+        """Check the settings before the models are loaded; Lightning calls this method at the start of every run.
 
         Warnings of Lightning that do not apply to these modules are hidden.
 
@@ -117,8 +117,9 @@ class AlignmentModule(lightning.LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The names of tensors that DDP need not send to the other processes: quantized weights, which it cannot, and
-        averaged weights, which are the same on all processes.
+        """The names of tensors that DDP need not send to the other processes.
+
+        These are quantized weights, which DDP cannot send, and averaged weights, which are the same on all processes.
 
         The name of this property is that of the attribute in which DDP looks for them.
         """
@@ -196,7 +197,7 @@ class AlignmentModule(lightning.LightningModule):
         self.log_step()
 
     def log_step(self) -> None:
-        """Make the loggers use the iteration as the step, in place of Lightning's, which is the number of batches."""
+        """Make the loggers use the iteration as the step; Lightning's own step would be the number of batches."""
         if self.trainer.loggers:  # Lightning takes the metric of this name for the step, and does not log it
             self.log("step", float(self.iteration), batch_size=1)
 
@@ -268,7 +269,7 @@ class AlignmentModule(lightning.LightningModule):
         self._log_held_out("test")
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Return the held-out metrics to log: their means, and what derived modules compute from the means."""
+        """Return the held-out metrics to log: their means, and the numbers that derived modules compute from them."""
         return means
 
     def _log_held_out(self, stage: str) -> None:
@@ -280,10 +281,10 @@ class AlignmentModule(lightning.LightningModule):
     def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
         """Build a model, shard it as the strategy requires, and return it on this process's device.
 
-        The host's memory holds only what belongs on the host: if a model is sharded or goes to a GPU, each process
-        reads just its own part of the model from the files. There are two exceptions, in which each process loads the
-        whole model first: FSDP1, and weights that cannot be read later (see `unread_weights`). Each process places its
-        models one after the other, so it holds at most one such whole model at a time.
+        A model that is sharded or goes to a GPU takes no memory of the host: each process reads only its own part of
+        the model from the files. There are two exceptions, in which each process loads the whole model first: FSDP1,
+        and weights that cannot be read later (see `unread_weights`). Each process places its models one after the
+        other, so it holds at most one such whole model at a time.
 
         Args:
             build: A function that loads the model with `load_model`.

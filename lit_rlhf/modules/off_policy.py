@@ -1,4 +1,4 @@
-"""How far the policy that drew the responses is from the actor, and what the update does about it."""
+"""The distance between the actor and the policy that drew the responses, and the correction for this distance."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from lit_rlhf.types import ScoredRollout
 
 
 class Corrected(NamedTuple):
-    """What the objective gets from a correction."""
+    """The inputs that a correction provides for the objective."""
 
     old_logprobs: Tensor  # [B, T], of the objective's old policy: π_old of the actor or, with bypass, μ of the engine
     policy_weights: Tensor  # [B, T], the factor of the objective's loss

@@ -137,11 +137,10 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the precision, name the rewards, and discard the reference's answers from an earlier run.
+        """Check the settings, print the names of the rewards, and discard the reference's answers from an earlier run.
 
         Raises:
-            UserError: if ``trainer.precision`` is not supported, or if FSDP1 would have to train an adapter or average
-                weights.
+            UserError: as listed in `AlignmentModule.setup`, or if FSDP1 would have to average weights.
         """
         super().setup(stage)
         if self.averaging is not None and isinstance(self.trainer.strategy, FSDP):

@@ -108,7 +108,7 @@ class PreferenceModule(AlignmentModule):
         return add_gradients(self, preference_micro_batches(batch, self.max_tokens), loss_of)
 
     def after_step(self) -> None:
-        """Update whatever else the checkpoint of this iteration must hold; by default, do nothing."""
+        """Update the other state that this iteration's checkpoint must hold; by default, there is none."""
 
     def loss(self, scores: Tensor, batch: PreferenceBatch) -> Tensor:
         """Return the loss of each ranking, [B].

@@ -52,7 +52,7 @@ class RewardModeling(PreferenceModule):
     role = "reward"
     reward: ScalarModel  # set by configure_model
     score_mean: Tensor  # [] float64, of the training set; NaN until the last step
-    score_std: Tensor  # []
+    score_std: Tensor  # [] float64, likewise
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class Roles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleSources:
-    """What the models of an iteration are loaded from.
+    """The sources of the models of an iteration, and the options for loading them.
 
     Args:
         actor: The source of the actor.
@@ -106,8 +106,8 @@ def load_roles(
     """Load the reward models, the actor, the reference and the critic as whole models, one after the other.
 
     Args:
-        sources: What to load.
-        prepare: A function that prepares the rewards; it is called when the reward models are loaded.
+        sources: The sources of the models.
+        prepare: A function that prepares the rewards; it is called once the reward models are loaded.
         place: A function that calls its argument, which builds a model, and returns this model on the process's device,
             sharded if the strategy requires it; see `AlignmentModule.place`.
         shards_actor: Whether ``place`` may shard the actor.

@@ -1,4 +1,4 @@
-"""The rollouts that the iterations learn from: generated when they are needed or, with `Ahead`, some time before."""
+"""The rollouts that the iterations learn from, generated when they are needed or, with `Ahead`, iterations before."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lit_rlhf.types import PromptBatch, Rollout
 
 
 class Learner(Protocol):
-    """What this file uses of `OnPolicy`, besides what every module has."""
+    """The attributes of `OnPolicy` that this file uses besides those of `AlignmentModule`."""
 
     special_tokens: SpecialTokens
     shards_actor: bool
@@ -216,7 +216,7 @@ def _check_prompts(rollout: Rollout, batch: PromptBatch, responses: int) -> None
     """Check that the rollout answers the prompts of the batch.
 
     Raises:
-        UserError: if it does not.
+        UserError: if the rollout answers other prompts.
     """
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device).repeat_interleave(responses)
     is_prompt = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device) < rollout.prompt_lengths[:, None]

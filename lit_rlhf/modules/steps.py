@@ -174,7 +174,7 @@ def within_memory(
     The gradients and the metrics of a failed attempt are dropped, so that the result is the same as with the smaller
     ``max_tokens`` from the beginning. The smaller value is used for the rest of the run, and a line says so; a resumed
     run begins with the configured value. Under DDP and FSDP an attempt is not repeated, because the other processes
-    are already waiting in a collective operation; the error then says what value to set.
+    are already waiting in a collective operation; the error then names the value to set.
 
     Args:
         module: The module that trains.
@@ -263,7 +263,7 @@ def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     and waits until that pass has given a gradient to every trained parameter.
 
     Args:
-        loss: The loss.
+        loss: The loss, [].
         parameters: Parameters on which the loss does not depend.
 
     >>> weight, other = torch.tensor(2.0, requires_grad=True), torch.ones(3, requires_grad=True)

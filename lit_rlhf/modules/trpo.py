@@ -52,14 +52,15 @@ class TrustRegion:
     """The size of the actor's step, and the accuracy with which the step is computed.
 
     Args:
-        max_kl: δ, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
+        max_kl: δ > 0, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
         cg_iterations: The maximum number of conjugate-gradient iterations; each takes one Fisher-vector product.
         cg_tolerance: The iterations stop once the squared norm of the residual is at most this fraction of the
             squared norm of the gradient.
         damping: The constant that is added to the diagonal of the Fisher matrix; a larger value moves the step towards
             the plain gradient and makes the step more robust.
-        fisher_every: The Fisher matrix is averaged over the responses to every n-th prompt: 1 uses all prompts, 4 a
-            quarter of them in a quarter of the time. The gradient, the line search and the bound use all prompts.
+        fisher_every: n, where the Fisher matrix is averaged over the responses to every n-th prompt: 1 uses all
+            prompts, 4 a quarter of them in a quarter of the time. The gradient, the line search and the bound use all
+            prompts.
         backtracks: The maximum number of steps that the line search tries.
         backtrack_ratio: The ratio of each step in the line search to the step before it, in (0, 1).
 

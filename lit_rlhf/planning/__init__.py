@@ -1,1 +1,1 @@
-"""What a run needs, computed from its configuration: memory, FLOPs and time."""
+"""The memory, the FLOPs and the time that a run needs, computed from its configuration."""

@@ -1,4 +1,4 @@
-"""The models of a run with adapters, built without weights: the base, and what each role adds to it."""
+"""The models of a run with adapters, built without weights: the base, and the adapters of each role."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AdaptedModels:
     """Makes the roles that share a base.
 
     Args:
-        source: What the trained model starts from: a model, or an adapter of one.
+        source: The source of the trained model: a whole model, or an adapter.
         field: The name of the configuration field of the source, for error messages.
         lora: The options of the trained adapters.
 
@@ -56,9 +56,9 @@ class AdaptedModels:
         Args:
             name: The name of the role and, if it is trained, of its new adapter.
             adapters: The saved adapters that the passes of the role use, by name, each as a folder or a hub id.
-            outputs: What the passes compute.
-            max_tokens: The maximum number of tokens in a pass.
-            stepping: What the optimizer needs for each parameter of the new adapter; None for a frozen role.
+            outputs: The outputs that the passes compute.
+            max_tokens: The maximum number of tokens in a pass, including padding.
+            stepping: The bytes that the optimizer needs for each parameter of the new adapter; None for a frozen role.
             own: The names of the saved adapters that no other role has in memory.
 
         Raises:
@@ -102,7 +102,7 @@ def _saved_config(model: PreTrainedModel, source: str) -> LoraConfig:
     """Return the options of a saved adapter; its weights are not read.
 
     Raises:
-        UserError: if they cannot be read.
+        UserError: if the options cannot be read.
     """
     from peft import PeftConfig
 

@@ -1,8 +1,8 @@
 """Dry runs: passes of a model on tensors without memory, to count the bytes that these tensors would take.
 
 A dry run needs no weights and takes a tenth of a second. It runs the model's own code, and therefore works for every
-architecture whose operations do not depend on the values of tensors. Two decoder layers run; the other layers are taken
-to need as much as the second one.
+architecture whose operations do not depend on the values of tensors. Two decoder layers run; the other layers are
+assumed to need as much as the second one.
 """
 
 import warnings
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 LAYERS, CHUNKS = 2, 3
-"""How many decoder layers run, and how many chunks of scored tokens pass through the head."""
+"""The number of decoder layers that run, and of chunks of scored tokens that pass through the head."""
 PLANNED = "lit_rlhf_planned"
 """The name under which the stand-in for flash attention is registered with transformers."""
 
@@ -122,7 +122,7 @@ def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """What a pass computes from the last hidden state."""
+    """The outputs that a pass computes from the last hidden state."""
 
     logprobs: bool  # of the scored tokens
     values: bool  # after each token
@@ -142,10 +142,10 @@ def footprint(
 
     Args:
         model: The model, on the meta device.
-        outputs: What the pass computes.
+        outputs: The outputs that the pass computes.
         shape: The shape of the pass, and the precision of its matrix products.
         rounding: Which weights are held in bfloat16.
-        gradients: What happens to the gradients in the backward pass; None for a forward pass alone.
+        gradients: The treatment of gradients in the backward pass (see `Gradients`); None for a forward pass alone.
         recompute: Whether each layer keeps only its inputs for the backward pass, as with `ActivationCheckpointing`.
 
     Raises:
@@ -162,7 +162,7 @@ def footprint(
 
 @lru_cache(maxsize=256)
 def prefill(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
-    """Count what a forward pass over left-padded prompts takes.
+    """Count the cached elements and the bytes of a forward pass over left-padded prompts.
 
     Args:
         model: The causal language model, on the meta device.

@@ -17,7 +17,7 @@ PROCESSES_ON_A_HOST = 8
 
 
 class Part(NamedTuple):
-    """A part of what a process holds in memory in a phase, such as the weights."""
+    """A part of the memory that a process uses in a phase, such as that of the weights."""
 
     name: str
     bytes: float
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What a process holds at the peak of a phase.
+    """The memory that a process uses at the peak of a phase, by part.
 
     >>> Phase("load", (Part("weights", 3.0), Part("optimizer", 4.0))).bytes
     7.0
@@ -65,7 +65,7 @@ class Held(NamedTuple):
 
 
 def held(setting: Setting, role: Role) -> Held:
-    """Return what a process holds for a role: its share of the weights, float32 gradients and optimizer state.
+    """Return the bytes of a process's share of a role's weights, float32 gradients and optimizer state.
 
     The average of the actor's trained weights, if there is one, counts as weights.
     """
@@ -119,7 +119,7 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
 
     FSDP gathers all weights in bfloat16 when they are ``used``. Otherwise, trained weights are in float32, and frozen
     models hold in bfloat16 the weights that each use would round: those of linear layers or, under FSDP, all of them.
-    Adapters are in float32, whether they are trained or not, but what they are on top of is frozen.
+    Adapters are in float32, whether they are trained or not, but the base below them counts as a frozen model.
     """
     gathered = used and setting.sharded
     is_float = role.is_trained if role.own is None else not used
@@ -129,7 +129,7 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
 
 
 def _decoding(setting: Setting) -> Iterator[Part]:
-    """Yield what is held only to decode: gathered and copied weights, keys and values, and logits or a prefill."""
+    """Yield the memory used only to decode: gathered and copied weights, keys and values, and logits or a prefill."""
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
     yield Part("copies of weights", _copied_weights(setting, actor))
@@ -188,7 +188,7 @@ def _bytes_of_logits(setting: Setting) -> int:
 
 
 def _judging(setting: Setting) -> Iterator[Part]:
-    """Yield what is held only to judge, in the largest of the passes: gathered weights and activations."""
+    """Yield the memory used only to judge, in the largest of the passes: gathered weights and activations."""
     judges = [role for role in setting.roles if role.name in setting.judged]
     passes = []
     for role in judges:
@@ -202,7 +202,7 @@ def _judging(setting: Setting) -> Iterator[Part]:
 
 
 class _Moment(NamedTuple):
-    """What a process holds at a moment of the update, besides weights and the optimizer's state."""
+    """The bytes that a process holds at a moment of the update, besides weights and the optimizer's state."""
 
     gradients: float
     gathered: float
@@ -211,7 +211,7 @@ class _Moment(NamedTuple):
 
 
 def _updating(setting: Setting) -> tuple[Part, ...]:
-    """Return what the update holds at its peak, besides weights and the optimizer's state."""
+    """Return the memory that the update uses at its peak, besides that of weights and of the optimizer's state."""
     peak = max(_moments(setting), key=sum)
     both = _gathered(setting, setting.role("reference")) if setting.full_kl else 0.0
     return (

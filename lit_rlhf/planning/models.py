@@ -1,4 +1,4 @@
-"""The models of a run: each a whole one, or those of a run with adapters, most of which share one base."""
+"""The models of a run: whole models or, in a run with adapters, models that mostly share one base."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _on_policy_adapted(module: OnPolicy, steps: dict[str, Stepping], models: Ada
 
 
 def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role:
-    """Return the critic, whose adapter is on top of the actor's first one, of the reward model's, or of one it reads.
+    """Return the critic, whose adapter is on top of that of the initial actor, of the reward model, or of its source.
 
     A critic that starts from the reward model is counted in the same way if the reward model is not an adapter, as in
     plans for random weights; ``fit`` refuses such a critic.
@@ -107,7 +107,7 @@ def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role
 
 
 def _frozen(name: str, source: Any, outputs: Outputs, max_tokens: int, models: AdaptedModels) -> Role:
-    """Return a frozen role: the base with an adapter, the base alone, or a whole model; None for the first actor."""
+    """Return a frozen role: the base with an adapter, the base alone, a whole model or, for None, the initial actor."""
     if source is None:
         return models.role(name, models.starts, outputs, max_tokens)
     if not models.shares(source):

@@ -32,7 +32,7 @@ class Plan:
 
     Args:
         setting: The run, with the changes that ``fit`` makes by itself.
-        phases: What a process holds in each phase.
+        phases: The memory that a process uses in each phase.
         host: The bytes that the models need, at most, in the memory of a host.
         tokens: The maximum number of tokens in an iteration, over all processes.
         work: The FLOPs and seconds of each phase.
@@ -106,7 +106,7 @@ def available(setting: Setting) -> float:
 def best_change(setting: Setting) -> Change:
     """Return the first change with which the run fits, or else the one with the lowest peak.
 
-    Changes are tried in the order of what they cost: time, quality, and further GPUs. If a change has several
+    Changes are tried in the order of their cost: first time, then quality, then further GPUs. If a change has several
     forms, such as the sizes of a micro-batch, the first form with which the run fits is returned. If there is no change
     to try, the text advises a smaller model, and the bytes are those of the setting itself.
 

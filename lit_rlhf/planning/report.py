@@ -15,7 +15,7 @@ from lit_rlhf.planning.speed import BANDWIDTH, LAUNCH_SECONDS, UTILISATION
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print a plan: its models, phases and work, what is assumed, and the verdict."""
+    """Print a plan: its models, phases and work, its assumptions, and the verdict."""
     console.print(f"{plan.setting.method} on {_place(plan.setting)}", style="bold", highlight=False)
     for table in (_models(plan), _phases(plan), _work(plan)):
         console.print(table)
@@ -26,7 +26,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def summary(plan: Plan) -> tuple[str, str]:
-    """Return two lines: what is planned, and the verdict."""
+    """Return two lines: one on the models, the devices and an iteration, and one with the verdict."""
     roles = ", ".join(f"{role.name} {_number(role.parameters)}" for role in plan.setting.models if role.parameters)
     seconds = _total([work.seconds for work in plan.work])
     time = "" if seconds is None else f", about {seconds:.2g} s"

@@ -36,9 +36,9 @@ class Role:
     Args:
         name: ``actor``, ``critic``, ``reference`` or ``reward``.
         model: The model on the meta device; it may have a head that the role does not use.
-        outputs: What the passes of the model compute.
+        outputs: The outputs that the passes of the model compute.
         max_tokens: The maximum number of tokens in a pass, including padding.
-        stepping: What the optimizer needs for each trained parameter; None for a frozen model.
+        stepping: The bytes that the optimizer needs for each trained parameter; None for a frozen model.
         own: With a shared base, the names of those adapters that no other role has; None for a whole model.
     """
 
@@ -122,8 +122,9 @@ def without_weights(source: ModelSource, field: str, outputs: Outputs) -> PreTra
     Args:
         source: A folder, a hub id, or a configuration for random weights.
         field: The name of the configuration field, for error messages.
-        outputs: What the model is to compute. If this includes no log-probabilities, and the configuration is that of a
-            sequence classifier, the result is a sequence classifier; otherwise, it is a causal language model.
+        outputs: The outputs that the model is to compute. If they include no log-probabilities, and the configuration
+            is that of a sequence classifier, the result is a sequence classifier; otherwise, it is a causal language
+            model.
 
     Raises:
         UserError: if the configuration or the tokenizer of random weights cannot be loaded, or if the configuration is

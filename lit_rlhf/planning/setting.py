@@ -1,4 +1,4 @@
-"""What a plan is made for: the models, the device, and the options of a run that affect memory and time."""
+"""The input of a plan: the models, the device, and the options of a run that affect memory and time."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Setting:
 
     @property
     def models(self) -> tuple[Role, ...]:
-        """Everything that is held in memory: the roles and, before them, the base that some of them share."""
+        """The models that are held in memory: the base that some roles share, if there is one, and the roles."""
         return self.roles if self.base is None else (self.base, *self.roles)
 
     @property

@@ -16,7 +16,7 @@ BANDWIDTH = 0.6
 LAUNCHES = 86
 """The number of operations of a decoder layer in a decoding step, counted on a Llama: 2,060 in 24 layers."""
 LAUNCH_SECONDS = 5e-6
-"""The time that a CPU is assumed to take for each operation that it launches on a GPU."""
+"""The number of seconds that a CPU is assumed to need for each operation that it launches on a GPU."""
 
 
 class Work(NamedTuple):

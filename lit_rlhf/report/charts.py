@@ -13,7 +13,7 @@ from lit_rlhf.report.run import Run, thinned
 from lit_rlhf.report.summary import WIN_RATE, phases
 
 MOST_ROWS = 1000
-"""The largest number of iterations, and of validations, in the report over all runs; each run may have 20 of each."""
+"""The most iterations, and the most validations, in the report over all runs; each run may have at least 20 of each."""
 SMOOTHED_FROM = 60
 """The number of iterations from which a curve is drawn pale, with its moving mean."""
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#999933", "#333333")
@@ -117,7 +117,7 @@ def theme(dark: bool) -> dict[str, Any]:
 
 
 def _window(runs: Sequence[Run]) -> int:
-    """Return by how many rows the moving mean extends to each side; 0 for short runs, which need none."""
+    """Return the number of rows by which the moving mean extends to each side; 0 for short runs, which need none."""
     longest = max((len(run.values("progress/iteration")) for run in runs), default=0)
     return min(longest, MOST_ROWS // len(runs)) // 40 if longest >= SMOOTHED_FROM else 0
 

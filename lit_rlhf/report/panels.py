@@ -1,4 +1,4 @@
-"""What the report shows of the metrics: one chart for each panel for which a run has numbers."""
+"""The panels of the report: one chart of metrics for each panel for which a run has numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lit_rlhf.report.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A chart over the iterations: a line for what training measured, and points for what validations measured."""
+    """A chart over the iterations: a line for a metric of training, and points for a metric of validations."""
 
     title: str
     unit: str  # of the axis
     trained: str | None  # the metric of each iteration
     held_out: str | None = None  # the metric of each validation
-    floor: float | None = None  # smaller values are drawn here
+    floor: float | None = None  # smaller values are drawn at this value
     percent: bool = False  # whether the metric is a fraction, to be shown in %
 
     @property

@@ -1,4 +1,4 @@
-"""The responses of the report: those of ``samples.jsonl``, as many iterations of them as the page has room for."""
+"""The responses of the report, from ``samples.jsonl``: those of as many iterations as the page has room for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MOST_BYTES = 2_500_000
 def responses_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     """Return the responses that the report shows, and the number of those that are left out.
 
-    If the responses of all runs are too large, whole iterations are left out, evenly spaced and never the first or the
-    last, separately for training and for validation.
+    If the responses take more bytes than `MOST_BYTES`, whole iterations are left out, evenly spaced and never the first
+    or the last, separately for each run and for training and validation.
     """
     parts = [
         (run, stage, [s for s in run.samples if s["stage"] == stage]) for run in runs for stage in ("train", "val")

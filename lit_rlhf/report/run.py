@@ -17,7 +17,7 @@ from lit_rlhf.errors import UserError
 
 Item = TypeVar("Item")
 ELSEWHERE = ("trainer.default_root_dir", "ckpt_path", "weights_only", "report.at_end")
-"""The options of a configuration that say where a run is and what is written about it, not what it does."""
+"""The options of a configuration that affect only where a run starts from and what it writes, not how it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)

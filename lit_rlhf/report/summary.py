@@ -1,4 +1,4 @@
-"""What happened in a run, in one sentence with numbers."""
+"""A summary of a run, in one sentence with numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WAITING = "time/wait_for"
 
 
 def summarize(run: Run) -> str:
-    """Return what happened in a run: how long it took, and how its main numbers changed from the start to the end.
+    """Return a summary of a run: its duration, and the change or the last value of each of its main metrics.
 
     >>> rows = [{"progress/iteration": i, "train/loss": 3.0 / i} for i in (1.0, 2.0, 3.0)]
     >>> summarize(Run(name="sft", config={"model.iterations": 4}, rows=rows, samples=[]))
@@ -64,7 +64,7 @@ def _change(run: Run, what: str, column: str, digits: int = 2, unit: str = "", f
 
 
 def _held_out(run: Run) -> list[str]:
-    """Return how the held-out accuracy or loss changed or, for responses, the last validation's scores and win rate."""
+    """Return the change of the held-out accuracy or loss or, for responses, the last scores and win rate, as text."""
     if run.values("val/accuracy"):
         return _change(run, "the held-out accuracy", "val/accuracy", 1, " %", 100)
     if not run.values("val/score"):

@@ -17,7 +17,7 @@ class ChatEndpoint:
     """An OpenAI-compatible endpoint for chat completions: a vLLM, SGLang or llama.cpp server, or a hosted model.
 
     A request is a POST to ``{base_url}/chat/completions`` with ``model``, ``messages``, ``max_tokens`` and a
-    ``temperature`` of 0. After the pauses of `JSONClient`, a request is sent again if the connection fails, if no
+    ``temperature`` of 0. A request is sent again, after the pauses of `JSONClient`, if the connection fails, if no
     answer comes in time, or if the status of the answer is 429, 500, 502, 503 or 504.
 
     Args:
@@ -25,7 +25,7 @@ class ChatEndpoint:
         model: The name by which the endpoint knows the model.
         token_env: The name of the environment variable with the API key, which is sent as ``Authorization: Bearer
             KEY``; None to send no key. The key itself is stored nowhere.
-        max_tokens: The maximum number of tokens in an answer, including what the model thinks before it.
+        max_tokens: The maximum number of tokens in an answer, including the model's reasoning before it.
         connections: The maximum number of requests that a process sends at the same time.
         timeout: The maximum number of seconds to wait for an answer, in each attempt.
         retries: The maximum number of times that a request is sent again.
@@ -64,7 +64,7 @@ class ChatEndpoint:
         check_token_env(self.token_env, "rewards.endpoint.token_env")
 
     def client(self) -> JSONClient:
-        """Return a new client, which has the key.
+        """Return a new client, which sends the key with each request.
 
         Raises:
             UserError: if the address does not begin with ``http://`` or ``https://``, if the environment variable of
@@ -86,8 +86,8 @@ class ChatEndpoint:
             conversations: The conversations, each of which ends with a message of the user.
 
         Raises:
-            UserError: if the address or the key cannot be used, if an answer does not come after all attempts, or if it
-                is not what such an endpoint gives.
+            UserError: if the address or the key cannot be used, if no answer comes after all attempts, or if an answer
+                does not have the form of a chat completion.
         """
         options = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens} | (self.extra_body or {})
         options = {name: value for name, value in options.items() if value is not None}

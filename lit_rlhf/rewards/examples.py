@@ -1,7 +1,7 @@
 """The reward function of the recipes, as an example for your own.
 
-A function receives by keyword those of the following that its parameters name: prompts, responses (text), terminated
-(whether a stop token ended the response), and any column of the prompts' file. It returns one number per response.
+The function receives those keyword arguments that its parameters name, among prompts, responses (text), terminated
+(whether a stop token ended the response), and all columns of the prompts' file. It returns one number per response.
 """
 
 import re
@@ -18,7 +18,7 @@ HAPPY = re.compile(
 
 
 def happy_story(responses: list[str], terminated: list[bool]) -> list[float]:
-    """Count the different happy words in a story, up to 10, in tenths; half of that for a truncated story.
+    """Score a story by a tenth of its number of different happy words, at most 1; a truncated story gets half of that.
 
     Repetitions do not count, so that repeating a word does not pay.
 

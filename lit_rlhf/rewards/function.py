@@ -32,9 +32,9 @@ class RewardFunction(Reward):
     - TRL, ``f(completions, **columns)``, also with ``prompts``, ``completion_ids`` and ``trainer_state`` (whose
       ``global_step`` counts iterations): a completion is text, or ``[{"role": "assistant", "content": …}]`` for a
       conversation. A score of None counts as 0.
-    - verl, ``f(data_source, solution_str, ground_truth, extra_info)``, for one response: the truth is the entry
+    - verl, ``f(data_source, solution_str, ground_truth, extra_info)``, for one response: the ground truth is the entry
       ``reward_model.ground_truth``, or the column ``ground_truth`` or ``answer``. The score is a number, or the entry
-      ``"score"`` of a dictionary. With ``solution_strs`` and so on, it is called once with lists.
+      ``"score"`` of a dictionary. A function of ``solution_strs`` and so on is called once, with lists.
     - OpenRLHF, ``f(queries, prompts, labels)``, with lists of one element: the prompt with the response as text, the
       prompt as text, and the column ``answer`` or ``label``. The score is a tensor, or the entry ``"rewards"`` of a
       dictionary.

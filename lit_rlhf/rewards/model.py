@@ -54,7 +54,7 @@ class RewardModel(Reward):
 
     @property
     def description(self) -> str:
-        """The model, without the options of one with random weights."""
+        """The folder or the hub id of the model; for random weights, only a note that they are random."""
         return f"reward model {self.source if isinstance(self.source, str) else 'with random weights'}"
 
     def load(self) -> ScalarModel:

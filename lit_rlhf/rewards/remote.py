@@ -33,17 +33,17 @@ class RemoteReward(Reward):
 
         {"scores": [1.0, 0.0]}
 
-    Each process sends its own responses, and waits for all answers. After the pauses of `JSONClient`, a request is sent
-    again if the connection fails, if no answer comes in time, or if the status of the answer is 429, 500, 502, 503 or
-    504; the service may therefore receive the same responses more than once. ``docs/rewards.md`` shows a complete
-    service.
+    Each process sends its own responses, and waits for all answers. A request is sent again, after the pauses of
+    `JSONClient`, if the connection fails, if no answer comes in time, or if the status of the answer is 429, 500, 502,
+    503 or 504; the service may therefore receive the same responses more than once. ``docs/rewards.md`` shows a
+    complete service.
 
     Args:
         url: The address that takes the requests, such as ``http://judge:8000/score``.
         weight: The factor of this reward in the score.
         batch_size: The maximum number of responses in a request.
         connections: The maximum number of requests that a process sends at the same time.
-        timeout: The maximum number of seconds to wait for the answer to a request.
+        timeout: The maximum number of seconds to wait for an answer, in each attempt.
         retries: The maximum number of times that a request is sent again.
         token_env: The name of the environment variable with a token, which is sent as ``Authorization: Bearer TOKEN``;
             None to send no token. The token itself is stored nowhere.

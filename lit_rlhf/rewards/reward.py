@@ -39,7 +39,7 @@ class Reward(nn.Module, ABC):
 
     @property
     def description(self) -> str:
-        """What this reward is, for the line that names the rewards at the start of a run."""
+        """A short description of this reward, for the line that lists the rewards at the start of a run."""
         return type(self).__name__
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,8 +59,8 @@ class Reward(nn.Module, ABC):
         A response is correct if its reward is 1.
 
         Returns:
-            B answers, in a form in which equal answers are equal; None for a response without an answer. If the reward
-            does not check answers, as by default, None in place of the list, for whatever responses.
+            B answers, in a form in which equivalent answers compare equal; None for a response without an answer. If
+            the reward does not check answers, which is the default, None in place of the list.
         """
         return None
 
@@ -122,9 +122,9 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
     """Check the scores that code or a service outside this package computed, and return them as a tensor.
 
     Args:
-        scores: What was returned, which should be one finite number for each response.
+        scores: The returned value, which should have one finite number for each response.
         responses: The B responses that were scored.
-        source: What computed the scores, for messages.
+        source: The name of the code or the service that computed the scores, for messages.
 
     Returns:
         The scores, [B] float32.

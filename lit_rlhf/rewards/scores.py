@@ -96,8 +96,8 @@ class Scores(nn.Module):
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Prepare and freeze the rewards.
 
-        What a reward loads here is loaded on the CPU; Lightning moves it to the process's device afterwards. A reward
-        model that is already loaded stays where it is.
+        Models that a reward loads here are loaded on the CPU; Lightning moves them to the process's device afterwards.
+        A reward model that is already loaded stays on its device.
 
         Args:
             tokenizer: The actor's tokenizer.
@@ -119,7 +119,7 @@ class Scores(nn.Module):
             The unweighted rewards by name, and the score, which is their weighted sum; each [B].
 
         Raises:
-            UserError: if a reward does not return a tensor of shape [B].
+            UserError: if a reward fails, or does not return a tensor of shape [B].
         """
         rewards: dict[str, Tensor] = {}
         score = torch.zeros(len(reward_inputs.responses), device=reward_inputs.rollout.tokens.device)
@@ -133,7 +133,7 @@ class Scores(nn.Module):
         return rewards, score
 
     def check_answers(self, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor]) -> CheckedAnswers | None:
-        """Return the answers of the responses, by the first reward that checks answers, or None if no reward does.
+        """Return the answers that the first reward that checks answers finds in the responses; None if no reward does.
 
         Args:
             reward_inputs: The responses.

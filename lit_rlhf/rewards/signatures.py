@@ -21,9 +21,9 @@ SIGNATURES = (
     "verl's f(data_source, solution_str, ground_truth, extra_info) and OpenRLHF's f(queries, prompts, labels)"
 )
 TRUTHS = ("reward_model.ground_truth", "ground_truth", "answer")
-"""Where verl's ``ground_truth`` is taken from: the first of these columns that the record has."""
+"""The columns from which verl's ``ground_truth`` is taken: the first of them that the record has."""
 LABELS = ("answer", "label")
-"""Where OpenRLHF's ``labels`` are taken from: the first of these columns that the record has."""
+"""The columns from which OpenRLHF's ``labels`` are taken: the first of them that the records have."""
 
 
 def scores_of(
@@ -72,7 +72,7 @@ def _results(function: Callable[..., Any], name: str, calls: Sequence[dict[str, 
     async def gathered() -> list[Any]:
         return await asyncio.gather(*results)
 
-    with ThreadPoolExecutor(1) as thread:  # of its own, because this one may have a running loop, as in a notebook
+    with ThreadPoolExecutor(1) as thread:  # another one, because this one may have a running loop, as in a notebook
         return thread.submit(lambda: asyncio.run(gathered())).result()
 
 
@@ -153,4 +153,4 @@ def _value(result: Any, key: str) -> Any:
 
 
 def _ignore(*values: Any) -> None:
-    """Accept what a function would log with TRL."""
+    """Accept and ignore the values that a function would log with TRL."""

@@ -23,9 +23,9 @@ def assert_learns(
 ) -> None:
     """Assert that a run raises its mean score, or another measure of its responses, by a given amount.
 
-    The first and the last fifth of the iterations are compared. The score is what the module's rewards say of the
-    responses. It also rises if a reward has the wrong sign, because a run maximises any reward; a ``goal`` that does
-    not depend on the reward's code finds such mistakes. ::
+    The first and the last fifth of the iterations are compared. The score is the one that the module's rewards give. It
+    also rises if a reward has the wrong sign, because a run maximises any reward; a ``goal`` that does not depend on
+    the reward's code finds such mistakes. ::
 
         def test_my_reward():
             assert_learns(tiny_ppo([MyReward()]), by=0.3, goal=lambda response: response.split().count("w3"))

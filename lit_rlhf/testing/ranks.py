@@ -1,4 +1,4 @@
-"""The assertion that a run on several processes gives the same as on one."""
+"""The assertion that a run on several processes has the same result as a run on one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lit_rlhf.testing.resuming import MEASURED, SHOWN
 from lit_rlhf.testing.runs import tiny_data, train
 
 ROUNDING = ("engine/mismatch_max",)
-"""Metrics that measure nothing but rounding, which may differ."""
+"""The metrics that measure only rounding errors, and may therefore differ."""
 
 PRELOADED = [
     "datasets",
@@ -73,13 +73,13 @@ def assert_same_on_ranks(
     Args:
         make: A function that makes the module. The processes import its file, so it must be defined at the top level of
             a file. The same holds for the other functions.
-        callbacks: A function that makes callbacks, or None; what they log is compared.
+        callbacks: A function that makes callbacks, or None; the metrics that they log are compared.
         data: A function that makes the data module; None for tiny data of the module's kind.
         processes: The number of processes.
         strategy: The Trainer's strategy: ``ddp``, ``fsdp2`` or ``fsdp``.
         iterations: The number of iterations, in place of the module's own.
         rtol: The relative tolerance of metrics and weights.
-        atol: Their absolute tolerance, which is added.
+        atol: The absolute tolerance of metrics and weights.
         ignore: Names of metrics that may differ.
         seed: The seed of all runs.
         timeout: The number of seconds to wait for each process in turn, before all are killed.
@@ -193,7 +193,7 @@ def _main(work: tuple[Any, ...], port: int, path: list[str], cwd: str) -> None:
 
 
 def _nothing() -> None:
-    """Stand for a function that was not given."""
+    """Stand in for a function that was not given."""
 
 
 def _import(function: Function) -> Any:

@@ -78,7 +78,7 @@ def as_reward(reward: RewardOrFunction) -> Reward:
     """Return a reward as it is, and a function as a `RewardFunction`, which need not be importable.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if it is neither a reward nor a function.
     """
     if isinstance(reward, Reward):
         return reward
@@ -124,7 +124,7 @@ def train(
         folder: The folder of the run.
         ckpt_path: A checkpoint to resume from.
         seed: The seed of the run; the caller's environment and random states, except CUDA's, are restored.
-        options: Options of the Trainer, in place of these defaults.
+        options: Options of the Trainer, in place of the defaults of this function.
     """
     recorder = Recorder()
     defaults: dict[str, Any] = {
@@ -150,7 +150,7 @@ def train(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what Lightning says about the hardware and checkpoints in a ``with`` block."""
+    """Hide Lightning's messages about the hardware and checkpoints, inside this context."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
@@ -164,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed all random numbers in a ``with`` block; after it, restore the environment and the states, except CUDA's."""
+    """Seed all random numbers, inside this context; then restore the environment and the states, except CUDA's."""
     environment = dict(os.environ)
     with isolate_rng(include_cuda=False):
         lightning.seed_everything(seed, verbose=False)

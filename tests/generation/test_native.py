@@ -497,6 +497,13 @@ def test_max_tokens_truncates(llama, max_tokens):
     assert 0 < ends.sum() < 64
 
 
+def test_a_response_beyond_learned_positions_is_refused(load):
+    longest = max(map(len, load("gpt2", "distinct").prompts().mask))
+    with pytest.raises(UserError, match=rf"^model\.sampling\.max_tokens: .* {longest} tokens .* 123 .* 128 positions"):
+        load("gpt2", "distinct").generate(max_tokens=123)
+    load("llama", "distinct").generate(max_tokens=123, stop=WORDS)  # rotary positions are computed
+
+
 def test_stop_tokens(llama):
     free, stopped = llama.generate(stop=()), llama.generate()
     stops = set(llama.tokenizer.convert_tokens_to_ids(["<eos>", *STOP]))
