@@ -54,6 +54,8 @@ _PUBLIC = {
         "TrustRegion",
         "Update",
     ),
+    "modules.averaging": ("Averaging",),
+    "modules.dynamic_sampling": ("DynamicSampling",),
     "modules.hooks": ("OnPolicyCallback",),
     "rewards": (
         "ChatEndpoint",

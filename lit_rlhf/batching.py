@@ -194,7 +194,7 @@ def gather_experience(
     """Gather the rows of all processes, in the order of the global batch.
 
     Args:
-        experience: This process's rows: the responses to consecutive prompts of the global batch, prompt-major.
+        experience: This process's rows: all responses to prompts of the global batch, prompt-major.
         responses: The number of responses to each prompt.
         sum_over_ranks: A function that returns the sum of a tensor over all processes.
         max_over_ranks: A function that returns the maximum of each of its arguments over all processes.
@@ -224,17 +224,17 @@ class _Table:
         max_over_ranks: Callable[..., list[int]],
     ) -> None:
         self.sum = sum_over_ranks
-        self.first = int(rollout.group[0]) * responses
-        self.last = self.first + len(rollout.tokens)
+        number = torch.arange(len(rollout.group), device=rollout.group.device) % responses
+        self.places = rollout.group * responses + number  # [B], in the global batch
         shape = rollout.tokens.shape[1], rollout.response_mask.shape[1]
-        self.rows, self.width, self.time = max_over_ranks(self.last, *shape)
+        self.rows, self.width, self.time = max_over_ranks(int(self.places.max()) + 1, *shape)
 
     def gather(self, x: Tensor, columns: int) -> Tensor:
         dtype = torch.int32 if x.dtype == torch.bool else x.dtype
         shape = (self.rows,) if x.ndim == 1 else (self.rows, columns)
         table = torch.zeros(shape, dtype=dtype, device=x.device)
         padded = x if x.ndim == 1 else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-        table[self.first : self.last] = padded.to(dtype)
+        table[self.places] = padded.to(dtype)
         return self.sum(table).to(x.dtype)
 
     def gather_fields(self, batch: Any, skip: str) -> dict[str, Any]:

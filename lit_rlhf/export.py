@@ -47,18 +47,29 @@ def save_folder(
 
 
 def export(
-    run: Path, checkpoint: str = "last", out: Path | None = None, role: Role | None = None, merge: bool = False
+    run: Path,
+    checkpoint: str = "last",
+    out: Path | None = None,
+    role: Role | None = None,
+    merge: bool = False,
+    towards_start: float = 1.0,
 ) -> Path:
     """Export a model from a checkpoint as a Hugging Face folder, or as a folder of peft if an adapter was trained.
+
+    If the run averages the actor's weights (see `Averaging`), the actor that is exported is the average.
 
     Args:
         run: The run's folder, which contains ``config.yaml``.
         checkpoint: ``last``, ``best``, or a path.
         out: The folder to write; None for ``export`` in the run's folder, or ``export_ROLE`` for a model that the run
-            trained besides its main one, with ``_merged`` at the end of the name if an adapter is merged.
+            trained besides its main one, with ``_merged`` at the end of the name if an adapter is merged, and
+            ``_towards_start_SHARE`` if the share is not 1.
         role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modelling,
             the actor for all other runs.
         merge: Whether to add a trained adapter to the weights of its base, and to export the result as a whole model.
+        towards_start: The share s in (0, 1] of the training's change that the actor keeps: its weights become
+            start + s (actor − start), where the start is the run's reference. An adapter's B A is multiplied by s.
+            Source: Ramé et al. 2024 (WARP, arXiv 2406.16768), equation LITI in section 3.3.
 
     Returns:
         The folder that was written.
@@ -66,12 +77,58 @@ def export(
     Raises:
         UserError: if the run or the checkpoint does not exist, the run's configuration does not name its main model,
             the checkpoint is incomplete or lacks the model, the tokenizer or the model that the run started from cannot
-            be loaded, or transformers has no sequence classifier of the critic's or reward model's architecture.
+            be loaded, or transformers has no sequence classifier of the critic's or reward model's architecture; or if
+            ``towards_start`` is out of range, or is less than 1 for another model than an actor, for an adapter with
+            DoRA or with a reference of its own, or with a reference that has other parameters than the actor.
 
     >>> export(Path("runs/ppo"), role="critic")
     Traceback (most recent call last):
     ...
     lit_rlhf.errors.UserError: runs/ppo is not the folder of a run: it has no config.yaml
+    """
+    if not 0 < towards_start <= 1:
+        raise UserError(f"--towards-start must be above 0 and at most 1 (the trained weights), not {towards_start}")
+    options, path = _find(run, checkpoint)
+    main_role: Role = "reward" if "reward" in options else "actor"
+    role = role or main_role
+    if towards_start < 1:
+        check_start(options, role)
+    state = read_checkpoint(path)["state_dict"]
+    source = _source(options, main_role, run / "config.yaml")
+    tokenizer = load_tokenizer(source, f"model.{main_role}")
+    merge = merge and options.get("adapter") is not None
+    name = "export" if role == main_role else f"export_{role}"
+    name = f"{name}_merged" if merge else name  # a folder with both would count as an adapter
+    folder = out or run / (name if towards_start == 1 else f"{name}_towards_start_{towards_start:g}")
+    adapter, card = None, model_card(run, role, int(state["iteration"]), share=towards_start)
+    averages = strip_prefix("averaged.", state) if role == "actor" else {}
+    if options.get("adapter") is not None:
+        state |= {f"actor.{name}": average for name, average in averages.items()}
+        adapter = _trained_adapter(options, str(source), state, path, role).scaled(towards_start)
+    if adapter is not None and not merge:
+        base = base_of(str(source))
+        adapter.save(tokenizer, folder, model_card(run, role, int(state["iteration"]), base, towards_start))
+        return folder
+    if adapter is not None:
+        model = adapter.merged(tokenizer)
+    elif role == "actor":
+        model = _actor(source, state, path)
+        model.load_state_dict(strip_prefix("model.", averages), strict=False)  # a tied weight has only one average
+        if towards_start < 1:
+            move_towards(model, load_model(_start(options, source), "causal", "model.reference"), towards_start)
+    else:
+        model = to_classifier(_scalar_model(options, source, state, path, role), tokenizer)
+        if (scale := _scale(state)) is not None:
+            model.config.score_mean, model.config.score_std = scale
+    save_folder(model, tokenizer, folder, card)
+    return folder
+
+
+def _find(run: Path, checkpoint: str) -> tuple[dict[str, Any], Path]:
+    """Return the options of a run's module, and the path of a checkpoint.
+
+    Raises:
+        UserError: if the run or the checkpoint does not exist.
     """
     config_file = run / "config.yaml"
     if not config_file.is_file():
@@ -80,31 +137,59 @@ def export(
     if not path.exists():
         available = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))) or "nothing"
         raise UserError(f"there is no checkpoint {path}; {run / 'checkpoints'} contains: {available}")
-    options = yaml.safe_load(config_file.read_text(encoding="utf-8")).get("model", {}).get("init_args", {})
-    state = read_checkpoint(path)["state_dict"]
-    main_role: Role = "reward" if "reward" in options else "actor"
-    role = role or main_role
-    source = _source(options, main_role, config_file)
-    tokenizer = load_tokenizer(source, f"model.{main_role}")
-    merge = merge and options.get("adapter") is not None
-    name = "export" if role == main_role else f"export_{role}"
-    folder = out or run / (f"{name}_merged" if merge else name)  # a folder with both would count as an adapter
-    adapter, card = None, model_card(run, role, int(state["iteration"]))
-    if options.get("adapter") is not None:
-        adapter = _trained_adapter(options, str(source), state, path, role)
-    if adapter is not None and not merge:
-        adapter.save(tokenizer, folder, model_card(run, role, int(state["iteration"]), base_of(str(source))))
-        return folder
-    if adapter is not None:
-        model = adapter.merged(tokenizer)
-    elif role == "actor":
-        model = _actor(source, state, path)
-    else:
-        model = to_classifier(_scalar_model(options, source, state, path, role), tokenizer)
-        if (scale := _scale(state)) is not None:
-            model.config.score_mean, model.config.score_std = scale
-    save_folder(model, tokenizer, folder, card)
-    return folder
+    return yaml.safe_load(config_file.read_text(encoding="utf-8")).get("model", {}).get("init_args", {}), path
+
+
+def check_start(options: dict[str, Any], role: str) -> None:
+    """Check that a model can be moved towards what it started from.
+
+    Args:
+        options: The options of the run's module.
+        role: The model's role.
+
+    Raises:
+        UserError: if the model is not an actor, or is an adapter with DoRA or with a reference of its own.
+    """
+    if role != "actor":
+        raise UserError(f"--towards-start needs a start, which only an actor has: its reference; a {role} has none")
+    adapter, reference = options.get("adapter"), options.get("reference")
+    if adapter and adapter.get("dora"):
+        raise UserError("--towards-start cannot scale an adapter with DoRA, whose norms do not depend on B A linearly")
+    if adapter and reference and reference != options.get("actor"):
+        raise UserError(
+            f"--towards-start moves an adapter towards what it was added to, but the reference is {reference}; export "
+            "with --merge, and interpolate the whole models"
+        )
+
+
+def move_towards(model: nn.Module, start: nn.Module, share: float) -> None:
+    """Move a model's parameters towards those of another, in place: start + share (model − start).
+
+    Args:
+        model: The model.
+        start: A model with the same parameters.
+        share: The share of the difference that is kept.
+
+    Raises:
+        UserError: if the models have different parameters.
+
+    >>> model, start = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> _ = nn.init.constant_(model.weight, 3.0), nn.init.constant_(start.weight, 1.0)
+    >>> move_towards(model, start, share=0.25)
+    >>> model.weight.item()
+    1.5
+    """
+    before = dict(start.named_parameters())
+    if {name: x.shape for name, x in model.named_parameters()} != {name: x.shape for name, x in before.items()}:
+        raise UserError("--towards-start: the reference (model.reference) has other parameters than the actor")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.lerp(before[name].float(), parameter.float(), share))
+
+
+def _start(options: dict[str, Any], source: ModelSource) -> ModelSource:
+    """Return the source of the run's reference, which is that of the actor if no other is named."""
+    return _as_source(options["reference"]) if options.get("reference") else source
 
 
 def _trained_adapter(
@@ -138,7 +223,7 @@ def _scale(state: dict[str, Tensor]) -> tuple[float, float] | None:
     return float(state["score_mean"]), float(state["score_std"])
 
 
-def model_card(run: Path, role: str, iterations: int, base: str | None = None) -> str:
+def model_card(run: Path, role: str, iterations: int, base: str | None = None, share: float = 1.0) -> str:
     """Return a model card in Markdown that describes a model and its training.
 
     Args:
@@ -146,6 +231,7 @@ def model_card(run: Path, role: str, iterations: int, base: str | None = None) -
         role: ``actor``, ``critic`` or ``reward``.
         iterations: The number of iterations that the model was trained for.
         base: The folder or the hub id of the base of an adapter; None for a whole model.
+        share: The share of the training's change that the model keeps; 1 for all of it.
 
     Returns:
         The text of ``README.md``.
@@ -173,13 +259,14 @@ def model_card(run: Path, role: str, iterations: int, base: str | None = None) -
         description = (
             f"An adapter (LoRA, peft) of `{base}`. With its base it is: {description[0].lower()}{description[1:]}"
         )
+    moved = "" if share == 1 else f" Its weights are start + {share:g} · (trained − start)."
     quoted_config = yaml.safe_dump(
         {k: config[k] for k in ("seed_everything", "model", "data") if k in config}, sort_keys=False
     )
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {run.name}: {role}\n\n"
         f"{description}, trained by `{method}` of lit-rlhf {lit_rlhf.__version__} (torch {torch.__version__}, "
-        f"transformers {transformers.__version__}) for {iterations} iterations.\n\n"
+        f"transformers {transformers.__version__}) for {iterations} iterations.{moved}\n\n"
         f"## Configuration\n\n```yaml\n{quoted_config}```\n"
     )
 
@@ -261,6 +348,15 @@ def main(args: Sequence[str]) -> None:
         action="store_true",
         help="add the trained adapter to its base, and write a whole model (default folder: RUN/export_merged)",
     )
+    parser.add_argument(
+        "--towards-start",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="write start + SHARE (actor - start), where the start is the run's reference (default: 1, the actor; "
+        "default folder: RUN/export_towards_start_SHARE)",
+    )
     parsed = parser.parse_args(args)
     transformers_logging.disable_progress_bar()
-    print(f"exported: {export(parsed.run, parsed.checkpoint, parsed.out, parsed.role, parsed.merge)}")
+    options = parsed.checkpoint, parsed.out, parsed.role, parsed.merge, parsed.towards_start
+    print(f"exported: {export(parsed.run, *options)}")

@@ -51,7 +51,7 @@ def fit(tiny_model, prompt_file, tmp_path_factory):
             *("--model.iterations", str(ITERATIONS), "--model.sampling.max_tokens", "10"),
             *("--model.scores.normalize", "true", "--model.update.epochs", "2", "--model.update.minibatches", "2"),
             *("--model.actor_optimizer", "AdamW", "--model.actor_optimizer.lr", "0.001"),
-            *("--model.actor_optimizer.eps", "1e-4"),
+            *("--model.actor_optimizer.eps", "1e-4", "--model.averaging.decay", "0.5"),
             *("--model.critic_optimizer", "AdamW", "--model.critic_optimizer.lr", "0.01"),
             *("--model.critic_optimizer.eps", "1e-4"),
             *("--model.actor_scheduler", "ExponentialLR", "--model.actor_scheduler.gamma", "0.9"),

@@ -13,6 +13,8 @@ from lit_rlhf.modules.module import AlignmentModule
 class ExportAtEnd(lightning.Callback):
     """A callback that writes the trained model to ``export/`` in the run's folder, for transformers and vLLM.
 
+    If the weights are averaged, the average is written (see `Averaging`).
+
     Args:
         name: The name of the folder to write, inside the run's folder.
 
@@ -26,6 +28,10 @@ class ExportAtEnd(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the folder from process 0; the other processes contribute their shards."""
         assert isinstance(pl_module, AlignmentModule)
+        with pl_module.with_averaged_weights():
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: lightning.Trainer, pl_module: AlignmentModule) -> None:
         adapter = pl_module.adapter
         weights = full_state_dict(pl_module.get_submodule(pl_module.role), trained_only=adapter is not None)
         if not trainer.is_global_zero:

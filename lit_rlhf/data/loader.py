@@ -39,6 +39,7 @@ class GlobalBatches:
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self._shuffled = -1, torch.empty(0)  # an epoch, and the order of its rows
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.batch_size)
@@ -46,15 +47,17 @@ class GlobalBatches:
 
     def epoch(self, number: int, first: int = 0) -> Iterator[list[tuple[int, int]]]:
         """Yield this rank's share of each batch of epoch ``number``, beginning with batch ``first``."""
-        order = (
-            torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, number))
-            if self.shuffle
-            else torch.arange(self.size)
-        )
+        order = self._order(number) if self.shuffle else torch.arange(self.size)
         for batch in range(first, len(self)):
             rows = list(enumerate(order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()))
             first_row, next_rank = (len(rows) * r // self.world_size for r in (self.rank, self.rank + 1))
             yield rows[first_row:next_rank]
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """Return the shuffled rows of an epoch; the last one that was asked for is kept."""
+        if self._shuffled[0] != epoch:
+            self._shuffled = epoch, torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, epoch))
+        return self._shuffled[1]
 
 
 def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, option: str) -> None:
@@ -88,6 +91,9 @@ class ResumableLoader:
 
     Only a loader that shuffles resumes; any other begins every pass with the first batch.
 
+    A training step may `draw` further batches. These count in the order of the rows, but not in the length of a pass:
+    each pass yields ``len(loader)`` batches, and an epoch, which is a permutation of the rows, may then end within it.
+
     The loader counts its batches itself and does not rely on Lightning's epoch count, which is one behind in a run that
     was resumed from the end of an epoch. The loader is not a torch DataLoader, because worker processes would gain
     nothing with memory-mapped rows, and because Lightning may rebuild a DataLoader with another sampler.
@@ -103,7 +109,7 @@ class ResumableLoader:
     >>> list(loader)
     [[(0, {'text': 'a'}), (1, {'text': 'b'})], [(0, {'text': 'c'})]]
     >>> loader.state_dict()
-    {'yielded': 2}
+    {'yielded': 2, 'drawn': 0}
     """
 
     def __init__(
@@ -113,13 +119,19 @@ class ResumableLoader:
         self.collate = collate
         self.batches = batches
         self.yielded = 0  # in all epochs
+        self.drawn = 0  # besides, by draw()
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, first = divmod(self.yielded, len(self)) if self.batches.shuffle else (0, 0)
-        for batch in self.batches.epoch(epoch, first):
+        if not self.batches.shuffle:
+            for batch in self.batches.epoch(0):
+                self.yielded += 1
+                yield self._load(batch)
+            return
+        for _ in range(self.yielded % len(self), len(self)):
+            batch = self._at(self.yielded + self.drawn)
             self.yielded += 1
             yield self._load(batch)
 
@@ -134,8 +146,13 @@ class ResumableLoader:
         Args:
             distance: The number of batches; 0 for the last one given out.
         """
-        epoch, number = divmod(self.yielded - 1 + distance, len(self))
-        return self._load(next(self.batches.epoch(epoch if self.batches.shuffle else 0, number)))
+        return self._load(self._at(self.yielded + self.drawn - 1 + distance))
+
+    def draw(self) -> Any:
+        """Return the next batch of the order, for the training step under way; the steps after it do not get it."""
+        batch = self._at(self.yielded + self.drawn)
+        self.drawn += 1
+        return self._load(batch)
 
     def once(self, whole: bool = False) -> Iterator[Any]:
         """Yield the batches of one pass over all rows, in the file's order, without changing the loader's position.
@@ -150,12 +167,17 @@ class ResumableLoader:
                 yield self._load(batch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the state to save: the number of batches given out so far, in all epochs."""
-        return {"yielded": self.yielded}
+        """Return the state to save: the number of batches given out so far, in all epochs, and of those drawn."""
+        return {"yielded": self.yielded, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume after the last batch that was given out before ``state`` was saved."""
-        self.yielded = state["yielded"]
+        self.yielded, self.drawn = state["yielded"], state.get("drawn", 0)
+
+    def _at(self, position: int) -> list[tuple[int, int]]:
+        """Return this rank's share of the batch at a position in the order of all epochs."""
+        epoch, number = divmod(position, len(self))
+        return next(self.batches.epoch(epoch if self.batches.shuffle else 0, number))
 
     def _load(self, batch: Sequence[tuple[int, int]]) -> Any:
         rows = self.records.__getitems__([number for _, number in batch])

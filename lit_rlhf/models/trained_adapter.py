@@ -80,6 +80,11 @@ class TrainedAdapter:
         self._set_scale(classifier.config)
         return classifier
 
+    def scaled(self, share: float) -> TrainedAdapter:
+        """Return the adapter with its output, scaling · B A x, multiplied by ``share``; not for DoRA."""
+        weights = {name: weight * share if ".lora_B." in name else weight for name, weight in self.weights.items()}
+        return replace(self, weights=weights)
+
     def _load(self) -> tuple[PreTrainedModel, list[str]]:
         """Load the base with the trained adapter and the one below it, and return the names of these adapters.
 

@@ -3,13 +3,16 @@
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.errors import UserError
-from lit_rlhf.generation import Sampling
+from lit_rlhf.generation import Ahead, Engine, Sampling
+from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.rewards import Scores
 
 
 def check_settings(
     scores: Scores,
     sampling: Sampling,
+    dynamic_sampling: DynamicSampling | None,
+    engine: Engine,
     advantages: AdvantageEstimator,
     correction: Correction | None,
     *,
@@ -21,6 +24,8 @@ def check_settings(
     Args:
         scores: The rewards and their combination.
         sampling: The options for sampling.
+        dynamic_sampling: Which prompts are left out and replaced; None for no dynamic sampling.
+        engine: The engine.
         advantages: The advantage estimator.
         correction: The correction for responses of another policy; None for no correction.
         has_critic: Whether the module has a critic, either with its own weights or on the actor's trunk.
@@ -28,8 +33,9 @@ def check_settings(
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
-            critic, an estimator that compares the responses to a prompt gets only one response, a critic would be
-            trained although nothing uses it, or the estimator and the correction would both weight the tokens.
+            critic, an estimator or dynamic sampling that compares the responses to a prompt gets only one response, a
+            critic would be trained although nothing uses it, the estimator and the correction would both weight the
+            tokens, or dynamic sampling would have to draw further prompts while `Ahead` generates.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")
@@ -37,6 +43,17 @@ def check_settings(
         raise UserError("model.sampling.temperature must be positive: the most likely response alone teaches nothing")
     if bootstrap_truncated and not has_critic:
         raise UserError("model.bootstrap_truncated needs a critic: it uses the value after the last token")
+    if dynamic_sampling is not None:
+        if sampling.responses < 2:
+            raise UserError(
+                "model.sampling.responses is 1, but model.dynamic_sampling compares the responses to a prompt: it "
+                "needs 2 or more"
+            )
+        if isinstance(engine, Ahead) and engine.lag and dynamic_sampling.max_draws > 1:
+            raise UserError(
+                f"model.dynamic_sampling.max_draws must be 1 with Ahead, not {dynamic_sampling.max_draws}: Ahead "
+                "generates before the scores say how many prompts are needed"
+            )
     name = type(advantages).__name__
     if advantages.weights_by_ratio and correction is not None and correction.uses_ratio:
         raise UserError(f"model.correction weights the tokens, as {name} already does: set it, or its level, to null")

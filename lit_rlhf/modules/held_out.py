@@ -1,16 +1,61 @@
-"""Metrics of the responses to held-out prompts."""
+"""Responses to held-out prompts, and their metrics."""
+
+from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_rlhf.algorithms.kl import k1
+from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.pass_rates import majority_correct, pass_at_k
+from lit_rlhf.models.actor import Actor
+from lit_rlhf.modules.decoding import decode
 from lit_rlhf.modules.diversity import DistinctNGrams, SelfSimilarity
+from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.metrics import Metrics, pop_standard_deviation
+from lit_rlhf.randomness import Stream
 from lit_rlhf.rewards import Scores
-from lit_rlhf.types import RewardInputs, Rollout
+from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
+
+
+@torch.no_grad()
+def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+    """Score the actor's and the reference's responses to held-out prompts, and add them to the held-out metrics.
+
+    The actor has its averaged weights, if they are averaged.
+
+    Args:
+        module: An `OnPolicy`, whose ``reference_answers`` keep what the reference answered earlier in the run.
+        batch: The prompts.
+        batch_idx: The index of the batch; the random numbers are the same whenever it is evaluated.
+
+    Returns:
+        The actor's responses with their scores, rewards and KL to the reference, and the reference's answers, for
+        callbacks.
+    """
+
+    def respond(actor: Actor) -> RewardInputs:
+        rollout = module.generate(batch, actor, Stream.VALIDATION, batch_idx)
+        return decode(rollout, batch, module.tokenizer, int(module.iteration))
+
+    with module.with_averaged_weights():
+        inputs = respond(module.actor)
+        logprobs = module.actor_outputs(inputs.rollout).logprobs
+    rewards, scores = module.scores.judge(inputs)
+    if batch_idx not in module.reference_answers:  # once a run, because the reference does not change
+        answers = respond(module.reference)
+        module.reference_answers[batch_idx] = answers.responses, module.scores.judge(answers)[1]
+    reference = module.reference_answers[batch_idx]
+    kl_of_tokens = k1(logprobs, response_logprobs(module.reference, inputs.rollout, module.max_tokens))
+    kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
+    measure_held_out(module.held_out, inputs.rollout, scores, reference[1], rewards, kl_to_ref)
+    measure_answers(module.held_out, module.scores, inputs, rewards, module.sampling.responses)
+    outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
+    return outputs | {"kl_of_tokens": kl_of_tokens, "reference": reference}
 
 
 def measure_held_out(

@@ -30,7 +30,7 @@ class OnPolicyCallback(lightning.Callback):
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Called when the responses have been generated, with the rollout."""
+        """Called when the responses have been generated, with the rollout; with `DynamicSampling`, after each draw."""
 
     def on_rewards(
         self,

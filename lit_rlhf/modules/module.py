@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
@@ -26,6 +26,7 @@ from lit_rlhf.models.quantization import check_package, has_quantized_layers, is
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
+from lit_rlhf.modules.averaging import AveragedWeights
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.strategies import FSDP, FSDP2
 
@@ -80,6 +81,7 @@ class AlignmentModule(lightning.LightningModule):
         self.adapter = adapter
         if adapter is not None:
             keep_out_of_checkpoints(self, ())
+        self.averaged: AveragedWeights | None = None  # set by configure_model, if the weights are averaged
         self.held_out = Metrics(self.device)  # of the current validation or test
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
@@ -115,11 +117,18 @@ class AlignmentModule(lightning.LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The names of the quantized weights, which DDP need not and cannot send to the other processes.
+        """The names of tensors that DDP need not send to the other processes.
+
+        These are quantized weights, which DDP cannot send, and averaged weights, which are the same on all processes.
 
         The name of this property is that of the attribute in which DDP looks for them.
         """
-        return [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
+        averaged = [name for name, _ in self.named_buffers() if name.startswith("averaged.")]
+        return averaged + [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
+
+    def with_averaged_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the trained model has its averaged weights, if they are averaged."""
+        return nullcontext() if self.averaged is None else self.averaged.in_use()
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
@@ -193,11 +202,13 @@ class AlignmentModule(lightning.LightningModule):
             self.log("step", float(self.iteration), batch_size=1)
 
     def count_iteration(self) -> None:
-        """Count an iteration, and stop the Trainer after the last one.
+        """Count an iteration, average the weights if this is set, and stop the Trainer after the last iteration.
 
-        Each ``training_step`` calls this method, so that the checkpoint of the iteration holds the new count.
+        Each ``training_step`` calls this method, so that the checkpoint of the iteration holds the new state.
         """
         self.iteration += 1
+        if self.averaged is not None:
+            self.averaged.update()
         if self.iterations is not None and int(self.iteration) >= self.iterations:
             self.trainer.should_stop = True
 

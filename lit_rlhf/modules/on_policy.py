@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
-from lit_rlhf.algorithms.kl import KLController, ReferenceKL, k1
-from lit_rlhf.algorithms.masked import masked_sum
+from lit_rlhf.algorithms.kl import KLController, ReferenceKL
 from lit_rlhf.algorithms.objectives import Objective, probability_ratio
 from lit_rlhf.algorithms.rewards import token_rewards
 from lit_rlhf.batching import gather_experience, micro_batches, minibatches
+from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Engine, Sampling
 from lit_rlhf.generation.engine import SpecialTokens, find_special_tokens
 from lit_rlhf.models.actor import Actor
@@ -26,12 +26,20 @@ from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.models.sharding import owners, unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
+from lit_rlhf.modules.averaging import AveragedWeights, Averaging
 from lit_rlhf.modules.checks import check_settings
 from lit_rlhf.modules.decoding import as_records, decode
+from lit_rlhf.modules.dynamic_sampling import (
+    DynamicSampling,
+    counted,
+    draw_responses,
+    drop_uncounted,
+    responses_so_far,
+)
 from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.guard import Guard
-from lit_rlhf.modules.held_out import measure_answers, measure_held_out, summarize_held_out
+from lit_rlhf.modules.held_out import evaluate, summarize_held_out
 from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
@@ -41,7 +49,8 @@ from lit_rlhf.modules.rollouts import Rollouts
 from lit_rlhf.modules.update import Update
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
-from lit_rlhf.types import Experience, PromptBatch, RewardInputs, Rollout, ScoredRollout, Trajectory
+from lit_rlhf.strategies import FSDP
+from lit_rlhf.types import Experience, PromptBatch, Rollout, ScoredRollout, Trajectory
 
 
 class OnPolicy(AlignmentModule):
@@ -72,6 +81,7 @@ class OnPolicy(AlignmentModule):
         reference: ModelSource | None,
         adapter: LoRA | None,
         sampling: Sampling,
+        dynamic_sampling: DynamicSampling | None,
         engine: Engine,
         guard: Guard,
         scores: ScoreShaping,
@@ -82,6 +92,7 @@ class OnPolicy(AlignmentModule):
         correction: Correction | None,
         bootstrap_truncated: bool,
         update: Update,
+        averaging: Averaging | None,
         value_grad_scale: float,
         iterations: int | None,
         optimizers: OptimizerFactories,
@@ -91,6 +102,7 @@ class OnPolicy(AlignmentModule):
         self.critic_source = critic
         self.reference_source = reference
         self.sampling = sampling
+        self.dynamic_sampling = dynamic_sampling
         self.engine = engine
         self.rollouts = Rollouts(engine, sampling, guard, partial(load_actor, actor, sampling.temperature, adapter))
         self.kl = kl
@@ -100,12 +112,13 @@ class OnPolicy(AlignmentModule):
         self.correction = correction
         self.bootstrap_truncated = bootstrap_truncated
         self.update = update
+        self.averaging = averaging
         self.max_tokens = update.max_tokens
         self.value_grad_scale = value_grad_scale
         self.scores = Scores(rewards or [], scores)
         self.reference_answers: dict[int, tuple[Sequence[str], Tensor]] = {}  # responses and scores by held-out batch
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
-        parts = self.scores, sampling, advantages, correction
+        parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction
         check_settings(*parts, has_critic=critic is not None, bootstrap_truncated=bootstrap_truncated)
 
     @abstractmethod
@@ -127,9 +140,11 @@ class OnPolicy(AlignmentModule):
         """Check the settings, print the names of the rewards, and discard the reference's answers from an earlier run.
 
         Raises:
-            UserError: as listed in `AlignmentModule.setup`.
+            UserError: as listed in `AlignmentModule.setup`, or if FSDP1 would have to average weights.
         """
         super().setup(stage)
+        if self.averaging is not None and isinstance(self.trainer.strategy, FSDP):
+            raise UserError("trainer.strategy: fsdp cannot average weights (model.averaging); use fsdp2")
         self.reference_answers.clear()
         if stage != "predict":
             self.print(f"rewards: {self.scores.description}")  # the first process prints
@@ -168,6 +183,8 @@ class OnPolicy(AlignmentModule):
         load, prepare = load_adapted_roles if self.adapter else load_roles, partial(self.scores.prepare, self.tokenizer)
         roles = load(sources, prepare=prepare, place=self.place, shards_actor=self.shards_actor)
         self.actor, self.critic, self.reference = roles.actor, roles.critic, roles.reference
+        if self.averaging is not None:
+            self.averaged = AveragedWeights(self.actor, self.averaging.decay)
         self.train(self.training)
 
     # ------------------------------------------------------------- an iteration
@@ -179,18 +196,16 @@ class OnPolicy(AlignmentModule):
             UserError: if the engine or a reward fails, if the guard refuses the responses, or as listed in `learn`.
         """
         metrics, watch = Metrics(self.device), Stopwatch()
-        with watch.phase("generate"):
-            rollout = self.rollouts.next(self, batch, metrics)
-        call_hook(self, "on_rollout_end", rollout)
+        scored, rows = draw_responses(self, batch, metrics, watch)
         with watch.phase("judge"):
-            scored = self.judge(rollout, batch)
             trajectory = self.reward(scored)
-            experience = self.estimate(scored, trajectory, metrics)
+            experience = self.estimate(*counted(scored, trajectory, rows), metrics)
         call_hook(self, "on_rewards", scored, trajectory)
         call_hook(self, "on_advantages", experience)
         compared = self.reference if self.reference_kl.is_full and not owners(self.reference) else None
         with watch.phase("update"), self.profile("update"), unsharded(compared):
-            self.learn(self.all_ranks(experience), metrics)
+            gathered = self.all_ranks(experience)
+            self.learn(gathered if rows is None else drop_uncounted(gathered), metrics)
         self._finish(scored, trajectory, metrics, watch)
         return {"scored_rollout": scored}
 
@@ -212,7 +227,7 @@ class OnPolicy(AlignmentModule):
             inputs = decode(rollout, batch, self.tokenizer, int(self.iteration))
             rewards, scores = self.scores.judge(inputs)
             full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
-            actor = self._actor_outputs(rollout, full)
+            actor = self.actor_outputs(rollout, full)
             ref_logprobs = response_logprobs(self.reference, rollout, self.max_tokens)
             values, last_values = actor.values, actor.last_values
             if self.critic is not None:
@@ -232,7 +247,7 @@ class OnPolicy(AlignmentModule):
             shaped_scores=self.scores.shape(scores, rollout.terminated, self.sum_over_ranks),
         )
 
-    def _actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
+    def actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
         """Return the actor's outputs: the engine's numbers if these are exact and no other outputs are needed."""
         exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounds_float32(self.device)
         if exact and other is None and self.actor.value_head is None:
@@ -306,7 +321,8 @@ class OnPolicy(AlignmentModule):
         self.step_schedulers()
         self.count_iteration()
         logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0
-        logged |= {"progress/iteration": float(self.iteration), "progress/responses": int(self.iteration) * responses}
+        drawn = responses_so_far(self, int(responses), logged)
+        logged |= {"progress/iteration": float(self.iteration), "progress/responses": drawn}
         self.log_iteration(logged, shown=("objective/score", "objective/kl_to_ref", "perf/tokens_per_second"))
         call_hook(self, "on_update_end", logged)
 
@@ -314,37 +330,19 @@ class OnPolicy(AlignmentModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Score responses to held-out prompts; the random numbers are the same in each validation."""
-        return self._evaluate(batch, batch_idx)
+        return evaluate(self, batch, batch_idx)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Score responses to the test prompts in the same way as ``validation_step``."""
-        return self._evaluate(batch, batch_idx)
+        return evaluate(self, batch, batch_idx)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one record per response, including the columns of its prompt."""
-        rollout = self.generate(batch, self.actor, Stream.PREDICTION, batch_idx)
+        with self.with_averaged_weights():
+            rollout = self.generate(batch, self.actor, Stream.PREDICTION, batch_idx)
         return as_records(decode(rollout, batch, self.tokenizer))
-
-    @torch.no_grad()
-    def _evaluate(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        inputs = self._respond(batch, self.actor, batch_idx)
-        rewards, scores = self.scores.judge(inputs)
-        if batch_idx not in self.reference_answers:  # once a run, because the reference does not change
-            answers = self._respond(batch, self.reference, batch_idx)
-            self.reference_answers[batch_idx] = answers.responses, self.scores.judge(answers)[1]
-        actor, reference = self._actor_outputs(inputs.rollout), self.reference_answers[batch_idx]
-        kl_of_tokens = k1(actor.logprobs, response_logprobs(self.reference, inputs.rollout, self.max_tokens))
-        kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
-        measure_held_out(self.held_out, inputs.rollout, scores, reference[1], rewards, kl_to_ref)
-        measure_answers(self.held_out, self.scores, inputs, rewards, self.sampling.responses)
-        outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
-        return outputs | {"kl_of_tokens": kl_of_tokens, "reference": reference}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval."""
         prompts = self.sum_over_ranks(torch.tensor(self.held_out.weight("score"), device=self.device))
         return summarize_held_out(means, float(prompts) / self.sampling.responses)
-
-    def _respond(self, batch: PromptBatch, actor: Actor, batch_idx: int) -> RewardInputs:
-        rollout = self.generate(batch, actor, Stream.VALIDATION, batch_idx)
-        return decode(rollout, batch, self.tokenizer, int(self.iteration))

@@ -15,6 +15,8 @@ from lit_rlhf.generation import Engine, NativeEngine, Sampling
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.averaging import Averaging
+from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
@@ -40,6 +42,8 @@ class PolicyGradient(OnPolicy):
         adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
             shared by all roles; None to train whole models.
         sampling: How responses are sampled.
+        dynamic_sampling: Whether prompts whose responses all have the same score are left out, and how often further
+            prompts are drawn in their place; None to learn from all prompts.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
@@ -53,6 +57,8 @@ class PolicyGradient(OnPolicy):
             rewards that would have followed; if False, those count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
+        averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
+            to use the actor's last weights.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs.
         actor_optimizer: The optimizer of the actor.
         critic_optimizer: The optimizer of the critic.
@@ -83,6 +89,7 @@ class PolicyGradient(OnPolicy):
         reference: ModelSource | None = None,
         adapter: LoRA | None = None,
         sampling: Sampling = Sampling(),
+        dynamic_sampling: DynamicSampling | None = None,
         engine: Engine = NativeEngine(),
         guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
@@ -93,6 +100,7 @@ class PolicyGradient(OnPolicy):
         correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
+        averaging: Averaging | None = None,
         value_grad_scale: float = 1.0,
         iterations: int | None = None,
         actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
@@ -107,6 +115,7 @@ class PolicyGradient(OnPolicy):
             reference=reference,
             adapter=adapter,
             sampling=sampling,
+            dynamic_sampling=dynamic_sampling,
             engine=engine,
             guard=guard,
             scores=scores,
@@ -117,6 +126,7 @@ class PolicyGradient(OnPolicy):
             correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
+            averaging=averaging,
             value_grad_scale=value_grad_scale,
             iterations=iterations,
             optimizers={

@@ -33,6 +33,8 @@ from lit_rlhf.models.adapters import AdapterView, LoRA
 from lit_rlhf.models.loading import ModelSource, load_model
 from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.averaging import Averaging
+from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
@@ -121,6 +123,8 @@ class TRPO(OnPolicy):
         adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
             shared by all roles; None to train whole models.
         sampling: How responses are sampled.
+        dynamic_sampling: Whether prompts whose responses all have the same score are left out, and how often further
+            prompts are drawn in their place; None to learn from all prompts.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
@@ -134,6 +138,8 @@ class TRPO(OnPolicy):
             rewards that would have followed; if False, those count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
             is added to the actor's surrogate; micro-batches, aggregation and whitening apply to both.
+        averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
+            to use the actor's last weights.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs (max_steps counts the
             critic's steps).
         critic_optimizer: The optimizer of the critic; the actor has none.
@@ -160,6 +166,7 @@ class TRPO(OnPolicy):
         reference: ModelSource | None = None,
         adapter: LoRA | None = None,
         sampling: Sampling = Sampling(),
+        dynamic_sampling: DynamicSampling | None = None,
         engine: Engine = NativeEngine(),
         guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
@@ -170,6 +177,7 @@ class TRPO(OnPolicy):
         correction: Correction | None = None,
         bootstrap_truncated: bool = False,
         update: Update = Update(),
+        averaging: Averaging | None = None,
         iterations: int | None = None,
         critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         critic_scheduler: LRSchedulerCallable | None = None,
@@ -185,6 +193,7 @@ class TRPO(OnPolicy):
             reference=reference,
             adapter=adapter,
             sampling=sampling,
+            dynamic_sampling=dynamic_sampling,
             engine=engine,
             guard=guard,
             scores=scores,
@@ -195,6 +204,7 @@ class TRPO(OnPolicy):
             correction=correction,
             bootstrap_truncated=bootstrap_truncated,
             update=update,
+            averaging=averaging,
             value_grad_scale=1.0,
             iterations=iterations,
             optimizers={"value": (critic_optimizer, critic_scheduler)},

@@ -65,8 +65,13 @@ class Held(NamedTuple):
 
 
 def held(setting: Setting, role: Role) -> Held:
-    """Return the bytes of a process's share of a role's weights, float32 gradients and optimizer state."""
+    """Return the bytes of a process's share of a role's weights, float32 gradients and optimizer state.
+
+    The average of the actor's trained weights, if there is one, counts as weights.
+    """
     weights = weight_bytes(role, _rounding(setting, role, used=False))
+    if setting.averaged and role.name == "actor":
+        weights += FLOAT * role.trained
     state = 0.0 if role.stepping is None else role.stepping.state
     return Held(*(size / setting.shards for size in (weights, FLOAT * role.trained, state * role.trained)))
 

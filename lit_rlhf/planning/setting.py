@@ -61,6 +61,7 @@ class Setting:
         generation: How each process generates the texts; None if they come from a data set, or if worker processes or
             a server generate them.
         base: The base that adapters of several roles share; None without adapters.
+        averaged: Whether an average of the actor's trained weights is held, too.
     """
 
     method: str
@@ -83,6 +84,7 @@ class Setting:
     full_kl: bool
     generation: Generation | None
     base: Role | None = None
+    averaged: bool = False
 
     @property
     def models(self) -> tuple[Role, ...]:
@@ -208,6 +210,7 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
         minibatches=module.update.minibatches,
         judged=(*(["actor"] if needed else []), "critic", "reference", "reward"),
         full_kl=module.reference_kl.is_full,
+        averaged=module.averaging is not None,
         generation=None
         if in_workers or isinstance(engine, DetachedEngine)
         else Generation(

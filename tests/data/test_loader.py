@@ -91,3 +91,34 @@ def test_every_rank_gets_a_record(batch_size, world_size):
     for sizes in zip(*shares, strict=True):
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_drawn_batches_take_the_places_of_later_ones():
+    """On one rank and two: no batch is skipped or used twice, and each pass still has as many batches."""
+    plain = [batch for number in range(4) for batch in epoch(number)]
+
+    def draw(made):
+        """Draw a further batch in most steps of two passes."""
+        found = []
+        for _ in range(2):
+            for number, batch in enumerate(made):
+                found.append(batch)
+                assert made.upcoming(0) == batch
+                if number != 1:
+                    found.append(made.draw())
+                    assert made.upcoming(0) == found[-1]
+        return [[record["number"] for _, record in batch] for batch in found]
+
+    assert draw(loader()) == plain[:18]
+    ranks = [draw(loader(rank=rank, world_size=2)) for rank in range(2)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == plain[:18]
+
+
+def test_a_loader_resumes_after_the_batches_that_were_drawn():
+    first, second = loader(), loader()
+    batches = iter(first)
+    next(batches), first.draw(), first.draw()
+    second.load_state_dict(first.state_dict())
+    rest = [*batches]
+    assert [*second] == rest
+    assert [[record["number"] for _, record in batch] for batch in rest] == [*epoch(0)[3:], *epoch(1)[:2]]

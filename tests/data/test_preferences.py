@@ -306,7 +306,7 @@ def test_training_batches_are_shuffled_and_contain_every_pair(make, tokenizer):
     again.load_state_dict({"yielded": 2})
     rest = [batch.number.tolist() for batch in again.train_dataloader()]
     assert rest == [batch.number.tolist() for batch in batches[2:]]
-    assert data.state_dict() == {"yielded": 4}
+    assert data.state_dict() == {"yielded": 4, "drawn": 0}
 
 
 def test_once_gives_every_record_and_does_not_advance_the_loader(make, tokenizer):
@@ -316,7 +316,7 @@ def test_once_gives_every_record_and_does_not_advance_the_loader(make, tokenizer
     trained = [next(steps).number.tolist()]
     for _ in range(2):
         assert [batch.number.tolist() for batch in loader.once()] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert loader.state_dict() == {"yielded": 1}
+    assert loader.state_dict() == {"yielded": 1, "drawn": 0}
     trained.append(next(steps).number.tolist())
     undisturbed = make(tokenizer, records, batch_size=3).train_dataloader()
     assert trained == [batch.number.tolist() for batch in undisturbed]

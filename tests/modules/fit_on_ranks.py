@@ -25,9 +25,11 @@ from lit_rlhf import (
     TRPO,
     AdaptiveKL,
     Ahead,
+    Averaging,
     Clip,
     Correction,
     Demonstrations,
+    DynamicSampling,
     GroupNormalized,
     Guard,
     KLPenalty,
@@ -187,6 +189,20 @@ def cases(strategy, actor, reference, scorer, *adapters):
             update=one_step(),
         ),
     )
+    if strategy != "fsdp":
+        yield (
+            "dapo",
+            lambda: PolicyGradient(
+                **{**common, "iterations": 2, "rewards": [LowFirstWord()]},
+                actor_optimizer=adam,
+                critic=None,
+                sampling=several,
+                dynamic_sampling=DynamicSampling(max_draws=4),
+                advantages=GroupNormalized(),
+                averaging=Averaging(decay=0.5),
+                update=Update(epochs=1, minibatches=2, max_tokens=64),
+            ),
+        )
     again = {"optimizer": sgd, "iterations": 1, "max_tokens": 64, "clip_grad_norm": None}
     yield "reward", lambda: RewardModeling(reward=actor, **again)
     for name in ("sft", "packed"):  # micro-batches of one or two rows, of which the ranks have different numbers
@@ -255,7 +271,7 @@ def main(strategy, *folders, prompts, out, only):
             precision="bf16-mixed" if name.startswith("lora half") else None,
             callbacks=[recorder, hooks, *([ExportAtEnd(Path(out).stem)] if name == "lora stacked" else [])],
         )
-        held_out = {"validation": prompts, "validation_batch_size": 20} if name == "grpo" else {}
+        held_out = {"validation": prompts, "validation_batch_size": 20} if name in ("grpo", "dapo") else {}
         data = Prompts(train=prompts, batch_size=10 if name == "three" else 24, **held_out)
         if name == "packed" or name.endswith("sft"):
             packing = {"packing": True, "max_tokens": 40} if name == "packed" else {}

@@ -54,6 +54,18 @@ def test_same_weights_on_several_processes(results, case, run):
     assert_same(results("ddp", 1)[case], results(*run)[case])
 
 
+@pytest.mark.parametrize("run", RUNS[:-1], ids=lambda run: f"{run[0]}-{run[1]}")
+def test_same_averages_and_draws_on_several_processes(results, run):
+    """Averages are in the weights and, by validation, in the held-out metrics; FSDP1 refuses them."""
+    alone = results("ddp", 1)["dapo"]
+    assert_same(alone, results(*run)["dapo"])
+    averages = {name.removeprefix("averaged."): x for name, x in alone["weights"].items() if "averaged." in name}
+    assert averages.keys() == {name for name in alone["weights"] if name.startswith("actor.")}
+    assert any((x - alone["weights"][name]).abs().max() > 1e-4 for name, x in averages.items())
+    assert alone["metrics"]["dynamic_sampling/draws"] > 1
+    assert 0 < alone["metrics"]["dynamic_sampling/uninformative_fraction"] < 1
+
+
 def assert_same(alone, spread):
     assert spread["steps"] == alone["steps"]
     assert spread["weights"].keys() == alone["weights"].keys()

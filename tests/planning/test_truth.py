@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lit_rlhf import Averaging
 from lit_rlhf.algorithms.group_baselines import GroupNormalized
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.generation import Sampling
@@ -55,7 +56,7 @@ def make(method, source, folder, rows):
     others = {
         "ppo": {},
         "shared critic": {"critic": "shared"},
-        "grpo": {"critic": None, "advantages": GroupNormalized()},
+        "grpo": {"critic": None, "advantages": GroupNormalized(), "averaging": Averaging()},
     }[method]
     responses = 2 if method == "grpo" else 1
     module = PolicyGradient(

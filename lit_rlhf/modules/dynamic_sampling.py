@@ -1,0 +1,222 @@
+"""The responses of an iteration, drawn once or, to replace prompts without a signal, several times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lit_rlhf.data.loader import ResumableLoader
+from lit_rlhf.errors import UserError
+from lit_rlhf.modules.hooks import call_hook
+from lit_rlhf.modules.metrics import Metrics, Stopwatch
+from lit_rlhf.randomness import Stream
+from lit_rlhf.types import Experience, PromptBatch, RewardInputs, ScoredRollout, Trajectory
+
+Stage = TypeVar("Stage")
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+    """The option to learn only from prompts whose responses have different scores, and to draw further prompts.
+
+    A prompt is *informative* if its n responses do not all have the same score; for answers that are correct or wrong,
+    if 0 < |{correct responses}| < n. With a group baseline, all other prompts have advantages of 0, and only make the
+    batch smaller. An iteration draws a batch of prompts, and generates and scores their responses. It repeats this
+    until it has ``data.batch_size`` informative prompts, but draws at most ``max_draws`` batches. It learns from the
+    first ``data.batch_size`` informative prompts, or from fewer if there are no more. If fewer responses would be left
+    than ``update.minibatches``, prompts without a signal are added. The scores are those that enter the reward, after
+    `ScoreShaping`.
+
+    Each draw takes the next whole batch in the order of the data, so that the position in the data, which checkpoints
+    hold, is a number of batches. The Trainer's epoch has as many iterations as the data has batches, and therefore
+    covers the data more than once if there are further draws. All processes count the informative prompts together, and
+    draw equally often; the result does not depend on their number.
+
+    The metrics ``objective/…`` (except ``objective/advantage_std``), ``rewards/…`` and ``response/…`` describe all
+    responses that were drawn, and all other metrics those that the iteration learns from.
+
+    Source: Yu et al. 2025 (DAPO, arXiv 2503.14476), section 3.2, equation 11.
+
+    Args:
+        max_draws: The maximum number of batches in an iteration; with 1, prompts without a signal are only left out.
+
+    Raises:
+        ValueError: if ``max_draws`` is less than 1.
+
+    >>> DynamicSampling(max_draws=5).max_draws
+    5
+    """
+
+    max_draws: int = 3
+
+    def __post_init__(self) -> None:
+        if self.max_draws < 1:
+            raise ValueError(f"dynamic_sampling.max_draws must be 1 or more, not {self.max_draws}")
+
+
+def draw_responses(
+    module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch
+) -> tuple[ScoredRollout, Tensor | None]:
+    """Generate and score the responses of an iteration; all processes call this function together.
+
+    Args:
+        module: The module that trains, an `OnPolicy`.
+        batch: The prompts of the iteration; with dynamic sampling, further ones come from the training loader.
+        metrics: Receives the metrics of the engine and ``dynamic_sampling/…``.
+        watch: Measures the phases ``generate`` and ``judge``.
+
+    Returns:
+        This process's responses of all draws, B rows, and a bool mask [B] of the rows to learn from; None for all rows.
+
+    Raises:
+        UserError: if the engine or a reward fails, if the guard refuses the responses, or if further prompts are needed
+            and do not come from a data module of this package.
+    """
+    draws = [_draw(module, batch, metrics, watch)]
+    if module.dynamic_sampling is None:
+        return draws[0], None
+    (size,) = module.max_over_ranks(int(batch.group.max()) + 1)
+    signals = [_signal_of_all(module, draws[0], size, first=0)]
+    while len(draws) < module.dynamic_sampling.max_draws and sum(int(signal.sum()) for signal in signals) < size:
+        first = len(draws) * size
+        further = _further_prompts(module)
+        further = replace(further, group=further.group + first)  # other random numbers than those of the first draw
+        draws.append(_draw(module, further, metrics, watch, first=False))
+        signals.append(_signal_of_all(module, draws[-1], size, first))
+    signal = torch.cat(signals)
+    kept = choose(signal, at_least=-(-module.update.minibatches // module.sampling.responses), at_most=size)
+    metrics.add("dynamic_sampling/draws", len(draws))
+    metrics.add("dynamic_sampling/uninformative_fraction", (~signal).float())
+    metrics.add("dynamic_sampling/prompts", kept.sum())
+    scored = draws[0] if len(draws) == 1 else join(draws)
+    return scored, kept[scored.rollout.group]
+
+
+def _draw(module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, first: bool = True) -> ScoredRollout:
+    with watch.phase("generate"):
+        if first:
+            rollout = module.rollouts.next(module, batch, metrics)
+        else:  # with the weights that the guard has checked
+            rollout = module.generate(batch, module.actor, Stream.ROLLOUT, int(module.iteration))
+    call_hook(module, "on_rollout_end", rollout)
+    with watch.phase("judge"):
+        return module.judge(rollout, batch)
+
+
+def _signal_of_all(module: Any, scored: ScoredRollout, size: int, first: int) -> Tensor:
+    """Return, for the prompts of a draw of all processes, [size] bool, whether they are informative."""
+    n = module.sampling.responses
+    table = torch.zeros(size, device=module.device)
+    table[scored.rollout.group[::n] - first] = is_informative(scored.shaped_scores, n).float()
+    return module.sum_over_ranks(table) > 0
+
+
+def _further_prompts(module: Any) -> PromptBatch:
+    loader = module.trainer.train_dataloader
+    if not isinstance(loader, ResumableLoader):
+        raise UserError(
+            "model.dynamic_sampling draws further prompts from the data module Prompts, not from "
+            f"{type(loader).__name__}; set max_draws to 1"
+        )
+    return loader.draw().to(module.device)
+
+
+def is_informative(scores: Tensor, responses: int) -> Tensor:
+    """Return whether the responses to a prompt have different scores, for each prompt, [B] bool.
+
+    Args:
+        scores: [B n], in prompt-major order.
+        responses: n, the number of responses to each prompt.
+
+    >>> is_informative(torch.tensor([1.0, 1.0, 0.0, 1.0]), responses=2)
+    tensor([False,  True])
+    """
+    by_prompt = scores.view(-1, responses)
+    return by_prompt.amax(1) > by_prompt.amin(1)
+
+
+def choose(informative: Tensor, at_least: int, at_most: int) -> Tensor:
+    """Choose the prompts to learn from: the first informative ones, and if these are too few, the first of the others.
+
+    Args:
+        informative: Bool [P].
+        at_least: The minimum number of prompts to choose.
+        at_most: The maximum number of prompts to choose, at least ``at_least``.
+
+    Returns:
+        Bool [P], True for the chosen prompts.
+
+    >>> choose(torch.tensor([False, True, True, True]), at_least=1, at_most=2)
+    tensor([False,  True,  True, False])
+    >>> choose(torch.tensor([False, True, False, False]), at_least=2, at_most=2)
+    tensor([ True,  True, False, False])
+    """
+    order = torch.argsort((~informative).byte(), stable=True)
+    count = max(at_least, min(at_most, int(informative.sum())))
+    return torch.zeros_like(informative).index_fill(0, order[:count], True)
+
+
+def join(draws: Sequence[ScoredRollout]) -> ScoredRollout:
+    """Join the responses of several draws, in their order; columns that a draw lacks are filled with None."""
+    inputs = [draw.reward_inputs for draw in draws]
+    rollout = _join([draw.rollout for draw in draws])
+    names = dict.fromkeys(name for part in inputs for name in part.columns)
+    columns = {
+        name: [x for part in inputs for x in part.columns.get(name, [None] * len(part.responses))] for name in names
+    }
+    joined = RewardInputs(
+        prompts=[prompt for part in inputs for prompt in part.prompts],
+        responses=[response for part in inputs for response in part.responses],
+        columns=columns,
+        rollout=rollout,
+        iteration=inputs[0].iteration,
+    )
+    rewards = {name: torch.cat([draw.rewards[name] for draw in draws]) for name in draws[0].rewards}
+    return _join(draws, rollout=rollout, reward_inputs=joined, rewards=rewards)
+
+
+def _join(parts: Sequence[Stage], **given: Any) -> Stage:
+    """Join the tensors of several objects of the same type by row, padded with 0 on the right; None stays None."""
+    kind: Any = type(parts[0])
+    values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(kind) if f.name not in given}
+    return kind(**{name: None if x[0] is None else _cat(x) for name, x in values.items()}, **given)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].ndim == 1:
+        return torch.cat(list(tensors))
+    width = max(x.shape[1] for x in tensors)
+    return torch.cat([pad(x, (0, width - x.shape[1])) for x in tensors])
+
+
+def responses_so_far(module: Any, responses: int, metrics: Mapping[str, float]) -> int:
+    """Return the number of responses that the run has drawn, in this and all earlier iterations.
+
+    Args:
+        module: The module that trains, an `OnPolicy`.
+        responses: The number of responses of this iteration, over all processes.
+        metrics: The metrics of this iteration.
+    """
+    loader = module.trainer.train_dataloader
+    further = loader.drawn if isinstance(loader, ResumableLoader) else 0
+    return (int(module.iteration) + further) * responses // int(metrics.get("dynamic_sampling/draws", 1))
+
+
+def counted(scored: ScoredRollout, trajectory: Trajectory, rows: Tensor | None) -> tuple[ScoredRollout, Trajectory]:
+    """Return the responses with masks that are True only in the rows to learn from, [B] bool; None for all rows."""
+    if rows is None:
+        return scored, trajectory
+    mask = scored.rollout.response_mask & rows[:, None]
+    return replace(scored, rollout=replace(scored.rollout, response_mask=mask)), replace(trajectory, mask=mask)
+
+
+def drop_uncounted(experience: Experience) -> Experience:
+    """Return the rows of all processes that have a token that counts, with their prompts numbered from 0."""
+    selected = experience.select(experience.rollout.response_mask.any(1).nonzero().squeeze(1))
+    group = selected.rollout.group.unique(return_inverse=True)[1]
+    return replace(selected, rollout=replace(selected.rollout, group=group))
