@@ -1,12 +1,13 @@
 """The frontier of score and KL: what best-of-n and the tilted policy reach without training, and what recipes reach.
 
     python benchmarks/frontier.py --stories MODEL [--reviews REVIEWS.jsonl] [--trl-python ENV/bin/python] [--seeds 3]
-    python benchmarks/frontier.py --table [--plot frontier.png] [--json frontier.json]      # of what was measured
+    python benchmarks/frontier.py --table [--plot frontier.png] [--json frontier.json]   # only show what was measured
 
 Every variant trains a small model on the same number of responses; a run has one thread. Score, KL to the start (the
 model before training) in nats per response, length and diversity are measured on held-out prompts during the run.
 frontier_tasks.py describes the tasks. With --trl-python, TRL's trainers run, too: their policies are measured in the
-same way, with the same random numbers (frontier_trl.py).
+same way, with the random numbers of the recipes that have batches of 64 prompts and one response to each, such as
+`ppo.yaml` (frontier_trl.py).
 
 *KL at the score of* another run, `ppo.yaml` or a trainer of TRL with the same seed, is the lowest KL at which a run
 reaches the score that the other ends with, as a fraction of the other's KL. The CPU seconds of TRL are those of its
@@ -47,7 +48,10 @@ from lit_rlhf.references import load_reference  # noqa: E402
 RESPONSES = 3840
 """Responses in a run."""
 HELD_OUT, MEASUREMENTS = 576, 4
-"""Held-out responses in a measurement, and the number of measurements during a run."""
+"""Held-out responses in a measurement, rounded down to whole batches, and measurements during a run.
+
+A run whose number of iterations is not a multiple of this number of measurements has more of them.
+"""
 SAMPLES = 64
 """Responses of the start to each held-out prompt, from which the curves without training are estimated."""
 TASKS = ("happy", "sentiment", "randomwalks", "quickstart")
@@ -56,7 +60,7 @@ STEPWISE = ("reinforce", "a2c", "rloo")
 
 
 class Variant(NamedTuple):
-    """A recipe, and the options that differ from it."""
+    """A recipe, and the options in which the variant differs from it."""
 
     recipe: str
     options: dict[str, Any]
@@ -207,18 +211,24 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def path_of(result: dict[str, Any]) -> list[Point]:
-    """Return the points of a run from the start on."""
+    """Return the points of a run in their order, beginning with the start."""
     return [Point(0.0, result["start"]), *(Point(p["kl_to_ref"], p["score"]) for p in result["points"])]
 
 
 def kl_ratio(result: dict[str, Any], rival: dict[str, Any]) -> float:
-    """Return the KL at which a run reaches the rival's last score, as a fraction of the rival's last KL."""
+    """Return the KL at which a run reaches the rival's last score, divided by the rival's last KL; inf if never."""
     end = path_of(rival)[-1]
     return kl_at_score(path_of(result), end.score) / end.kl
 
 
 def curve(scores: torch.Tensor) -> list[tuple[str, Point, str]]:
-    """Return the points that need no training: of each its name, the point, and the effective samples if any."""
+    """Return the points that need no training, each as (name, point, effective samples, which are text or empty).
+
+    The coefficients of the tilted policies are multiples of the mean standard deviation of the scores of a prompt.
+
+    Args:
+        scores: [P, k], the scores of k responses of the start to each prompt.
+    """
     sizes = [2**i for i in range(int(math.log2(scores.shape[1])) + 1)]
     found = [(f"best of {n}", best_of_n(scores, n), "") for n in sizes]
     for share in (4.0, 2.0, 1.0, 0.5):
@@ -250,7 +260,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def compared(found: list[dict[str, Any]], rivals: list[dict[str, Any]]) -> str:
-    """Return the mean of `kl_ratio` over the seeds at which the rival's score is reached, and their number."""
+    """Return the mean of `kl_ratio` over the seeds that reach the rival's score, and the number of these seeds."""
     of_seed = {rival["seed"]: rival for rival in rivals}
     ratios = [kl_ratio(result, of_seed[result["seed"]]) for result in found if result["seed"] in of_seed]
     reached = [ratio for ratio in ratios if ratio < math.inf]
@@ -263,7 +273,7 @@ DIGITS = {"score": 3, "kl_to_ref": 2, "length": 1, "distinct_2": 3, "self_simila
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the scores against √KL, one panel for each task: best-of-n as a line, and the runs from the start on."""
+    """Draw the scores against √KL, one panel for each task, with a line for best-of-n and a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -287,7 +297,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, and print the table of all that was measured."""
+    """Measure, unless only the table is wanted, and print the table of all that was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", help="the folder of a small language model of stories, for happy and sentiment")
     parser.add_argument("--reviews", type=Path, help="labelled sentences, for the task sentiment")
@@ -299,7 +309,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--responses", type=int, default=RESPONSES, help="the number of responses in a run")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="responses of the start to each prompt")
-    parser.add_argument("--model-iterations", type=int, help="of each training of a task's model; for trials")
+    parser.add_argument("--model-iterations", type=int, help="iterations in training a task's model, for trials")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--plot", type=Path, help="also draw the frontier to this file; needs matplotlib")
     parser.add_argument("--json", type=Path, default=Path("frontier.json"))

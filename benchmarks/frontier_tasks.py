@@ -1,9 +1,9 @@
-"""The tasks of frontier.py: of each its start (the policy before training), its prompts and its reward.
+"""The tasks of frontier.py, each with a start (the policy before training), prompts and a reward.
 
 happy        a small story model; the reward is the function `happy_story`
-sentiment    the same model; the reward is a model of sentiment, trained on labelled sentences (``text``, and ``label``
-             0 or 1, per line), which are joined to texts of one sentiment and any length, so that the length says
-             nothing about the sentiment
+sentiment    the same model; the reward is a model of sentiment, trained on labelled sentences (JSON lines with
+             ``text``, and ``label`` 0 for negative or 1 for positive), which are joined to texts of one sentiment and
+             cut to a random number of words, so that the length says nothing about the sentiment
 randomwalks  short paths in a graph (randomwalks.py); the start is trained on random walks with SFT
 quickstart   the model, the prompts and the learned reward of ``lit-rlhf quickstart``, with its penalty for truncation
 """
@@ -23,7 +23,7 @@ from lit_rlhf.cli import main as command_line
 
 HERE = Path(__file__).resolve().parent
 MAX_TOKENS = 64
-"""Tokens in a story."""
+"""The maximum number of tokens in a story."""
 PAIRS, HELD_OUT_PAIRS = 7500, 500
 """Pairs of texts from which the reward model of sentiment learns, and with which it is tested."""
 
@@ -34,12 +34,12 @@ class Task(NamedTuple):
     start: str  # a model folder
     prompts: str  # a function that returns the prompts to train on
     held_out: str  # a function that returns the prompts to measure with
-    max_tokens: int  # in a response
+    max_tokens: int  # the maximum number of tokens in a response
     reward_model: str | None = None  # a model folder; its scores are normalised
     function: str | None = None  # FILE.py:NAME, which needs nothing of lit-rlhf
-    truncation_penalty: float = 0.0
-    rate: float = 3e-4  # of an actor with several optimizer steps in an iteration
-    critic_rate: float = 1e-3
+    truncation_penalty: float = 0.0  # in units of the score
+    rate: float = 3e-4  # the learning rate of an actor with several optimizer steps in an iteration
+    critic_rate: float = 1e-3  # the learning rate of the critic
 
     def rewards(self) -> list[dict[str, Any]]:
         """Return the rewards as in a config."""
@@ -116,7 +116,7 @@ def quickstart(folder: Path, iterations: int | None = None) -> Task:
 
 
 def held_out_stories() -> list[dict[str, str]]:
-    """Return openings of stories to measure with; each occurs often, so that the scores are precise."""
+    """Return openings of stories to measure with; each occurs often, so that the mean score is precise."""
     return lags.fresh_story_prompts() * 4
 
 

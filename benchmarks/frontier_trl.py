@@ -16,7 +16,7 @@ from lit_rlhf import MonteCarlo, PolicyGradient, Prompts, Sampling
 from lit_rlhf.references import load_reference
 
 MEASURED = ("score", "kl_to_ref", "length", "distinct_2", "self_similarity")
-"""What is measured of responses to held-out prompts."""
+"""The metrics of responses to held-out prompts; ``kl_to_ref`` in nats per response, ``length`` in tokens."""
 
 
 class TRL(NamedTuple):
@@ -28,7 +28,7 @@ class TRL(NamedTuple):
     group: int  # responses to a prompt
     epochs: int
     minibatches: int
-    rate_factor: float = 1.0  # of the task's learning rate
+    rate_factor: float = 1.0  # the learning rate divided by the task's
 
 
 TRAINERS = {
@@ -37,7 +37,7 @@ TRAINERS = {
     "TRL GRPO": TRL("grpo", kl_coef=0.02, batch=128, group=8, epochs=2, minibatches=4),
     "TRL RLOO": TRL("rloo", kl_coef=0.02, batch=128, group=4, epochs=1, minibatches=1, rate_factor=3.0),
 }
-"""KL coefficients, groups, epochs, minibatches and rates of GRPO and RLOO are those of the recipes of that name."""
+"""Batches, groups, epochs, minibatches, KL coefficients and rates of GRPO and RLOO are those of the recipes."""
 
 
 def run(task: Task, name: str, seed: int, responses: int, saves: int, held_out: int, python: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def options(task: Task, trainer: TRL, seed: int, responses: int, saves: int, pro
 
 
 def measured(task: Task, output: Path, held_out: int) -> dict[str, Any]:
-    """Return the measurements of the policies that trl_train.py saved, and what it logged."""
+    """Return the measurements of the policies that trl_train.py saved, with the CPU seconds and scores in its log."""
     log = json.loads((output / "log.json").read_text())
     saved = sorted((path for path in output.iterdir() if path.is_dir()), key=lambda path: int(path.name))
     found = [measure_policy(task, str(path), held_out) for path in saved]
@@ -99,7 +99,7 @@ def measured(task: Task, output: Path, held_out: int) -> dict[str, Any]:
 
 
 def measure_policy(task: Task, policy: str, held_out: int, batch_size: int = 64) -> dict[str, float]:
-    """Return the ``val/`` metrics of a policy, exactly as in a run that starts from the task's start.
+    """Return the ``val/`` metrics of a policy, as a run from the task's start with one response to a prompt measures.
 
     Args:
         task: The task.

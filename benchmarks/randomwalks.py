@@ -2,8 +2,8 @@
 
 A prompt is a node, and a response should be the nodes of a walk from it to the goal, "a", in few steps. The model
 before training has learned from random walks, most of which never reach the goal. The score of a response is the length
-of the shortest path divided by the length of the walk, and 0 if the response is not a walk to the goal: the best policy
-has a mean score of exactly 1.
+of the shortest path divided by the length of the walk, and 0 if the response is not a walk to the goal in at most 10
+steps: the best policy has a mean score of exactly 1.
 
 The task is that of trlx's example of the same name, which goes back to Decision Transformer (Chen et al. 2021, arXiv
 2106.01345, section 3): a directed graph of 21 nodes and walks of at most 10 steps. The graph here is another one, and
@@ -27,7 +27,7 @@ END = "<end>"
 
 @cache
 def graph() -> dict[str, tuple[str, ...]]:
-    """Return the successors of each node but the goal; from all of them the goal can be reached in 10 steps."""
+    """Return the successors of each node but the goal, which can be reached from every node in at most 10 steps."""
     rng = random.Random(0)
     while True:
         edges = {
@@ -75,6 +75,8 @@ def prompts() -> list[dict[str, str]]:
 
 def optimality(prompts: list[str], responses: list[str]) -> list[float]:
     """Return the length of the shortest path divided by that of each walk, and 0 for what is no walk to the goal.
+
+    A walk has at most 10 steps.
 
     >>> start = next(node for node, steps in distances().items() if steps == 1)
     >>> optimality([start, start], ["a", "?"])

@@ -4,8 +4,9 @@ It runs in TRL's own environment (see README.md), so it imports nothing of lit-r
 model folder for each saved iteration, named by its number, and ``log.json``: the CPU seconds of the training, the mean
 score of the responses of each iteration, and the texts of the first iteration, as tokens, with their scores.
 
-All options that have no argument here are TRL's defaults, except precision (float32) and gradient checkpointing (off).
-By default, the learning rate falls linearly to 0.
+The options that have no argument here are TRL's defaults, except precision (float32), gradient checkpointing (off),
+temperature (1), PPO's stop token (the end of the text), the division of a batch, logging and saving. By default, the
+learning rate falls linearly to 0.
 """
 
 import argparse
@@ -52,13 +53,13 @@ parser.add_argument("--minibatches", type=int, default=1)
 parser.add_argument("--max-tokens", type=int, required=True)
 parser.add_argument("--kl-coef", type=float, required=True)
 parser.add_argument("--rate", type=float, required=True, help="the learning rate")
-parser.add_argument("--schedule", default="linear", help="of the learning rate; TRL's default is linear, to 0")
+parser.add_argument("--schedule", default="linear", help="of the learning rate, which falls linearly to 0 by default")
 parser.add_argument("--truncation-penalty", type=float, help="subtracted from the score of a response without end")
 parser.add_argument("--saves", type=int, default=4, help="the number of times that the policy is saved")
 
 
 def load_function(reference: str) -> Score:
-    """Return a reward function of a file, called with those of its arguments that its parameters name."""
+    """Return a reward function from a file; it is called with those arguments of `Score` that its parameters name."""
     path, _, name = reference.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
@@ -76,7 +77,7 @@ def load_function(reference: str) -> Score:
 
 
 def load_scorer(folder: str) -> nn.Module:
-    """Return a reward model whose head gives normalised scores: (r − mean) / std, as on the model's training set."""
+    """Return a reward model whose head gives (r − mean) / std, with score_mean and score_std of its config.json."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     mean, std = model.config.score_mean, model.config.score_std
     head = nn.Linear(model.config.hidden_size, 1)
@@ -156,7 +157,10 @@ class Saver(TrainerCallback):
 
 
 def ppo_trainer(options: argparse.Namespace, policy: Any, judge: Judge, texts: list[str]) -> Any:
-    """Return TRL's PPOTrainer, with a value model that starts from the reward model, γ = 1, λ = 0.95 and KL by k1."""
+    """Return TRL's PPOTrainer, with its defaults γ = 1, λ = 0.95 and the KL estimator k1.
+
+    The value model starts from the reward model or, if the reward is a function, from the language model.
+    """
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     get_reward = ppo_trainer.get_reward

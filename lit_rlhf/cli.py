@@ -81,9 +81,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def _configure_allocator() -> None:
     """Let the blocks of GPU memory grow, so that tensors of varying sizes do not fragment it.
 
-    Nothing is done if the user has set the variable, under any of its names. This function must be called before torch
-    is imported, because torch may read the variable then. The first two names are set: torch 2.9 ignores this option
-    under the first one, and reports the second one as deprecated unless the first is set, too.
+    The option ``expandable_segments`` is set in torch's environment variable, unless the user has set this variable
+    under any of its names, `ALLOCATOR_VARIABLES`. This function must be called before torch is imported, because torch
+    may read the variable then. The first two names are set: torch 2.9 ignores the option under the first one, and
+    reports the second one as deprecated unless the first is set, too.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         for name in ALLOCATOR_VARIABLES[:2]:

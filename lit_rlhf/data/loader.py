@@ -91,8 +91,9 @@ class ResumableLoader:
 
     Only a loader that shuffles resumes; any other begins every pass with the first batch.
 
-    A training step may `draw` further batches. These count in the order of the rows, but not in the length of a pass:
-    each pass yields ``len(loader)`` batches, and an epoch, which is a permutation of the rows, may then end within it.
+    A training step may `draw` further batches from a loader that shuffles. They advance the position in the order of
+    the rows, but are not part of the pass: a complete pass yields ``len(loader)`` batches besides them. An epoch, which
+    is one permutation of the rows, may then end, and the next one begin, in the middle of a pass.
 
     The loader counts its batches itself and does not rely on Lightning's epoch count, which is one behind in a run that
     was resumed from the end of an epoch. The loader is not a torch DataLoader, because worker processes would gain
@@ -149,7 +150,7 @@ class ResumableLoader:
         return self._load(self._at(self.yielded + self.drawn - 1 + distance))
 
     def draw(self) -> Any:
-        """Return the next batch of the order, for the training step under way; the steps after it do not get it."""
+        """Return the next batch for the training step under way; if the loader shuffles, later steps do not get it."""
         batch = self._at(self.yielded + self.drawn)
         self.drawn += 1
         return self._load(batch)

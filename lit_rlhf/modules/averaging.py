@@ -20,9 +20,9 @@ class Averaging:
 
     After each iteration (not after each optimizer step), average ← decay · average + (1 − decay) · weights, in float32.
     The average begins with the actor's initial weights. It spans about 1 / (1 − decay) iterations: with 0.9, the last
-    10, and after 30 iterations, the share of the initial weights in it is 0.9³⁰ = 4 %. The actor does not change: it
-    draws the responses that it learns from with its own weights. Validation, ``test``, ``predict`` and exports use the
-    average.
+    10, and after 30 iterations, the share of the initial weights in it is 0.9³⁰ ≈ 4 %. Training does not use the
+    average: the actor draws the responses that it learns from with its own weights. Validation, ``test``, ``predict``
+    and exports use the average.
 
     Each process holds one more float32 copy of its part of the trained weights: the whole actor, its shard, or the
     adapter alone.
@@ -90,7 +90,7 @@ class AveragedWeights(nn.Module):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside this context, let the actor have the averaged weights; after it, the actor has its own bits again."""
+        """Give the actor the averaged weights inside this context; after it, the actor has exactly its own again."""
         self._swap()
         try:
             yield
@@ -106,7 +106,7 @@ class AveragedWeights(nn.Module):
             average.copy_(own)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return this process's part of each weight, in the memory of the weight, and of its average."""
+        """Return, for each weight, this process's part of the weight and of its average, as views of their memory."""
         weights = self._actor[0].own_parameters()
         return [(_local(weight.detach()), _local(self.get_buffer(name))) for name, weight in weights.items()]
 

@@ -25,17 +25,17 @@ class DynamicSampling:
     """The option to learn only from prompts whose responses have different scores, and to draw further prompts.
 
     A prompt is *informative* if its n responses do not all have the same score; for answers that are correct or wrong,
-    if 0 < |{correct responses}| < n. With a group baseline, all other prompts have advantages of 0, and only make the
-    batch smaller. An iteration draws a batch of prompts, and generates and scores their responses. It repeats this
-    until it has ``data.batch_size`` informative prompts, but draws at most ``max_draws`` batches. It learns from the
-    first ``data.batch_size`` informative prompts, or from fewer if there are no more. If fewer responses would be left
-    than ``update.minibatches``, prompts without a signal are added. The scores are those that enter the reward, after
-    `ScoreShaping`.
+    if some, but not all n of them are correct. With a group baseline, the advantages of all other prompts are 0, so
+    that the effective batch is smaller. An iteration draws a batch of prompts, and generates and scores their
+    responses. It repeats this until it has ``data.batch_size`` informative prompts, but draws at most ``max_draws``
+    batches. It learns from the first ``data.batch_size`` informative prompts, or from fewer if there are no more. If
+    fewer responses would be left than ``update.minibatches``, prompts without a signal are added. The scores are those
+    that enter the reward, after `ScoreShaping`.
 
     Each draw takes the next whole batch in the order of the data, so that the position in the data, which checkpoints
     hold, is a number of batches. The Trainer's epoch has as many iterations as the data has batches, and therefore
     covers the data more than once if there are further draws. All processes count the informative prompts together, and
-    draw equally often; the result does not depend on their number.
+    draw equally often; the result does not depend on the number of processes.
 
     The metrics ``objective/…`` (except ``objective/advantage_std``), ``rewards/…`` and ``response/…`` describe all
     responses that were drawn, and all other metrics those that the iteration learns from.
@@ -109,7 +109,14 @@ def _draw(module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, f
 
 
 def _signal_of_all(module: Any, scored: ScoredRollout, size: int, first: int) -> Tensor:
-    """Return, for the prompts of a draw of all processes, [size] bool, whether they are informative."""
+    """Return whether the prompts of a draw are informative, those of all processes, [size] bool.
+
+    Args:
+        module: The module that trains, an `OnPolicy`.
+        scored: This process's responses of the draw.
+        size: The number of prompts in a draw, over all processes.
+        first: The number of the draw's first prompt in ``group``.
+    """
     n = module.sampling.responses
     table = torch.zeros(size, device=module.device)
     table[scored.rollout.group[::n] - first] = is_informative(scored.shaped_scores, n).float()
@@ -127,10 +134,10 @@ def _further_prompts(module: Any) -> PromptBatch:
 
 
 def is_informative(scores: Tensor, responses: int) -> Tensor:
-    """Return whether the responses to a prompt have different scores, for each prompt, [B] bool.
+    """Return whether the responses to a prompt have different scores, for each of P prompts, [P] bool.
 
     Args:
-        scores: [B n], in prompt-major order.
+        scores: [P n], in prompt-major order.
         responses: n, the number of responses to each prompt.
 
     >>> is_informative(torch.tensor([1.0, 1.0, 0.0, 1.0]), responses=2)
@@ -199,7 +206,7 @@ def responses_so_far(module: Any, responses: int, metrics: Mapping[str, float]) 
 
     Args:
         module: The module that trains, an `OnPolicy`.
-        responses: The number of responses of this iteration, over all processes.
+        responses: The number of responses of this iteration, in all its draws and over all processes.
         metrics: The metrics of this iteration.
     """
     loader = module.trainer.train_dataloader
@@ -216,7 +223,11 @@ def counted(scored: ScoredRollout, trajectory: Trajectory, rows: Tensor | None) 
 
 
 def drop_uncounted(experience: Experience) -> Experience:
-    """Return the rows of all processes that have a token that counts, with their prompts numbered from 0."""
+    """Return the rows that have a token inside the mask, with their prompts numbered from 0.
+
+    Args:
+        experience: The rows of all processes.
+    """
     selected = experience.select(experience.rollout.response_mask.any(1).nonzero().squeeze(1))
     group = selected.rollout.group.unique(return_inverse=True)[1]
     return replace(selected, rollout=replace(selected.rollout, group=group))

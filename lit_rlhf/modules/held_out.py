@@ -34,8 +34,9 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         batch_idx: The index of the batch; the random numbers are the same whenever it is evaluated.
 
     Returns:
-        The actor's responses with their scores, rewards and KL to the reference, and the reference's answers, for
-        callbacks.
+        For callbacks: the actor's responses (``reward_inputs``), their ``scores``, [B], unweighted ``rewards`` by name,
+        [B] each, and KL to the reference in nats, per response (``kl_to_ref``, [B]) and per token (``kl_of_tokens``,
+        [B, T]); and ``reference``, the texts and the scores of the reference's responses.
     """
 
     def respond(actor: Actor) -> RewardInputs:
@@ -136,7 +137,7 @@ def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, flo
 def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """Return the confidence interval of a fraction p of n = ``count`` independent trials; z = 1.96 gives 95 %.
 
-    The bounds are (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, equation 4.
+    The bounds are (p + z²/(2n) ± z √(p(1 − p)/n + z²/(4n²))) / (1 + z²/n). Source: Wilson 1927, equation 4.
 
     >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
     (0.404, 0.596)

@@ -213,7 +213,7 @@ class TRPO(OnPolicy):
         keep_out_of_checkpoints(self, ("old.",))
 
     def configure_model(self) -> None:
-        """Load the models, and a second copy of the actor, which holds the old policy.
+        """Load the models, and a frozen copy of the actor, or of its adapter alone, which holds the old policy.
 
         Raises:
             UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
