@@ -244,7 +244,7 @@ def hide_inapplicable_warnings() -> None:
 
 
 def option_names(parser: Any) -> list[str]:
-    """Return the long options of a parser and its subcommands, without dashes.
+    """Return the long options of a parser and its subcommands, without the leading dashes.
 
     Uses argparse's ``_actions`` and jsonargparse's ``_subcommands_action``; neither library lists the options publicly.
     """

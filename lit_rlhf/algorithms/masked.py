@@ -94,7 +94,7 @@ class Whitened(NamedTuple):
 
     values: Tensor  # the shape of x, 0 outside the mask
     var: Tensor  # [], the variance of x before whitening
-    scale: Tensor  # [], the factor that x was multiplied by, 1 / √(var + 1e-8)
+    scale: Tensor  # [], the factor that x − x̄ was multiplied by, 1 / √(var + 1e-8)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = _no_reduction) -> Whitened:
