@@ -76,6 +76,17 @@ VARIANTS = {
     "ppo, kl 0.1, full KL, decayed": Variant(
         "ppo", {"model.kl.coef": 0.1, "model.reference_kl.estimator": "full"}, decays=True
     ),
+    "ppo, kl 0.1, full KL, decayed, λ = 0.7, 4 steps": Variant(
+        "ppo",
+        {
+            "model.kl.coef": 0.1,
+            "model.reference_kl.estimator": "full",
+            "model.advantages.lam": 0.7,
+            "model.update.epochs": 2,
+            "model.update.minibatches": 2,
+        },
+        decays=True,
+    ),
     "ppo, λ = 1": Variant("ppo", {"model.advantages.lam": 1.0}),
     "ppo, 1 epoch": Variant("ppo", {"model.update.epochs": 1}),
     "ppo, batches of 256": Variant("ppo", {"data.batch_size": 256}),
