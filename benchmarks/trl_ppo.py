@@ -2,7 +2,7 @@
 
     python benchmarks/trl_ppo.py MODELS [--iterations 4] [--response 256]
 
-It does the same work as ours_ppo.py on the same models: 64 prompts, 4 epochs of 4 minibatches, four separate models; but
+It does the same work as ours_ppo.py on the same models: 64 prompts, 4 epochs of 4 minibatches, separate models; but
 TRL adds up the gradients of an epoch's minibatches, for one optimizer step. It needs a separate environment:
 ``pip install "torch>=2.9,<2.14" transformers accelerate datasets pandas`` and ``pip install --no-deps trl==1.12.0``.
 """
