@@ -107,6 +107,7 @@ def walks(tmp_path_factory):
     return tasks.randomwalks(tmp_path_factory.mktemp("randomwalks"), iterations=2)
 
 
+@pytest.mark.long
 def test_a_saved_policy_is_measured_as_in_its_run(walks, tmp_path, monkeypatch):
     """The export of a run has the score, KL, length and diversity that the run measured last."""
     monkeypatch.setattr(frontier, "HELD_OUT", 64)

@@ -170,7 +170,7 @@ def test_export_reads_the_folder(whole, tmp_path):
     at_end = AutoModelForCausalLM.from_pretrained(whole("fsdp2-2") / "export").state_dict()
     weights = last(whole("fsdp2-2"))["state_dict"]
     for name, value in exported.items():
-        assert torch.equal(value, weights[f"actor.model.{name}"])
+        assert torch.equal(value, weights[f"averaged.model.{name}"])
         assert torch.equal(value, at_end[name])
 
 

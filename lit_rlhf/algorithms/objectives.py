@@ -73,7 +73,10 @@ class Objective(ABC):
         """
 
     def update(self, measured_kl: float) -> None:  # noqa: B027 (most objectives have no state to update)
-        """Adapt the objective to the mean KL(π_old ‖ π), measured after an iteration's update, in nats per token."""
+        """Adapt the objective to the mean KL(π_old ‖ π), measured after an iteration's update, in nats per token.
+
+        The default does nothing.
+        """
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:

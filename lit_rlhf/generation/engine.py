@@ -151,9 +151,10 @@ class Engine(ABC):
         """Generate ``sampling.responses`` responses for each prompt, in prompt-major order.
 
         The random numbers of a row are a function of the seed, ``stream``, ``iteration`` and the row's index in the
-        global batch. The rollout's fields ``rollout_logprobs`` and ``rollout_entropy`` refer to the full distribution
-        at the sampling temperature (at 1 if the sampling temperature is 0), before top-k, top-p and the minimum length
-        are applied; the actor's forward pass computes the same quantities.
+        global batch. If the engine is exact (see `is_exact`), the rollout's fields ``rollout_logprobs`` and
+        ``rollout_entropy``, in nats, refer to the full distribution at the sampling temperature (at 1 if the sampling
+        temperature is 0), before top-k, top-p and the minimum length are applied; the actor's forward pass computes the
+        same quantities. Other engines say in their docstrings how they deviate; entropies that are not known are 0.
 
         Args:
             actor: The policy.
@@ -161,7 +162,7 @@ class Engine(ABC):
             sampling: The options for sampling, among them the number n of responses for each prompt.
             special_tokens: The stop tokens and the padding token.
             stream: The purpose of the random numbers.
-            iteration: The training iteration or, in validation and prediction, the index of the batch.
+            iteration: The training iteration or, in validation, test and prediction, the index of the batch.
 
         Returns:
             The rollout of B n responses.

@@ -50,7 +50,10 @@ def draw(
 
 
 def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose share is at least ``top_p``; set the others to 0."""
+    """Set the probabilities, [R, V], to 0 outside the smallest set of most likely tokens of each row that reaches top-p.
+
+    The set has at least the share ``top_p`` of the row's sum, which may be less than 1; the result is not rescaled.
+    """
     ordered, order = probabilities.sort(-1, descending=True)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     before = _cumulative(ordered, ordered.dtype) - ordered

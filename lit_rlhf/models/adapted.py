@@ -40,8 +40,8 @@ def load_adapted(
         saved: Adapters of the same base, not trained, by name.
 
     Raises:
-        UserError: if the model or an adapter cannot be loaded, if the source is random weights, or if DoRA is to be
-            combined with another adapter.
+        UserError: if the model or an adapter cannot be loaded, if the source is random weights, or if the source is an
+            adapter and either it or the new adapters use DoRA.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.testing import make_tiny_model

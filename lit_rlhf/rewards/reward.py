@@ -101,7 +101,8 @@ def column_of(reward_inputs: RewardInputs, name: str) -> Sequence[Any]:
 
     Args:
         reward_inputs: The inputs of the reward.
-        name: The name of the column, or ``column.entry`` for an entry in a column of dictionaries.
+        name: The name of the column, or ``column.entry`` for an entry in a column of dictionaries; the value is None
+            where the dictionary lacks the entry.
 
     Raises:
         UserError: if the prompts do not have the column.
