@@ -50,7 +50,7 @@ def draw(
 
 
 def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Set the probabilities, [R, V], to 0 outside the smallest set of most likely tokens of each row that reaches top-p.
+    """Set the probabilities, [R, V], to 0 outside each row's smallest set of most likely tokens that reaches top-p.
 
     The set has at least the share ``top_p`` of the row's sum, which may be less than 1; the result is not rescaled.
     """
