@@ -1,6 +1,7 @@
 """Weights and metrics do not depend on the number of processes or on the models' sharding (real processes, gloo)."""
 
 import functools
+import re
 from pathlib import Path
 
 import preloaded
@@ -12,18 +13,32 @@ CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo", "three", "ahead", 
 ADAPTERS = ("lora ppo", "lora stacked", "lora shared", "lora ahead", "lora trpo", "lora sft", "lora reward", "lora dpo")
 WHOLE = "(?!lora).*"
 """A regular expression for the cases without adapters."""
+FEW_ADAPTERS = "(?!lora).*|lora (ppo|stacked|shared|half|half sft)"
+"""A regular expression for these cases and, as the short form of those with adapters, some of them."""
 RUNS = (
     ("ddp", 2, WHOLE),
     pytest.param(("ddp", 4), marks=pytest.mark.long),
-    ("fsdp2", 2),
+    ("fsdp2", 2, FEW_ADAPTERS),
     pytest.param(("fsdp2", 4, WHOLE), marks=pytest.mark.long),
     pytest.param(("fsdp", 2, WHOLE), marks=pytest.mark.long),
 )
-ADAPTER_RUNS = (
-    pytest.param(("ddp", 2, "lora.*"), marks=pytest.mark.long),
-    ("fsdp2", 2),
-    pytest.param(("fsdp2", 4, "lora.*"), marks=pytest.mark.long),
-)
+ADAPTER_RUNS = {
+    ("fsdp2", 2, FEW_ADAPTERS): (),
+    ("ddp", 2, "lora.*"): pytest.mark.long,
+    ("fsdp2", 2, "lora.*"): pytest.mark.long,
+    ("fsdp2", 4, "lora.*"): pytest.mark.long,
+}
+"""The runs with adapters, and their marks."""
+
+
+def with_adapters(*cases):
+    """Run a test with each of the cases in every run that has it; without cases, once for each run."""
+    found = [
+        pytest.param(run, *case, marks=marks, id="-".join([*map(str, run[:2]), *case]))
+        for run, marks in ADAPTER_RUNS.items()
+        for case in ([(name,) for name in cases if re.fullmatch(run[2], name)] if cases else [()])
+    ]
+    return pytest.mark.parametrize(("run", "case") if cases else "run", found)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +117,7 @@ def test_the_iteration_changed_the_weights(results, tiny_model, case):
         assert (weights["actor.model.model.norm.weight"] - start).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("run", [("ddp", 2, WHOLE), ("fsdp2", 2)], ids=lambda run: f"{run[0]}-{run[1]}")
+@pytest.mark.parametrize("run", [("ddp", 2, WHOLE), ("fsdp2", 2, FEW_ADAPTERS)], ids=lambda run: f"{run[0]}-{run[1]}")
 def test_hooks_get_the_rows_of_their_process_in_order(results, run):
     found = results(*run)["ppo"]
     score = pytest.approx(found["metrics"]["objective/score"])
@@ -110,8 +125,7 @@ def test_hooks_get_the_rows_of_their_process_in_order(results, run):
     assert found["hooks"] == [calls, calls]
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
-@pytest.mark.parametrize("run", ADAPTER_RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+@with_adapters(*ADAPTERS)
 def test_same_adapters_on_several_processes(results, case, run):
     alone, spread = results("ddp", 1)[case], results(*run)[case]
     assert_same(alone, spread)
@@ -122,8 +136,7 @@ def test_same_adapters_on_several_processes(results, case, run):
     assert sum(float(weight.abs().max()) > 1e-6 for weight in trained) > 0.9 * len(trained)
 
 
-@pytest.mark.parametrize("case", [*ADAPTERS, "lora half", "lora half sft"])
-@pytest.mark.parametrize("run", ADAPTER_RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+@with_adapters(*ADAPTERS, "lora half", "lora half sft")
 def test_what_is_trained_and_sharded(results, case, run):
     """The base is frozen and, with adapters of all roles, sharded; TRPO's actor is not, and its critic's head neither.
 
@@ -149,7 +162,7 @@ def test_what_is_trained_and_sharded(results, case, run):
 OWN_HEADS = ("critic.head.", "reward.head.", "actor.value_head.")
 
 
-@pytest.mark.parametrize("run", ADAPTER_RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+@with_adapters()
 def test_half_precision(results, run):
     """At first, the policy is exactly the reference and the old policy; SFT learns nearly what one process learns."""
     metrics = results(*run)["lora half"]["metrics"]
@@ -162,7 +175,7 @@ def test_half_precision(results, run):
     assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.95
 
 
-@pytest.mark.parametrize("run", ADAPTER_RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+@with_adapters()
 def test_same_export(results, run):
     """With the adapter that it started from, joined to one of twice the rank; the scaling, 16, is a factor in B."""
     results("ddp", 1), results(*run)
