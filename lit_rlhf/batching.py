@@ -1,4 +1,4 @@
-"""Functions that cut batches into minibatches, each process's rows and micro-batches, or gather them from all ranks."""
+"""Functions that cut batches into minibatches and micro-batches, divide rows among processes, and gather them again."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -42,10 +42,11 @@ def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[T
 
 
 def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tensor]]:
-    """Distribute items over processes; all get about the same number of tokens and exactly the same number of groups.
+    """Distribute items over processes; each gets about the same number of tokens and exactly the same number of groups.
 
     The longest remaining item always goes to the process with the fewest tokens (greedy number partitioning; Graham
-    1969). Then `pack` groups the items of each process, and groups are halved where a process has too few groups.
+    1969). Then `pack` groups the items of each process, and groups are halved in any process that has fewer groups than
+    another.
 
     Args:
         lengths: [B] int64, the number of tokens in each item.
@@ -75,7 +76,9 @@ def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tens
 
 
 def _split_until(groups: list[Tensor], count: int) -> None:
-    """Halve the largest group until there are ``count`` groups, in place; append empty groups if none can be halved."""
+    """Halve the group with the most items, in place, until there are ``count`` groups; if none can be halved, append
+    empty groups.
+    """
     while len(groups) < count:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
         if largest is None or len(groups[largest]) < 2:
@@ -90,11 +93,11 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
     Args:
         experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        generator: A CPU generator with which the rows are shuffled, the only source of randomness; None to keep the
-            order of the rows, so that each minibatch has consecutive rows.
+        generator: The CPU generator that shuffles the rows, the only source of randomness here; None to keep the order
+            of the rows, so that each minibatch has consecutive rows.
 
     Raises:
-        UserError: if there are fewer rows than ``count``, which is the option ``model.update.minibatches``.
+        UserError: if there are fewer rows than ``count``, which the option ``model.update.minibatches`` sets.
     """
     rows_in_all = len(experience.advantages)
     if count > rows_in_all:
@@ -105,7 +108,7 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
 
 
 def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
-    """Return this process's share of the rows, grouped by length; every process gets the same number of micro-batches.
+    """Return this process's rows as micro-batches, grouped by length; every process gets the same number of them.
 
     Args:
         experience: The rows of all processes, the same on every process.
@@ -144,7 +147,7 @@ def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[Pr
 
 
 def demonstration_micro_batches(batch: DemonstrationBatch, max_tokens: int) -> list[DemonstrationBatch]:
-    """Cut a batch into micro-batches of rows of similar length; in each, the rows have the order of the batch.
+    """Cut a batch into micro-batches of rows of similar length; each micro-batch keeps its rows in the batch's order.
 
     Args:
         batch: The rows.
@@ -166,7 +169,8 @@ def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout
             None, where t is the length of the longest response in these rows.
 
     Returns:
-        A named tuple of the same type for all rows; its tensors are [B, T] or [B] float32, padded with 0 on the right.
+        A named tuple of the same type for all rows; its fields are [B, T] or [B] float32 tensors, padded with 0 on the
+        right, or None.
     """
     results: list[Tensor | None] = []
     for indices in track(pack(rollout.lengths.cpu(), max_tokens), "judge", "micro-batches"):
@@ -194,7 +198,7 @@ def gather_experience(
     """Gather the rows of all processes, in the order of the global batch.
 
     Args:
-        experience: This process's rows: all responses to prompts of the global batch, prompt-major.
+        experience: This process's rows: all responses to its prompts of the global batch, prompt-major.
         responses: The number of responses to each prompt.
         sum_over_ranks: A function that returns the sum of a tensor over all processes.
         max_over_ranks: A function that returns the maximum of each of its arguments over all processes.
@@ -225,7 +229,7 @@ class _Table:
     ) -> None:
         self.sum = sum_over_ranks
         number = torch.arange(len(rollout.group), device=rollout.group.device) % responses
-        self.places = rollout.group * responses + number  # [B], in the global batch
+        self.places = rollout.group * responses + number  # [B], the index of each row in the global batch
         shape = rollout.tokens.shape[1], rollout.response_mask.shape[1]
         self.rows, self.width, self.time = max_over_ranks(int(self.places.max()) + 1, *shape)
 

@@ -1,4 +1,4 @@
-"""Reading of checkpoints of any strategy in one process: a file, or a folder with one shard per process."""
+"""Reading a checkpoint of any strategy in one process, whether it is a file or a folder with one shard per process."""
 
 import shutil
 from pathlib import Path

@@ -12,7 +12,7 @@ from lit_rlhf import __version__
 from lit_rlhf.errors import UserError
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""The names of the environment variable from which torch reads the options of its allocator of GPU memory."""
+"""The names of the environment variable from which torch reads the options of its GPU memory allocator."""
 
 COMMANDS = {
     "quickstart": "quickstart",
@@ -40,7 +40,7 @@ commands:
   test         evaluate a model on the test data
   predict      write responses as JSONL
   export       write a checkpoint's model as a Hugging Face folder
-  schema       print a JSON schema of the configurations, from which editors complete and check them
+  schema       print a JSON schema of the configurations, with which editors complete and check them
 
 lit-rlhf COMMAND --help shows a command's options, lit-rlhf fit --model.help PolicyGradient shows those of a model, and
 lit-rlhf --version shows the version.
@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The command and its options; None to read the command line.
 
     Raises:
-        SystemExit: if the user made a mistake, or asked for the help of a command.
+        SystemExit: if the user made a mistake, or asked only to see a command's help or a configuration.
 
     >>> main(["--help"])  # doctest: +ELLIPSIS
     usage: lit-rlhf COMMAND [options]
@@ -79,12 +79,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _configure_allocator() -> None:
-    """Let the blocks of GPU memory grow, so that tensors of varying sizes do not fragment it.
+    """Let torch extend its segments of GPU memory, so that tensors of varying sizes fragment the memory less.
 
     The option ``expandable_segments`` is set in torch's environment variable, unless the user has set this variable
     under any of its names, `ALLOCATOR_VARIABLES`. This function must be called before torch is imported, because torch
-    may read the variable then. The first two names are set: torch 2.9 ignores the option under the first one, and
-    reports the second one as deprecated unless the first is set, too.
+    may read the variable during its import. The first two names are set: torch 2.9 ignores the option under the first
+    name, and reports the second name as deprecated unless the first is set, too.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         for name in ALLOCATOR_VARIABLES[:2]:

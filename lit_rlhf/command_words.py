@@ -1,4 +1,4 @@
-"""The checks and the changes of a command line's words before LightningCLI parses them."""
+"""Functions that check and change the words of a command line before LightningCLI parses them."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from lit_rlhf import recipes
 from lit_rlhf.errors import UserError
 
 HELP_OF_OPTION = re.compile(r"--(model|data)\.[\w.]+\.help(=|$)")
-"""A word that asks for the help of an option of the model's or the data's class."""
+"""The pattern of a word that asks for the help of an option of the model's or the data module's class."""
 
 
 def help_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line, with a request for the help of an option in the form jsonargparse expects.
+    """Return the words of a command line, with a request for an option's help in the form that jsonargparse expects.
 
     jsonargparse shows the help of an option of a chosen class, such as ``--model.adapter.help``, only after
     ``--model.help CLASS``. The class is taken from ``--model CLASS`` or from the files given by ``--config``.
@@ -22,10 +22,10 @@ def help_words(words: Sequence[str]) -> list[str]:
     request are dropped.
 
     Args:
-        words: The words of the command line, whose files `check_config_files` has checked.
+        words: The words of a command line that `check_config_files` has checked.
 
     Raises:
-        UserError: if the words ask for such help, and neither they nor the files name the class.
+        UserError: if the words ask for such help, and neither the words nor the files name the class.
 
     >>> help_words(["fit", "--model", "SFT", "--model.adapter.help"])
     ['fit', '--model.help', 'SFT', '--model.adapter.help']
@@ -42,14 +42,14 @@ def help_words(words: Sequence[str]) -> list[str]:
 
 
 def chosen_class(words: Sequence[str], group: str) -> str:
-    """Return the class that the words of a command line, or else their files, choose for the model or for the data.
+    """Return the class that a command line, or else one of its ``--config`` files, chooses for the model or the data.
 
     Args:
-        words: The words of the command line, whose files `check_config_files` has checked.
+        words: The words of a command line that `check_config_files` has checked.
         group: ``model`` or ``data``.
 
     Returns:
-        The name or the import path of the class; an empty string if none is chosen.
+        The name or the import path of the class; an empty string if no class is chosen.
 
     >>> chosen_class(["fit", "--config", "ppo"], "model")
     'PolicyGradient'
@@ -63,7 +63,7 @@ def chosen_class(words: Sequence[str], group: str) -> str:
 
 
 def _given(words: Sequence[str], *options: str) -> list[str]:
-    """Return the values that options have on the command line, as in ``--option value`` or ``--option=value``."""
+    """Return the values given to options on the command line, as ``--option value`` or ``--option=value``."""
     parts = [(word.partition("="), after) for word, after in zip(words, [*words, ""][1:], strict=True)]
     return [value if given else after for (option, given, value), after in parts if option in options]
 
@@ -79,8 +79,8 @@ def check_config_files(words: Sequence[str]) -> None:
         words: The words of the command line.
 
     Raises:
-        UserError: if a file does not exist or is not a YAML mapping; the message names the file and, if the YAML is
-            invalid, the line.
+        UserError: if there is no such file or recipe, or if a file is not a YAML mapping; the message names the file
+            and, if the YAML is invalid, the line.
     """
     for name in _configs(words):
         _check_config_file(recipes.find(name))

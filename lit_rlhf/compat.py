@@ -54,7 +54,7 @@ def block_weight(weight: Tensor, rows: int) -> Tensor:
 
 
 def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b as [..., O], for ``x`` [..., I], a weight W from `block_weight`, and b [O] or None for 0.
+    """Return x Wᵀ + b as [..., O], for ``x`` [..., I], ``weight`` W from `block_weight`, and ``bias`` b [O] or None.
 
     Uses the operator ``mkldnn::_linear_pointwise`` without a pointwise function.
     """
@@ -64,10 +64,11 @@ def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Move a model to a device; its tensors on the meta device, which hold no values, get uninitialized memory there.
+    """Move a model to a device; its tensors on the meta device, which hold no values, get uninitialized memory on it.
 
-    Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also forget the
-    values of the tensors that are not on the meta device. Parameters are swapped, so that tied ones stay tied.
+    Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also discard the
+    values of the tensors that are not on the meta device. Parameters are swapped rather than replaced, so that tied
+    parameters stay tied.
     """
     import torch
 
@@ -84,8 +85,8 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
     """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
 
     Removes the hooks in ``_forward_pre_hooks`` and ``_forward_hooks`` that belong to the object that
-    ``_get_fsdp_state`` returns, and those of the ``methods`` that ``register_fsdp_forward_method`` has set on the
-    module; at the end of the context, puts everything back in the same order.
+    ``_get_fsdp_state`` returns, and the versions of ``methods`` that ``register_fsdp_forward_method`` has set
+    on the module; at the end of the context, puts everything back in the same order.
     """
     state, part = module._get_fsdp_state(), vars(module)
     hooks = [(entries, dict(entries)) for entries in (part["_forward_pre_hooks"], part["_forward_hooks"])]
@@ -104,9 +105,9 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
 
 
 def allow_variants(count: int) -> None:
-    """Let ``torch.compile`` compile at least this many variants of each function; beyond them, it does not compile.
+    """Let ``torch.compile`` compile at least ``count`` variants of each function; further variants run uncompiled.
 
-    Sets ``torch._dynamo.config.recompile_limit``; the option of ``torch.compile`` exists only in newer versions.
+    Sets ``torch._dynamo.config.recompile_limit``; only newer versions of ``torch.compile`` have such an option.
     """
     import torch._dynamo.config as options
 
@@ -150,7 +151,7 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote pr
 """Phrases of gloo, the operating system and NCCL in the RuntimeError of a collective when another process has ended."""
 
 LEAF_SPEC_WARNING = r".*`isinstance\(treespec, LeafSpec\)`.*"
-"""A pattern of torch's warning about a deprecated class that Lightning still uses."""
+"""The pattern of torch's warning about a deprecated class that Lightning still uses."""
 
 # Lightning
 
@@ -159,7 +160,7 @@ METADATA_FILE = "meta.pt"
 
 
 def validation_is_due(trainer: lightning.Trainer) -> bool:
-    """Return whether Lightning will validate after the current training batch; to be called in ``on_train_batch_end``.
+    """Return whether Lightning will validate after the current training batch; call it in ``on_train_batch_end``.
 
     Uses ``_should_check_val_fx`` of the epoch loop and ``_data_fetcher`` of the fit loop, as Lightning itself does.
     """
@@ -188,7 +189,7 @@ def no_gradient_sync(strategy: Strategy) -> AbstractContextManager[Any]:
 
 
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
-    """Set a strategy's data-parallel size to the number of processes, which its constructor does not know yet.
+    """Set a strategy's data-parallel size to the number of processes, which its constructor did not know.
 
     Sets ``_data_parallel_size``, which ``ModelParallelStrategy.setup_environment`` reads.
     """
@@ -207,7 +208,7 @@ ADVERTISING_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
-"""The loggers of the messages below; if Lightning renames a logger, its messages are shown."""
+"""The loggers of the messages in `ADVERTISEMENTS`; if Lightning renames a logger, its messages are shown."""
 
 ADVERTISEMENTS = (
     "\N{ELECTRIC LIGHT BULB}",
@@ -225,17 +226,17 @@ INAPPLICABLE_WARNINGS = (
     r".*Total length of `list` across ranks is zero.*",
     r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
 )
-"""Lightning's warnings about things that are intended here, such as modules in eval mode or no validation set.
+"""The patterns of Lightning's warnings about what is intended here, such as modules in eval mode or no validation set.
 
-The last one is about several processes: the modules log metrics that are reduced over them already.
+The last warning concerns runs on several processes, where the modules log metrics that are reduced already.
 """
 
 LONG_VAL_CHECK_INTERVAL = "`val_check_interval` ("
-"""The beginning of Lightning's message that an epoch has fewer batches than the interval between validations."""
+"""The beginning of Lightning's message that an epoch has fewer batches than ``val_check_interval``."""
 
 
 def hide_inapplicable_warnings() -> None:
-    """Ignore the warnings that `INAPPLICABLE_WARNINGS` lists."""
+    """Ignore the warnings that match `INAPPLICABLE_WARNINGS`."""
     for message in INAPPLICABLE_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
@@ -254,13 +255,13 @@ def option_names(parser: Any) -> list[str]:
 
 
 PARSER_KEY = re.compile(r'Parser key "([^"]+)"')
-"""The pattern of the key at one level of a nested message; the keys of all levels, joined by dots, are the option."""
+"""The pattern of the key at one level of a nested message; the keys of all levels, joined by dots, name the option."""
 
 REFUSED_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 """The pattern of a class whose options are refused; a message may name several such classes, the innermost last."""
 
 REFUSED_CALLABLE = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
-"""The pattern of an optimizer or a schedule whose options are refused; its own option is annotated as a callable."""
+"""The pattern of the class of an optimizer or a schedule whose options are refused; the option takes a callable."""
 
 UNKNOWN_OPTION = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
@@ -277,10 +278,10 @@ OPTIONS_OR_NULL = re.compile(r"Subtypes: \[<class '(lit_rlhf\.[^']+)'>, <class '
 """The pattern of the dataclass of an option that accepts either this dataclass's options or null."""
 
 ABSTRACT_CLASS = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
-"""The pattern of an abstract class; also of the message about options that are given without their class."""
+"""The pattern of an abstract class, in the message about such a class and about options given without a class."""
 
 MISSING_OPTION = re.compile(r"arguments are required: ([\w.]+)")
-"""The pattern of an option that is required but not given, after the subcommand or within the class that needs it."""
+"""The pattern of a required option that is not given, named after the subcommand or within the class that needs it."""
 
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)")
 """The pattern of a subcommand that does not exist, and of the subcommands that do."""
@@ -319,7 +320,8 @@ NO_RECORDS = "corresponds to no data"
 def attention_of(config: PretrainedConfig) -> str:
     """Return the name of a model's attention implementation, such as ``sdpa``.
 
-    Uses ``config._attn_implementation``, because ``set_attn_implementation`` has no public counterpart that reads it.
+    Uses ``config._attn_implementation``, because ``set_attn_implementation`` has no public counterpart that reads
+    the name.
     """
     return config._attn_implementation
 
@@ -356,12 +358,12 @@ def keep_4_bit_layout(layer: Any) -> None:
 
 
 def selected_adapters(layer: LoraLayer) -> tuple[str, ...]:
-    """Return the names of the adapters whose outputs a layer adds; none if its adapters are off."""
+    """Return the names of the adapters whose outputs a layer adds; an empty tuple if its adapters are off."""
     return () if layer.disable_adapters else tuple(layer.active_adapters)
 
 
 def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> None:
-    """Let layers add the outputs of only these adapters, in this order, or of none if no adapter is named.
+    """Let layers add the outputs of only the named adapters, in this order, or of no adapter if none is named.
 
     Sets ``_active_adapter`` and ``_disable_adapters``, because the public ``set_adapter`` and ``enable_adapters`` also
     change which parameters are trained, while these layers serve several roles in each step.
@@ -373,11 +375,12 @@ def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> Non
 
 
 def share_inputs(layers: Iterable[LoraLayer]) -> None:
-    """Let adapters take the inputs of their layers as they are, so that the backward pass keeps one copy for all.
+    """Let adapters take their layers' inputs without a cast, so that the backward pass keeps a shared input only once.
 
-    Otherwise, peft copies a bfloat16 input to the float32 of the adapter, from which autocast makes another bfloat16
-    copy for each layer. Layers with DoRA still copy: they compute the norms of weights in their input's precision.
-    Sets ``cast_input_dtype_enabled``, as peft's ``disable_input_dtype_casting`` does temporarily.
+    Otherwise, peft casts a bfloat16 input to float32, the data type of the adapter's weights, and autocast casts the
+    result to bfloat16 again, so that each layer has a copy of its own. Layers with DoRA still cast their inputs,
+    because they compute the norms of their weights in the input's precision. Sets ``cast_input_dtype_enabled``, as
+    peft's ``disable_input_dtype_casting`` does temporarily.
     """
     for layer in layers:
         layer.cast_input_dtype_enabled = bool(layer.lora_variant)

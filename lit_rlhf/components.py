@@ -1,4 +1,4 @@
-"""The classes that a configuration can name, and their options, from their signatures and docstrings."""
+"""The classes that a configuration can name, and their options, read from the classes' signatures and docstrings."""
 
 import collections.abc
 import inspect
@@ -22,7 +22,7 @@ INTERNAL = (
     *("AlignmentModule", "OnPolicy", "OnPolicyCallback", "PreferenceModule", "ResumableData", "LRScheduler"),
     *("Parser", "Rollouts", "SaveConfig"),
 )
-"""Classes without abstract methods that are nevertheless only bases of others, or used by the command line alone."""
+"""Unlisted classes without abstract methods: bases of other classes, or classes that only the command line uses."""
 
 GIVEN = ("params", "optimizer")
 """The first arguments of optimizers and of schedules, which are not options."""
@@ -39,9 +39,9 @@ class Option:
 
 
 def components(base: type) -> list[type]:
-    """Return the imported classes below a base class that a configuration can name, sorted by their names.
+    """Return the imported subclasses of a base class that a configuration can name, sorted by name.
 
-    The list is empty for a base class that is not of lit-rlhf, Lightning or ``torch.optim``, such as ``nn.Module``.
+    The list is empty if the base class is not from lit-rlhf, Lightning or ``torch.optim``, as with ``nn.Module``.
 
     >>> from lit_rlhf.algorithms.kl import KLController
     >>> [component.__name__ for component in components(KLController)]
@@ -61,7 +61,7 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def _is_component(candidate: type) -> bool:
-    """Return whether a class is listed: it is in one of `PACKAGES`, and not abstract, private or internal."""
+    """Return whether a class is listed: whether it is in one of `PACKAGES`, and not abstract, private or internal."""
     listed = candidate.__module__.startswith(tuple(f"{package}." for package in PACKAGES))
     hidden = candidate.__name__.startswith("_") or candidate.__name__ in INTERNAL
     return listed and not hidden and not inspect.isabstract(candidate)
@@ -82,7 +82,7 @@ def options(component: type) -> list[Option]:
 
 
 def option_names(component: type) -> list[str]:
-    """Return the names of a class's options, with dotted names for the options of its options.
+    """Return the names of a class's options, and dotted names for the options that these options have.
 
     >>> from lit_rlhf import SFT
     >>> {"actor", "adapter.rank", "optimizer.lr"} <= set(option_names(SFT))
@@ -109,13 +109,13 @@ def _signature(component: type) -> dict[str, tuple[Any, Any]]:
 
 
 def summary(component: type) -> str:
-    """Return the first line of a class's docstring."""
+    """Return the summary at the beginning of a class's docstring, as one line."""
     parsed = docstring_parser.parse(inspect.getdoc(component) or "")
     return " ".join((parsed.short_description or "").split())
 
 
 def _descriptions(component: type) -> dict[str, str]:
-    """Return the descriptions of a class's arguments, each as one line, from the class itself or else from a base."""
+    """Return the descriptions of a class's arguments, each as one line, from the class or else a base class."""
     found: dict[str, str] = {}
     for owner in reversed(component.__mro__[:-1]):
         for text in (owner.__doc__, owner.__init__.__doc__ if "__init__" in vars(owner) else None):  # type: ignore[misc]
@@ -125,7 +125,7 @@ def _descriptions(component: type) -> dict[str, str]:
 
 
 def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
-    """Return the type of an annotation, which may be text; return Any if a name in it is undefined at run time."""
+    """Return the type of an annotation, which may be text; Any if it is missing or a name in it is undefined."""
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):
@@ -162,7 +162,7 @@ def import_paths(component: type) -> list[str]:
 
 
 def classes_in(hint: Any) -> Iterator[type]:
-    """Yield the classes that a type contains, including those inside unions and lists, and the results of callables."""
+    """Yield the classes that a type contains, including those in unions and lists and those that callables return."""
     arguments = get_args(hint)
     if get_origin(hint) is collections.abc.Callable:
         arguments = arguments[-1:]

@@ -31,7 +31,7 @@ def with_comments(config: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 class _Commented:
-    """A writer of the parts of a configuration, each with its schema."""
+    """A writer of the parts of a configuration, with comments from the schema of each part."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self.root = root
@@ -41,7 +41,7 @@ class _Commented:
         return [line for key, part in value.items() for line in self.entry(key, part, schema)]
 
     def entry(self, key: str, value: Any, owner: dict[str, Any]) -> list[str]:
-        """Return the lines of an option with its comment; ``owner`` is the schema of the mapping that it belongs to."""
+        """Return the lines of an option with its comment; ``owner`` is the schema of the mapping with the option."""
         schema = owner.get("properties", {}).get(key, {})
         comment = textwrap.wrap(self.comment(schema), WIDTH)
         found = self.matching(schema, value)
@@ -63,7 +63,7 @@ class _Commented:
         return [f"{'- ' if number == first else '  '}{line}" for number, line in enumerate(lines)]
 
     def comment(self, schema: dict[str, Any]) -> str:
-        """Return the description of an option, and its choices if there are few."""
+        """Return the description of an option, and its choices if there are at most `MOST_CHOICES`."""
         text = schema.get("description", "")
         values = (str(value) for part in self.alternatives(schema) for value in part.get("enum", ()))
         choices = list(dict.fromkeys(value for value in values if "." not in value))  # classes by their short names
@@ -72,7 +72,7 @@ class _Commented:
         return text
 
     def alternatives(self, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the schemas between which a schema lets a value choose, with references resolved."""
+        """Yield the alternatives that a schema offers for a value, with references resolved."""
         if "$ref" in schema:
             definition = schema["$ref"].removeprefix("#/definitions/")
             yield from self.alternatives(self.root["definitions"][definition])
@@ -83,7 +83,7 @@ class _Commented:
             yield schema
 
     def matching(self, schema: dict[str, Any], value: Any) -> dict[str, Any]:
-        """Return the alternative that describes a value's keys, class or items; an empty schema if there is none."""
+        """Return the alternative that describes a value's keys, class or items; an empty schema if none does."""
         for part in self.alternatives(schema):
             properties = part.get("properties", {})
             classes = properties.get("class_path", {}).get("enum", [None])

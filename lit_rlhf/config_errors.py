@@ -2,7 +2,7 @@
 
 The messages are nested: ``Parser key "model"`` contains ``Problem with given class_path '…PolicyGradient'``, which
 contains ``Parser key "advantages"`` and finally the mistake, with remarks on every type of a union. The keys give the
-field, the last class is the one whose option is wrong, and the innermost line is the mistake.
+field, the last class is the one whose option is wrong, and the innermost line states the mistake.
 """
 
 import difflib
@@ -53,7 +53,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
 
 
 def _wrong_value(field: str, text: str) -> str:
-    """Return a line with the expected type and the value found, or else the lines that do not match ``REMARK``."""
+    """Return a line with the type or the choices expected and the value found, or else the message without remarks."""
     lines = [re.sub(rf"^{compat.PARSER_KEY.pattern}:\s*", "", line.strip(" -\n")) for line in text.splitlines()]
     informative = [line for line in lines if line and not compat.REMARK.match(line)]
     if matched := compat.CHOICE_EXPECTED.search(text):
@@ -113,7 +113,7 @@ def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
 
 
 def _in_close_group(word: str, known: Sequence[str]) -> str:
-    """Return a dotted word with a known first part in place of an unknown one that is close, or an empty string."""
+    """Return a dotted word with its unknown first part replaced by a close known one, or else an empty string."""
     head, dot, rest = word.partition(".")
     heads = list(dict.fromkeys(name.partition(".")[0] for name in known))
     close = difflib.get_close_matches(head, heads, n=1, cutoff=0.75)
@@ -124,7 +124,7 @@ def _in_close_group(word: str, known: Sequence[str]) -> str:
 
 
 def _with_close_name(word: str, known: Sequence[str]) -> str:
-    """Return the known name with the same last part as a word, or a close one, or an empty string."""
+    """Return a known name that has the same last part as a word or else is close to it; an empty string if none is."""
     ending = word.rpartition(".")[2]
     shortest_first = sorted(known, key=lambda name: name.count("."))
     last = {name.rpartition(".")[2]: name for name in reversed(shortest_first)}
@@ -142,7 +142,7 @@ def _owner(text: str) -> type | None:
 
 
 def _class(path: str) -> Any:
-    """Return the class at an import path, or None if there is none."""
+    """Return the class at an import path, or None if its module has no such class."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name, None)
 
@@ -176,12 +176,12 @@ def _class_names(field: str) -> list[str]:
 
 
 def chosen_options(base: type, group: str, name: str) -> list[str]:
-    """Return the options of the class that a group of options chooses, each with the group before it.
+    """Return the names of the options of the class chosen for a group, each with the name of the group before it.
 
     Args:
         base: The base of the classes that can be chosen.
         group: The group, such as ``model``.
-        name: The name or the import path of the class; a class that `components` does not list has no options here.
+        name: The name or the import path of the class; the result is empty if `components` does not list the class.
 
     >>> import lightning
     >>> from lit_rlhf import SFT

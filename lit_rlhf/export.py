@@ -54,16 +54,16 @@ def export(
     merge: bool = False,
     towards_start: float = 1.0,
 ) -> Path:
-    """Export a model from a checkpoint as a Hugging Face folder, or as a folder of peft if an adapter was trained.
+    """Export a model from a checkpoint as a Hugging Face folder, or as a peft folder if an adapter was trained.
 
-    If the run averages the actor's weights (see `Averaging`), the actor that is exported is the average.
+    If the run averages the actor's weights (see `Averaging`), the exported actor has the averaged weights.
 
     Args:
         run: The run's folder, which contains ``config.yaml``.
         checkpoint: ``last``, ``best``, or a path.
         out: The folder to write; None for ``export`` in the run's folder, or ``export_ROLE`` for a model that the run
             trained besides its main one, with ``_merged`` at the end of the name if an adapter is merged, and
-            ``_towards_start_SHARE`` if the share is not 1.
+            ``_towards_start_SHARE`` if ``towards_start`` is not 1.
         role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modelling,
             the actor for all other runs.
         merge: Whether to add a trained adapter to the weights of its base, and to export the result as a whole model.
@@ -78,8 +78,8 @@ def export(
         UserError: if the run or the checkpoint does not exist, the run's configuration does not name its main model,
             the checkpoint is incomplete or lacks the model, the tokenizer or the model that the run started from cannot
             be loaded, or transformers has no sequence classifier of the critic's or reward model's architecture; or if
-            ``towards_start`` is out of range, or is less than 1 for another model than an actor, for an adapter with
-            DoRA or with a reference of its own, or with a reference that has other parameters than the actor.
+            ``towards_start`` is out of range, or is less than 1 for a model other than an actor, for an adapter with
+            DoRA or with a reference of its own, or for an actor whose parameters differ from the reference's.
 
     >>> export(Path("runs/ppo"), role="critic")
     Traceback (most recent call last):
@@ -98,7 +98,7 @@ def export(
     tokenizer = load_tokenizer(source, f"model.{main_role}")
     merge = merge and options.get("adapter") is not None
     name = "export" if role == main_role else f"export_{role}"
-    name = f"{name}_merged" if merge else name  # a folder with both would count as an adapter
+    name = f"{name}_merged" if merge else name  # a folder with a model and an adapter would count as an adapter
     folder = out or run / (name if towards_start == 1 else f"{name}_towards_start_{towards_start:g}")
     adapter, card = None, model_card(run, role, int(state["iteration"]), share=towards_start)
     averages = strip_prefix("averaged.", state) if role == "actor" else {}
@@ -163,7 +163,7 @@ def check_start(options: dict[str, Any], role: str) -> None:
 
 
 def move_towards(model: nn.Module, start: nn.Module, share: float) -> None:
-    """Move a model's parameters towards those of another, in place: start + share (model − start).
+    """Move a model's parameters, in place, towards those of another model: start + share (model − start).
 
     Args:
         model: The model.
@@ -171,7 +171,7 @@ def move_towards(model: nn.Module, start: nn.Module, share: float) -> None:
         share: The share of the difference that is kept.
 
     Raises:
-        UserError: if the models have different parameters.
+        UserError: if the models' parameters differ in their names or shapes.
 
     >>> model, start = nn.Linear(1, 1), nn.Linear(1, 1)
     >>> _ = nn.init.constant_(model.weight, 3.0), nn.init.constant_(start.weight, 1.0)
@@ -188,7 +188,7 @@ def move_towards(model: nn.Module, start: nn.Module, share: float) -> None:
 
 
 def _start(options: dict[str, Any], source: ModelSource) -> ModelSource:
-    """Return the source of the run's reference, which is that of the actor if no other is named."""
+    """Return the source of the run's reference, which is the actor's source if the options name no reference."""
     return _as_source(options["reference"]) if options.get("reference") else source
 
 
@@ -217,7 +217,7 @@ def _trained_adapter(
 
 
 def _scale(state: dict[str, Tensor]) -> tuple[float, float] | None:
-    """Return the mean and the standard deviation of a reward model's scores; None before they are measured."""
+    """Return the mean and the standard deviation of a reward model's scores; None if they were not measured."""
     if "score_std" not in state or not torch.isfinite(state["score_std"]):
         return None
     return float(state["score_mean"]), float(state["score_std"])
@@ -230,7 +230,7 @@ def model_card(run: Path, role: str, iterations: int, base: str | None = None, s
         run: The run's folder; the card quotes its ``config.yaml`` if there is one.
         role: ``actor``, ``critic`` or ``reward``.
         iterations: The number of iterations that the model was trained for.
-        base: The folder or the hub id of the base of an adapter; None for a whole model.
+        base: The folder or the hub id of an adapter's base model; None for a whole model.
         share: The share of the training's change that the model keeps; 1 for all of it.
 
     Returns:

@@ -1,6 +1,7 @@
-"""The names of options in TRL, OpenRLHF and verl that have another name here, for the message about an unknown option.
+"""The options of TRL, OpenRLHF and verl that have another name here, for the message about an unknown option.
 
-The tables in ``docs/from-trl.md``, ``docs/from-openrlhf.md`` and ``docs/from-verl.md`` say more; a test compares them.
+The tables in ``docs/from-trl.md``, ``docs/from-openrlhf.md`` and ``docs/from-verl.md`` say more; a test compares them
+with this module.
 """
 
 from collections.abc import Collection
@@ -85,7 +86,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "val_files": ("data.validation",),
     "vf_coef": ("model.update.value_coef",),
 }
-"""The names of options here, of which each module has at most one, by their name in another trainer without groups."""
+"""The names that an option has here, at most one in each module, by its name in another trainer without groups."""
 
 
 def own_name(option: str, known: Collection[str]) -> str:

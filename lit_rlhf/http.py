@@ -48,10 +48,10 @@ def check_token_env(name: str | None, option: str) -> None:
 
 
 def read_token(name: str | None, option: str) -> str | None:
-    """Return the token in an environment variable, or None if there is no name.
+    """Return the token in an environment variable, or None if no variable is named.
 
     Args:
-        name: The name of the variable.
+        name: The name of the variable; None for no token.
         option: The option that holds the name, for messages.
 
     Raises:
@@ -72,9 +72,10 @@ def read_token(name: str | None, option: str) -> str | None:
 class JSONClient:
     """A client of one service; several threads may use it at once.
 
-    A request is repeated if the connection fails, if no answer comes in time, or if the status code says that a later
-    attempt may succeed. The pauses before the repetitions are 0, 1, 2, 4, … seconds, or as many seconds (60 at most) as
-    the header ``Retry-After`` of the answer asks for. A repeated request must therefore be harmless.
+    A request is repeated if the connection fails, if the answer is incomplete or does not come in time, or if its
+    status code says that a later attempt may succeed. The pauses before the repetitions are 0, 1, 2, 4, … seconds, or
+    as many seconds (60 at most) as the answer's header ``Retry-After`` asks for. A repeated request must therefore be
+    harmless.
 
     Args:
         url: The address of the service; a slash at the end is removed.
@@ -127,7 +128,7 @@ class JSONClient:
         """Return the JSON value with which the service answers a GET request, or None if the answer is empty.
 
         Args:
-            path: The path after the address of the service, which is empty or begins with a slash.
+            path: The path after the address of the service; it is empty or begins with a slash.
 
         Raises:
             UserError: if no attempt succeeds, the answer reports an error or is not JSON, or the client is closed.
@@ -138,7 +139,7 @@ class JSONClient:
         """Return the JSON value with which the service answers a POST request, or None if the answer is empty.
 
         Args:
-            path: The path after the address of the service, which is empty or begins with a slash.
+            path: The path after the address of the service; it is empty or begins with a slash.
             body: The JSON object to send.
 
         Raises:
@@ -147,7 +148,15 @@ class JSONClient:
         return self._request("POST", path, body)
 
     def post_for_text(self, path: str, body: Mapping[str, Any]) -> str:
-        """Send a POST request whose answer is plain text; the arguments and the errors are those of `post`."""
+        """Return the plain text with which the service answers a POST request.
+
+        Args:
+            path: The path after the address of the service; it is empty or begins with a slash.
+            body: The JSON object to send.
+
+        Raises:
+            UserError: if no attempt succeeds, the answer reports an error, or the client is closed.
+        """
         return str(self._request("POST", path, body, read=lambda answer: answer.text))
 
     def post_all(
@@ -155,17 +164,17 @@ class JSONClient:
     ) -> list[Any]:
         """Return the answers to several POST requests, as `post` does, in the order of the requests.
 
-        At most ``connections`` requests are sent at the same time. When one of them fails, requests that are still
-        waiting are not sent any more.
+        At most ``self.connections`` requests are in progress at the same time. When a request fails, the requests that
+        are still waiting are not sent.
 
         Args:
-            path: The path after the address of the service, which is empty or begins with a slash.
+            path: The path after the address of the service; it is empty or begins with a slash.
             bodies: The JSON object of each request.
             work: The purpose of the requests, which is shown with their progress.
             unit: A plural noun for the answers, which is also shown.
 
         Raises:
-            UserError: if one of the requests fails, for the reasons in `post`, or if the client is closed meanwhile.
+            UserError: if one of the requests fails, for a reason given in `post`, or if the client is closed meanwhile.
         """
         waiting: queue.SimpleQueue[tuple[int, Mapping[str, Any]]] = queue.SimpleQueue()
         for numbered in enumerate(bodies):
@@ -205,7 +214,7 @@ class JSONClient:
         return [answers[index] for index in range(len(bodies))]
 
     def close(self) -> None:
-        """Give up: no request is sent or repeated any more, and calls of `post_all` in all threads stop waiting.
+        """Give up all requests: none is sent or repeated any more, and calls to `post_all` in all threads stop waiting.
 
         >>> client = JSONClient("http://localhost:9", "model.engine.url")
         >>> client.close()
@@ -222,7 +231,7 @@ class JSONClient:
         return request
 
     def _shown(self, text: str) -> str:
-        """Return the beginning of an answer for a message: in one line, with ``***`` wherever it repeats the token."""
+        """Return the beginning of an answer for a message: in one line, with ``***`` in place of the token."""
         return _one_line(text.replace(self._token, "***") if self._token else text)
 
     def _check_open(self) -> None:

@@ -47,7 +47,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": False,
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,  # the loaders take this rank's share themselves
+    "use_distributed_sampler": False,  # the data loaders take this rank's share themselves
     "inference_mode": False,  # inference tensors cannot be trained on later
     "max_epochs": 1,
     "enable_model_summary": False,
@@ -76,7 +76,7 @@ class Parser(LightningArgumentParser):
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message as one line and exit with status 2; in a nested parser, raise the error instead."""
+        """Explain the message in one line and exit with status 2; in a nested parser, raise an error instead."""
         if not self.exit_on_error:
             super().error(message, ex)
         known = compat.option_names(self)
@@ -90,7 +90,7 @@ class ConfigFile(ActionConfigFile):
     """The option ``--config``, which takes a path or the name of a recipe."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Read the file."""
+        """Read the file or the recipe that the option names."""
         super().__call__(parser, cfg, str(recipes.find(values)), option_string)
 
 
@@ -124,13 +124,16 @@ class CLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the given command, or all if none is given; adding the options of one takes a third of a second."""
+        """Return the given subcommand, or all if none is given.
+
+        Adding the options of one subcommand takes a third of a second.
+        """
         commands = LightningCLI.subcommands()
         return {name: skipped for name, skipped in commands.items() if [name] == self.words[:1]} or commands
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a `Parser` with the option ``--config``."""
-        self.command_parser = parser = Parser(**kwargs)  # the last is that of a subcommand; all have the same groups
+        self.command_parser = parser = Parser(**kwargs)  # the last one made is a subcommand's; all have the same groups
         parser.words = self.words
         parser.add_argument(
             "-c",
@@ -165,10 +168,11 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.
 
-        With ``last``, a run that has no checkpoint yet starts anew, so that one command can start and resume a run.
+        With ``fit --ckpt_path last``, a run that has no checkpoint yet starts anew, so that one command can start and
+        resume a run.
 
         Raises:
-            UserError: if a checkpoint other than ``last`` does not exist.
+            UserError: if the checkpoint does not exist, except ``last`` in ``fit``.
         """
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
@@ -185,8 +189,8 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Check the Trainer's options for gradients, and rename the folder of an older run unless that run is resumed.
 
-        LightningCLI calls this method. Only process 0 renames the folder; the Trainer knows the rank, however the
-        processes were started.
+        LightningCLI calls this method. Only process 0 renames the folder; the Trainer knows which process this is,
+        however the processes were started.
 
         Raises:
             UserError: if the Trainer's options clip or accumulate gradients.
@@ -225,13 +229,13 @@ class CLI(LightningCLI):
         if options.precision is not None:
             check_precision(options.precision)
         trainer: lightning.Trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
-        for callback in trainer.checkpoint_callbacks:  # with a logger, Lightning would look for "last" in its folder
+        for callback in trainer.checkpoint_callbacks:  # with a logger, Lightning would look for "last" in the logger's
             if isinstance(callback, IterationCheckpoint):
                 callback.dirpath = callback.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         return trainer
 
     def _logged_runs(self) -> AbstractContextManager[None]:
-        """Return a context in which the loggers of a run that is resumed continue their runs."""
+        """Return a context in which the loggers of a resumed run continue what they logged before."""
         if self.subcommand != "fit" or self.config["fit"].ckpt_path is None:
             return nullcontext()
         trainer = self.config["fit"].trainer
@@ -262,12 +266,15 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
         prog: The command, for messages.
 
     Raises:
-        UserError: if a configuration file is missing or is not a YAML mapping, a class refuses a value, or another
-            process of the run has ended.
-        SystemExit: if an option does not exist, or a value has the wrong type.
+        UserError: if a configuration file is missing or is not a YAML mapping, a class or Lightning refuses a value,
+            the checkpoint does not exist, the user made another mistake, or another process of the run has ended.
+        SystemExit: if an option does not exist, a value has the wrong type, or only help or the configuration is asked
+            for.
     """
-    if os.getcwd() not in sys.path:  # so that class_path finds my_module.MyReward in this folder; "" would stand for
-        sys.path.insert(0, os.getcwd())  # that of the config, into which jsonargparse changes while it reads the file
+    # so that class_path finds my_module.MyReward in this folder; "" would stand for the folder of a configuration file
+    # while jsonargparse reads the file, because it changes to that folder
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     given = list(sys.argv[1:] if args is None else args)
     check_config_files(given)
     words = help_words(given)
@@ -295,7 +302,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
 
 @contextlib.contextmanager
 def _refusals_as_user_errors() -> Iterator[None]:
-    """Raise Lightning's refusals of an option as errors of the user, who sees one line without a traceback."""
+    """Return a context that turns Lightning's refusals of an option into `UserError`, which is shown in one line."""
     try:
         yield
     except MisconfigurationException as error:
@@ -326,7 +333,7 @@ def _check_checkpoint(path: str | None, folder: Path) -> None:
 
 
 def _check_gradient_options(trainer: lightning.Trainer) -> None:
-    """Check that no option is set that Lightning applies only if the Trainer does the optimizer steps.
+    """Check that no option is set that Lightning applies only in automatic optimization.
 
     Raises:
         UserError: if the Trainer's options clip or accumulate gradients.

@@ -21,7 +21,7 @@ from lit_rlhf.planning.setting import setting_of
 
 
 class PlanCLI(lightning_cli.CLI):
-    """A command line with the options of ``fit``, which prints a plan instead of training.
+    """A command line that has the options of ``fit`` and prints a plan instead of training.
 
     Neither weights nor data are read. For example::
 
@@ -35,7 +35,7 @@ class PlanCLI(lightning_cli.CLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the plan before those of ``fit``."""
-        parser.add_argument("--gpu", type=str | None, help="h100, a100-80gb, … or cpu; by default, this machine's")
+        parser.add_argument("--gpu", type=str | None, help="h100, a100-80gb, … or cpu; by default, this machine's own")
         parser.add_argument("--gpus", type=int | None, help="the number of GPUs; by default, trainer.devices")
         parser.add_argument(
             "--prompt_tokens", type=int | None, help="the length of the prompts; by default, the longest allowed"
@@ -102,8 +102,8 @@ def _device(name: str | None) -> Device:
 def _devices(trainer: Any, device: Device) -> int:
     """Return the number of processes that the Trainer's options ask for.
 
-    ``auto`` stands for as many processes on each node as this machine has GPUs, or for one process on each node if this
-    machine has no GPU or the plan is for a CPU.
+    ``auto`` and -1 stand for as many processes on each node as this machine has GPUs, or for one process on each node
+    if this machine has no GPU or the plan is for a CPU.
 
     Raises:
         UserError: if the option ``trainer.devices`` does not give a number.
@@ -119,7 +119,7 @@ def _devices(trainer: Any, device: Device) -> int:
 
 
 def _is_half(precision: Any, device: Device) -> bool:
-    """Return whether products are computed in bfloat16, which is the default on GPUs.
+    """Return whether matrix products are computed in bfloat16, which is the default on GPUs.
 
     Raises:
         UserError: if ``fit`` does not support the precision.

@@ -35,7 +35,7 @@ _listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> None:
-    """Call a function with every `Progress` that is reported in this process, until `stop_listening`."""
+    """Call a function with every `Progress` reported in this process, until it is passed to `stop_listening`."""
     _listeners.append(listener)
 
 
@@ -48,7 +48,7 @@ def stop_listening(listener: Listener) -> None:
 def tell(work: str, done: int = 0, total: int | None = None, unit: str = "", tokens: int = 0) -> None:
     """Report the progress of a piece of work to the listeners; the arguments are the fields of `Progress`.
 
-    The numbers must already be known to the host, so that it need not wait for a GPU.
+    The numbers must already be known to the host, so that the host need not wait for a GPU.
 
     >>> heard = []
     >>> listen(heard.append)

@@ -62,7 +62,7 @@ def main(args: Sequence[str]) -> None:
         args: The arguments that follow ``lit-rlhf quickstart`` on the command line.
 
     Raises:
-        UserError: if a stage fails, for the reasons of ``lit-rlhf fit``.
+        UserError: if ``lit-rlhf fit`` fails in one of the stages.
         SystemExit: if an argument is unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(
@@ -115,7 +115,10 @@ def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int
         folder: The quickstart's folder, which contains a folder for each stage.
         sft_iterations: The number of iterations of SFT; with ``lora``, the first half of them train the base.
         ppo_iterations: The number of iterations of PPO.
-        lora: Whether to train adapters in all stages but ``base``.
+        lora: Whether to train adapters in all stages except ``base``.
+
+    Raises:
+        UserError: if ``lit-rlhf fit`` fails.
     """
     base, sft, reward = (str(folder / name / "export") for name in ("base", "sft", "reward"))
     pretraining = sft_iterations // 2 if lora else 0

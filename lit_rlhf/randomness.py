@@ -1,6 +1,6 @@
 """Random numbers that depend only on the seed, the stream, the iteration and the row.
 
-The same configuration therefore gives the same samples on one rank and on eight, for any batching of the rows, and
+The same configuration therefore gives the same samples on one process and on eight, for any batching of the rows, and
 after a resume, without storing the state of a generator.
 """
 

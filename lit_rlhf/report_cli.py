@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> None:
         prog="lit-rlhf report",
         description="Write a page with the charts and the responses of a run, from the files in its folder alone, even "
         "while the run is in progress. With several runs, their curves are drawn in the same charts. The page is one "
-        "file, which needs no network; each chart is also drawn as a PNG file, in a folder of the page's name.",
+        "file, which needs no network; each chart is also drawn as a PNG file, in a folder with the page's name.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run: runs/NAME")
     parser.add_argument(

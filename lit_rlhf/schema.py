@@ -1,4 +1,4 @@
-"""The JSON schema of configurations, from which editors complete and check them.
+"""The JSON schema of configurations, with which editors complete and check them.
 
 The schema is made from the signatures and docstrings of the classes that a configuration can name, so it fits the
 installed versions of lit-rlhf, Lightning and torch.
@@ -19,7 +19,7 @@ Json = dict[str, Any]
 DRAFT = "http://json-schema.org/draft-07/schema#"
 SIMPLE = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null"}
 OWN = r"^(?!(lit_rlhf|torch\.optim)\.)[A-Za-z_][\w.]*\.\w+$"
-"""The pattern of import paths of classes outside lit-rlhf and ``torch.optim``; classes inside are listed one by one."""
+"""The pattern of import paths of classes outside lit-rlhf and ``torch.optim``; the classes of these two are listed."""
 
 OTHERS: dict[str, Json] = {
     "seed_everything": {"type": ["integer", "boolean"], "description": "The seed of all random numbers of the run."},
@@ -67,7 +67,7 @@ class _Schema:
         """Return a reference to the schema of a class's options."""
         name = f"{component.__module__}.{component.__name__}"
         if name not in self.definitions:
-            self.definitions[name] = {}  # while its options are read, which may name the class again
+            self.definitions[name] = {}  # while the class's options are read, which may name the class again
             self.definitions[name] = {
                 "type": "object",
                 "description": _for_yaml(summary(component)),
@@ -79,7 +79,7 @@ class _Schema:
     def choice(self, base: type) -> Json:
         """Return a reference to the schema of a choice between the classes below a base class.
 
-        A class is given by its name, or as ``class_path`` with ``init_args``. Files that change another one may have
+        A class is given by its name, or as ``class_path`` with ``init_args``. A file that changes another one may have
         ``init_args`` alone.
         """
         name = f"choice.{base.__name__}"
@@ -119,7 +119,7 @@ class _Schema:
         return schema | described | ({} if default is dataclasses.MISSING else {"default": default})
 
     def hint(self, hint: Any) -> Json:
-        """Return the schema of a type; an empty one, which every value fits, for types that are not described."""
+        """Return the schema of a type; for types that are not described, an empty schema, which every value fits."""
         origin, arguments = get_origin(hint), get_args(hint)
         if hint in SIMPLE:
             return {"type": SIMPLE[hint]}
@@ -153,7 +153,7 @@ def _any_of(schemas: list[Json]) -> Json:
 
 
 def _for_yaml(text: str) -> str:
-    """Return a description without backquotes, and with YAML's names of constants."""
+    """Return a description without backquotes, and with constants written as in YAML."""
     for word, name in {"None": "null", "True": "true", "False": "false"}.items():
         text = re.sub(rf"\b{word}\b", name, text)
     return text.replace("`", "")

@@ -1,4 +1,4 @@
-"""The command ``lit-rlhf schema``: the JSON schema of configurations, from which editors complete and check them."""
+"""The command ``lit-rlhf schema``: the JSON schema of configurations, with which editors complete and check them."""
 
 import argparse
 import json

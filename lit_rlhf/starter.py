@@ -1,4 +1,4 @@
-"""The command ``lit-rlhf init``: a folder to start from, which runs as it is."""
+"""The command ``lit-rlhf init``: a folder to start from, whose configuration runs as it is."""
 
 import argparse
 import shutil
@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lit-rlhf init",
         description="Write a folder to start from: a configuration, a reward function with its test, prompts, and a "
-        "README with the commands. It runs as it is on a CPU in about a minute, without network.",
+        "README with the commands. The configuration runs as it is on a CPU in about a minute, without a network.",
     )
     parser.add_argument("name", type=Path, help="the folder to write, which must be new or empty")
     folder = parser.parse_args(args).name
@@ -34,7 +34,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def write(folder: Path) -> None:
-    """Write the files of the starter, and the schema of its configuration, from which editors complete and check it.
+    """Write the files of the starter, and the schema of its configuration, with which editors complete and check it.
 
     Args:
         folder: The folder to write.

@@ -1,7 +1,7 @@
 """The strategies ``fsdp2`` and ``fsdp``, which shard models over processes; Lightning's ``ddp`` works as well.
 
 The option ``--trainer.strategy`` selects a strategy by name. Importing this module registers the names with Lightning,
-and replaces Lightning's ``ddp`` with one in which the gradients are views of the buffers that DDP sends.
+and replaces Lightning's ``ddp`` with one in which the gradients are views of the buckets that DDP reduces.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FSDP2(ModelParallelStrategy):
         self.saves_folders = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
-        """Start the communication between the processes, with one shard per process."""
+        """Start the communication between the processes, with a device mesh of one shard per process."""
         shard_over_all_processes(self)
         super().setup_environment()
 
@@ -126,7 +126,7 @@ def _like(whole: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """Return the names of an optimizer's parameters, by group."""
+    """Return the names of the parameters in each of an optimizer's parameter groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
@@ -171,7 +171,7 @@ class FSDP(FSDPStrategy):
 
 StrategyRegistry.register("fsdp", FSDP, description="sharded over all processes by FSDP1", override=True)
 StrategyRegistry.register("fsdp2", FSDP2, description="sharded over all processes by FSDP2")
-# the gradients are views of the buffers that DDP sends; otherwise, DDP would hold a second copy of them
+# the gradients are views of the buckets that DDP reduces; otherwise, the buckets would be a second copy of them
 StrategyRegistry.register(
     "ddp", DDPStrategy, description="a copy on every process", override=True, gradient_as_bucket_view=True
 )

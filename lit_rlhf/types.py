@@ -63,7 +63,7 @@ class DemonstrationBatch:
         return _to(self, device)
 
     def select(self, rows: Tensor) -> "DemonstrationBatch":
-        """Return the rows at the given indices, [b] int64, cut after the last token that is trained in any of them."""
+        """Return the rows at the given indices, [b] int64, cut after the last token that ``mask`` marks in them."""
         width = int(self.lengths[rows].max())
         return DemonstrationBatch(
             tokens=self.tokens[rows, :width],
@@ -81,7 +81,7 @@ class PreferenceBatch:
     lengths: Tensor  # [N] int64, tokens of prompt and response
     ranking: Tensor  # [B, K] int64, rows of ``tokens``, best first; 0 where the ranking has fewer than K responses
     mask: Tensor  # [B, K] bool, False where the ranking has fewer than K responses
-    margin: Tensor | None  # [B] float32, the amount by which a pair's better score should exceed the other
+    margin: Tensor | None  # [B] float32, the amount by which the better score of a pair should exceed the worse one
     number: Tensor  # [B] int64, the index of each ranking in its split
     prompts: Sequence[list[int]]  # B, the prompts' tokens, ready to be continued; [] for a record without a prompt
 
@@ -275,7 +275,7 @@ class Experience:
     policy_weights: Tensor  # [B, T], the factor of the objective's loss; 1 without a correction
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T]
-    reward_scale: Tensor  # [B, T], the factor by which whitening rewards and advantages scaled the rewards
+    reward_scale: Tensor  # [B, T], the factor by which the whitening of rewards and advantages scaled the rewards
 
     def select(self, rows: Tensor) -> "Experience":
         """Return the rows at the given indices, [b] int64, cut to their longest sequence and longest response."""
