@@ -160,7 +160,7 @@ METADATA_FILE = "meta.pt"
 
 
 def validation_is_due(trainer: lightning.Trainer) -> bool:
-    """Return whether Lightning will validate after the current training batch; call it in ``on_train_batch_end``.
+    """Return whether Lightning will validate after the current training batch; call this in ``on_train_batch_end``.
 
     Uses ``_should_check_val_fx`` of the epoch loop and ``_data_fetcher`` of the fit loop, as Lightning itself does.
     """
@@ -281,7 +281,7 @@ ABSTRACT_CLASS = re.compile(r"Expected an instantiatable class, but (\S+) is abs
 """The pattern of an abstract class, in the message about such a class and about options given without a class."""
 
 MISSING_OPTION = re.compile(r"arguments are required: ([\w.]+)")
-"""The pattern of a required option that is not given, named after the subcommand or within the class that needs it."""
+"""The pattern of a required option that is not given: ``SUBCOMMAND.NAME``, or its name in the class that needs it."""
 
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '?([^' ]+)'? \(choose from ([^)]+)\)")
 """The pattern of a subcommand that does not exist, and of the subcommands that do."""

@@ -229,7 +229,7 @@ class CLI(LightningCLI):
         if options.precision is not None:
             check_precision(options.precision)
         trainer: lightning.Trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
-        for callback in trainer.checkpoint_callbacks:  # with a logger, Lightning would look for "last" in the logger's
+        for callback in trainer.checkpoint_callbacks:  # otherwise, Lightning looks for "last" in a logger's folder
             if isinstance(callback, IterationCheckpoint):
                 callback.dirpath = callback.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         return trainer

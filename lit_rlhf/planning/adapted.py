@@ -1,4 +1,4 @@
-"""The models of a run with adapters, built without weights: the base, and the adapters of each role."""
+"""The models of a run with adapters, built without weights: the base model, and the adapters of each role."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LANGUAGE, TRUNK = Outputs(logprobs=True, values=False), Outputs(logprobs=False, 
 
 
 class AdaptedModels:
-    """Makes the roles that share a base.
+    """A builder of the roles that share a base model.
 
     Args:
         source: The source of the trained model: a whole model, or an adapter.
@@ -30,7 +30,8 @@ class AdaptedModels:
         lora: The options of the trained adapters.
 
     Raises:
-        UserError: if the base's configuration cannot be loaded, or if a target module is not one of its linear layers.
+        UserError: if the base model's configuration cannot be loaded, or if a target module is not one of the base
+            model's linear layers.
     """
 
     def __init__(self, source: ModelSource, field: str, lora: LoRA) -> None:
@@ -39,7 +40,7 @@ class AdaptedModels:
         self.starts = {name: str(source) for name in starts_from(source, lora)}
 
     def base(self, with_head: bool) -> Role:
-        """Return the base without any adapter, and with or without its head for logits, as a role that never runs."""
+        """Return the base model, with or without its language-model head, as a role that never runs."""
         return Role(name="base", model=self._base(), outputs=LANGUAGE if with_head else TRUNK, max_tokens=0)
 
     def role(
@@ -51,18 +52,18 @@ class AdaptedModels:
         stepping: Stepping | None = None,
         own: tuple[str, ...] = (),
     ) -> Role:
-        """Return a role on the base.
+        """Return a role that computes with the base model and adapters.
 
         Args:
             name: The name of the role and, if it is trained, of its new adapter.
-            adapters: The saved adapters that the passes of the role use, by name, each as a folder or a hub id.
+            adapters: The folder or the hub id of each saved adapter that the role's passes use, keyed by its name.
             outputs: The outputs that the passes compute.
             max_tokens: The maximum number of tokens in a pass, including padding.
             stepping: The bytes that the optimizer needs for each parameter of the new adapter; None for a frozen role.
-            own: The names of the saved adapters that no other role has in memory.
+            own: The names of the saved adapters that no other role holds in memory.
 
         Raises:
-            UserError: if an adapter cannot be read, or does not fit the base.
+            UserError: if the configuration of an adapter or of the base model cannot be read.
         """
         model, new = self._base(), () if stepping is None else (name,)
         for saved, source in adapters.items():
@@ -75,15 +76,15 @@ class AdaptedModels:
         return Role(name=name, model=model, outputs=outputs, max_tokens=max_tokens, stepping=stepping, own=(*own, *new))
 
     def actor(self, outputs: Outputs, max_tokens: int, stepping: Stepping) -> Role:
-        """Return the actor, which owns the adapter that it starts from.
+        """Return the actor, which owns the adapter that it starts from; the arguments are those of `role`.
 
         Raises:
-            UserError: if this adapter cannot be read, or does not fit the base.
+            UserError: if the configuration of this adapter or of the base model cannot be read.
         """
         return self.role("actor", self.starts, outputs, max_tokens, stepping, own=tuple(self.starts))
 
     def shares(self, source: ModelSource) -> bool:
-        """Return whether a frozen model is the base or an adapter of it, and not a whole model beside it."""
+        """Return whether a frozen model is the base model or an adapter of it, and not a separate whole model."""
         if not isinstance(self.source, str) or not isinstance(source, str):
             return source is self.source
         is_merged = find_adapter(self.source) is not None and not self.starts
@@ -94,15 +95,15 @@ class AdaptedModels:
 
 
 def saved_adapter(name: str, source: ModelSource) -> dict[str, str]:
-    """Return the source, keyed by a name, if it is a saved adapter; an empty dictionary if it is a whole model."""
+    """Return ``{name: source}`` if the source is a saved adapter; an empty dictionary if it is a whole model."""
     return {name: str(source)} if find_adapter(source) else {}
 
 
 def _saved_config(model: PreTrainedModel, source: str) -> LoraConfig:
-    """Return the options of a saved adapter; its weights are not read.
+    """Return peft's configuration of a saved adapter, with the target modules by name; no weights are read.
 
     Raises:
-        UserError: if the options cannot be read.
+        UserError: if the configuration cannot be read.
     """
     from peft import PeftConfig
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 LAYERS, CHUNKS = 2, 3
-"""The number of decoder layers that run, and of chunks of scored tokens that pass through the head."""
+"""The number of decoder layers that run, and the number of chunks of scored tokens that pass through the head."""
 PLANNED = "lit_rlhf_planned"
 """The name under which the stand-in for flash attention is registered with transformers."""
 
@@ -66,7 +66,7 @@ class Footprint(NamedTuple):
 
 
 class LiveBytes:
-    """A count of the bytes of all tensors that watched operations make, as long as the tensors live.
+    """A count of the bytes of those tensors made by watched operations that still exist.
 
     The attribute ``now`` is the current count, and ``peak`` is the highest count since `take_peak` was last called.
 
@@ -97,7 +97,7 @@ class LiveBytes:
             finalize(storage, self._forget, key, size)
 
     def take_peak(self) -> int:
-        """Return the peak, and begin to look for a new one."""
+        """Return the peak, and reset it to the current count."""
         peak, self.peak = self.peak, self.now
         return peak
 
@@ -109,7 +109,7 @@ class LiveBytes:
 Rounding: TypeAlias = Literal["none", "linear", "all"]
 """Which weights are held in bfloat16: none, those that autocast rounds in each pass (``linear``), or all."""
 Gradients: TypeAlias = Literal["new", "kept", "shards"]
-"""Whether a backward pass makes the gradients, adds to gradients that exist already, or reduces each to a shard."""
+"""Whether a backward pass makes new gradients, adds to ``kept`` ones, or reduces each to a shard and frees it."""
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
@@ -155,22 +155,22 @@ def footprint(
     run = partial(_run, model, outputs, shape, rounding, gradients, recompute)
     with _refused(model):
         if may_be_unpadded(model):
-            with suppress(NotImplementedError, TypeError):  # attention depends on more, or takes no bounds
+            with suppress(NotImplementedError, TypeError):  # the attention needs more inputs, or takes no bounds
                 return run(attention)
         return run(None)
 
 
 @lru_cache(maxsize=256)
 def prefill(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
-    """Count the cached elements and the bytes of a forward pass over left-padded prompts.
+    """Count the cached elements and the bytes that a forward pass over left-padded prompts takes.
 
     Args:
         model: The causal language model, on the meta device.
         shape: The number and the length of the prompts, and the precision of matrix products.
 
     Returns:
-        The number of elements (keys and values) that all layers together cache for a token, and the bytes of the pass
-        at its peak, without the weights and the cache.
+        The number of elements (keys and values) that all layers together cache for a token, and the bytes that
+        the pass takes at its peak, without the weights and the cache.
 
     Raises:
         UserError: if the model cannot be run without the values of its tensors.
@@ -231,7 +231,7 @@ def _run(
 
 
 class _Pass(nn.Module):
-    """The operations of `Actor` or `ScalarModel` and of a backward pass, except those that depend on values."""
+    """The operations of `Actor` or `ScalarModel` and of a backward pass that do not depend on the values of tensors."""
 
     def __init__(self, model: PreTrainedModel, outputs: Outputs, unpadded: bool) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class _Pass(nn.Module):
             loss = loss + self.value_head(hidden).squeeze(-1).float().sum()
         if self.head is not None:
             loss = loss + self.logprobs(hidden, shape).sum()
-        if torch.is_grad_enabled():  # here, because the layers and the head are computed again with these weights
+        if torch.is_grad_enabled():  # here, where recomputed layers and a recomputed head use the same weights
             loss.backward()
 
     def hidden(self, shape: Shape) -> Tensor:
@@ -272,7 +272,7 @@ class _Pass(nn.Module):
 
 
 class _Bounds(NamedTuple):
-    """The lengths of the texts, in place of the tensor of their bounds, whose values attention would read."""
+    """The lengths of the texts, in place of the tensor of the texts' bounds, whose values the attention would read."""
 
     lengths: list[int]
 
@@ -301,7 +301,7 @@ class _Flash(torch.autograd.Function):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Stand in for `lit_rlhf.models.attention` where that module uses flash attention: on GPUs, in half precision.
+    """Stand in for `lit_rlhf.models.attention` where that module uses flash attention, which is on GPUs in bfloat16.
 
     Raises:
         NotImplementedError: if the attention depends on soft caps, attention sinks or a position bias.
@@ -321,7 +321,7 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 
 def _shortened(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class on the meta device, with its adapters, but only the decoder layers that run."""
+    """Return a copy of a model on the meta device, with its adapters but only those decoder layers that run."""
     config = first_layers(model.config, min(model.config.num_hidden_layers, LAYERS))
     with torch.device("meta"):
         short = type(model)(config).eval()
@@ -336,12 +336,14 @@ def _shortened(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def add_without_weights(model: PreTrainedModel, name: str, config: "LoraConfig") -> None:
-    """Add an adapter to a model on the meta device, as `add_adapter` does, but without memory for it.
+    """Add an adapter to a model on the meta device, as `add_adapter` does, but without memory for the adapter.
+
+    All parameters of the model are frozen.
 
     Args:
         model: The model.
         name: The adapter's name.
-        config: Its options, whose target modules are names.
+        config: The adapter's configuration, which lists the target modules by name.
     """
     from peft import inject_adapter_in_model
 
@@ -378,7 +380,7 @@ def _products(shape: Shape) -> torch.autocast:
 
 @contextmanager
 def _refused(model: PreTrainedModel) -> Iterator[None]:
-    """Turn any error of a dry run inside this context into a `UserError` that names the model's class."""
+    """Return a context that turns any error of a dry run into a `UserError` that names the model's class."""
     try:
         yield
     except Exception as error:  # of many types: an operation needs values, or refuses tensors without memory

@@ -43,7 +43,7 @@ GPUS = (
     Device("l4", 24 * GB, 0.3e12, 121e12, 60e12),
     Device("rtx-4090", 24 * GB, 1.008e12, 165e12, 82.6e12),
 )
-"""The memory and the rates from NVIDIA's data sheets; rates with sparsity are halved.
+"""The GPUs' memory and rates from NVIDIA's data sheets; rates that assume sparsity are halved.
 
 H200, H100 and A100 are the SXM modules, except ``h100-pcie``.
 """

@@ -41,7 +41,7 @@ class Phase:
 
 
 def phases(setting: Setting) -> tuple[Phase, ...]:
-    """Return the phases of a run in their order.
+    """Return the phases of a run in their order, each with its memory.
 
     Raises:
         UserError: if a model cannot be run without the values of its tensors.
@@ -77,7 +77,7 @@ def held(setting: Setting, role: Role) -> Held:
 
 
 def host_bytes(setting: Setting) -> float:
-    """Return the bytes that the models need, at most, in the memory of a host with up to eight GPUs.
+    """Return the maximum number of bytes that the models need in the memory of a host with up to eight GPUs.
 
     Models are loaded one after another, in float32. A process reads its share of a model that FSDP2 shards, and the
     whole of any other model. (With random weights under FSDP2, the result is too small, because each process then
@@ -92,7 +92,7 @@ def host_bytes(setting: Setting) -> float:
 def _held(setting: Setting) -> tuple[Part, Part, Part]:
     """Return the weights, the optimizer's state and the gradients that a process holds on its device between updates.
 
-    Only DDP holds gradients then, in its buffers. If the models are offloaded, the device holds none of the three.
+    Only DDP holds gradients then, in its buckets. If the models are offloaded, the device holds none of the three.
     """
     each = [] if setting.offload else [held(setting, role) for role in setting.models]
     buffers = [role.gradients for role in each] if setting.spread == "ddp" else []
@@ -101,7 +101,7 @@ def _held(setting: Setting) -> tuple[Part, Part, Part]:
 
 
 def _gathered(setting: Setting, role: Role) -> float:
-    """Return the bytes of the weights gathered to decode or to judge; FSDP1 also holds these weights in float32.
+    """Return the bytes of a role's weights gathered to decode or to judge; FSDP1 also holds these weights in float32.
 
     A shared base is gathered with the adapters of all roles.
     """
@@ -118,8 +118,8 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
     """Return which weights of a role are in bfloat16: none, unless products are computed in bfloat16.
 
     FSDP gathers all weights in bfloat16 when they are ``used``. Otherwise, trained weights are in float32, and frozen
-    models hold in bfloat16 the weights that each use would round: those of linear layers or, under FSDP, all of them.
-    Adapters are in float32, whether they are trained or not, but the base below them counts as a frozen model.
+    models hold in bfloat16 the weights that each pass would round: those of linear layers or, under FSDP, all of them.
+    Adapters are in float32, whether they are trained or not, but the base model below them counts as a frozen model.
     """
     gathered = used and setting.sharded
     is_float = role.is_trained if role.own is None else not used
@@ -129,7 +129,7 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
 
 
 def _decoding(setting: Setting) -> Iterator[Part]:
-    """Yield the memory used only to decode: gathered and copied weights, keys and values, and logits or a prefill."""
+    """Yield the memory that only decoding uses: gathered and copied weights, keys and values, logits or a prefill."""
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
     yield Part("copies of weights", _copied_weights(setting, actor))
@@ -158,10 +158,10 @@ def cache_size(setting: Setting) -> tuple[int, int]:
 def _copied_weights(setting: Setting, actor: Role) -> float:
     """Return the bytes of copies of the actor's linear weights in the form in which they are multiplied.
 
-    On a CPU, these are copies in blocks, unless the step is compiled. In float32, adapters are merged into the copies.
-    Large weights below adapters are moved instead of copied, unless they are sharded. In all other cases, weights that
-    are held in float32 are copied to bfloat16 if products are computed in bfloat16, unless FSDP gathers the weights in
-    this precision.
+    On a CPU, unless the decoding step is compiled, these are copies in a blocked layout. In float32, adapters are
+    merged into these copies. Large weights below adapters are moved instead of copied, unless they are sharded. In all
+    other cases, if products are computed in bfloat16, these are bfloat16 copies of the weights that are held in
+    float32, unless FSDP gathers the weights in bfloat16.
     """
     assert setting.generation is not None
     own = 0 if actor.own is None else actor.parameters - actor.value_head
@@ -177,7 +177,7 @@ def _copied_weights(setting: Setting, actor: Role) -> float:
 
 
 def _bytes_of_logits(setting: Setting) -> int:
-    """Return the number of bytes that drawing a token needs for each logit.
+    """Return the number of bytes that sampling a token needs for each logit.
 
     The logits, their quotients by the temperature (unless it is 0 or 1), the log-probabilities, the probabilities, and
     the products of the last two are in float32; the cumulative sums are in float64.
@@ -188,7 +188,7 @@ def _bytes_of_logits(setting: Setting) -> int:
 
 
 def _judging(setting: Setting) -> Iterator[Part]:
-    """Yield the memory used only to judge, in the largest of the passes: gathered weights and activations."""
+    """Yield the memory that only judging uses, in the largest of its passes: gathered weights and activations."""
     judges = [role for role in setting.roles if role.name in setting.judged]
     passes = []
     for role in judges:
@@ -211,7 +211,7 @@ class _Moment(NamedTuple):
 
 
 def _updating(setting: Setting) -> tuple[Part, ...]:
-    """Return the memory that the update uses at its peak, besides that of weights and of the optimizer's state."""
+    """Return the memory that the update uses at its peak, besides the weights and the optimizer's state."""
     peak = max(_moments(setting), key=sum)
     both = _gathered(setting, setting.role("reference")) if setting.full_kl else 0.0
     return (
@@ -223,10 +223,10 @@ def _updating(setting: Setting) -> tuple[Part, ...]:
 
 
 def _moments(setting: Setting) -> Iterator[_Moment]:
-    """Yield the moments at which the peak may be: in each model's backward pass, at its end, and in the step.
+    """Yield the moments that may be the peak: in and at the end of each backward pass, and in each optimizer step.
 
-    Models are updated one after another. In a step of one micro-batch, gradients are made by the backward passes, while
-    activations are freed; otherwise, all gradients exist from the second micro-batch on. Under DDP they always exist,
+    Models are updated one after another. In a step of one micro-batch, the backward passes make gradients while they
+    free activations; otherwise, all gradients exist from the second micro-batch on. Under DDP they always exist,
     and under FSDP they are counted as if they did.
     """
     rows = -(-setting.own_rows // setting.minibatches)

@@ -19,7 +19,7 @@ LANGUAGE, SCORES = Outputs(logprobs=True, values=False), Outputs(logprobs=False,
 class Models(NamedTuple):
     """The models of a run."""
 
-    base: Role | None  # that adapters of several roles share; None without adapters
+    base: Role | None  # the base model that the roles' adapters share; None without adapters
     roles: tuple[Role, ...]
 
 
@@ -27,8 +27,8 @@ def models_of(module: AlignmentModule) -> Models:
     """Return the models of a module; they are built without weights.
 
     Raises:
-        UserError: if a module of this kind cannot be planned, or a model's configuration or tokenizer, or the options
-            of an adapter cannot be loaded.
+        UserError: if modules of this class cannot be planned, if the configuration or the tokenizer of a model or the
+            configuration of an adapter cannot be loaded, or if a target module is not a linear layer.
     """
     steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
     if isinstance(module, TRPO) or not isinstance(module, SFT | RewardModeling | DPO | OnPolicy):
@@ -91,7 +91,7 @@ def _on_policy_adapted(module: OnPolicy, steps: dict[str, Stepping], models: Ada
 
 
 def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role:
-    """Return the critic, whose adapter is on top of that of the initial actor, of the reward model, or of its source.
+    """Return the critic: a new adapter on top of that of the initial actor, of the reward model, or of its own source.
 
     A critic that starts from the reward model is counted in the same way if the reward model is not an adapter, as in
     plans for random weights; ``fit`` refuses such a critic.
@@ -107,7 +107,7 @@ def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role
 
 
 def _frozen(name: str, source: Any, outputs: Outputs, max_tokens: int, models: AdaptedModels) -> Role:
-    """Return a frozen role: the base with an adapter, the base alone, a whole model or, for None, the initial actor."""
+    """Return a frozen role: the base model with or without an adapter, a whole model, or the initial actor for None."""
     if source is None:
         return models.role(name, models.starts, outputs, max_tokens)
     if not models.shares(source):

@@ -128,7 +128,7 @@ def _try(text: str, changed: Setting) -> Change:
 
 
 def _changes(setting: Setting) -> Iterator[list[tuple[str, Setting]]]:
-    """Yield each change that may save memory, as a list of its forms, the strongest last; empty if none is possible.
+    """Yield each change that may save memory, as a list of its forms, the strongest last; the list may be empty.
 
     A change that helps a single phase is left out unless that phase has the peak.
     """

@@ -34,12 +34,12 @@ class Role:
     """A model and its part in a run.
 
     Args:
-        name: ``actor``, ``critic``, ``reference`` or ``reward``.
+        name: ``actor``, ``critic``, ``reference``, ``reward`` or, for a shared base model, ``base``.
         model: The model on the meta device; it may have a head that the role does not use.
         outputs: The outputs that the passes of the model compute.
         max_tokens: The maximum number of tokens in a pass, including padding.
         stepping: The bytes that the optimizer needs for each trained parameter; None for a frozen model.
-        own: With a shared base, the names of those adapters that no other role has; None for a whole model.
+        own: With a shared base model, the names of those adapters that no other role has; None for a whole model.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Role:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters that the role uses alone, including those of a linear head for values."""
+        """The number of parameters that only this role uses, including those of its value head."""
         return self.value_head + sum(parameter.numel() for parameter in _own_parameters(self))
 
     @property
@@ -68,7 +68,7 @@ class Role:
 
     @property
     def value_head(self) -> int:
-        """The number of parameters of a linear head for values; 0 without values."""
+        """The number of parameters of the value head; 0 if the role computes no values."""
         return self.model.config.hidden_size + 1 if self.outputs.values else 0
 
     @property
@@ -94,7 +94,7 @@ class Role:
 
     @property
     def head(self) -> int:
-        """The number of weights in the head for logits, even if the embedding shares them; 0 without logits."""
+        """The number of weights in the language-model head, even if tied to the embedding; 0 if it is not used."""
         head: Any = self.model.get_output_embeddings() if self.outputs.logprobs else None
         return 0 if head is None else head.weight.numel()
 
@@ -107,7 +107,7 @@ def weight_bytes(role: Role, rounding: Rounding) -> int:
 
 
 def whole(name: str, source: ModelSource, outputs: Outputs, max_tokens: int, stepping: Stepping | None = None) -> Role:
-    """Return a role with a model of its own; the arguments are those of `Role`, except the source of the model.
+    """Return a role with a model of its own; the arguments are those of `Role`, with the source of the model.
 
     Raises:
         UserError: if the model's configuration or tokenizer cannot be loaded.
@@ -127,8 +127,8 @@ def without_weights(source: ModelSource, field: str, outputs: Outputs) -> PreTra
             model.
 
     Raises:
-        UserError: if the configuration or the tokenizer of random weights cannot be loaded, or if the configuration is
-            that of another kind of model.
+        UserError: if the configuration, or the tokenizer of random weights, cannot be loaded, or if the configuration
+            is not that of a language model.
 
     >>> shape = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}
     >>> source = RandomWeights(config=shape, tokenizer="lit_rlhf.data.reviews:tokenizer")

@@ -49,7 +49,7 @@ class Setting:
         half: Whether matrix products are computed in bfloat16.
         recompute: Whether the backward pass recomputes the activations of the trained layers.
         rows: The number of texts in an iteration, over all processes.
-        together: The number of rows that always share a micro-batch: 2 for pairs.
+        together: The number of rows that always share a micro-batch: 2 for pairs, otherwise 1.
         length: The maximum number of tokens in a row.
         scored: The maximum number of tokens in a row whose log-probabilities are computed.
         max_tokens: The maximum number of tokens in a micro-batch of the update, including padding.
@@ -60,7 +60,7 @@ class Setting:
         full_kl: Whether the KL to the reference is computed over the vocabulary.
         generation: How each process generates the texts; None if they come from a data set, or if worker processes or
             a server generate them.
-        base: The base that adapters of several roles share; None without adapters.
+        base: The base model that the roles' adapters share; None without adapters.
         averaged: Whether an average of the actor's trained weights is held, too.
     """
 
@@ -88,7 +88,7 @@ class Setting:
 
     @property
     def models(self) -> tuple[Role, ...]:
-        """The models that are held in memory: the base that some roles share, if there is one, and the roles."""
+        """The models that are held in memory: the roles and, if some roles share a base model, this base model."""
         return self.roles if self.base is None else (self.base, *self.roles)
 
     @property
@@ -159,8 +159,9 @@ def setting_of(
             used for modules that generate responses.
 
     Raises:
-        UserError: if a module or a strategy of this kind cannot be planned, if the data module does not fit the module,
-            or if the configuration or the tokenizer of a model cannot be loaded.
+        UserError: if the module's class or the strategy cannot be planned, if the data module does not fit the module,
+            if the configuration or the tokenizer of a model or the configuration of an adapter cannot be loaded, or if
+            a target module is not a linear layer.
     """
     spread, offload = _spread(strategy, processes)
     base, roles = models_of(module)

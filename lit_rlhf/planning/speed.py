@@ -53,9 +53,9 @@ def forward_flops(role: Role, rows: int, length: int, scored: int) -> float:
 def training_flops(role: Role, rows: int, length: int, scored: int, recompute: bool) -> float:
     """Return the FLOPs of a forward and a backward pass: those of 3 forward passes, or 4 if activations are recomputed.
 
-    For the head, the factor is always 4, since the backward pass always recomputes the logits. On a frozen base, each
-    factor is lower by 1, because the base's weights have no gradients. The arguments are those of `forward_flops`;
-    ``recompute`` says whether the backward pass recomputes the activations of the layers.
+    For the head, the factor is always 4, since the backward pass always recomputes the logits. On a frozen base model,
+    each factor is lower by 1, because the base model's weights have no gradients. The arguments are those of
+    `forward_flops`; ``recompute`` says whether the backward pass recomputes the activations of the layers.
     """
     trunk, whole = forward_flops(role, rows, length, 0), forward_flops(role, rows, length, scored)
     less = 0 if role.own is None else 1
@@ -87,9 +87,9 @@ def _at_peak(setting: Setting, phase: str, flops: float) -> Work:
 def _decoding(setting: Setting) -> Work:
     """Return the work of decoding, in which each step reads the weights and the cached keys and values.
 
-    On average, the cache holds the prompts and half of the responses. A step takes the longest of three times: to read,
-    to compute, and on a GPU to launch the operations, unless they are compiled. If the cache does not hold all rows,
-    the steps are repeated for the rows that wait.
+    On average, the cache holds the prompts and half of the responses. Decoding takes the longest of three times: to
+    read, to compute and, on a GPU, to launch the operations of the steps, unless they are compiled. If the cache does
+    not hold all rows, the steps are repeated for the rows that wait.
     """
     generation = setting.generation
     assert generation is not None
