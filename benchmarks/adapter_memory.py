@@ -1,4 +1,4 @@
-"""Memory of SFT and PPO with adapters on one base, and of PPO with four whole models, on a CPU.
+"""The memory of SFT and PPO with adapters on one base model, and of PPO with four whole models, on a CPU.
 
     python benchmarks/adapter_memory.py [--max-tokens 96] [--hidden 768] [--layers 13] [--precision 32-true]
 
@@ -10,8 +10,9 @@ same size. Prints the peaks of:
 - the bytes of all tensors alive, counted by the allocator, in a process of its own;
 - the resident memory of the process (VmHWM), above that before loading, and in all, with Python and its libraries.
 
-glibc's allocator keeps much of what tensors have freed. It returns tensors of 256 KiB and more to the system at once
-if its threshold is fixed, as in the second of the processes that each training has for its resident memory.
+glibc's allocator keeps much of the memory that tensors have freed. With a fixed threshold, it returns the memory of
+tensors of 256 KiB and more to the system at once. The resident memory of each training is measured in two processes,
+the second with this fixed threshold.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def training(run: str, folder: Path, max_tokens: int) -> tuple[Any, Any]:
 
 
 class Counted(lightning.Callback):
-    """Counts the bytes of the tensors alive in a fit, from its set-up on, and what the weights take of them."""
+    """A callback that counts the bytes of the tensors alive in a fit, from its set-up on, and those of the weights."""
 
     def __init__(self, counts: bool) -> None:
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if counts else None
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--recompute", action="store_true", help="use ActivationCheckpointing in all three")
-    for name in ("--run", "--folder"):  # of the processes that this one starts
+    for name in ("--run", "--folder"):  # for the processes that this process starts
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--counts", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python benchmarks/adapters.py --stories MODEL [--seeds 3] [--jobs 1] [--json adapters.json]
     python benchmarks/adapters.py --stories MODEL --pairs 5 [--json adapters.json]    # time per iteration, in turns
-    python benchmarks/adapters.py --table [--json adapters.json]                      # of what was measured
+    python benchmarks/adapters.py --table [--json adapters.json]                      # the table of what was measured
 
 Trains PPO (configs/ppo.yaml) on a small story model with the reward `happy_story`, as lags.py does, with one
 thread for each run. The critic starts from the actor's base: with LoRA, it is a second adapter. During a run, the score
@@ -71,7 +71,7 @@ def held_out_prompts() -> list[dict[str, str]]:
 
 
 class Clock(lightning.Callback):
-    """Writes the CPU seconds of each iteration to ``seconds.json`` in the run's folder."""
+    """A callback that writes the CPU seconds of each iteration to ``seconds.json`` in the run's folder."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -150,7 +150,7 @@ def measure_pairs(stories: str, pairs: int, path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the results in a file; none if there is no file."""
+    """Return the results in a file; empty results if there is no file."""
     return json.loads(path.read_text()) if path.exists() else {"runs": [], "pairs": {}}
 
 
@@ -177,7 +177,7 @@ def rise_at_common_kl(points: list[dict[str, float]], rival: list[dict[str, floa
 
 
 def seconds_to(points: list[dict[str, float]], score: float) -> float:
-    """Return the seconds until a score is reached, interpolated between points in the order of time; else infinity."""
+    """Return the seconds until a score is reached, interpolated between points in time; infinity if it never is."""
     for before, after in itertools.pairwise(points):
         if after["score"] >= score:
             share = (score - before["score"]) / (after["score"] - before["score"])

@@ -2,7 +2,7 @@
 
     python benchmarks/ahead.py [--iterations 6]
 
-One thread for each process, so that two cores suffice. The models are those of iteration.py, with geometric response
+Each process has one thread, so that two cores suffice. The models are those of iteration.py, with geometric response
 lengths. *PPO*: 64 responses of 64 tokens on average, 4 epochs of 4 minibatches; learning takes most of the time.
 *Balanced*: 16 responses of 256 tokens on average and at most 1,024, one epoch, the critic on the actor's trunk;
 generation takes about as long as learning. *Lag 1, one process* does the work of lag 1 without overlap, so that

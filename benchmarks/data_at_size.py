@@ -2,11 +2,11 @@
 
     python benchmarks/data_at_size.py [--records 1000000] [--kinds prompts.jsonl prompts.parquet pairs.jsonl]
 
-Each kind of data is started three times with `lit-rlhf fit` on a tiny model: with 1,000 records, with all of them, and
-with all of them again, when the tokens are in the cache. Prompts, responses and texts have 30 words. Prints the
-seconds, the peak resident memory of the main process (RSS, which counts memory-mapped pages that it has touched), the
-peak of the anonymous part of it (RssAnon), and the peak of all processes together (PSS, which divides a shared page
-among them).
+For each kind of data, `lit-rlhf fit` is started three times on a tiny model: with 1,000 records, with all records, and
+with all records again, when the tokens are in the cache. Prompts, responses and texts have 30 words. Prints the
+seconds, the peak resident memory of the main process (RSS, which counts memory-mapped pages that the process has
+touched), the peak of the anonymous part of this memory (RssAnon), and the peak of all processes together (PSS, which
+divides a shared page among the processes).
 """
 
 import argparse

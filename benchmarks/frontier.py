@@ -46,14 +46,14 @@ from lit_rlhf import LeaveOneOut, PolicyGradient, Prompts, Sampling  # noqa: E40
 from lit_rlhf.references import load_reference  # noqa: E402
 
 RESPONSES = 3840
-"""Responses in a run."""
+"""The number of responses in a run."""
 HELD_OUT, MEASUREMENTS = 576, 4
-"""Held-out responses in a measurement, rounded down to whole batches, and measurements during a run.
+"""The numbers of held-out responses in a measurement (rounded down to whole batches) and of measurements in a run.
 
-A run whose number of iterations is not a multiple of this number of measurements has more of them.
+A run whose number of iterations is not a multiple of the number of measurements has more measurements.
 """
 SAMPLES = 64
-"""Responses of the start to each held-out prompt, from which the curves without training are estimated."""
+"""The number of responses of the start to each held-out prompt; they give the curves of what needs no training."""
 TASKS = ("happy", "sentiment", "randomwalks", "quickstart")
 STEPWISE = ("reinforce", "a2c", "rloo")
 """Recipes with one optimizer step in an iteration, which have three times the learning rate."""
@@ -94,7 +94,7 @@ VARIANTS = {
 
 
 class _Scores(lightning.Callback):
-    """Collects the scores of held-out responses, [prompts, responses to each]."""
+    """A callback that collects the scores of held-out responses, [prompts, responses to each]."""
 
     def __init__(self) -> None:
         self.parts: list[torch.Tensor] = []
@@ -158,7 +158,7 @@ def options(variant: Variant, task: Task, seed: int, responses: int, folder: str
         values["model.actor_scheduler"] = json.dumps({"class_path": "LinearLR", "init_args": falling})
     if config["model"]["init_args"].get("critic") is not None:
         values["model.critic_optimizer.lr"] = task.critic_rate
-        values["model.critic"] = "actor" if task.reward_model is None else "reward"  # as TRL's
+        values["model.critic"] = "actor" if task.reward_model is None else "reward"  # as in TRL
     return ["fit", *(f"--{name}={value}" for name, value in (values | variant.options).items())]
 
 

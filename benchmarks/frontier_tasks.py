@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 MAX_TOKENS = 64
 """The maximum number of tokens in a story."""
 PAIRS, HELD_OUT_PAIRS = 7500, 500
-"""Pairs of texts from which the reward model of sentiment learns, and with which it is tested."""
+"""The numbers of pairs of texts from which the reward model of sentiment learns, and with which it is tested."""
 
 
 class Task(NamedTuple):
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     critic_rate: float = 1e-3  # the learning rate of the critic
 
     def rewards(self) -> list[dict[str, Any]]:
-        """Return the rewards as in a config."""
+        """Return the rewards as a configuration gives them."""
         if self.reward_model is None:
             return [{"class_path": "RewardFunction", "init_args": {"function": self.function}}]
         return [{"class_path": "RewardModel", "init_args": {"model": self.reward_model, "normalize": True}}]

@@ -99,7 +99,7 @@ def measured(task: Task, output: Path, held_out: int) -> dict[str, Any]:
 
 
 def measure_policy(task: Task, policy: str, held_out: int, batch_size: int = 64) -> dict[str, float]:
-    """Return the ``val/`` metrics of a policy, as a run from the task's start with one response to a prompt measures.
+    """Return the ``val/`` metrics of a policy, measured as in a run from the task's start with one response per prompt.
 
     Args:
         task: The task.

@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py [--repeats 3] [--precision bf16]
 
-64 prompts of 32 tokens, with responses of geometric length (mean 64, at most 256) and with responses of 128 tokens;
+Generates responses to 64 prompts of 32 tokens, first of geometric length (mean 64, at most 256), then of 128 tokens;
 then 8 responses to each of 2 prompts of 512 tokens. Prints the median tokens per second, and the ratio to ``generate``.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def timed(run: Callable[[int], int], number: int, device: str, precision: str) -> float:
-    """Return the number of tokens per second."""
+    """Run a generation, and return the number of tokens per second."""
     cast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     torch.manual_seed(number)
     began = time.perf_counter()

@@ -1,12 +1,12 @@
-"""All checks that need a GPU: exactness, speed and memory, with what must hold beside each number.
+"""All checks that need a GPU: exactness, speed and memory, with the bound beside each number.
 
     python benchmarks/gpu.py [--json gpu.json] [--only exact 0.5B] [--minutes 19.5]
     python benchmarks/gpu.py --device cpu --small
 
-Needs one GPU with 80 GB and no network; takes at most 20 minutes. Each check runs in its own process. One that raises,
-takes too long or runs out of memory is recorded with its reason, and the others still run. Prints a table, writes the
-JSON file after each check, and exits with status 1 if a check failed or a bound does not hold. The second command runs
-the same code in miniature; numbers that mean something only on a GPU are then left out.
+Needs one GPU with 80 GB and no network; takes at most 20 minutes. Each check runs in its own process. If a check
+raises, takes too long or runs out of memory, the reason is recorded, and the others still run. Prints a table, writes
+the JSON file after each check, and exits with status 1 if a check failed or a bound does not hold. The second command
+runs the same code in miniature; numbers that mean something only on a GPU are then left out.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Result:
 
     @property
     def holds(self) -> bool:
-        """Whether the check ended, and none of its bounds is broken."""
+        """Whether the check ended without an error, and none of its bounds is broken."""
         return self.error is None and not any(number.holds is False for number in self.numbers)
 
 

@@ -167,7 +167,7 @@ def fsdp2(setting: Setting) -> Iterator[Number]:
 def resume(setting: Setting) -> Iterator[Number]:
     """Kill a run in its third iteration, resume it, and compare its weights with those of an uninterrupted run.
 
-    All of these runs are deterministic. The last run repeats the second half without that option.
+    All runs are deterministic except the last one, which repeats the second half of the uninterrupted run.
     """
     folder = setting.folder / "resume"
     folder.mkdir(exist_ok=True)

@@ -90,7 +90,7 @@ class Setting:
 
 
 def write_models(setting: Setting, size: str) -> Path:
-    """Write ``policy`` and ``reward`` of a size, unless an earlier check has, and return their folder."""
+    """Write ``policy`` and ``reward`` of a size, unless an earlier check has done so, and return their folder."""
     folder = setting.folder / "models" / size
     if folder.exists():
         return folder

@@ -45,7 +45,7 @@ class Rates(NamedTuple):
 
 
 def rates(setting: Setting) -> Rates:
-    """Measure the rates of the device, unless an earlier check has."""
+    """Return the rates of the device, measured now unless an earlier check has measured them."""
     path = setting.folder / "rates.json"
     if not path.exists():
         size, seconds = (256, 0.05) if setting.small else (8192, 0.5)
@@ -129,7 +129,7 @@ def _sampler(setting: Setting, size: str, compiled: bool) -> PolicyGradient:
 
 
 class Lengths(lightning.Callback):
-    """Sets the length of the responses to each batch of ``predict``."""
+    """A callback that sets the length of the responses to each batch of ``predict``."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -149,7 +149,7 @@ def _generate(setting: Setting, module: PolicyGradient, batch: int, prompt: int,
 
 
 def _bytes_of_a_step(size: str, batch: int, length: float) -> float:
-    """Return the bytes that a decoding step reads at least: the weights, and the keys and values, in bfloat16."""
+    """Return the minimum number of bytes that a decoding step reads: weights, keys and values, in bfloat16."""
     shape = SHAPES[size]
     h, layers = shape["hidden_size"], shape["num_hidden_layers"]
     kv = h * shape["num_key_value_heads"] // shape["num_attention_heads"]

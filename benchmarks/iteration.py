@@ -2,10 +2,10 @@
 
     python benchmarks/iteration.py [--trl-python ENV/bin/python] [--iterations 4] [--compile]
 
-64 prompts of 32 tokens, 4 epochs of 4 minibatches, four models of 7 million parameters; once with responses of
-geometric length (mean 64, at most 256 tokens), once with responses of 128 tokens. Prints medians over all iterations
-but the first, ratios to TRL, the time of each phase, and the floor (floor.py) at the matrix-multiplication rate
-measured in the same run. Without --trl-python only lit-rlhf runs.
+An iteration has 64 prompts of 32 tokens, 4 epochs of 4 minibatches, and four models of 7 million parameters. It is
+measured once with responses of geometric length (mean 64, at most 256 tokens), and once with responses of 128 tokens.
+Prints medians over all iterations but the first, ratios to TRL, the time of each phase, and the floor (floor.py) at the
+matrix-multiplication rate measured in the same run. Without --trl-python only lit-rlhf runs.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The score that PPO reaches with responses from an older policy, with each correction and without.
+"""The score that PPO reaches with responses from an older policy, with each correction and without any.
 
     python benchmarks/lags.py [--stories MODEL] [--seeds 3] [--jobs 2] [--json lags.json]
     python benchmarks/lags.py --json lags.json --write     # puts the table and the plot into docs/algorithms.md
@@ -42,7 +42,7 @@ CORRECTIONS: dict[str, dict[str, Any] | None] = {
     "V-trace": None,
 }
 WITH_STORIES = ("none", "TIS", "bypass")
-"""The corrections that are measured with the stories, too, which take longer."""
+"""The corrections that are also measured on the stories, whose runs take longer."""
 OPENINGS = ("Once upon a time", "One day,", "There was a little", "In a big house,", "It was a sunny day.", "Long ago,")
 NAMES = ("a dog", "Lily", "Tom", "a cat", "Sue", "Ben", "a bird", "Mia", "a bear", "Max", "Anna", "a fish")
 
@@ -53,7 +53,7 @@ def story_prompts() -> list[dict[str, str]]:
 
 
 def fresh_story_prompts() -> list[dict[str, str]]:
-    """Return other openings, to measure with; each occurs several times."""
+    """Return other openings of stories, to measure with; each occurs several times."""
     return [{"prompt": " ".join(words)} for words in itertools.product(OPENINGS[4:], NAMES)] * 6
 
 

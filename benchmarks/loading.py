@@ -1,4 +1,4 @@
-"""The host's memory while the four models of PPO are loaded, against the memory of what each process keeps.
+"""The host's memory while the four models of PPO are loaded, against the memory of the weights that each process keeps.
 
     python benchmarks/loading.py [--hidden 2048] [--layers 18] [--strategy fsdp2] [--processes 2] [--precision 32-true]
 
@@ -31,7 +31,7 @@ def anonymous_bytes() -> int:
 
 
 class Loading(lightning.Callback):
-    """Samples the memory from the set-up of a run until its models are loaded, and ends the run there."""
+    """A callback that samples the memory from a run's set-up until the models are loaded, and then ends the run."""
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Start to sample."""
@@ -45,7 +45,7 @@ class Loading(lightning.Callback):
             self.peak = max(self.peak, anonymous_bytes())
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Print the numbers and end the process."""
+        """Write the numbers to a file and end the process."""
         self.loaded.set()
         self.sampler.join()
         local = {id(p): getattr(p, "_local_tensor", p) for p in pl_module.parameters()}

@@ -25,7 +25,7 @@ CONSTANT = 0  # the entry of the hidden state that is the same for every token
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of the words t4, t5, …, one token each, with this number of tokens in all."""
+    """Return a tokenizer of the words t4, t5, …, one token each, with ``vocabulary`` tokens in all."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"t{i}" for i in range(WORDS, vocabulary))]
     words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -74,7 +74,7 @@ def write_models(
 
 @torch.no_grad()
 def _end_after(policy: LlamaForCausalLM, mean_length: float) -> None:
-    """Set EOS's logit to a constant, so that it is sampled once in ``mean_length`` tokens; padding never is."""
+    """Set EOS's logit to a constant, so that on average one token in ``mean_length`` is EOS; rule padding out."""
     trunk, output = policy.model, policy.lm_head.weight
     trunk.embed_tokens.weight[:, CONSTANT] = 0.1
     for layer in trunk.layers:

@@ -2,9 +2,9 @@
 
     python benchmarks/ours_ppo.py MODELS [--iterations 4] [--response 256] [--precision bf16-mixed] [--critic shared]
 
-One iteration: 64 prompts of 32 tokens, one response each of at most --response tokens, 4 epochs of 4 minibatches;
-actor, critic, reference and reward model have the same shape. The first iteration is a warm-up and is not counted. When
-started by torchrun, it runs on all of torchrun's processes, and process 0 prints.
+An iteration has 64 prompts of 32 tokens, one response of at most --response tokens to each, and 4 epochs of 4
+minibatches; actor, critic, reference and reward model have the same shape. The first iteration is a warm-up and is not
+counted. When started by torchrun, the script runs on all of torchrun's processes, and process 0 prints.
 """
 
 import argparse
@@ -31,8 +31,8 @@ parser.add_argument("--max-tokens", type=int, default=8192)
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--minibatches", type=int, default=4)
-parser.add_argument("--lag", type=int, default=0, help="iterations by which generation runs ahead")
-parser.add_argument("--workers", type=int, default=1, help="the worker processes of a lag")
+parser.add_argument("--lag", type=int, default=0, help="the number of iterations by which generation runs ahead")
+parser.add_argument("--workers", type=int, default=1, help="the number of worker processes if there is a lag")
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def prompts() -> list[dict[str, str]]:
 
 
 def optimality(prompts: list[str], responses: list[str]) -> list[float]:
-    """Return the length of the shortest path divided by that of each walk, and 0 for what is no walk to the goal.
+    """Return the length of the shortest path divided by that of each walk; 0 for what is not a walk to the goal.
 
     A walk has at most 10 steps.
 

@@ -41,12 +41,12 @@ def variety(responses: list[str]) -> list[float]:
 
 
 def count(responses: list[str]) -> list[float]:
-    """Return the number of words that are one of w0 … w7, in eighths: repetitions pay."""
+    """Return the number of words of each response that are among w0 … w7, divided by 8: repetitions pay."""
     return [sum(word in WORDS for word in response.split()) / 8 for response in responses]
 
 
 def constant(responses: list[str]) -> list[float]:
-    """Return the same score for every response, as a reward does whose pattern never matches."""
+    """Return the same score for every response, as a reward whose pattern never matches does."""
     return [0.0 for _ in responses]
 
 
@@ -57,7 +57,7 @@ class Stale(Engine):
         self.weights: dict[str, torch.Tensor] = {}
 
     def generate(self, actor: Actor, *inputs: Any, **options: Any) -> Any:
-        """Draw with the first weights."""
+        """Return a rollout that is drawn with the first weights."""
         current = {name: value.clone() for name, value in actor.state_dict().items()}
         self.weights = self.weights or current
         actor.load_state_dict(self.weights)
@@ -72,7 +72,7 @@ def adam(rate: float) -> Callable[..., torch.optim.Optimizer]:
 
 
 def measured(reward: Callable[..., list[float]]) -> list[Any]:
-    """Return a reward, with `variety` as another one of weight 0, which is only measured."""
+    """Return a reward, and `variety` as a second reward of weight 0, which is only measured."""
     true = as_reward(variety)
     true.weight = 0.0
     return [as_reward(reward), true]
@@ -151,7 +151,7 @@ def draw(name: str, shown: tuple[str, ...], runs: dict[str, list[Row]], folder: 
 
 
 def table(name: str, rows: list[Row], shown: tuple[str, ...]) -> str:
-    """Return the first and the last value of each metric, and the mean of the last ten iterations."""
+    """Return, as text, the first value of each metric, its mean over the last ten iterations, and its extremes."""
     cells = []
     for metric in shown:
         values = [row[metric] for row in rows if metric in row]
@@ -162,7 +162,7 @@ def table(name: str, rows: list[Row], shown: tuple[str, ...]) -> str:
 
 
 def guarded() -> str:
-    """Return what the guard says of the stale engine, with its own bound."""
+    """Return what the guard says of the stale engine, with the guard's default bound."""
     try:
         run({"engine": Stale()}, 5)
     except UserError as error:

@@ -53,8 +53,8 @@ parser.add_argument("--minibatches", type=int, default=1)
 parser.add_argument("--max-tokens", type=int, required=True)
 parser.add_argument("--kl-coef", type=float, required=True)
 parser.add_argument("--rate", type=float, required=True, help="the learning rate")
-parser.add_argument("--schedule", default="linear", help="of the learning rate, which falls linearly to 0 by default")
-parser.add_argument("--truncation-penalty", type=float, help="subtracted from the score of a response without end")
+parser.add_argument("--schedule", default="linear", help="the learning-rate schedule; by default, a linear fall to 0")
+parser.add_argument("--truncation-penalty", type=float, help="subtracted from the score of a truncated response")
 parser.add_argument("--saves", type=int, default=4, help="the number of times that the policy is saved")
 
 

@@ -56,7 +56,7 @@ class AdaptedModels:
 
         Args:
             name: The name of the role and, if it is trained, of its new adapter.
-            adapters: The folder or the hub id of each saved adapter that the role's passes use, keyed by its name.
+            adapters: The folder or the hub id of each saved adapter that the role's passes use, by adapter name.
             outputs: The outputs that the passes compute.
             max_tokens: The maximum number of tokens in a pass, including padding.
             stepping: The bytes that the optimizer needs for each parameter of the new adapter; None for a frozen role.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 LAYERS, CHUNKS = 2, 3
-"""The number of decoder layers that run, and the number of chunks of scored tokens that pass through the head."""
+"""The number of decoder layers that run, and the number of chunks of scored tokens whose logits are computed."""
 PLANNED = "lit_rlhf_planned"
 """The name under which the stand-in for flash attention is registered with transformers."""
 
@@ -66,7 +66,7 @@ class Footprint(NamedTuple):
 
 
 class LiveBytes:
-    """A count of the bytes of those tensors made by watched operations that still exist.
+    """A count of the bytes of all tensors that watched operations have made and that still exist.
 
     The attribute ``now`` is the current count, and ``peak`` is the highest count since `take_peak` was last called.
 
@@ -109,7 +109,7 @@ class LiveBytes:
 Rounding: TypeAlias = Literal["none", "linear", "all"]
 """Which weights are held in bfloat16: none, those that autocast rounds in each pass (``linear``), or all."""
 Gradients: TypeAlias = Literal["new", "kept", "shards"]
-"""Whether a backward pass makes new gradients, adds to ``kept`` ones, or reduces each to a shard and frees it."""
+"""Whether a backward pass makes gradients, adds to those that earlier passes made, or reduces each to a shard."""
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
@@ -245,7 +245,7 @@ class _Pass(nn.Module):
             loss = loss + self.value_head(hidden).squeeze(-1).float().sum()
         if self.head is not None:
             loss = loss + self.logprobs(hidden, shape).sum()
-        if torch.is_grad_enabled():  # here, where recomputed layers and a recomputed head use the same weights
+        if torch.is_grad_enabled():  # here, where functional_call also gives its weights to what is recomputed
             loss.backward()
 
     def hidden(self, shape: Shape) -> Tensor:
@@ -301,7 +301,7 @@ class _Flash(torch.autograd.Function):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Stand in for `lit_rlhf.models.attention` where that module uses flash attention, which is on GPUs in bfloat16.
+    """Stand in for `lit_rlhf.models.attention` where that module uses flash attention: on GPUs in bfloat16.
 
     Raises:
         NotImplementedError: if the attention depends on soft caps, attention sinks or a position bias.

@@ -223,7 +223,7 @@ def _updating(setting: Setting) -> tuple[Part, ...]:
 
 
 def _moments(setting: Setting) -> Iterator[_Moment]:
-    """Yield the moments that may be the peak: in and at the end of each backward pass, and in each optimizer step.
+    """Yield the moments that may be the peak: during each backward pass, at its end, and during each optimizer step.
 
     Models are updated one after another. In a step of one micro-batch, the backward passes make gradients while they
     free activations; otherwise, all gradients exist from the second micro-batch on. Under DDP they always exist,

@@ -27,7 +27,7 @@ def models_of(module: AlignmentModule) -> Models:
     """Return the models of a module; they are built without weights.
 
     Raises:
-        UserError: if modules of this class cannot be planned, if the configuration or the tokenizer of a model or the
+        UserError: if the module's class cannot be planned, if the configuration or the tokenizer of a model or the
             configuration of an adapter cannot be loaded, or if a target module is not a linear layer.
     """
     steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
