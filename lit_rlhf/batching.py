@@ -20,7 +20,7 @@ def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[T
     Args:
         lengths: [B] int64, the number of tokens in the longest row of each item.
         max_tokens: The largest padded size of a group; an item that is larger becomes a group of its own.
-        rows: [B] int64, the number of rows of each item; None for one row each.
+        rows: [B] int64, the number of rows in each item; None if every item is one row.
 
     Returns:
         One tensor of item indices for each group; every index from 0 to B − 1 occurs once.
@@ -88,7 +88,7 @@ def _split_until(groups: list[Tensor], count: int) -> None:
 
 
 def minibatches(experience: Experience, count: int, generator: torch.Generator | None) -> Iterator[Experience]:
-    """Yield the rows in ``count`` minibatches.
+    """Yield the rows of an iteration, divided into ``count`` minibatches.
 
     Args:
         experience: The rows of all processes, the same on every process.
@@ -108,7 +108,9 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
 
 
 def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
-    """Return this process's rows as micro-batches, grouped by length; every process gets the same number of them.
+    """Return this process's share of the rows, in micro-batches of rows of similar length.
+
+    Every process gets the same number of micro-batches.
 
     Args:
         experience: The rows of all processes, the same on every process.
@@ -118,7 +120,8 @@ def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, wor
         world_size: The number of processes.
 
     Returns:
-        The micro-batches; one whose ``response_mask`` is all False only keeps this process in step with the others.
+        The micro-batches; one whose ``rollout.response_mask`` is False everywhere only keeps this process in step with
+        the others.
     """
     lengths, device = experience.rollout.lengths.cpu(), experience.advantages.device
     shortest = lengths.argmin()[None]

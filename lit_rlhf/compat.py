@@ -82,7 +82,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterator[None]:
-    """Let a module compute with the weights that it holds, without FSDP2's code around each forward pass.
+    """Return a context in which a module computes with the weights that it holds, without FSDP2's hooks.
 
     Removes the hooks in ``_forward_pre_hooks`` and ``_forward_hooks`` that belong to the object that
     ``_get_fsdp_state`` returns, and the versions of ``methods`` that ``register_fsdp_forward_method`` has set

@@ -82,7 +82,7 @@ def options(component: type) -> list[Option]:
 
 
 def option_names(component: type) -> list[str]:
-    """Return the names of a class's options, and dotted names for the options that these options have.
+    """Return the names of a class's options and, with dots, of the options inside them, such as ``adapter.rank``.
 
     >>> from lit_rlhf import SFT
     >>> {"actor", "adapter.rank", "optimizer.lr"} <= set(option_names(SFT))

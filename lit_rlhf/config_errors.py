@@ -148,7 +148,7 @@ def _class(path: str) -> Any:
 
 
 def _class_names(field: str) -> list[str]:
-    """Return the names of the classes of lit_rlhf and ``torch.optim`` that an option accepts, sorted."""
+    """Return the sorted names of the classes of lit_rlhf and ``torch.optim`` that an option accepts."""
     import lightning
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler

@@ -172,7 +172,7 @@ class CLI(LightningCLI):
         resume a run.
 
         Raises:
-            UserError: if the checkpoint does not exist, except ``last`` in ``fit``.
+            UserError: if the checkpoint does not exist, unless it is ``last`` and the command is ``fit``.
         """
         config = self.config[self.subcommand]
         folder = config.trainer.default_root_dir
@@ -266,10 +266,10 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
         prog: The command, for messages.
 
     Raises:
-        UserError: if a configuration file is missing or is not a YAML mapping, a class or Lightning refuses a value,
-            the checkpoint does not exist, the user made another mistake, or another process of the run has ended.
-        SystemExit: if an option does not exist, a value has the wrong type, or only help or the configuration is asked
-            for.
+        UserError: if the user made a mistake, such as naming a configuration file or a checkpoint that does not exist,
+            or a value that a class refuses; or if another process of the run has ended.
+        SystemExit: if an option does not exist, if a value has the wrong type, or if the words ask only for help or
+            for the configuration.
     """
     # so that class_path finds my_module.MyReward in this folder; "" would stand for the folder of a configuration file
     # while jsonargparse reads the file, because it changes to that folder
@@ -357,7 +357,7 @@ def _uses_gpus(accelerator: Any) -> bool:
 
 
 def _one_or_more(value: Any) -> list[Any]:
-    """Return the values of an option that takes one value or a list, always as a list."""
+    """Return a list of the values of an option that takes either one value or a list."""
     return value if isinstance(value, list) else [value]
 
 

@@ -1,4 +1,4 @@
-"""The command ``lit-rlhf init``: a folder to start from, whose configuration runs as it is."""
+"""The command ``lit-rlhf init``, which writes a folder to start from; its configuration runs as it is."""
 
 import argparse
 import shutil

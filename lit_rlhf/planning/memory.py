@@ -57,7 +57,7 @@ def phases(setting: Setting) -> tuple[Phase, ...]:
 
 
 class Held(NamedTuple):
-    """The bytes that a process holds for a model; gradients exist in the update only, except under DDP."""
+    """The bytes that a process holds for a model; except under DDP, gradients exist only during the update."""
 
     weights: float
     gradients: float
@@ -103,7 +103,7 @@ def _held(setting: Setting) -> tuple[Part, Part, Part]:
 def _gathered(setting: Setting, role: Role) -> float:
     """Return the bytes of a role's weights gathered to decode or to judge; FSDP1 also holds these weights in float32.
 
-    A shared base is gathered with the adapters of all roles.
+    A shared base model is gathered with the adapters of all roles.
     """
     shared = [model for model in setting.models if model is setting.base or model.own is not None]
     parameters = role.parameters if role.own is None else sum(model.parameters for model in shared)

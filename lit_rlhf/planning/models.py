@@ -1,4 +1,4 @@
-"""The models of a run: whole models or, in a run with adapters, models that mostly share one base."""
+"""The models of a run: whole models or, in a run with adapters, models that mostly share one base model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def models_of(module: AlignmentModule) -> Models:
     """Return the models of a module; they are built without weights.
 
     Raises:
-        UserError: if the module's class cannot be planned, if the configuration or the tokenizer of a model or the
-            configuration of an adapter cannot be loaded, or if a target module is not a linear layer.
+        UserError: if runs with the module's class cannot be planned, if the configuration or the tokenizer of a model
+            or the configuration of an adapter cannot be loaded, or if a target module is not a linear layer.
     """
     steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
     if isinstance(module, TRPO) or not isinstance(module, SFT | RewardModeling | DPO | OnPolicy):
@@ -107,7 +107,10 @@ def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role
 
 
 def _frozen(name: str, source: Any, outputs: Outputs, max_tokens: int, models: AdaptedModels) -> Role:
-    """Return a frozen role: the base model with or without an adapter, a whole model, or the initial actor for None."""
+    """Return a frozen role: the base model with or without a saved adapter, or a whole model.
+
+    If ``source`` is None, the role computes what the initial actor does.
+    """
     if source is None:
         return models.role(name, models.starts, outputs, max_tokens)
     if not models.shares(source):

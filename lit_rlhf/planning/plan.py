@@ -33,7 +33,7 @@ class Plan:
     Args:
         setting: The run, with the changes that ``fit`` makes by itself.
         phases: The memory that a process uses in each phase.
-        host: The bytes that the models need, at most, in the memory of a host.
+        host: The maximum number of bytes that the models need in the memory of a host.
         tokens: The maximum number of tokens in an iteration, over all processes.
         work: The FLOPs and seconds of each phase.
         checkpointing_added: Whether ``fit`` turns on `ActivationCheckpointing`, without which the update does not fit.
@@ -106,9 +106,9 @@ def available(setting: Setting) -> float:
 def best_change(setting: Setting) -> Change:
     """Return the first change with which the run fits, or else the one with the lowest peak.
 
-    Changes are tried in the order of their cost: first time, then quality, then further GPUs. If a change has several
-    forms, such as the sizes of a micro-batch, the first form with which the run fits is returned. If there is no change
-    to try, the text advises a smaller model, and the bytes are those of the setting itself.
+    Changes are tried in this order: those that cost time, those that cost quality, and further GPUs. If a change has
+    several forms, such as the sizes of a micro-batch, the first form with which the run fits is returned. If there is
+    no change to try, the text advises a smaller model, and the bytes are those of the setting itself.
 
     Raises:
         UserError: if a model cannot be run without the values of its tensors.

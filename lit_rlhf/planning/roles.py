@@ -107,7 +107,7 @@ def weight_bytes(role: Role, rounding: Rounding) -> int:
 
 
 def whole(name: str, source: ModelSource, outputs: Outputs, max_tokens: int, stepping: Stepping | None = None) -> Role:
-    """Return a role with a model of its own; the arguments are those of `Role`, with ``source`` for ``model``.
+    """Return a role with a model of its own; the arguments are those of `Role`, with ``source`` instead of ``model``.
 
     Raises:
         UserError: if the model's configuration or tokenizer cannot be loaded.

@@ -159,9 +159,9 @@ def setting_of(
             used for modules that generate responses.
 
     Raises:
-        UserError: if the module's class or the strategy cannot be planned, if the data module does not fit the module,
-            if the configuration or the tokenizer of a model or the configuration of an adapter cannot be loaded, or if
-            a target module is not a linear layer.
+        UserError: if runs with the module's class or the strategy cannot be planned, if the data module does not fit
+            the module, if the configuration or the tokenizer of a model or the configuration of an adapter cannot be
+            loaded, or if a target module is not a linear layer.
     """
     spread, offload = _spread(strategy, processes)
     base, roles = models_of(module)
