@@ -4,7 +4,9 @@ from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Engine, Sampling
+from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.modules.dynamic_sampling import DynamicSampling
+from lit_rlhf.modules.update import Update
 from lit_rlhf.rewards import Scores
 
 
@@ -15,8 +17,9 @@ def check_settings(
     engine: Engine,
     advantages: AdvantageEstimator,
     correction: Correction | None,
+    update: Update,
     *,
-    has_critic: bool,
+    critic: ModelSource | None,
     bootstrap_truncated: bool,
 ) -> None:
     """Check that the settings of an on-policy module fit together.
@@ -28,20 +31,27 @@ def check_settings(
         engine: The engine.
         advantages: The advantage estimator.
         correction: The correction for responses of another policy; None for no correction.
-        has_critic: Whether the module has a critic, either with its own weights or on the actor's trunk.
+        update: The options of the update.
+        critic: The source of the critic's weights, or ``shared`` for a critic on the actor's trunk; None for no critic.
         bootstrap_truncated: Whether the critic's value replaces the rewards after a truncated response.
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
             critic, an estimator or dynamic sampling that compares the responses to a prompt gets only one response, a
-            critic would be trained although nothing uses it, the estimator and the correction would both weight the
-            tokens, or dynamic sampling would have to draw further prompts while `Ahead` generates.
+            critic would be trained although nothing uses it, a critic without its own weights would have to be warmed
+            up, the estimator and the correction would both weight the tokens, or dynamic sampling would have to draw
+            further prompts while `Ahead` generates.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")
     if sampling.temperature == 0:
         raise UserError("model.sampling.temperature must be positive: the most likely response alone teaches nothing")
-    if bootstrap_truncated and not has_critic:
+    if update.critic_warmup and critic in (None, "shared"):
+        raise UserError(
+            f"model.update.critic_warmup is {update.critic_warmup}, but the critic has no weights of its own "
+            f"(model.critic: {'null' if critic is None else critic}): set it to 0"
+        )
+    if bootstrap_truncated and critic is None:
         raise UserError("model.bootstrap_truncated needs a critic: it uses the value after the last token")
     if dynamic_sampling is not None:
         if sampling.responses < 2:
@@ -62,7 +72,7 @@ def check_settings(
             raise UserError(
                 f"model.sampling.responses is 1, but {name} compares the responses to a prompt: it needs 2 or more"
             )
-        if has_critic and not bootstrap_truncated:
+        if critic is not None and not bootstrap_truncated:
             raise UserError(
                 f"model.critic must be null with {name}, which compares the responses to a prompt: the critic's "
                 "training would cost memory and time, and nothing but model.bootstrap_truncated uses it"

@@ -61,6 +61,7 @@ class Losses:
         kl_coef: The current coefficient of the KL to the reference, in units of score per nat.
         update: The coefficients, the clip range of the value loss, and the aggregation.
         max_tokens: The maximum number of tokens in a response, for ``aggregation: constant``.
+        only_critic: Whether only the critic, which then has its own weights, learns in this step.
     """
 
     actor: Actor
@@ -71,6 +72,7 @@ class Losses:
     kl_coef: float
     update: Update
     max_tokens: int
+    only_critic: bool = False
 
     @property
     def parts(self) -> dict[str, LossPart]:
@@ -80,6 +82,8 @@ class Losses:
         ``policy``, although the optimizer ``value`` updates the critic's head. If each part is differentiated before
         the next is computed, the activations of the actor and the critic are never in memory together.
         """
+        if self.only_critic:
+            return {"value": self.of_critic}
         return {"policy": self.of_actor} if self.critic is None else {"policy": self.of_actor, "value": self.of_critic}
 
     def of_actor(self, micro_batch: Experience, totals: Tensor, metrics: Metrics) -> StepLoss:

@@ -119,7 +119,7 @@ class OnPolicy(AlignmentModule):
         self.reference_answers: dict[int, tuple[Sequence[str], Tensor]] = {}  # responses and scores by held-out batch
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
         parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction
-        check_settings(*parts, has_critic=critic is not None, bootstrap_truncated=bootstrap_truncated)
+        check_settings(*parts, update, critic=critic, bootstrap_truncated=bootstrap_truncated)
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:
@@ -307,6 +307,7 @@ class OnPolicy(AlignmentModule):
             kl_coef=self.kl.coef,
             update=self.update,
             max_tokens=self.sampling.max_tokens,
+            only_critic=int(self.iteration) < self.update.critic_warmup,
         )
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:

@@ -49,8 +49,8 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
         batches, parts = module.micro_batches(minibatch), losses.parts
         totals, kl_to_old = module.sum_over_ranks(step_totals(batches)), torch.zeros((), device=module.device)
         means: dict[str, Tensor] = {}
-        *others, final = parts
-        untouched = [p for name in others for p in module.trained_parameters()[name]]
+        *_, final = parts
+        untouched = [p for name, own in module.trained_parameters().items() if name != final for p in own]
         for number, micro_batch in enumerate(batches, start=1):
             for name, part in parts.items():
                 loss, summed_kl, part_means = part(micro_batch, totals, metrics)
@@ -64,6 +64,9 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
     if module.update.target_kl is not None and kl_to_old > module.update.target_kl:
         drop_gradients(module)
         return False
+    if losses.only_critic:  # DDP gives the actor gradients of 0, with which an optimizer could still move its weights
+        for parameter in module.trained_parameters()["policy"]:
+            parameter.grad = None
     measure_gradients(step_optimizers(module, module.update.clip_grad_norm, **means), module.update, metrics)
     return True
 

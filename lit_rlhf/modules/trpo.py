@@ -237,7 +237,7 @@ class TRPO(OnPolicy):
         return {} if self.critic is None else {"value": list(self.critic.own_parameters().values())}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Do one step of the actor within its trust region, then the critic's epochs.
+        """Do one step of the actor within its trust region, unless the critic warms up; then the critic's epochs.
 
         Args:
             experience: The rows of all processes; each process learns from its part of them.
@@ -248,9 +248,10 @@ class TRPO(OnPolicy):
                 out (see `within_memory`).
         """
         losses = self.losses()
-        assign(_own(self.old), flatten([p.detach() for p in _own(self.actor)]))
-        step_actor = partial(self._step_actor, experience, losses, metrics)
-        within_memory(self, step_actor, experience.rollout.lengths, metrics)
+        if not losses.only_critic:
+            assign(_own(self.old), flatten([p.detach() for p in _own(self.actor)]))
+            step_actor = partial(self._step_actor, experience, losses, metrics)
+            within_memory(self, step_actor, experience.rollout.lengths, metrics)
         if experience.values is not None:
             count = self.update.epochs * self.update.minibatches
             for minibatch in track(self.minibatches(experience), "update", "minibatches of the critic", count):

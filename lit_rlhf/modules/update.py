@@ -30,6 +30,9 @@ class Update:
             down; None for no clipping.
         target_kl: The largest KL to the old policy, in nats per token; the first minibatch that exceeds it ends the
             update, without a step. None for no limit.
+        critic_warmup: The number of iterations at the beginning of the run in which only the critic learns, and the
+            actor keeps its initial weights. Early advantages are noise if the critic knows nothing yet (Yuan et al.
+            2025, VC-PPO, arXiv 2503.01491, section 3.1). It needs a critic with its own weights.
 
     Raises:
         ValueError: if a number is out of range, or aggregation is not one of the three.
@@ -50,6 +53,7 @@ class Update:
     entropy_coef: float = 0.0
     clip_grad_norm: float | None = 1.0
     target_kl: float | None = None
+    critic_warmup: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "max_tokens"):
@@ -62,6 +66,8 @@ class Update:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"update.{name} must be positive or null, not {value}")
+        if not self.critic_warmup >= 0:
+            raise ValueError(f"update.critic_warmup must be 0 or more, not {self.critic_warmup}")
         for name in ("value_coef", "entropy_coef"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"update.{name} must be a finite number, not {getattr(self, name)}")

@@ -174,7 +174,7 @@ def cases(strategy, actor, reference, scorer, *adapters):
         actor_optimizer=adam,
         critic_optimizer=adam,
         sampling=Sampling(max_tokens=12),
-        update=Update(epochs=3, minibatches=3, max_tokens=64, target_kl=0.02, entropy_coef=0.01),
+        update=Update(epochs=3, minibatches=3, max_tokens=64, target_kl=0.02, entropy_coef=0.01, critic_warmup=1),
     )  # fmt: skip
     yield (
         "ahead",

@@ -10,6 +10,7 @@ NAN, INFINITY = float("nan"), float("inf")
     [(field, value) for field in ("epochs", "minibatches", "max_tokens") for value in (0, NAN)]
     + [(field, value) for field in ("value_clip", "clip_grad_norm", "target_kl") for value in (0.0, -1.0, NAN)]
     + [(field, value) for field in ("value_coef", "entropy_coef") for value in (NAN, INFINITY)]
+    + [("critic_warmup", -1)]
     + [("aggregation", "tokens"), ("aggregation", None)],
 )
 def test_values_out_of_range(field, value):
