@@ -188,8 +188,8 @@ class Surrogate(Objective):
 class KLPenalty(nn.Module, Objective):
     """The surrogate with a penalty on the KL from the old policy: lossₜ = −ρₜ Aₜ + β KLₜ(π_old ‖ π).
 
-    KLₜ is estimated from tokens sampled from the old policy by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are
-    unbiased for KL(π_old ‖ π). With ``adaptive``, β follows the KL measured after each iteration's update: β is
+    KLₜ is estimated by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are unbiased for KL(π_old ‖ π), since the old
+    policy drew the tokens. With ``adaptive``, β follows the KL measured after each iteration's update: β is
     multiplied by ``factor`` if the KL is above ``high`` × target, and divided by ``factor`` if the KL is below
     target / ``low``. β is saved in the checkpoint.
 
