@@ -41,7 +41,7 @@ _LAZY = {
     "tiny_data": "runs",
     "tiny_ppo": "runs",
 }
-"""The names that are imported at their first use, and the modules in which they are."""
+"""The names that are imported at their first use, and the submodules that define them."""
 
 MakeModel = Callable[..., Path]
 

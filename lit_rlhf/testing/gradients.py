@@ -25,12 +25,12 @@ def assert_gradient_matches(
 
     The gradients of automatic differentiation are compared with finite differences in float64 by
     ``torch.autograd.gradcheck``. Then each input in turn is set to NaN, to infinity and to −10³⁰ outside the mask:
-    values and gradients must stay the same to the last bit, and gradients there must be 0, as must the outputs of an
-    objective or an estimator. What is tested depends on the part:
+    outputs and gradients must stay exactly the same, and outside the mask, the gradients, and the outputs of an
+    objective or an estimator, must be 0. What is tested depends on the part:
 
     - of an `Objective`, the loss and its gradient with respect to the log-probabilities;
     - of an `AdvantageEstimator`, advantages and returns, and their gradients with respect to rewards and values,
-      unless it computes without gradients;
+      unless the estimator computes without gradients;
     - of a function, which is called as ``part(*inputs, mask=mask)``, or as ``part(*inputs)`` without a mask: all its
       outputs, one tensor or several, and their gradients with respect to all its inputs.
 
@@ -117,7 +117,7 @@ def _of_estimator(estimator: AdvantageEstimator, mask: Tensor) -> _Case:
 
 
 def _normal(mask: Tensor) -> Callable[[], Tensor]:
-    """Return a function that draws normal random numbers, float64, in the shape of a mask."""
+    """Return a function that draws standard normal numbers, in float64 and in the shape of a mask."""
     generator = torch.Generator().manual_seed(0)
     return lambda: torch.randn(mask.shape, generator=generator, dtype=torch.float64)
 

@@ -31,10 +31,10 @@ def assert_learns(
             assert_learns(tiny_ppo([MyReward()]), by=0.3, goal=lambda response: response.split().count("w3"))
 
     Args:
-        module: A module that has not been trained, such as `tiny_ppo` makes, with its number of iterations.
+        module: An untrained module, such as one from `tiny_ppo`; it is trained for its own number of iterations.
         by: The smallest rise of the mean that passes, in the units of the score or the goal.
         goal: A function that measures one response; None to measure by the score.
-        data: The prompts; None for 48 prompts of words w0 … w31.
+        data: The prompts; None for 48 prompts of the words w0 … w31.
         seed: The seed of the run.
 
     Raises:
