@@ -18,7 +18,8 @@ estimator           advantage of token t             variance                 bi
 `BestOfN`           1 if R is the group's largest    grows with group size    some; no critic
 ==================  ===============================  =======================  ==================
 
-`VTrace` is in the module `vtrace`, and the last three are in `group_baselines`.
+R is the return of a whole response. `VTrace`, whose docstring explains its symbols, is in the module `vtrace`, and the
+last three estimators are in `group_baselines`.
 """
 
 from abc import ABC, abstractmethod

@@ -47,7 +47,7 @@ class Correction:
     - ``sequence``: ρ(y) = Πₜ ρₜ for all tokens of a response, usually further from 1 the longer the response is;
     - ``geometric``: ρ(y)^{1/|y|}, the geometric mean of the ρₜ, for all tokens of a response.
 
-    The methods of the literature are:
+    These are methods from the literature:
 
     - TIS, ``{}``, the default: min(ρₜ, 2). Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
       RL training".

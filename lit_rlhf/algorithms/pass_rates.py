@@ -38,8 +38,8 @@ def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
 def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
     """Compute majority@n: whether the most frequent of the answers to a prompt is correct.
 
-    If m answers tie for the most frequent, each counts 1/m. Responses without an answer do not vote; a prompt
-    without any answer counts 0.
+    If m answers tie for the most frequent, each correct one counts 1/m. Responses without an answer do not vote; a
+    prompt without any answer counts 0.
 
     Source: Wang et al. 2023, "Self-consistency improves chain of thought reasoning in language models" (arXiv
     2203.11171), section 2 (majority vote).

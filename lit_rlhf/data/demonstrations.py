@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationEncoder:
-    """An encoder that makes one row from each record: its tokens, and how many of them belong to the prompt.
+    """An encoder that makes one row from each record: the record's tokens, and the number of its prompt's tokens.
 
     Prompt and response are tokenized as one text, so that a text gets the same tokens whether or not it was split into
     the two. The tokens of the prompt are those that the prompt alone and the whole text have in common at the start.

@@ -34,7 +34,7 @@ TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json
 
 
 class Encoder(Protocol):
-    """A frozen dataclass that makes token rows from records; its fields are all the options that affect the rows."""
+    """A frozen dataclass that makes token rows from records; its fields include all options that affect the rows."""
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -168,8 +168,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the name of the rows in the cache: a hash of everything that they depend on.
 
-    These are the key of the records, the encoder's options, the tokenizer, the tokenizing code, the versions of its
-    libraries and, if the chat template contains the date, today's date.
+    The rows depend on the key of the records, the encoder's options, the tokenizer, the tokenizing code, the versions
+    of its libraries and, if the chat template contains the date, today's date.
     """
     parts_of_code = (encode, token_rows, Records, value_at, *type(encoder).__mro__[:-1])  # the last one is object
     code = [inspect.getsource(module) for module in map(inspect.getmodule, parts_of_code) if module]

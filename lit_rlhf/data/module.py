@@ -135,7 +135,7 @@ class ResumableData(lightning.LightningDataModule):
         self._restored = state_dict
 
     def report(self, message: str) -> None:
-        """Print a message, in the first process only."""
+        """Print a message in the first process only."""
         if self._is_first:
             print(message)
 

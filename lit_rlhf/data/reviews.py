@@ -94,7 +94,7 @@ def grammatical(text: str) -> bool:
 
 
 def positivity(text: str) -> float:
-    """Return (praises − complaints) / (praises + complaints), in [−1, 1], counting adjectives and verdicts; 0 for none.
+    """Return (praises − complaints) / (praises + complaints) of adjectives and verdicts, in [−1, 1]; 0 without any.
 
     >>> positivity("the soup was tasty . the fish was stale . the bread was fresh .")
     0.3333333333333333

@@ -50,7 +50,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> l
 
 
 def prompt_piece(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> Piece:
-    """Return a prompt as a piece for `token_rows`; after a conversation, the assistant's next turn will be opened.
+    """Return a prompt as a piece for `token_rows`; after a conversation, the assistant's next turn is opened.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -91,7 +91,7 @@ def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where:
 
 
 def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
-    """Return the tokens of a prompt and its complete response, which end with an end-of-sequence token.
+    """Return the tokens of a prompt and its complete response, with an end-of-sequence token at the end.
 
     Args:
         tokenizer: The tokenizer.

@@ -115,7 +115,7 @@ class _EndpointReward(Reward):
         failed = [row for row in unread if verdicts[row] is None]
         if failed and self.unparsed is None:
             raise UserError(
-                f"rewards.endpoint.model: {self.endpoint.model} was asked twice to {form}, but answered "
+                f"rewards.endpoint.model: {self.endpoint.model} was asked twice to '{form}', but answered "
                 f"{answers[failed[0]][:80]!r}; if the answer was cut off, raise rewards.endpoint.max_tokens; "
                 "rewards.unparsed continues with a fixed number"
             )

@@ -82,7 +82,7 @@ class Scores(nn.Module):
 
     @property
     def description(self) -> str:
-        """The rewards in one line, each with its weight if this is not 1.
+        """The rewards in one line, each with its weight unless the weight is 1.
 
         >>> from lit_rlhf.rewards import ExactAnswer, NumericAnswer
         >>> Scores([NumericAnswer(), ExactAnswer(weight=0.0)], ScoreShaping()).description

@@ -146,7 +146,7 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> str
 
 
 def _value(result: Any, key: str) -> Any:
-    """Return the score in a result, which may be a dictionary with the entry ``key``; a single score is unpacked."""
+    """Return the score in a result, or in the entry ``key`` of a dictionary; a list or tensor of one is unpacked."""
     score: Any = result.get(key) if isinstance(result, dict) else result
     shape = (len(score),) if isinstance(score, list) else tuple(getattr(score, "shape", ()))
     return score[0] if shape == (1,) else score

@@ -90,7 +90,7 @@ def assert_exact_resume(
 
 
 def _comparable(metrics: Mapping[str, float], ignore: Sequence[str]) -> dict[str, float]:
-    """Return the metrics to compare; those of rewards first, since other differences follow from them."""
+    """Return the metrics to compare, with those of rewards first, since other differences follow from theirs."""
     names = sorted(metrics, key=lambda name: not name.startswith("rewards/"))
     return {name: metrics[name] for name in names if not name.startswith(MEASURED) and name not in ignore}
 

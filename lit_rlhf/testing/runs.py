@@ -1,4 +1,4 @@
-"""Short runs for tests: a tiny PPO, the data for it, and a quiet Trainer."""
+"""Short runs for tests: a tiny PPO, tiny data for any module, and a quiet Trainer."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed all random generators inside this context; then restore their states, except CUDA's, and the environment."""
+    """Seed all random generators for this context; at its end, restore the environment and all states but CUDA's."""
     environment = dict(os.environ)
     with isolate_rng(include_cuda=False):
         lightning.seed_everything(seed, verbose=False)
