@@ -18,7 +18,8 @@ estimator           advantage of token t             variance                 bi
 `BestOfN`           1 if R is the group's largest    grows with group size    some; no critic
 ==================  ===============================  =======================  ==================
 
-`VTrace` is in the module `vtrace`, and the last three are in `group_baselines`.
+R is the return of a whole response. `VTrace`, whose docstring explains its symbols, is in the module `vtrace`, and the
+last three estimators are in `group_baselines`.
 """
 
 from abc import ABC, abstractmethod
@@ -179,7 +180,7 @@ class GAE(AdvantageEstimator):
     def __post_init__(self) -> None:
         _check_unit_interval(gamma=self.gamma, lam=self.lam, critic_lam=self.critic_lam)
         if self.length_alpha is not None and not 0.0 < self.length_alpha < float("inf"):
-            raise ValueError(f"advantages.length_alpha must be positive, not {self.length_alpha}")
+            raise ValueError(f"advantages.length_alpha must be positive and finite, not {self.length_alpha}")
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Return advantages and λ-returns, each [B, T]."""
@@ -236,7 +237,7 @@ def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
     Args:
         x: [B, T], the terms of the sum.
         mask: Bool [B, T], True at the tokens that count; it may have holes.
-        discount: The discount factor, one number or one for each row, [B].
+        discount: The discount factor: one number, or one for each row, [B].
 
     Returns:
         [B, T], 0 outside the mask.
@@ -293,7 +294,7 @@ def _next_token(mask: Tensor) -> Tensor:
 
 
 def _estimates(advantages: Tensor, trajectory: Trajectory, critic_advantages: Tensor | None = None) -> Estimates:
-    """Return the advantages, and the critic's targets Aₜ + Vₜ; Aₜ in the targets is ``critic_advantages``, if given."""
+    """Return the advantages and the critic's targets Aₜ + Vₜ, in which Aₜ is ``critic_advantages``, if given."""
     targets = advantages if critic_advantages is None else critic_advantages
     if trajectory.values is not None:
         targets = targets + torch.where(trajectory.mask, trajectory.values, 0.0)

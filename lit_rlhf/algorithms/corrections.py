@@ -41,13 +41,13 @@ class Correction:
     The objective's loss of token t is multiplied by a constant weight: the ratio ρₜ = π_old / μ, clipped to
     [``truncate_below``, ``truncate_above``], or 0 if the ratio is outside [``mask_below``, ``mask_above``]. The weights
     do not apply to the entropy bonus, the KL to the reference or the critic, and tokens with a weight of 0 still count
-    in the mean of the loss. The ratio is taken at one of three levels:
+    in the mean of the loss. The ratio of the weight and that of the mask are each taken at one of three levels:
 
     - ``token``: ρₜ;
     - ``sequence``: ρ(y) = Πₜ ρₜ for all tokens of a response, usually further from 1 the longer the response is;
     - ``geometric``: ρ(y)^{1/|y|}, the geometric mean of the ρₜ, for all tokens of a response.
 
-    The methods of the literature are:
+    These are methods from the literature:
 
     - TIS, ``{}``, the default: min(ρₜ, 2). Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
       RL training".
@@ -65,7 +65,7 @@ class Correction:
         level: The level of the ratio that is the weight; None for a weight of 1.
         truncate_above: The largest weight, to which larger ratios are clipped; None for no bound.
         truncate_below: The smallest weight, to which smaller ratios are clipped; None for no bound.
-        mask_level: The level of the ratio by which tokens or whole responses are left out; None to leave none out.
+        mask_level: The level of the ratio by which tokens or whole responses get a weight of 0; None for no mask.
         mask_above: The ratio above which the weight is 0; None for no bound.
         mask_below: The ratio below which the weight is 0; None for no bound.
         bypass: Whether μ is the old policy in the objective, ``policy/kl_to_old`` and ``update.target_kl`` (with
@@ -156,7 +156,7 @@ class Correction:
 def importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: Level = "token") -> Tensor:
     """Compute ρₜ = π_old(aₜ|sₜ) / μ(aₜ|sₜ), its product over the response, or its geometric mean over the response.
 
-    The logarithm of the result is clamped to [−20, 20]; for a whole response, this follows the sum or the mean.
+    The logarithm of the result, which for a whole response is a sum or a mean, is clamped to [−20, 20].
 
     Args:
         old_logprobs: [B, T], log π_old(aₜ|sₜ) of the actor at the start of the update; no gradient flows into them.

@@ -1,4 +1,4 @@
-"""Advantage estimators that compare the responses to a prompt with one another, and need no critic."""
+"""Advantage estimators that compare the responses to a prompt with one another and need no critic."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from lit_rlhf.types import Estimates, Trajectory
 
 @dataclass(frozen=True)
 class LeaveOneOut(AdvantageEstimator):
-    """The response's return minus the mean return of the other responses to its prompt, the same at every token.
+    """Every token's advantage is the response's return minus the mean return of the other responses to the prompt.
 
     Aᵢ = Rᵢ − Σ_{j≠i} Rⱼ / (n − 1) for the n non-empty responses to a prompt, with R = Σₜ rₜ (+ bootstrap). The estimate
     is unbiased, because the baseline does not depend on response i.
@@ -38,13 +38,13 @@ class LeaveOneOut(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class GroupNormalized(AdvantageEstimator):
-    """The response's return, standardised over the responses to its prompt, the same at every token.
+    """Every token's advantage is the response's return, standardised over all responses to the prompt.
 
     Aᵢ = (Rᵢ − mean R) / (std R + 1e-8) for the n non-empty responses to a prompt, with R = Σₜ rₜ (+ bootstrap) and the
     sample standard deviation std R = √(Σᵢ (Rᵢ − mean R)² / (n − 1)). If all n returns are equal, A = 0.
 
-    Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2. Without the division, which favours prompts whose
-    responses have nearly equal returns: Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783), section 3.1.
+    Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2. Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783),
+    section 3.1, omit the division, because it favours prompts whose responses have nearly equal returns.
 
     Args:
         divide_by_std: Whether to divide by the standard deviation; if False, only the mean is subtracted.
@@ -74,7 +74,7 @@ class GroupNormalized(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class BestOfN(AdvantageEstimator):
-    """1 for the response with the highest return among the responses to its prompt, and 0 for the others.
+    """Every token's advantage is 1 if the response has the highest return of all responses to the prompt, else 0.
 
     With `VanillaPG`, one epoch and no whitening, this is supervised training on the best of n responses (RAFT). Of
     several responses with the highest return, only the first counts as the best; if all returns are equal, A = 0.
@@ -107,14 +107,17 @@ class BestOfN(AdvantageEstimator):
 
 
 class _Group:
-    """The return of each response, and its difference from the mean return of the non-empty responses to the prompt.
+    """The return of each response, and this return minus the mean return of the non-empty responses to the same prompt.
 
     The mean is taken in float64, so that the mean of equal float32 returns is exact and the differences are 0.
+
+    Raises:
+        ValueError: if the trajectory has no ``group``, or a prompt has only one non-empty response.
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
         if trajectory.group is None:
-            raise ValueError("a group baseline needs the trajectory's group, the prompt of each row, but it is None")
+            raise ValueError("a group baseline needs the trajectory's group (the prompt of each row), which is None")
         self.mask = trajectory.mask
         deltas = td_errors(trajectory.rewards, None, self.mask, trajectory.bootstrap)
         self.returns = discounted_sum(deltas, self.mask, discount=1.0)
@@ -145,6 +148,6 @@ class _Group:
         return (is_largest & (rows == first)).to(centred.dtype)
 
     def estimates(self, advantage: Tensor) -> Estimates:
-        """Return estimates that give every token of a row the row's ``advantage`` [B]."""
+        """Return estimates in which the advantage of every token is the ``advantage`` [B] of the token's row."""
         advantages = torch.where(self.mask, advantage[:, None], 0.0)
         return Estimates(advantages=advantages.to(self.returns.dtype), returns=self.returns)

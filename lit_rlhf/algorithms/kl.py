@@ -157,7 +157,7 @@ class FixedKL(KLController):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.coef < float("inf"):
-            raise ValueError(f"kl.coef must be 0 or more, not {self.coef}")
+            raise ValueError(f"kl.coef must be 0 or more and finite, not {self.coef}")
 
     def update(self, kl: float, n: int) -> None:
         """Leave the coefficient unchanged."""
@@ -189,7 +189,7 @@ class AdaptiveKL(nn.Module, KLController):
         super().__init__()
         for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
             if not 0.0 < value < float("inf"):
-                raise ValueError(f"kl.{name} must be positive, not {value}")
+                raise ValueError(f"kl.{name} must be positive and finite, not {value}")
         self.coef = coef
         self.target = target
         self.horizon = horizon

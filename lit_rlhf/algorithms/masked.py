@@ -126,7 +126,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
 
 
 def _moments(x: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return the mean and the population variance, in two passes, since E[x²] − E[x]² is inexact for a large mean."""
+    """Return the mean and the population variance inside the mask, in two passes, to be accurate for a large mean."""
     x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype)).clamp(min=1)
     mean = reduce(masked_sum(x, mask)) / count

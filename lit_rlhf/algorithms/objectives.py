@@ -4,9 +4,9 @@ Objectives do not average: the tokens are weighted once, for the whole optimizer
 
 In the first step of an update, all ratios are 1 (unless `Correction.bypass` makes π_old the engine's policy), and every
 objective with token-level ratios has the gradient −Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a
-policy that has moved since: not at all (`VanillaPG`), by importance weights (`Surrogate`), by a KL penalty as well
-(`KLPenalty`), or by removing the gradient of tokens whose ratio is beyond a bound (`Clip`). The module
-`off_policy_objectives` has two more, for responses of an older policy.
+policy that has moved since: `VanillaPG` does not; `Surrogate` uses importance weights; `KLPenalty` adds a KL penalty to
+these; and `Clip` removes the gradient of tokens whose weight is beyond a bound. The module `off_policy_objectives` has
+two more objectives, for responses from an older policy.
 """
 
 from abc import ABC, abstractmethod
@@ -188,10 +188,10 @@ class Surrogate(Objective):
 class KLPenalty(nn.Module, Objective):
     """The surrogate with a penalty on the KL from the old policy: lossₜ = −ρₜ Aₜ + β KLₜ(π_old ‖ π).
 
-    KLₜ is estimated from tokens sampled from the old policy by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are
-    unbiased for KL(π_old ‖ π). With ``adaptive``, β follows the KL measured after each iteration's update: β is
-    multiplied by ``factor`` if the KL is above ``high`` × target, and divided by ``factor`` if the KL is below
-    target / ``low``. β is saved in the checkpoint.
+    KLₜ is estimated by ρₜ − 1 − log ρₜ ≥ 0 (k3), whose value and gradient are unbiased for KL(π_old ‖ π), since the old
+    policy drew the tokens. With ``adaptive``, β follows the KL measured after each iteration's update: β is multiplied
+    by ``factor`` if the KL is above ``high`` × target, and divided by ``factor`` if the KL is below target / ``low``. β
+    is saved in the checkpoint.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 8 and section 4.
 

@@ -1,8 +1,8 @@
 """Policy objectives for responses that were drawn several updates ago, so that many ratios are far from 1.
 
-`Clip` removes the gradient of every token whose ratio is beyond a bound in the direction of its advantage. These
-objectives do so less often: `CISPO` never does, because it bounds the weight of the gradient instead, and `DPPO` does
-only where the probability itself has changed a lot.
+`Clip` removes the gradient of every token whose ratio is beyond a bound in the direction of its advantage. The
+objectives here do so less often: `CISPO` never does, because it bounds the weight of the gradient instead, and `DPPO`
+does so only where the probability itself has changed a lot.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class CISPO(Objective):
 
 @dataclass(frozen=True)
 class DPPO(Objective):
-    """The surrogate without the tokens whose probability has already moved far: lossₜ = −keepₜ ρₜ Aₜ + c (log ρₜ)².
+    """The surrogate without the tokens whose probability has already changed a lot: lossₜ = −keepₜ ρₜ Aₜ + c (log ρₜ)².
 
     keepₜ is 0 if Aₜ > 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) > δ, or if Aₜ < 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) < −δ, and otherwise
     1. A bound on the difference between the probabilities lets the probability of a rare token change by a large
@@ -70,8 +70,9 @@ class DPPO(Objective):
     prime-rl's default loss.
 
     Args:
-        delta: δ, the largest difference between the probabilities of a token that is kept, in (0, 1).
-        coef: c, the factor of the squared log-ratio, which pulls π towards π_old; 0 for none.
+        delta: δ, in (0, 1); a token is dropped if its probability has changed by more than δ in the direction of its
+            advantage.
+        coef: c ≥ 0, the factor of the squared log-ratio, a penalty that pulls π towards π_old; 0 for no penalty.
 
     Raises:
         ValueError: if a number is out of range.

@@ -1,4 +1,4 @@
-"""Pass@k, how often at least one of k responses is correct, and majority@n, how often the most frequent answer is."""
+"""Pass@k (is at least one of k responses correct?) and majority@n (is the most frequent of n answers correct?)."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from lit_rlhf.types import check_shapes
 def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
     """Compute pass@k, the probability that at least one of k responses to a prompt is correct.
 
-    The unbiased estimate from n responses, c of which are correct, is 1 − C(n − c, k) / C(n, k): the share of the sets
-    of k of these responses that contain a correct one. The quotient is Π_{j<k} (n − c − j) / (n − j), with factors
-    below 0 replaced by 0.
+    The unbiased estimate from n responses, c of which are correct, is 1 − C(n − c, k) / C(n, k): the share of all
+    subsets of k of these responses that contain a correct response. The quotient is Π_{j<k} (n − c − j) / (n − j), with
+    factors below 0 replaced by 0.
 
     Source: Chen et al. 2021 (arXiv 2107.03374), equation 1.
 
@@ -38,8 +38,8 @@ def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
 def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
     """Compute majority@n: whether the most frequent of the answers to a prompt is correct.
 
-    If m answers tie for the most frequent, each counts 1/m. Responses without an answer do not vote; a prompt
-    without any answer counts 0.
+    If m answers tie for the most frequent, each correct one counts 1/m. Responses without an answer do not vote; a
+    prompt without any answer counts 0.
 
     Source: Wang et al. 2023, "Self-consistency improves chain of thought reasoning in language models" (arXiv
     2203.11171), section 2 (majority vote).

@@ -1,9 +1,9 @@
-"""Losses of a pair of responses that `DPO` can use in place of the Bradley–Terry loss.
+"""Losses for pairs of responses, which `DPO` can use in place of the Bradley–Terry loss.
 
-Each is a function of d = s_chosen − s_rejected, where s is the score of a response:
+Each loss is a function of d = s_chosen − s_rejected, where s is the score of a response:
 
 ===========  =============================  ====================================  ==============
-loss         of a pair                      score of a response y to x            reference used
+class        loss of a pair                 score of a response y to x            reference used
 ===========  =============================  ====================================  ==============
 (default)    −log σ(d)                      β log (π(y|x) / π_ref(y|x))           yes
 `IPO`        (d / β − 1 / (2β))²            β log (π(y|x) / π_ref(y|x))           yes
@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid, relu
 
 
 class PreferenceLoss(ABC):
-    """The interface of the losses of a pair of responses.
+    """The interface of losses for pairs of responses.
 
     >>> class Squared(PreferenceLoss):
     ...     def __call__(self, difference, beta):
@@ -46,16 +46,17 @@ class PreferenceLoss(ABC):
             beta: β, the factor that the scores contain.
 
         Returns:
-            The losses, of the same shape.
+            The losses, in the shape of ``difference``.
         """
 
 
 @dataclass(frozen=True)
 class IPO(PreferenceLoss):
-    """Identity preference optimization: (h − 1 / (2β))² with h = d / β, the difference in log(π / π_ref).
+    """Identity preference optimization: (d / β − 1 / (2β))² for the score difference d = s_chosen − s_rejected.
 
-    The loss is smallest at h = 1 / (2β), so that the policy stays at a finite distance from the reference even where
-    one response is always preferred.
+    With h = d / β, which is the difference between the two responses in log(π / π_ref), the loss is smallest at
+    h = 1 / (2β), so that the policy stays at a finite distance from the reference even where one response is always
+    preferred.
 
     Source: Azar et al. 2024 (arXiv 2310.12036), equation 17, with τ = β.
 
@@ -71,7 +72,9 @@ class IPO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class Hinge(PreferenceLoss):
-    """The hinge loss max(0, 1 − d): a pair whose scores differ by 1 or more has no gradient.
+    """The hinge loss max(0, 1 − d) for the score difference d = s_chosen − s_rejected.
+
+    A pair with d ≥ 1 has no gradient.
 
     Source: Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425), equation 1, with the implicit rewards of Liu et al. 2024 (RSO,
     arXiv 2309.06657), equation 7.
@@ -88,10 +91,11 @@ class Hinge(PreferenceLoss):
 
 @dataclass(frozen=True)
 class SimPO(PreferenceLoss):
-    """Simple preference optimization: −log σ(d − γ), where the score is β times the mean log-probability of a token.
+    """Simple preference optimization: −log σ(d − γ) for the score difference d = s_chosen − s_rejected.
 
-    There is no reference in the loss. Longer responses are not preferred for their length, because the score is divided
-    by the number of tokens. Useful values of β are larger than those for DPO: 2 to 2.5.
+    The score of a response is β times the mean log-probability of its tokens. The loss uses no reference model. Longer
+    responses are not preferred for their length, because the score is divided by the number of tokens. Useful values of
+    β are larger than those for DPO: 2 to 2.5.
 
     Source: Meng et al. 2024 (arXiv 2405.14734), equation 6.
 
@@ -112,7 +116,7 @@ class SimPO(PreferenceLoss):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < float("inf"):
-            raise ValueError(f"loss.gamma must be 0 or more, not {self.gamma}")
+            raise ValueError(f"loss.gamma must be 0 or more and finite, not {self.gamma}")
 
     def __call__(self, difference: Tensor, beta: float) -> Tensor:
         """Return the loss of each pair."""

@@ -1,4 +1,4 @@
-"""Preference losses for pairs of responses, one better than the other, and for rankings of several responses.
+"""Preference losses for pairs of a better and a worse response, and for rankings of several responses.
 
 Both losses are negative log-likelihoods under a model in which each response has a score: the output of a reward model,
 or the implicit reward of a policy (DPO). The losses depend only on score differences.
@@ -14,7 +14,7 @@ from lit_rlhf.types import check_shapes
 def bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Compute the Bradley–Terry loss of pairs, −log σ(d) with d = s_chosen − s_rejected − margin.
+    """Compute the Bradley–Terry loss of each pair, −log σ(d) with d = s_chosen − s_rejected − margin.
 
     With label smoothing ε, the loss is −(1 − ε) log σ(d) − ε log σ(−d): each label is assumed to be wrong with
     probability ε.
@@ -46,7 +46,7 @@ def bradley_terry(
 
 
 def plackett_luce(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Compute the Plackett–Luce loss of rankings, −log P with P = Π_k exp(s_k) / Σ_{j≥k} exp(s_j).
+    """Compute the Plackett–Luce loss of each ranking, −log P with P = Π_k exp(s_k) / Σ_{j≥k} exp(s_j).
 
     P is the probability of the ranking if the best response is drawn from a softmax over the scores, then the best of
     the remaining responses, and so on. For K = 2, this is the Bradley–Terry loss.

@@ -142,17 +142,17 @@ def longest_step(direction: Tensor, product: Product, max_kl: float) -> Tensor:
 def line_search(
     measure: Callable[[float], tuple[float, float]], max_kl: float, backtracks: int = 10, ratio: float = 0.5
 ) -> float:
-    """Find the largest of the fractions 1, ratio, ratio², … of a step that improves the surrogate within the KL bound.
+    """Find the largest fraction of a step, among 1, ratio, ratio², …, that improves the surrogate within the KL bound.
 
     Args:
-        measure: A function that takes a fraction of the full step; it returns the improvement of the surrogate over the
-            old policy, and the mean KL to the old policy in nats.
+        measure: A function that takes a fraction of the full step, and returns two numbers: the improvement of the
+            surrogate over the old policy, and the mean KL to the old policy in nats.
         max_kl: The bound δ on the mean KL, in nats.
         backtracks: The maximum number of fractions to try.
         ratio: The ratio of each fraction to the one before, in (0, 1).
 
     Returns:
-        The fraction; 0 if none is accepted.
+        The fraction; 0 if none of the fractions is accepted.
 
     >>> line_search(lambda fraction: (fraction, fraction**2), max_kl=0.1)
     0.25

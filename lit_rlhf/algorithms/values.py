@@ -7,7 +7,7 @@ from lit_rlhf.types import check_shapes
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = None) -> Tensor:
-    """Compute half the squared error of each token's value, with the value optionally clipped around the old value.
+    """Compute each token's value loss: half the squared error, optionally with PPO's clipping around the old value.
 
     lossₜ = ½ (Vₜ − Rₜ)², or, with a clip range c, ½ max((Vₜ − Rₜ)², (V_old,t + clip(Vₜ − V_old,t, −c, c) − Rₜ)²).
     Old values and returns are constants: no gradient flows into them.

@@ -1,4 +1,4 @@
-"""V-trace: advantages and values of the actor from responses that were drawn from another policy."""
+"""V-trace: estimates of the actor's advantages and values from responses that were drawn from another policy."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,7 +29,7 @@ class VTrace(AdvantageEstimator):
     advantages, rlax's ``vtrace_td_error_and_advantage``.
 
     Args:
-        rho_bar: ρ̄, the largest weight of a TD error; positive, and ``.inf`` for no bound.
+        rho_bar: ρ̄, the largest weight of a TD error; positive, or ``.inf`` for no bound.
         c_bar: c̄, the largest weight of a trace; positive, and at most ρ̄.
         gamma: The discount γ, in [0, 1].
         lam: The λ of the traces, in [0, 1].
@@ -70,7 +70,7 @@ class VTrace(AdvantageEstimator):
 
 
 def trace_sums(x: Tensor, traces: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the sums Gₜ = xₜ + cₜ Gₜ₊₁ and, for each token, Gₜ₊₁; t + 1 is the next token inside the mask.
+    """Compute the sums Gₜ = xₜ + cₜ Gₜ₊₁ and Gₜ₊₁ for each token t, where t + 1 is the next token inside the mask.
 
     With the weighted TD errors as x and γλ min(c̄, ρₜ) as c, Gₜ is the difference vₜ − Vₜ of V-trace.
 
@@ -82,8 +82,7 @@ def trace_sums(x: Tensor, traces: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
         mask: Bool [B, T], True at the tokens that count; it may have holes.
 
     Returns:
-        The sums and the sums from the next token on, each [B, T]; both are 0 outside the mask, and the second is 0 at
-        the last token inside it.
+        Gₜ and Gₜ₊₁, each [B, T]; both are 0 outside the mask, and Gₜ₊₁ is 0 at the last token inside the mask.
 
     Raises:
         ValueError: if the shapes do not match.

@@ -30,7 +30,7 @@ def value_at(record: dict[str, Any], path: str) -> Any:
 
 
 def filled(record: dict[str, Any], paths: Sequence[str]) -> list[str]:
-    """Return those of the columns that have a value in the record.
+    """Return those of the columns ``paths`` that have a value in the record.
 
     >>> filled({"question": "Why?", "input": None}, PROMPTS)
     ['question']
@@ -78,10 +78,11 @@ def prompt_column(record: dict[str, Any], names: Sequence[str], where: str, opti
 
 
 def only(found: Sequence[str], beginning: str, option: str) -> str | None:
-    """Return the only element, or None if there is none.
+    """Return the only element of ``found``, or None if it is empty.
 
     Raises:
-        UserError: if there are several; the message is ``beginning``, the elements, and the option that chooses.
+        UserError: if there are several elements; the message is ``beginning``, the elements, and the option that
+            chooses one.
     """
     if len(found) > 1:
         raise UserError(f"{beginning} {' or '.join(found)}; choose with {option}")
@@ -89,7 +90,7 @@ def only(found: Sequence[str], beginning: str, option: str) -> str | None:
 
 
 def with_context(prompt: Any, context: Any) -> Any:
-    """Return an instruction followed, after a blank line, by its input, if both are text and the input is not empty.
+    """Return the prompt, followed by a blank line and the context if both are text and the context is not empty.
 
     >>> with_context("Translate into French.", "the soup")
     'Translate into French.\\n\\nthe soup'
@@ -100,7 +101,7 @@ def with_context(prompt: Any, context: Any) -> Any:
 
 
 def is_conversation(value: Any) -> bool:
-    """Return whether a value is a list of turns, each with a role and content.
+    """Return whether a value is a non-empty list of turns, each with a role and content.
 
     >>> is_conversation([{"role": "user", "content": "Why?"}]), is_conversation("Why?"), is_conversation([])
     (True, False, False)
@@ -146,7 +147,7 @@ def split_answer(conversation: Conversation, where: str) -> tuple[Conversation, 
 
 
 def shared_turns(conversations: Sequence[Conversation]) -> Conversation:
-    """Return the turns that all conversations begin with, if each of them continues with a turn of the assistant.
+    """Return the turns that all conversations begin with.
 
     Returns:
         The turns; empty if there are none, or if a conversation does not continue with a turn of the assistant.

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationEncoder:
-    """An encoder that makes one row from each record: its tokens, and how many of them belong to the prompt.
+    """An encoder that makes one row from each record: the record's tokens, and the number of its prompt's tokens.
 
-    Prompt and response are tokenized as one text, so that a text that was split in two gets the same tokens as a text
-    that was not. The tokens of the prompt are those that the prompt alone and the whole text have in common at the
-    start. The fields are those of `Demonstrations`.
+    Prompt and response are tokenized as one text, so that a text gets the same tokens whether or not it was split into
+    the two. The tokens of the prompt are those that the prompt alone and the whole text have in common at the start.
+    The fields, except ``context``, are arguments of `Demonstrations`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> encoder = DemonstrationEncoder(prompt="prompt", response="response")
@@ -65,7 +65,7 @@ class DemonstrationEncoder:
         return f"prompts from {prompts}, responses from `{self.response}`"
 
     def recognised(self, record: Record, where: str) -> "DemonstrationEncoder":
-        """Return this encoder with the columns of the prompts and the responses, if no option names them.
+        """Return this encoder with the columns of the prompts and the responses, unless ``response`` is set.
 
         Raises:
             UserError: if the record has no columns that are known to hold demonstrations, or several choices of them.
@@ -115,7 +115,8 @@ class DemonstrationEncoder:
 
         Raises:
             UserError: if a column has no value, the prompt is neither text nor a conversation, the response to a text
-                is not text, or the prompt is a conversation and the tokenizer has no chat template.
+                is neither text nor a conversation, a whole conversation does not end with the assistant's answer, or
+                the tokenizer has no chat template for a conversation.
         """
         response = value_of(record, self.response or "text", where)
         prompt = value_of(record, self.prompt, where) if self.prompt else ""
@@ -149,7 +150,7 @@ class Demonstrations(ResumableData):
         response: The column of the responses, or of the whole texts or conversations if ``prompt`` is None. If both
             are None, they are recognised: ``text``, ``messages``, or one of ``prompt``, ``question`` and
             ``instruction`` (with ``input``) beside one of ``completion``, ``response``, ``output`` and ``answer``.
-        loss_on: Whether to train on the response only or on all tokens.
+        loss_on: ``response`` to train on the tokens of the response only, ``all`` to train on all tokens.
         packing: Whether to put several short texts into one row of at most ``max_tokens``, which saves padding. The
             loss stays the same, since no text attends to another.
         max_tokens: The largest number of tokens in a text, or in a prompt and its response together; longer texts are

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = dict[str, Any]
 LARGE_SPLIT = 20_000
-"""The number of records above which tokenizing shows a progress bar; also the minimum for each of several processes."""
+"""The number of records above which tokenizing shows a progress bar, and the minimum for each of several processes."""
 TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
 """The settings in a saved tokenizer's files that only say how it was last called or where it was loaded from."""
 
 
 class Encoder(Protocol):
-    """A frozen dataclass that makes token rows from records; its fields are all the options that affect the rows."""
+    """A frozen dataclass that makes token rows from records; its fields include all options that affect the rows."""
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -45,14 +45,14 @@ class Encoder(Protocol):
         """The columns that the rows are made from, for a message, such as "prompts from `question`"."""
 
     def recognised(self, record: Record, where: str) -> "Encoder":
-        """Return this encoder with the columns that its options do not name, recognised in a record of the source.
+        """Return this encoder with the columns that its options do not name, as recognised in the first record.
 
         Args:
-            record: The first record.
+            record: The first record of the source.
             where: The record's field, number and source, for messages.
 
         Raises:
-            UserError: if a column cannot be recognised, or if several columns may be meant.
+            UserError: if a column that is needed cannot be recognised, or if several columns qualify.
         """
 
     def __call__(
@@ -144,7 +144,7 @@ def encode(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of everything that decides a tokenizer's output: vocabulary, rules, special tokens, chat template.
+    """Return a hash of all that determines a tokenizer's output: vocabulary, rules, special tokens, chat template.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> one, same, other = tokenizer(), tokenizer(), tokenizer()
@@ -168,8 +168,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the name of the rows in the cache: a hash of everything that they depend on.
 
-    This is the key of the records, the options, the tokenizer, the tokenizing code, the versions of its libraries and,
-    if the chat template contains the date, the date.
+    The rows depend on the key of the records, the encoder's options, the tokenizer, the tokenizing code, the versions
+    of its libraries and, if the chat template contains the date, today's date.
     """
     parts_of_code = (encode, token_rows, Records, value_at, *type(encoder).__mro__[:-1])  # the last one is object
     code = [inspect.getsource(module) for module in map(inspect.getmodule, parts_of_code) if module]

@@ -10,7 +10,7 @@ from lit_rlhf.randomness import Stream, generator
 
 
 class Fetchable(Protocol):
-    """A sequence of rows that are read many at a time, by the same two methods that torch's DataLoader uses."""
+    """A sequence of rows that are read many at a time, through the same two methods that torch's DataLoader uses."""
 
     def __len__(self) -> int: ...
 
@@ -39,7 +39,7 @@ class GlobalBatches:
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
-        self._shuffled = -1, torch.empty(0)  # an epoch, and the order of its rows
+        self._shuffled = -1, torch.empty(0)  # an epoch, and the numbers of the rows in its order
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.batch_size)
@@ -54,7 +54,7 @@ class GlobalBatches:
             yield rows[first_row:next_rank]
 
     def _order(self, epoch: int) -> torch.Tensor:
-        """Return the shuffled rows of an epoch; the last one that was asked for is kept."""
+        """Return the numbers of the rows in the shuffled order of an epoch; the order returned last is kept."""
         if self._shuffled[0] != epoch:
             self._shuffled = epoch, torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, epoch))
         return self._shuffled[1]
@@ -102,7 +102,7 @@ class ResumableLoader:
     Args:
         records: The rows, which are read a batch at a time.
         collate: The function that makes a batch from a list of (index in the global batch, row) pairs.
-        batches: The numbers of the rows of each batch, in order.
+        batches: The order of the rows, which gives the numbers of the rows of each batch.
 
     >>> import datasets
     >>> rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
@@ -119,8 +119,8 @@ class ResumableLoader:
         self.records = records
         self.collate = collate
         self.batches = batches
-        self.yielded = 0  # in all epochs
-        self.drawn = 0  # besides, by draw()
+        self.yielded = 0  # the number of batches that the passes of all epochs have yielded
+        self.drawn = 0  # the number of further batches that draw() has returned
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -138,14 +138,14 @@ class ResumableLoader:
 
     @property
     def batches_in_once(self) -> int:
-        """The number of batches that `once` yields, at most; an incomplete last batch is among them."""
+        """The maximum number of batches that `once` yields, including an incomplete last batch."""
         return -(-self.batches.size // self.batches.batch_size)
 
     def upcoming(self, distance: int) -> Any:
-        """Return the batch ``distance`` batches after the last one given out, without changing the loader's position.
+        """Return the batch ``distance`` places after the last batch given out, without changing the loader's position.
 
         Args:
-            distance: The number of batches; 0 for the last one given out.
+            distance: The number of places; 0 for the last batch given out.
         """
         return self._load(self._at(self.yielded + self.drawn - 1 + distance))
 
@@ -168,7 +168,7 @@ class ResumableLoader:
                 yield self._load(batch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the state to save: the number of batches given out so far, in all epochs, and of those drawn."""
+        """Return the state to save: the number of batches yielded and the number of batches drawn, in all epochs."""
         return {"yielded": self.yielded, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

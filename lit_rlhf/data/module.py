@@ -90,7 +90,8 @@ class ResumableData(lightning.LightningDataModule):
             if split not in self._rows and self.sources[split] is not None:
                 self._rows[split] = self._open(split)
         if splits[0] not in self._rows:
-            raise UserError(f"data.{splits[0]} is not set: a file, a hub name or module:function with {self.contents}")
+            wanted = f"a file, a data set of the hub or module:function with {self.contents}"
+            raise UserError(f"data.{splits[0]} is not set: name {wanted}")
 
     def train_loader(self, batch_size: int) -> ResumableLoader:
         """Return the shuffled loader of the training split, whose order depends only on the seed and the epoch.
@@ -134,7 +135,7 @@ class ResumableData(lightning.LightningDataModule):
         self._restored = state_dict
 
     def report(self, message: str) -> None:
-        """Print a message, in the first process only."""
+        """Print a message in the first process only."""
         if self._is_first:
             print(message)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Ranking:
-    """The texts of one record, which are to be tokenized."""
+    """The texts or conversations of one record, which are to be tokenized."""
 
     pieces: list[Piece]  # the prompt, if it is known, then each response together with the prompt, best first
     prompted: bool  # whether the first piece is the prompt
@@ -36,10 +36,10 @@ class _Ranking:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceEncoder:
-    """An encoder that makes one row from each record, or, with ``as_pairs``, from each pair of its responses.
+    """An encoder that makes one row from each record or, with ``as_pairs``, from each pair of a record's responses.
 
-    A row has the tokens of the prompt with each response, best response first, and in ``begin`` the index of each
-    response's first token. The fields are those of `Preferences`.
+    In a row, ``tokens`` has one list of tokens for the prompt with each response, best response first, and ``begin``
+    has the index of each response's first token. The fields, except ``context``, are arguments of `Preferences`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> record = {"prompt": "the soup", "chosen": " was cold .", "rejected": " was"}
@@ -60,7 +60,10 @@ class PreferenceEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row; ``tied`` says whether responses are equal, ``prompted`` whether there is a prompt."""
+        """The columns of a row.
+
+        ``tied`` says whether two responses are equal, and ``prompted`` whether the record has a column with the prompt.
+        """
         numbers = pyarrow.list_(pyarrow.int32())
         flags = {name: pyarrow.bool_() for name in ("kept", "tied", "prompted")}
         lists = {"prompt": numbers, "tokens": pyarrow.list_(numbers), "begin": numbers}
@@ -72,7 +75,7 @@ class PreferenceEncoder:
         return "prompts from " + " and ".join(f"`{name}`" for name in (self.prompt or "prompt", self.context) if name)
 
     def recognised(self, record: Record, where: str) -> "PreferenceEncoder":
-        """Return this encoder with the column of the prompts, if no option names it and the record has one.
+        """Return this encoder with the column of the prompts, if no option names the column and the record has one.
 
         Raises:
             UserError: if the record has several columns that are known to hold prompts.
@@ -147,7 +150,7 @@ class PreferenceEncoder:
         if record.get(self.responses) is not None:
             responses = record[self.responses]
             if not isinstance(responses, list) or len(responses) < 2:
-                count = f"is one of {len(responses)}" if isinstance(responses, list) else "is not a list"
+                count = f"ranks {len(responses)}" if isinstance(responses, list) else "is not a list"
                 raise UserError(f"{where}: {self.responses} should rank 2 responses or more, best first; it {count}")
             if any(isinstance(r, list) and r and not isinstance(r[0], dict) for r in responses):
                 raise UserError(f"{where}: {self.responses} has a tie (a list in the list); the order must be strict")
@@ -163,8 +166,8 @@ class PreferenceEncoder:
         value: Any = record.get(self.margin or "")
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or len(responses) != 2:
-            count = len(responses)
-            raise UserError(f"{where}: data.margin is a finite number beside a pair, not {value!r} beside {count}")
+            beside = f"{value!r} beside {len(responses)} responses"
+            raise UserError(f"{where}: data.margin should be a finite number beside a pair, not {beside}")
         return float(value)
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase, ranking: _Ranking, tokens: list[list[int]]) -> list[Row]:
@@ -196,16 +199,16 @@ class Preferences(ResumableData):
     The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns
     of a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
     (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
-    list of further turns, with or without the turns of the prompt before them. Beside such lists, a prompt that is text
-    is the user's turn. If the records have no prompts, each response is a whole text or a whole conversation, and the
-    beginning that the responses of a record share counts as the prompt.
+    list of further turns, with or without the turns of the prompt before them. If the responses are lists without the
+    turns of the prompt, a prompt that is text becomes the user's turn. If the records have no prompts, each response is
+    a whole text or a whole conversation, and the beginning that the responses of a record share counts as the prompt.
 
     Args:
         train: The source of the pairs or rankings to learn from.
         validation: The source of the held-out pairs or rankings.
         prompt: The column of the prompts. If None, it is recognised: ``prompt``, or the only one of ``question``,
-            ``instruction`` (with ``input``) and ``context_messages``, or none. If it is not ``prompt``, all records
-            must have it.
+            ``instruction`` (with ``input``) and ``context_messages``; there may also be none. All records must have the
+            column, unless it is ``prompt`` and no record has it.
         chosen: The column of the better response of a pair.
         rejected: The column of the worse response of a pair.
         responses: The column of a ranking's responses, best first.
@@ -214,8 +217,8 @@ class Preferences(ResumableData):
         as_pairs: Whether to split each ranking into all its pairs.
         ties: What to do with a record that has two equal responses, neither of which can be better: ``refuse`` raises
             an error, ``drop`` leaves the record out and counts it.
-        max_tokens: The largest number of tokens in a prompt and a response together; a pair or ranking in which a
-            response exceeds it is dropped, and counted.
+        max_tokens: The largest number of tokens in a prompt and a response together; a pair or ranking is
+            dropped, and counted, if its prompt and one of its responses have more.
         batch_size: The number of pairs or rankings in a batch, over all processes.
         validation_batch_size: The number of pairs or rankings in a validation batch, over all processes.
 
@@ -326,7 +329,9 @@ class Preferences(ResumableData):
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any, where: str) -> Piece:
-    """Return the prompt continued by the response, as one piece to tokenize; a list of turns may repeat the prompt.
+    """Return the prompt continued by the response, as one piece to tokenize.
+
+    A response that is a list of turns may begin with the turns of the prompt, which are then not repeated.
 
     Raises:
         UserError: if the response has the wrong type, or the tokenizer has no chat template for a conversation.
@@ -343,5 +348,5 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
 
 
 def _begin(shared: int, whole: list[int]) -> int:
-    """Return the index of the response's first token, between 1 and the last index, since nothing predicts index 0."""
+    """Return the index of the response's first token: at least 1, as nothing predicts token 0, and at most the last."""
     return max(1, min(shared, len(whole) - 1))

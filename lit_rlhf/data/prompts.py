@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class PromptEncoder:
     """An encoder that makes one row from each record: the prompt's tokens, and whether the prompt was dropped or cut.
 
-    The fields are those of `Prompts`.
+    The fields, except ``context``, are arguments of `Prompts`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> encoder = PromptEncoder(first_tokens=2)
@@ -56,7 +56,10 @@ class PromptEncoder:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """The columns of a row; ``cut`` is True if ``max_tokens`` cut the prompt, ``whole`` if no token is missing."""
+        """The columns of a row.
+
+        ``cut`` says whether the prompt was cut to ``max_tokens``, and ``whole`` whether it still has all its tokens.
+        """
         flags = {name: pyarrow.bool_() for name in ("kept", "cut", "whole")}
         return pyarrow.schema({**flags, "tokens": pyarrow.list_(pyarrow.int32())})
 
@@ -68,7 +71,7 @@ class PromptEncoder:
         return prompts + (f", answers from `{self.answer}`" if self.answer else "")
 
     def recognised(self, record: Record, where: str) -> "PromptEncoder":
-        """Return this encoder with the columns of the prompts and the answers, if no option names them.
+        """Return this encoder with the columns of the prompts and the answers that no option names.
 
         Raises:
             UserError: if the record has no column or several columns that are known to hold prompts, or several columns
@@ -176,7 +179,8 @@ class Prompts(ResumableData):
         predict: The source of the prompts for ``predict``.
         column: The column of the prompts. If None, it is recognised: ``prompt``, or the only one of ``question``,
             ``instruction`` (with ``input``), ``messages``, ``context_messages`` and ``input``, or ``chosen`` if it
-            holds conversations. A name such as ``extra_info.question`` is an entry in a column of dictionaries.
+            holds conversations. A name such as ``extra_info.question`` stands for an entry in a column of
+            dictionaries.
         answer: The column of the correct answers, which the rewards receive as ``answer``. If None, it is recognised:
             ``answer``, or the only one of ``reward_model.ground_truth`` and ``ground_truth``; it may be missing.
         template: A text with columns in braces, such as ``"{question} Think step by step."``, from which to make each
@@ -264,7 +268,7 @@ class Prompts(ResumableData):
         return self.held_out_loader(split, self.validation_batch_size, "data.validation_batch_size")
 
     def rows_of(self, split: str, encoder: PromptEncoder, records: Records, table: "datasets.Dataset") -> Rows:
-        """Return the rows of the prompts that were kept (short enough, or cut to fit), with their records.
+        """Return the rows of the prompts that are kept, with their records, and report how many were dropped or cut.
 
         Raises:
             UserError: if no prompt is left.

@@ -32,8 +32,9 @@ LARGE_FILE = 32 * 2**20
 
 
 Source: TypeAlias = str | dict[str, str]
-"""A file, the name of a data set of the Hugging Face hub, or a Python function; or a dictionary with the ``path``,
-``name`` (the configuration) and ``split`` of a data set of the hub (slices such as ``train[:1000]`` work)."""
+"""A file, the name of a data set of the Hugging Face hub, or a Python function; or a dictionary with the ``path``
+and, if needed, the ``name`` (the configuration) and the ``split`` of a data set of the hub (slices such as
+``train[:1000]`` work)."""
 
 
 class Records:
@@ -85,8 +86,8 @@ def read_records(source: Source, field: str) -> Records:
         field: The configuration field, for messages.
 
     Raises:
-        UserError: if the source does not exist or cannot be read, a line of a JSONL file is not a JSON object, there
-            are no records, or the cache cannot be written or read.
+        UserError: if the source does not exist or cannot be read, the function raises an exception, a line of a JSONL
+            file is not a JSON object, there are no records, or the cache cannot be written or read.
 
     >>> next(iter(read_records("lit_rlhf.data.reviews:prompts", "data.train")))
     {'prompt': 'my sister and i tried the golden spoon .'}
@@ -124,9 +125,9 @@ def value_of(record: Record, name: str, where: str) -> Any:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Hide the progress bars of `datasets` inside this context unless ``shown``; bars that were off stay off.
+    """Hide the progress bars of `datasets` inside this context unless ``shown`` is True; bars that were off stay off.
 
-    If the standard error, where the bars are drawn, is not a terminal, they are always hidden.
+    The bars are always hidden if standard error, where they are drawn, is not a terminal.
     """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

@@ -77,7 +77,7 @@ def review(rng: random.Random) -> str:
 
 
 def grammatical(text: str) -> bool:
-    """Return whether a whole review, opening and rest, is a sentence of the language.
+    """Return whether a whole review, both its opening and the rest, is a sentence of the language.
 
     >>> grammatical("i tried the old spoon with my aunt . the soup was very tasty . the fish was cold and stale .")
     True
@@ -94,7 +94,7 @@ def grammatical(text: str) -> bool:
 
 
 def positivity(text: str) -> float:
-    """Return (praises − complaints) / (praises + complaints), in [−1, 1], over adjectives and verdicts; 0 without any.
+    """Return (praises − complaints) / (praises + complaints) of adjectives and verdicts, in [−1, 1]; 0 without any.
 
     >>> positivity("the soup was tasty . the fish was stale . the bread was fresh .")
     0.3333333333333333
@@ -189,9 +189,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _pairs(texts: Sequence[str], seed: int) -> list[dict[str, str]]:
-    """Draw two reviews for each opening; the first is chosen with probability σ(3 × the difference in positivity).
+    """Draw two reviews for each opening; the first is chosen with probability σ(3 (p₁ − p₂)).
 
-    This is the Bradley–Terry model. If the two reviews are equal, the opening is left out.
+    This is the Bradley–Terry model, where pᵢ is the positivity of review i. If the two reviews are equal, the opening
+    is left out.
     """
     rng, made = random.Random(seed), []
     for text in texts:

@@ -30,7 +30,8 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> l
     """Tokenize texts and conversations in batches, and return the token ids of each piece in the order of the pieces.
 
     A text begins with the tokens that the tokenizer adds at the start, but an end-of-sequence token that the tokenizer
-    adds at the end is removed, so that the text can be continued. Each piece gets the tokens that it would get alone.
+    adds at the end of a non-empty text is removed, so that the text can be continued. Each piece gets the tokens that
+    it would get alone.
 
     Raises:
         UserError: if the chat template refuses a conversation.
@@ -49,7 +50,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> l
 
 
 def prompt_piece(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> Piece:
-    """Return a prompt as a piece for `token_rows`; after a conversation, the assistant's next turn will be opened.
+    """Return a prompt as a piece for `token_rows`; after a conversation, the assistant's next turn is opened.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -90,7 +91,7 @@ def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where:
 
 
 def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
-    """Return the tokens of a prompt with its complete response, with one end-of-sequence token at the end.
+    """Return the tokens of a prompt and its complete response, with an end-of-sequence token at the end.
 
     Args:
         tokenizer: The tokenizer.
@@ -105,7 +106,7 @@ def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]
 
 
 def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
-    """Return the tokens of a prompt with a truncated response, without an end-of-sequence token at the end.
+    """Return the tokens of a prompt and its truncated response, without an end-of-sequence token at the end.
 
     The tokens that a chat template writes after a response are left out. If they cannot be separated, because the
     template changes the text of the response, the last end-of-sequence token and the tokens after it are left out. The
@@ -147,7 +148,12 @@ def shared_prefix(*rows: list[int]) -> int:
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize texts with the tokens that the tokenizer adds at the start, but without an end-of-sequence token."""
+    """Tokenize texts with the tokens that the tokenizer adds at the start, but no EOS token that it adds at the end.
+
+    An end-of-sequence (EOS) token that is part of a text is kept. An empty text keeps all tokens that the tokenizer
+    adds; if there are none, it becomes the beginning-of-sequence token or, if the tokenizer has no such token, the EOS
+    token.
+    """
     if not texts:
         return []
     rows: list[list[int]] = list(tokenizer(list(texts), return_attention_mask=False)["input_ids"])
@@ -158,7 +164,7 @@ def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
             ids = rows[place]
             if plain and len(ids) > len(plain) and ids[-len(plain) :] != list(plain):
                 rows[place] = ids[:-1]
-    # an empty text has no tokens if the tokenizer adds no opening; give it one, so that it can be continued
+    # an empty text has no tokens if the tokenizer adds none; give it one token, so that it can be continued
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [ids or [opening] for ids in rows]
 

@@ -15,7 +15,7 @@ NUMBER = re.compile(r"(?:(?<!\w)-)?\$?\d[\d,]*(?:\.\d+)?")
 
 
 class ExactAnswer(Reward):
-    """A reward of 1 if the response equals the answer, ignoring surrounding white space, and 0 otherwise.
+    """A reward of 1 if the response equals the answer, apart from surrounding white space, and 0 otherwise.
 
     Args:
         column: The column of the prompts that contains the correct answer.
@@ -103,7 +103,7 @@ class NumericAnswer(Reward):
         return torch.tensor(scores, device=reward_inputs.rollout.tokens.device)
 
     def extract_answers(self, reward_inputs: RewardInputs) -> Sequence[Decimal | None]:
-        """Return the final number of each response, or None for a response without one; 72 equals 72.0."""
+        """Return the final number of each response, or None for a response without a final number; 72 equals 72.0."""
         numbers = [final_number(response, self.marker) for response in reward_inputs.responses]
         if not self.anywhere:
             return numbers

@@ -29,8 +29,8 @@ class ChatEndpoint:
         connections: The maximum number of requests that a process sends at the same time.
         timeout: The maximum number of seconds to wait for an answer, in each attempt.
         retries: The maximum number of times that a request is sent again.
-        extra_body: Further fields of each request, which replace the fields above; a field of None is left out. It is
-            stored with the configuration, so it is no place for a key.
+        extra_body: Further fields of each request, which replace the fields above; a field whose value is None is left
+            out. These fields are stored with the configuration, so they must not contain a key.
 
     Raises:
         ValueError: if a number is out of range.
@@ -80,7 +80,7 @@ class ChatEndpoint:
         )
 
     def complete(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Return the model's answer to each conversation; empty if the model used all its tokens for thinking.
+        """Return the model's answer to each conversation; an answer that ends during the reasoning is empty.
 
         Args:
             conversations: The conversations, each of which ends with a message of the user.

@@ -1,7 +1,8 @@
 """The reward function of the recipes, as an example for your own.
 
-The function receives those keyword arguments that its parameters name, among prompts, responses (text), terminated
-(whether a stop token ended the response), and all columns of the prompts' file. It returns one number per response.
+The function receives those of the following keyword arguments that its parameters name: prompts, responses (text),
+terminated (whether a stop token ended each response), and all columns of the prompts' file. It returns one number per
+response.
 """
 
 import re
@@ -18,7 +19,7 @@ HAPPY = re.compile(
 
 
 def happy_story(responses: list[str], terminated: list[bool]) -> list[float]:
-    """Score a story by a tenth of its number of different happy words, at most 1; a truncated story gets half of that.
+    """Score each story by a tenth of the number of different happy words, at most 1; a truncated story gets half.
 
     Repetitions do not count, so that repeating a word does not pay.
 

@@ -26,23 +26,27 @@ class RewardFunction(Reward):
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]
 
-    It may be async. A function written for another trainer is recognised by its parameters' names, and called as that
-    trainer calls it:
+    The function may be async. A function written for another trainer is recognised by its parameters' names, and called
+    as that trainer calls it:
 
     - TRL, ``f(completions, **columns)``, also with ``prompts``, ``completion_ids`` and ``trainer_state`` (whose
       ``global_step`` counts iterations): a completion is text, or ``[{"role": "assistant", "content": …}]`` for a
       conversation. A score of None counts as 0.
-    - verl, ``f(data_source, solution_str, ground_truth, extra_info)``, for one response: the ground truth is the entry
-      ``reward_model.ground_truth``, or the column ``ground_truth`` or ``answer``. The score is a number, or the entry
-      ``"score"`` of a dictionary. A function of ``solution_strs`` and so on is called once, with lists.
-    - OpenRLHF, ``f(queries, prompts, labels)``, with lists of one element: the prompt with the response as text, the
-      prompt as text, and the column ``answer`` or ``label``. The score is a tensor, or the entry ``"rewards"`` of a
-      dictionary.
+    - verl, ``f(data_source, solution_str, ground_truth, extra_info)``, one call per response: the ground truth is the
+      entry ``reward_model.ground_truth``, or the column ``ground_truth`` or ``answer``. The score is a number, or the
+      entry ``"score"`` of a dictionary. A function with the parameter ``solution_strs`` is called once, with lists:
+      ``f(data_sources, solution_strs, ground_truths, extra_infos)``.
+    - OpenRLHF, ``f(queries, prompts, labels)``, one call per response, with lists of one element: the prompt with the
+      response as text, the prompt as text, and the column ``answer`` or ``label``. The score is a tensor, or the entry
+      ``"rewards"`` of a dictionary.
 
     Args:
         function: The location of the function: ``path/to/file.py:name`` or ``package.module:name``; in Python, also the
             function itself.
         weight: The factor of this reward in the score.
+
+    Raises:
+        UserError: in ``prepare``, if the function cannot be imported.
 
     >>> from lit_rlhf.rewards import make_reward_inputs
     >>> reward = RewardFunction("lit_rlhf.data.reviews:reward")
@@ -72,7 +76,7 @@ class RewardFunction(Reward):
         return f"function {self.function}"
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Import the function; the tokenizer is for functions that get whole texts.
+        """Import the function, and keep the tokenizer for functions of OpenRLHF's form, which receive rendered prompts.
 
         Raises:
             UserError: if the function cannot be imported.

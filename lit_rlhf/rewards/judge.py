@@ -97,11 +97,11 @@ class _EndpointReward(Reward):
     def _ask(self, questions: Sequence[str], form: str, read: Callable[[str, int], float | None]) -> Tensor:
         """Return the number that ``read`` finds in the answer to each of N questions, [N] float32.
 
-        Where it finds none, the judge is asked again. At temperature 0, the same question would get the same answer, so
-        the second question is a reminder of the form.
+        Where ``read`` finds no number, the judge is asked again. At temperature 0, the same question would get the same
+        answer, so the second question is a reminder of the form.
 
         Raises:
-            UserError: if the endpoint gives no usable answer, or if twice no number is found and ``unparsed`` is None.
+            UserError: if the endpoint gives no usable answer, or both answers lack a number and ``unparsed`` is None.
         """
         talks: list[Conversation] = [[{"role": "user", "content": question}] for question in questions]
         answers = self.endpoint.complete(talks)
@@ -115,7 +115,7 @@ class _EndpointReward(Reward):
         failed = [row for row in unread if verdicts[row] is None]
         if failed and self.unparsed is None:
             raise UserError(
-                f"rewards.endpoint.model: {self.endpoint.model} was asked twice to {form}, but answered "
+                f"rewards.endpoint.model: {self.endpoint.model} was asked twice to '{form}', but answered "
                 f"{answers[failed[0]][:80]!r}; if the answer was cut off, raise rewards.endpoint.max_tokens; "
                 "rewards.unparsed continues with a fixed number"
             )
@@ -134,8 +134,8 @@ class Judge(_EndpointReward):
 
     The question to the judge is a text with placeholders: ``{prompt}``, ``{response}``, and the names of the prompts'
     columns, such as ``{answer}`` for a reference answer. Each is replaced by the text that it stands for, between tags
-    that this text cannot close, because their name contains its hash. After the question, the judge is told that these
-    texts are quotations, and how to answer. A judge can still be fooled: see ``docs/rewards.md``.
+    that this text cannot close, because the tags' name contains the text's hash. After the question, the judge is told
+    that these texts are quotations, and how to answer. A judge can still be fooled: see ``docs/rewards.md``.
 
     Source: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena" (arXiv 2306.05685), section 3.1,
     "single answer grading", and with a column for a reference answer, "reference-guided grading".
@@ -202,7 +202,7 @@ class PairwiseJudge(_EndpointReward):
     always prefers the first (or always the second) response therefore gives ½ to all of them. The judge cannot declare
     a tie: one that sees no difference is expected to choose by position.
 
-    The judge gives its reasons and ends its answer with ``[[A]]`` or ``[[B]]``. Everything else is as with `Judge`.
+    The judge gives its reasons and ends its answer with ``[[A]]`` or ``[[B]]``. Everything else is as in `Judge`.
 
     Source: Zheng et al. 2023 (arXiv 2306.05685), sections 3.1, "pairwise comparison", and 3.4, "swapping positions".
 
@@ -270,7 +270,7 @@ def rating_in(answer: str, low: float, high: float) -> float | None:
 
 
 def win_in(answer: str, letter: str) -> float | None:
-    """Return 1 if a judge's answer ends with this letter of the two, 0 if it ends with the other, and otherwise None.
+    """Return 1 if the verdict at the end of a judge's answer is ``letter``, 0 if it is the other letter, or else None.
 
     >>> win_in("Only A is right: [[A]]", "A"), win_in("[[A]]", "B"), win_in("Either [[A]] or [[C]]", "A")
     (1.0, 0.0, None)

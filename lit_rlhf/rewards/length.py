@@ -9,7 +9,7 @@ from lit_rlhf.types import RewardInputs
 class OverlongPenalty(Reward):
     """A reward of 0 for short responses, which falls to −1 over the last ``buffer`` tokens before the maximum length.
 
-    For a response of |y| tokens it is max(−1, min(0, (L − b − |y|) / b)) with L = ``max_tokens`` and
+    For a response of |y| tokens, the reward is max(−1, min(0, (L − b − |y|) / b)) with L = ``max_tokens`` and
     b = ``buffer``. The penalty warns the model before a response is truncated; a low score that a good response gets
     only because it was truncated would be noise.
 

@@ -86,7 +86,7 @@ class RewardModel(Reward):
         own_tokenizer = load_tokenizer(self.source, "rewards.model")
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             self.retokenizer = own_tokenizer
-            print(f"rewards: the vocabulary of {self.source} differs from the actor's; its texts are tokenized again")
+            print(f"rewards: the vocabulary of {self.source} differs from the actor's; texts are tokenized again")
 
     @torch.no_grad()
     def forward(self, reward_inputs: RewardInputs) -> Tensor:

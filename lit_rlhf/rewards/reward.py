@@ -59,8 +59,8 @@ class Reward(nn.Module, ABC):
         A response is correct if its reward is 1.
 
         Returns:
-            B answers, in a form in which equivalent answers compare equal; None for a response without an answer. If
-            the reward does not check answers, which is the default, None in place of the list.
+            B answers, in a form in which equivalent answers compare equal; None for a response without an answer.
+            None in place of the list, which is the default, if the reward does not check answers.
         """
         return None
 

@@ -49,7 +49,7 @@ class ScoreShaping:
 class CheckedAnswers(NamedTuple):
     """The answers that responses give, and which of them are correct."""
 
-    answers: Sequence[Hashable]  # B, of which equal ones are the same answer; None for a response without an answer
+    answers: Sequence[Hashable]  # B answers, equal if they mean the same; None for a response without an answer
     correct: Tensor  # [B] bool
 
 
@@ -82,7 +82,7 @@ class Scores(nn.Module):
 
     @property
     def description(self) -> str:
-        """The rewards in one line, each with its weight if this is not 1.
+        """The rewards in one line, each with its weight unless the weight is 1.
 
         >>> from lit_rlhf.rewards import ExactAnswer, NumericAnswer
         >>> Scores([NumericAnswer(), ExactAnswer(weight=0.0)], ScoreShaping()).description
@@ -103,8 +103,8 @@ class Scores(nn.Module):
             tokenizer: The actor's tokenizer.
 
         Raises:
-            UserError: if the model, the function or a file of a reward cannot be loaded, or if the address or the token
-                of a service cannot be used.
+            UserError: if the model, the function or a file of a reward cannot be loaded, or if the address, key or
+                token of a service cannot be used.
         """
         with torch.device("cpu"):  # from_pretrained would use another default device as a device_map
             for reward in self._iterate():
@@ -133,7 +133,9 @@ class Scores(nn.Module):
         return rewards, score
 
     def check_answers(self, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor]) -> CheckedAnswers | None:
-        """Return the answers that the first reward that checks answers finds in the responses; None if no reward does.
+        """Return the answers that the responses give, and which are correct; None if no reward checks answers.
+
+        If several rewards check answers, the first of them decides.
 
         Args:
             reward_inputs: The responses.

@@ -21,9 +21,9 @@ SIGNATURES = (
     "verl's f(data_source, solution_str, ground_truth, extra_info) and OpenRLHF's f(queries, prompts, labels)"
 )
 TRUTHS = ("reward_model.ground_truth", "ground_truth", "answer")
-"""The columns from which verl's ``ground_truth`` is taken: the first of them that the record has."""
+"""The columns that verl's ``ground_truth`` may come from; the first one with a value in the record is used."""
 LABELS = ("answer", "label")
-"""The columns from which OpenRLHF's ``labels`` are taken: the first of them that the records have."""
+"""The columns that OpenRLHF's ``labels`` may come from; the first one that the records have is used."""
 
 
 def scores_of(
@@ -72,7 +72,7 @@ def _results(function: Callable[..., Any], name: str, calls: Sequence[dict[str, 
     async def gathered() -> list[Any]:
         return await asyncio.gather(*results)
 
-    with ThreadPoolExecutor(1) as thread:  # another one, because this one may have a running loop, as in a notebook
+    with ThreadPoolExecutor(1) as thread:  # another thread, because this one may have a running event loop
         return thread.submit(lambda: asyncio.run(gathered())).result()
 
 
@@ -146,7 +146,7 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> str
 
 
 def _value(result: Any, key: str) -> Any:
-    """Return the score in a result or in its entry ``key``, if it is a dictionary; a list of one score is unpacked."""
+    """Return the score in a result, or in the entry ``key`` of a dictionary; a list or tensor of one is unpacked."""
     score: Any = result.get(key) if isinstance(result, dict) else result
     shape = (len(score),) if isinstance(score, list) else tuple(getattr(score, "shape", ()))
     return score[0] if shape == (1,) else score

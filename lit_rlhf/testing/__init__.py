@@ -41,7 +41,7 @@ _LAZY = {
     "tiny_data": "runs",
     "tiny_ppo": "runs",
 }
-"""The names that are imported at their first use, and the modules in which they are."""
+"""The names that are imported at their first use, and the submodules that define them."""
 
 MakeModel = Callable[..., Path]
 
@@ -81,7 +81,7 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a JSONL file of 32 pairs of responses, the better of which has more of w0 … w7, for `Preferences`."""
+    """Return a JSONL file of 32 pairs of responses, for `Preferences`; the better response has more of w0 … w7."""
     return _write(tmp_path_factory, "preferences")
 
 

@@ -33,7 +33,7 @@ def preferences() -> list[dict[str, Any]]:
 
 
 def demonstrations() -> list[dict[str, Any]]:
-    """Return 32 texts of two to nine words, more than half of which are among w0 … w7.
+    """Return 32 texts of two to nine words; on average, more than half of the words are among w0 … w7.
 
     >>> demonstrations()[0]
     {'text': 'w5 w19'}

@@ -24,13 +24,13 @@ def assert_gradient_matches(
     """Assert that gradients are those of finite differences, and that garbage outside the mask changes nothing.
 
     The gradients of automatic differentiation are compared with finite differences in float64 by
-    ``torch.autograd.gradcheck``. Then each input in turn is set to NaN, to infinity and to −10³⁰ outside the mask:
-    values and gradients must stay the same to the last bit, and gradients there must be 0, as must the outputs of an
-    objective or an estimator. What is tested depends on the part:
+    ``torch.autograd.gradcheck``. Then each input in turn is set to NaN, to infinity and to −10³⁰ outside the mask.
+    All outputs and gradients must stay exactly the same. Outside the mask, all gradients must be 0, and so must the
+    outputs of an objective or an estimator. What is tested depends on the part:
 
     - of an `Objective`, the loss and its gradient with respect to the log-probabilities;
     - of an `AdvantageEstimator`, advantages and returns, and their gradients with respect to rewards and values,
-      unless it computes without gradients;
+      unless the estimator computes without gradients;
     - of a function, which is called as ``part(*inputs, mask=mask)``, or as ``part(*inputs)`` without a mask: all its
       outputs, one tensor or several, and their gradients with respect to all its inputs.
 
@@ -52,7 +52,7 @@ def assert_gradient_matches(
 
     Raises:
         AssertionError: if a gradient is wrong, or garbage changes something; the message has the numbers.
-        TypeError: if tensors are given for an objective or an estimator, or none for a function.
+        TypeError: if tensors are given for an objective or an estimator, or no tensors for a function.
     """
     case = _case(part, inputs, mask)
     _check_gradients(case)
@@ -107,7 +107,7 @@ def _of_estimator(estimator: AdvantageEstimator, mask: Tensor) -> _Case:
     normal = _normal(mask)
     inputs = {"rewards": normal(), "values": normal(), "ratios": (0.3 * normal()).exp(), "bootstrap": normal()[:, 0]}
     rows = mask.any(1)
-    group = ((rows.cumsum(0) - 1) // 2).clamp(0, max(0, int(rows.sum()) // 2 - 1))  # two or three responses in each
+    group = ((rows.cumsum(0) - 1) // 2).clamp(0, max(0, int(rows.sum()) // 2 - 1))  # two or three responses in a group
 
     def call(tensors: Tensors) -> Mapping[str, Tensor]:
         estimates = estimator(Trajectory(mask=mask, group=group, **tensors))
@@ -117,7 +117,7 @@ def _of_estimator(estimator: AdvantageEstimator, mask: Tensor) -> _Case:
 
 
 def _normal(mask: Tensor) -> Callable[[], Tensor]:
-    """Return a function that draws normal random numbers, float64, in the shape of a mask."""
+    """Return a function that draws standard normal numbers, in float64 and in the shape of a mask."""
     generator = torch.Generator().manual_seed(0)
     return lambda: torch.randn(mask.shape, generator=generator, dtype=torch.float64)
 
@@ -185,7 +185,7 @@ def _check_zero(case: _Case, mask: Tensor, what: str, found: Tensor) -> None:
     if outside.any():
         place = tuple(outside.nonzero()[0].tolist())
         raise AssertionError(
-            f"{case.name}: {_name(what, place)}, which is outside the mask, is {float(outside[place]):.6g}, and should "
+            f"{case.name}: {_name(what, place)}, which is outside the mask, is {float(outside[place]):.6g}, but should "
             "be 0"
         )
 

@@ -31,14 +31,14 @@ def assert_learns(
             assert_learns(tiny_ppo([MyReward()]), by=0.3, goal=lambda response: response.split().count("w3"))
 
     Args:
-        module: A module that has not been trained, such as `tiny_ppo` makes, with its number of iterations.
+        module: An untrained module, such as one from `tiny_ppo`; it is trained for its own number of iterations.
         by: The smallest rise of the mean that passes, in the units of the score or the goal.
         goal: A function that measures one response; None to measure by the score.
-        data: The prompts; None for 48 prompts of words w0 … w31.
+        data: The prompts; None for 48 prompts of the words w0 … w31.
         seed: The seed of the run.
 
     Raises:
-        AssertionError: if the mean rises by less, or falls; the message has the means at the start and at the end.
+        AssertionError: if the mean rises by less than ``by``; the message has the means at the start and at the end.
         TypeError: if the module does not sample responses.
     """
     if not isinstance(module, OnPolicy):
@@ -54,7 +54,7 @@ def assert_learns(
     name, fifth = "score" if goal is None else "goal", max(1, len(measured) // 5)
     moved = f"rose by {end - start:.3g}" if end > start else f"fell by {start - end:.3g}" if end < start else "stayed"
     lines = [
-        f"the {name} {moved}, and should rise by {by:g} or more: the mean was {start:.4g} in the first {fifth} of "
+        f"the {name} {moved}, but should rise by {by:g} or more: the mean was {start:.4g} in the first {fifth} of "
         f"{len(measured)} iterations, and {end:.4g} in the last {fifth}"
     ]
     if goal is not None:

@@ -37,7 +37,7 @@ PRELOADED = [
 
 
 class Function(NamedTuple):
-    """A function at the top level of a module, as another process finds it."""
+    """The location of a function at the top level of a module, from which another process can import the function."""
 
     file: str
     module: str
@@ -60,9 +60,9 @@ def assert_same_on_ranks(
 ) -> None:
     """Assert that a run on several processes ends with the weights and the metrics of a run on one process.
 
-    Real processes run on this machine's CPU and communicate by Gloo. On each of them, the metrics of every
-    iteration, except times and speeds (``time/*``, ``perf/*``), and the final weights must be those of the run on one
-    process, up to rounding. ::
+    Real processes run on this machine's CPU and communicate by Gloo. On each process, the metrics of every iteration,
+    except times and speeds (``time/*``, ``perf/*``), and the final weights must be those of the run on one process, up
+    to rounding. ::
 
         def make():
             return tiny_ppo([MyReward()])
@@ -71,8 +71,8 @@ def assert_same_on_ranks(
             assert_same_on_ranks(make)
 
     Args:
-        make: A function that makes the module. The processes import its file, so it must be defined at the top level of
-            a file. The same holds for the other functions.
+        make: A function that makes the module. Other processes import the function, so it must be defined at the top
+            level of a file. The same holds for ``callbacks`` and ``data``.
         callbacks: A function that makes callbacks, or None; the metrics that they log are compared.
         data: A function that makes the data module; None for tiny data of the module's kind.
         processes: The number of processes.
@@ -193,11 +193,11 @@ def _main(work: tuple[Any, ...], port: int, path: list[str], cwd: str) -> None:
 
 
 def _nothing() -> None:
-    """Stand in for a function that was not given."""
+    """Return None, in place of a function that was not given."""
 
 
 def _import(function: Function) -> Any:
-    """Return a function of another process, from its module if it can be imported by its name, or from its file."""
+    """Import a function: from its module if the module's name leads to the function's file, or else from the file."""
     try:
         spec = importlib.util.find_spec(function.module)
     except (ImportError, ValueError):

@@ -37,9 +37,9 @@ def assert_exact_resume(
 
     One run goes through all iterations and saves a checkpoint on the way; a second run, with new objects, starts from
     this checkpoint. These must be equal: the metrics of the iterations after the checkpoint, except times and speeds
-    (``time/*``, ``perf/*``); weights and states of optimizers and schedules at the end; and the state of each
-    callback: its ``state_dict`` and those of its public attributes that are numbers, texts, tensors, None, or
-    collections of these. Both runs are in the same process, so state that is kept in a global variable is not
+    (``time/*``, ``perf/*``); the weights and the states of optimizers and schedules at the end; and the state of
+    each callback, which is its ``state_dict`` and those of its public attributes that are numbers, texts, tensors,
+    None, or collections of these. Both runs are in the same process, so state that is kept in a global variable is not
     noticed. ::
 
         def test_my_callback():
@@ -56,7 +56,7 @@ def assert_exact_resume(
 
     Raises:
         AssertionError: if something differs; the message names the first differences, with both values.
-        ValueError: if ``at`` is not between 1 and ``iterations`` − 1.
+        ValueError: if ``at`` is not from 1 to ``iterations`` − 1.
     """
     if not 1 <= at < iterations:
         raise ValueError(f"at must be between 1 and {iterations - 1}, not {at}")
@@ -90,7 +90,7 @@ def assert_exact_resume(
 
 
 def _comparable(metrics: Mapping[str, float], ignore: Sequence[str]) -> dict[str, float]:
-    """Return the metrics to compare; those of rewards first, since other differences follow from them."""
+    """Return the metrics to compare, with those of rewards first, since other differences follow from theirs."""
     names = sorted(metrics, key=lambda name: not name.startswith("rewards/"))
     return {name: metrics[name] for name in names if not name.startswith(MEASURED) and name not in ignore}
 
@@ -110,7 +110,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def differences(found: Any, expected: Any, name: str = "") -> list[str]:
-    """Return the places at which two nested collections differ by a bit, as texts; two NaN are equal.
+    """Describe each place at which two nested collections differ; tensors must have the same bits, and NaN equals NaN.
 
     >>> differences({"loss": 1.0, "steps": [1, 2]}, {"loss": 1.0, "steps": [1, 3]})
     ['steps[1] is 2, not 3']

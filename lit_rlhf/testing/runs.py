@@ -1,4 +1,4 @@
-"""Short runs for tests: a tiny PPO, the data for it, and a quiet Trainer."""
+"""Short runs for tests: a tiny PPO, tiny data for any module, and a quiet Trainer."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ RewardOrFunction = Reward | Callable[..., Sequence[float]]
 def tiny_ppo(
     rewards: Sequence[RewardOrFunction] | None = None, *, words: Sequence[str] = (), **options: Any
 ) -> PolicyGradient:
-    """Return PPO on a tiny random Llama: 16 prompts and 32 responses of at most 8 tokens in each of 10 iterations.
+    """Return PPO on a tiny random Llama, for 10 iterations with two responses of at most 8 tokens to each prompt.
 
     A run takes seconds on a CPU. No KL to the reference enters the reward.
 
     Args:
         rewards: Rewards, or functions as `RewardFunction` calls them; by default the share of the words w0 … w7.
         words: Words that the model can say besides w0 … w31; they are one token each.
-        options: Options of `PolicyGradient`, in place of the defaults above.
+        options: Options of `PolicyGradient`, in place of the defaults of this function.
 
     Raises:
         TypeError: if one of the rewards is neither a reward nor a function.
@@ -75,10 +75,10 @@ def low_words(responses: Sequence[str]) -> list[float]:
 
 
 def as_reward(reward: RewardOrFunction) -> Reward:
-    """Return a reward as it is, and a function as a `RewardFunction`, which need not be importable.
+    """Return a reward unchanged, or a `RewardFunction` that calls a function, which need not be importable.
 
     Raises:
-        TypeError: if it is neither a reward nor a function.
+        TypeError: if ``reward`` is neither a reward nor a function.
     """
     if isinstance(reward, Reward):
         return reward
@@ -89,7 +89,7 @@ def as_reward(reward: RewardOrFunction) -> Reward:
 
 @functools.cache
 def _tiny_model(words: tuple[str, ...]) -> Path:
-    """Write the tiny Llama with these words once per process, to a folder that is removed at the process's end."""
+    """Write the tiny Llama with these words, once per process, to a folder that is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="lit-rlhf-tiny-")
     weakref.finalize(_tiny_model, folder.cleanup)
     return make_tiny_model(Path(folder.name), words=words)
@@ -120,7 +120,7 @@ def train(
     Args:
         module: The module.
         data: The data module.
-        callbacks: The callbacks; checkpoints are only saved if one of them saves them.
+        callbacks: The callbacks; checkpoints are saved only if one of the callbacks saves them.
         folder: The folder of the run.
         ckpt_path: A checkpoint to resume from.
         seed: The seed of the run; the caller's environment and random states, except CUDA's, are restored.
@@ -150,7 +150,7 @@ def train(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide Lightning's messages about the hardware and checkpoints, inside this context."""
+    """Hide Lightning's messages about the hardware and checkpoints inside this context."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
@@ -164,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed all random numbers, inside this context; then restore the environment and the states, except CUDA's."""
+    """Seed all random generators for this context; at its end, restore the environment and all states but CUDA's."""
     environment = dict(os.environ)
     with isolate_rng(include_cuda=False):
         lightning.seed_everything(seed, verbose=False)

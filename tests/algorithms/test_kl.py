@@ -129,7 +129,7 @@ def test_the_fixed_coefficient():
     assert kl.coef == 0.05
     assert FixedKL(coef=0.0).coef == 0
     for wrong in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=rf"^kl\.coef must be 0 or more, not {wrong}$"):
+        with pytest.raises(ValueError, match=rf"^kl\.coef must be 0 or more and finite, not {wrong}$"):
             FixedKL(coef=wrong)
 
 
@@ -189,5 +189,5 @@ def test_adaptive_coefficient_is_in_the_checkpoint(dtype):
 @pytest.mark.parametrize("field", ["coef", "target", "horizon"])
 @pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF])
 def test_adaptive_out_of_range(field, value):
-    with pytest.raises(ValueError, match=rf"^kl\.{field} must be positive, not {value}$"):
+    with pytest.raises(ValueError, match=rf"^kl\.{field} must be positive and finite, not {value}$"):
         AdaptiveKL(**{field: value})

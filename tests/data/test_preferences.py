@@ -354,8 +354,8 @@ PLAIN = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
     [
         (PLAIN | {"rejected": " w2"}, {}, r"two of its responses are equal.*' w2'"),
         ({"prompt": "w1", "responses": [" w2", " w3", " w2"]}, {}, r"two of its responses are equal.*' w2'"),
-        ({"prompt": "w1", "responses": [" w2"]}, {}, r"responses should rank 2 responses or more.*one of 1$"),
-        ({"prompt": "w1", "responses": []}, {}, r"responses should rank 2 responses or more.*one of 0$"),
+        ({"prompt": "w1", "responses": [" w2"]}, {}, r"responses should rank 2 responses or more.*ranks 1$"),
+        ({"prompt": "w1", "responses": []}, {}, r"responses should rank 2 responses or more.*ranks 0$"),
         ({"prompt": "w1", "responses": " w2"}, {}, r"responses should rank 2 responses or more.*not a list$"),
         ({"prompt": "w1", "responses": {"a": " w2", "b": " w3"}}, {}, r"responses should rank.*not a list$"),
         ({"prompt": "w1", "responses": [" w2", [" w3", " w4"]]}, {}, r"responses has a tie .*list in the list"),
@@ -367,9 +367,9 @@ PLAIN = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
         (PLAIN | {"prompt": 7}, {}, r"a prompt is text or a list of .*not '7'$"),
         (PLAIN | {"prompt": [USER]}, {}, r"tokenizer has no chat template"),
         ({"chosen": 7, "rejected": " w3"}, {}, r"'?7'?$"),
-        (PLAIN | {"gap": "much"}, {"margin": "gap"}, r"data\.margin is a finite number beside a pair, not 'much'"),
-        (PLAIN, {"margin": "gap"}, r"data\.margin is a finite number beside a pair, not None"),
-        ({"prompt": "w1", "responses": [" w2", " w3", " w4"], "gap": 1.0}, {"margin": "gap"}, r"not 1\.0 beside 3$"),
+        (PLAIN | {"gap": "much"}, {"margin": "gap"}, r"data\.margin should be a finite number .*, not 'much'"),
+        (PLAIN, {"margin": "gap"}, r"data\.margin should be a finite number beside a pair, not None"),
+        ({"prompt": "w1", "responses": [" w2", " w3", " w4"], "gap": 1.0}, {"margin": "gap"}, r"not 1\.0 beside 3 "),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -233,7 +233,7 @@ def test_gradients_are_compared_with_finite_differences():
     [
         (Multiplied(), r"Multiplied: nan in logprobs outside the mask changes loss\[1, 2\] from 0 to nan"),
         (WholeMean(), r"WholeMean: nan in rewards outside the mask changes advantages\[0, 0\] from -?\d.\d+ to nan"),
-        (Unmasked(), r"Unmasked: advantages\[1, 2\], which is outside the mask, is -1, and should be 0"),
+        (Unmasked(), r"Unmasked: advantages\[1, 2\], which is outside the mask, is -1, but should be 0"),
     ],
     ids=["objective", "estimator", "unmasked"],
 )
