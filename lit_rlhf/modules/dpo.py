@@ -40,8 +40,8 @@ class DPO(PreferenceModule):
     The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)). The loss of a pair is
     −log σ(score_chosen − score_rejected − margin), where the margin is 0 unless the data has one; the loss of a ranking
     is Plackett–Luce's. The option ``loss`` selects another loss. The held-out metrics are those of reward modelling,
-    computed from the scores, and the length in tokens and the KL to the reference in nats per response, measured on
-    responses that the actor samples.
+    computed from these scores. The actor also samples responses to the held-out prompts, whose length in tokens and KL
+    to the reference in nats per response are measured.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 
@@ -62,10 +62,10 @@ class DPO(PreferenceModule):
         optimizer: The optimizer of the actor.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
-        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
+        adapter: The options of a low-rank adapter to train instead of the whole model; None to train the whole model.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or if label smoothing is combined with ``loss``.
         UserError: if the actor is not named or iterations is less than 1; in ``configure_model``, if a model cannot be
             loaded.
 
@@ -182,7 +182,7 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PreferenceBatch) -> Tensor:
-        """Return the reference's log-probability of each response, [N]; in training, use the cache if there is one."""
+        """Return the reference's log-probability of each response, [N]: in training, from the cache if there is one."""
         if self._cached is not None and self.trainer.training:
             return self._cached[batch.number, : batch.mask.shape[1]][batch.mask]
         return self._reference_forward(batch)
