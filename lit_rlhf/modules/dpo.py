@@ -165,7 +165,7 @@ class DPO(PreferenceModule):
         """Return the loss of each ranking, [B].
 
         Args:
-            scores: [B, K], best response first, 0 where a ranking has fewer than K responses.
+            scores: The scores, [B, K], best response first; 0 where a ranking has fewer than K responses.
             batch: The rankings.
 
         Raises:

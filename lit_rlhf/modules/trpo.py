@@ -1,4 +1,4 @@
-"""Trust region policy optimization (TRPO): one natural-gradient step per iteration, with a bound on its KL."""
+"""Trust region policy optimization (TRPO): one natural-gradient step per iteration, with a bound on the step's KL."""
 
 from __future__ import annotations
 
@@ -120,11 +120,11 @@ class TRPO(OnPolicy):
         critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; otherwise a
             model to start from (``./actor`` for a folder of that name); None for no critic.
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
-        adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
-            shared by all roles; None to train whole models.
+        adapter: The options of the low-rank adapters that the actor and the critic train on one frozen base, which
+            the roles share; None to train whole models.
         sampling: How responses are sampled.
-        dynamic_sampling: Whether prompts whose responses all have the same score are left out, and how often further
-            prompts are drawn in their place; None to learn from all prompts.
+        dynamic_sampling: How prompts whose responses all have the same score are left out and replaced; None to learn
+            from all prompts.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
@@ -233,7 +233,7 @@ class TRPO(OnPolicy):
         return old
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the critic's parameters, if there is a critic; the actor has no optimizer."""
+        """Return the critic's parameters by optimizer name, if there is a critic; the actor has no optimizer."""
         return {} if self.critic is None else {"value": list(self.critic.own_parameters().values())}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
@@ -352,8 +352,8 @@ class TRPO(OnPolicy):
     def _add_critic_gradients(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> Tensor:
         """Compute the critic's gradient on a minibatch, and return the value loss to check, [].
 
-        This method averages the gradients over the ranks; DDP cannot, since its backward passes would have to reach the
-        actor too.
+        Unless the critic is sharded, this method averages the gradients over the ranks; DDP cannot, since its backward
+        passes would have to reach the actor too.
         """
         batches, value_loss = self.micro_batches(minibatch), torch.zeros((), device=self.device)
         totals, parameters = self.sum_over_ranks(step_totals(batches)), self.trained_parameters()["value"]
