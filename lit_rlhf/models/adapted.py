@@ -16,7 +16,7 @@ from lit_rlhf.models.weights import weights_at_once
 
 
 def starts_from(source: ModelSource, lora: LoRA) -> tuple[str, ...]:
-    """Return the names of the frozen adapters below the trained ones: `SOURCE` if the source is a stacked adapter."""
+    """Return the names of the frozen adapters below the trained ones: that of a stacked source, or none."""
     return (SOURCE,) if find_adapter(source) and lora.chained == "stacked" else ()
 
 

@@ -14,10 +14,11 @@ from lit_rlhf.compat import selected_adapters
 
 
 class AdaptedLinear(Linear):
-    """A linear layer that computes W x + Σ s B A x, or (W + Σ s B A) x if that is cheaper, with adapters of scaling s.
+    """A linear layer with adapters that computes W x + Σ s B A x, or (W + Σ s B A) x where that is cheaper.
 
-    The two are equal up to rounding. Only layers in float32 or float64 use the sum of the weights, because in half
-    precision, adding a small s B A to W would round it away. See `sum_is_cheaper` for the costs.
+    The sum is over the selected adapters, and s is an adapter's scaling. The two are equal up to rounding. Only
+    products in float32 or float64 use the sum of the weights, because in half precision, adding a small s B A to W
+    would round it away. See `sum_is_cheaper` for the costs.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,7 +65,7 @@ def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differenti
 
     For t tokens and rank r, B A takes in · out · r multiplications, and B A x takes t · r · (in + out). The backward
     pass of each takes twice as many; the sum's backward pass also computes the gradient of the summed weight, which
-    takes t · in · out. Its memory accesses make B A x as slow as if r were greater by 16 (measured on a CPU).
+    takes t · in · out. With its memory accesses, B A x takes as long as if r were greater by 16 (measured on a CPU).
 
     Args:
         shape: The shape of W, [out, in].

@@ -50,9 +50,9 @@ class LoRA:
         dora: Whether the norms of the rows of the adapted weight are trained as well, as a separate vector.
         chained: The treatment of a source that is itself an adapter: ``stacked`` keeps it as a frozen adapter below the
             new one, and ``merged`` adds it to the base's weights.
-        quantization: The format of the base's frozen linear weights, except the head's: ``nf4`` for 4 bits (with the
-            package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An exported
-            adapter has the same form in each case, but works best with the base on which it was trained.
+        quantization: The format of the frozen weights of the base's linear layers, except the head: ``nf4`` for 4 bits
+            (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An
+            exported adapter has the same form in each case, but works best with the base on which it was trained.
 
     Raises:
         UserError: if a number is out of range, no target module is given, or an adapter would be merged into a
@@ -93,7 +93,7 @@ class LoRA:
         return self.numerator / (self.rank**0.5 if self.rslora else self.rank)
 
     def config(self, model: PreTrainedModel) -> LoraConfig:
-        """Return peft's configuration for these options, which lists the model's target modules by name.
+        """Return these options as peft's configuration, in which the target modules are listed by name.
 
         Args:
             model: A model without adapters.
@@ -200,7 +200,7 @@ def _initialize(model: nn.Module, name: str) -> None:
 
 
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:
-    """Return the layers of a model that carry adapters; none if the model has no adapters."""
+    """Return the layers of a model that carry adapters; an empty list if the model has no adapters."""
     return [module for module in model.modules() if hasattr(module, "lora_A")]  # type: ignore[misc]
 
 
@@ -313,7 +313,7 @@ def active_adapters(model: Any) -> tuple[str, ...]:
 
 
 def whole_model(model: Any) -> Any:
-    """Return the base of a view with the adapters of all roles, or the given model itself if it is not a view."""
+    """Return a view's base, which carries the adapters of all roles, or the model itself if it is not a view."""
     return model.base if isinstance(model, AdapterView) else model
 
 

@@ -24,7 +24,7 @@ def chunk_rows(vocabulary: int, device: torch.device, memory: int = 1) -> int:
     Args:
         vocabulary: The size of the vocabulary.
         device: The device of the logits.
-        memory: The memory for each logit as a multiple of what `logprobs_and_entropy` needs; has no effect on a CPU.
+        memory: The memory for each logit as a multiple of what `logprobs_and_entropy` needs; ignored on a CPU.
 
     >>> chunk_rows(50_000, torch.device("cpu")), chunk_rows(50_000, torch.device("cuda"))
     (64, 2684)

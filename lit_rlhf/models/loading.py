@@ -153,6 +153,7 @@ def check_exists(path: str, field: str) -> None:
 
 def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
     """Load the configuration of a model; for an adapter, that of its base.
+
     Args:
         source: A folder, a hub id, or a configuration for random weights.
         field: The name of the configuration field, for error messages.

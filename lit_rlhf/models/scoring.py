@@ -97,7 +97,7 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
 
 
 def scale_of(settings: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the mean and the standard deviation of the scores from a reward model's configuration; None if missing.
+    """Return the mean and standard deviation of the scores from a reward model's configuration; None if it has none.
 
     >>> scale_of({"score_mean": 0.5, "score_std": 2.0})
     (0.5, 2.0)
@@ -191,7 +191,7 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
 def to_classifier(
     scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """Convert a scalar model to a transformers sequence classifier with one label, which scores the last token.
+    """Convert a scalar model to a transformers sequence classifier whose one label is the score at the last token.
 
     If the padding token is the end-of-sequence token, the classifier accepts only one unpadded row at a time. The
     classifier has no bias: the bias of a critic is stored in ``config.value_bias``, to be added to the output.

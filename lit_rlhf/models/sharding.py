@@ -135,8 +135,8 @@ def _unsharded(model: Any) -> Iterator[None]:
 def _summoned(model: Any) -> Iterator[None]:
     """Gather an FSDP1 model's full weights, rounded as for FSDP1's own forward passes, inside this context.
 
-    Autocast then has nothing left to round; otherwise, its cache would keep rounded weights after an update.
-    Each process then holds the gathered weights and their rounded copies: 6 bytes per parameter in half precision.
+    Autocast then has nothing left to round; otherwise, its cache would keep rounded weights after an update. Each
+    process then holds the gathered weights and their rounded copies: 6 bytes per parameter in half precision.
     """
     dtype, parts = (
         model.mixed_precision.param_dtype,
@@ -167,7 +167,8 @@ def full_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, T
 
     Args:
         model: The model.
-        trained_only: Whether to leave out frozen weights, such as those of the base of adapters; FSDP1 ignores it.
+        trained_only: Whether to leave out frozen weights, such as those of the base of adapters, and the buffers of a
+            model that is not sharded; ignored with FSDP1.
     """
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False, rank0_only=True):

@@ -28,7 +28,7 @@ PROBE_VOCABULARY = 16
 
 
 class Location(NamedTuple):
-    """The module and the name of its attribute that hold a tensor; sharding replaces the tensor, but not these two."""
+    """The place of a tensor: a module and an attribute's name. Sharding replaces the tensor, but not the place."""
 
     module: nn.Module
     attribute: str

@@ -32,7 +32,7 @@ class Averaging:
     WARP, the KL is measured to the average; here, it is always measured to the reference.
 
     Args:
-        decay: The share of the average that each iteration keeps, in [0, 1); with 0, the average is the actor.
+        decay: The share of the average that each iteration keeps, in [0, 1); with 0, the average equals the weights.
 
     Raises:
         ValueError: if ``decay`` is out of range.

@@ -192,11 +192,12 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def on_train_start(self) -> None:
-        """Compute the reference's log-probabilities of all training responses, if ``cache_reference`` is set.
+        """Compute the reference's log-probabilities of all training responses, if they are to be cached.
 
-        Each whole batch is computed by a single rank, and the batches are in file order, so that the results are the
-        same, bit for bit, on any number of ranks and after a resume. Lightning does not set the precision of the
-        training step for this hook, so this method sets it.
+        They are cached if ``cache_reference`` is set and the loss uses the reference. Each whole batch is computed by a
+        single rank, and the batches are in file order, so that the results are the same, bit for bit, on any number of
+        ranks and after a resume. Lightning does not set the precision of the training step for this hook, so this
+        method sets it.
 
         Raises:
             UserError: if the batches do not come from one of this package's data modules, or if that data module is for

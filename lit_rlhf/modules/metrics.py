@@ -156,7 +156,7 @@ class Metrics:
         return [cast(Tensor, value) for metric in self._metrics.values() for value in metric.metric_state.values()]
 
     def compute(self) -> dict[str, float]:
-        """Return all metrics over all ranks by name; every rank must have added the same names in the same order."""
+        """Return each metric's value over all ranks; every rank must have added the same names in the same order."""
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 

@@ -356,7 +356,7 @@ def _unchanged(model: Any) -> Any:
 
 
 def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight to which a state dictionary's entry, such as its scales, belongs."""
+    """Return the name of the quantized weight to which a key of a state dictionary, such as that of scales, belongs."""
     return key.rpartition(".weight.")[0] + ".weight"
 
 

@@ -54,7 +54,7 @@ class PolicyGradient(OnPolicy):
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
             None for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response replaces the
-            rewards that would have followed; if False, those count as 0.
+            rewards that would have followed; if False, those rewards count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
         averaging: The average of the actor's weights over the iterations, which validation and exports then use; None

@@ -29,8 +29,8 @@ class RewardModeling(PreferenceModule):
     with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise the scores.
 
     Args:
-        reward: The initial model: a language model (such as the export of an SFT run), which gets a new head, or a
-            sequence classifier with one label; given as a folder, a hub id, or a configuration for random weights.
+        reward: The folder, the hub id, or a configuration for random weights of the initial model. This is a language
+            model (such as the export of an SFT run), which gets a new head, or a sequence classifier with one label.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
             On a single GPU, a step that runs out of memory halves this number for the rest of the run.

@@ -199,7 +199,7 @@ def check_vocabulary(role: str, model: nn.Module, actor: Actor) -> None:
     found, size = vocabulary_size(model), vocabulary_size(actor.model)
     if found != size:
         raise UserError(
-            f"model.{role}: its vocabulary has {found} tokens, and the actor's {size}; both must read the same tokens"
+            f"model.{role}: its vocabulary has {found} tokens, but the actor's has {size}; both must be the same"
         )
 
 

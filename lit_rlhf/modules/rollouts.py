@@ -33,7 +33,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CheckedRollout:
-    """This process's rollout of an iteration, and its mismatch, if it was measured."""
+    """This process's rollout of an iteration, with the mismatch if the guard measured it."""
 
     rollout: Rollout
     mismatch: Mismatch | None
@@ -60,7 +60,7 @@ class Rollouts(lightning.Callback):
         self.load_actor = load_actor
         self.ahead = engine if isinstance(engine, Ahead) and engine.lag else None
         self.landed: dict[int, CheckedRollout] = {}  # by iteration: generated, but not learned from yet
-        self.saved: dict[int, dict[str, Any]] = {}  # the same from a checkpoint, with the rows of all processes
+        self.saved: dict[int, dict[str, Any]] = {}  # by iteration: read from a checkpoint, with all processes' rows
 
     # ----------------------------------------------------------- a callback's hooks
 

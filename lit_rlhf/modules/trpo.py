@@ -104,7 +104,7 @@ class TRPO(OnPolicy):
     pass, its backward pass, and the backward pass of both; together these take as long as 14 forward passes (measured
     on a Llama of 5 layers with 180 tokens on a CPU). There are ``cg_iterations`` + 1 products, over
     1 / ``fisher_every`` of the responses. Each step of the line search takes 3 forward passes. With the defaults, the
-    actor's step takes about as long as 50 forward passes, and the actor's part of PPO's 4 epochs as long as 14.
+    actor's step takes about as long as 50 forward passes, while the actor's part of PPO's 4 epochs takes as long as 14.
 
     Memory: the actor has no optimizer state, but needs a frozen copy of itself (the old policy) and 8 vectors of its
     size. Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of every other
@@ -135,7 +135,7 @@ class TRPO(OnPolicy):
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
             None for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response replaces the
-            rewards that would have followed; if False, those count as 0.
+            rewards that would have followed; if False, those rewards count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
             is added to the actor's surrogate; micro-batches, aggregation and whitening apply to both.
         averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
