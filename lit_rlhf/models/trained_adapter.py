@@ -72,7 +72,8 @@ class TrainedAdapter:
 
         Raises:
             UserError: if the base or an adapter cannot be loaded, the adapter does not fit the base, the base's files
-                hold quantized weights, or transformers has no sequence classifier for a base with a head.
+                hold quantized weights, or the model has a head and transformers has no sequence classifier of its
+                architecture.
         """
         model = merge_all(*self._load())
         if self.head is None:

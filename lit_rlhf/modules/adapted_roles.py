@@ -138,7 +138,7 @@ def load_adapted_roles(
         reward.model = place(partial(roles.build_reward, actor, number) if is_adapter else reward.load)
     prepare()
     critic = None
-    if sources.critic not in (None, "shared"):  # its head is sharded if and only if its adapter, in the actor, is
+    if sources.critic not in (None, "shared"):  # the critic's head is sharded exactly if its adapter in the actor is
         critic = place(partial(roles.build_critic, actor), sharded=shards_actor)
     reference = roles.build_reference(actor, place)
     check_vocabulary("reference", reference.model, actor)

@@ -40,8 +40,8 @@ class DPO(PreferenceModule):
     The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)). The loss of a pair is
     −log σ(score_chosen − score_rejected − margin), where the margin is 0 unless the data has one; the loss of a ranking
     is Plackett–Luce's. The option ``loss`` selects another loss. The held-out metrics are those of reward modelling,
-    computed from these scores. The actor also samples responses to the held-out prompts, whose length in tokens and KL
-    to the reference in nats per response are measured.
+    computed from these scores. In addition, the actor samples responses to the held-out prompts; further metrics are
+    the length of these responses in tokens and their KL to the reference in nats per response.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 

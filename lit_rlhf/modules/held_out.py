@@ -26,7 +26,7 @@ from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
     """Score the actor's and the reference's responses to held-out prompts, and record the held-out metrics.
 
-    If the module averages the actor's weights, the actor has its averaged weights.
+    If the module averages the actor's weights, the actor's responses are generated with the averaged weights.
 
     Args:
         module: The `OnPolicy` module; its ``reference_answers`` hold the reference's responses from earlier in the run.

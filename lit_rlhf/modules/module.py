@@ -32,7 +32,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By optimizer name, a function that makes the optimizer of parameters, and one that makes its schedule, or None."""
+"""By optimizer name, a function that makes the optimizer from parameters, and one that makes its schedule, or None."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -356,7 +356,7 @@ def _unchanged(model: Any) -> Any:
 
 
 def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight to which a key of a state dictionary, such as that of scales, belongs."""
+    """Return the name of the quantized weight to which a state-dictionary key, such as that of its scales, belongs."""
     return key.rpartition(".weight.")[0] + ".weight"
 
 
