@@ -44,7 +44,7 @@ class Actor(nn.Module):
             hidden state.
         value_grad_scale: The factor on the gradient that flows from the value head into the model; 0 stops this
             gradient.
-        adapter: The name of the adapter that is the actor's own part of the model; None if the whole model is.
+        adapter: The name of the adapter that is the actor's own part of the model; None if the whole model is its own.
 
     Raises:
         UserError: if the model changes the logits after its head in a way that is not supported.
@@ -91,8 +91,9 @@ class Actor(nn.Module):
             tokens: Token ids, [B, S] int64, right-padded (a causal model does not attend to padding after a text).
             response_tokens_mask: Bool [B, S], True at the tokens to score; never at the first token of a text, which
                 nothing predicts.
-            other: The actor to which the full KL(π ‖ π_other) is computed, without a gradient for that actor; None for
-                no KL. If ``other`` is this actor itself, the KL is 0, and its second derivative is the Fisher matrix.
+            other: The actor with the policy π_other, for the full KL(π ‖ π_other) without a gradient for ``other``;
+                None for no KL. If ``other`` is this actor itself, the KL is 0, and its second derivative is the Fisher
+                matrix.
             positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text; None if
                 each row is one text.
 
@@ -128,11 +129,11 @@ class Actor(nn.Module):
         return last_hidden_state(self.model.base_model, tokens, real, positions)
 
     def run_trunk(self, **inputs: Any) -> Any:
-        """Run the trunk with the selected adapters, for the roles that share it; the arguments are the trunk's."""
+        """Return the trunk's output, with the selected adapters, for the other roles; the arguments are the trunk's."""
         return self.model.base_model(**inputs)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the actor's own parameters by name: all, or those of its adapter and of its value head."""
+        """Return the actor's own parameters by name: those of adapter and value head or, without an adapter, all."""
         if self.adapter is None:
             return dict(self.named_parameters())
         found = adapter_parameters(whole_model(self.model), self.adapter)
@@ -144,8 +145,8 @@ class Actor(nn.Module):
 
         Args:
             tokens: The ids of the tokens that are not in the cache yet, [B, N] int64.
-            mask: Bool [B, cached + N], False at padding, which is on the left. For a static cache, [B, columns], also
-                False at the columns that are not filled yet.
+            mask: Bool [B, cached + N], False at padding, which is on the left. For a static cache, the shape is
+                [B, columns], and the mask is also False at the columns that are still empty.
             positions: The positions of ``tokens`` in their sequences, [B, N] int64.
             cache: The keys and values of the earlier tokens; extended in place.
 
@@ -189,7 +190,7 @@ class Actor(nn.Module):
 
 
 def new_value_head(model: PreTrainedModel | AdapterView, bias: bool = True) -> nn.Linear:
-    """Create a linear map from hidden state to value, initialised to 0, so that advantages equal returns at first.
+    """Create a linear map from a hidden state to a value, initialised to 0, so that advantages equal returns at first.
 
     Args:
         model: The causal language model whose hidden size is the input size of the head.

@@ -1,4 +1,4 @@
-"""Bases with the adapters of their roles, which a run with `LoRA` loads in place of whole models."""
+"""Base models with the adapters of several roles, which a run with `LoRA` loads in place of whole models."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from lit_rlhf.models.weights import weights_at_once
 
 
 def starts_from(source: ModelSource, lora: LoRA) -> tuple[str, ...]:
-    """Return the names of the frozen adapters below the trained ones: that of the source, if it is stacked."""
+    """Return the names of the frozen adapters below the trained ones: that of a stacked source, or none."""
     return (SOURCE,) if find_adapter(source) and lora.chained == "stacked" else ()
 
 
@@ -32,16 +32,17 @@ def load_adapted(
     """Load a frozen base with the adapters of its roles; the first trained adapter and those below it are selected.
 
     Args:
-        source: A folder or a hub id, of a whole model or of an adapter, which is then stacked or merged.
+        source: The folder or the hub id of a whole model or of an adapter; ``lora.chained`` says what happens to an
+            adapter.
         lora: The options of the new adapters.
         field: The name of the configuration field of the source, for error messages.
         trained: The names of the new adapters that are trained.
         copies: The names of further new adapters, which are not trained.
-        saved: Adapters of the same base, not trained, by name.
+        saved: Saved adapters of the same base, which are not trained, by name.
 
     Raises:
-        UserError: if the model or an adapter cannot be loaded, if the source is random weights, or if the source is an
-            adapter and either it or the new adapters use DoRA.
+        UserError: if the model or an adapter cannot be loaded, if the model has no layers for the new adapters, if the
+            source is random weights, or if the source is an adapter and either it or the new adapters use DoRA.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.testing import make_tiny_model
@@ -75,16 +76,17 @@ def load_adapted(
 
 
 def load_adapted_reward_model(source: ModelSource, lora: LoRA, field: str) -> ScalarModel:
-    """Load a base with an adapter and a head for scores, both of which are trained.
+    """Load a base with a new adapter and a scalar head, both of which are trained.
 
     Args:
-        source: A folder or a hub id, of a whole language model or of an adapter. A reward model's adapter keeps its
-            head; otherwise, the head is new and initialised to 0.
+        source: The folder or the hub id of a whole language model or of an adapter. If the adapter is a reward model's,
+            its head is trained further; otherwise, a new head is initialised to 0.
         lora: The options of the new adapter.
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the model cannot be loaded, or a saved head does not have exactly one output.
+        UserError: if the base or an adapter cannot be loaded (see `load_adapted`), or if a saved head does not have
+            exactly one output.
     """
     model = load_adapted(source, lora, field, trained=["reward"])
     start = read_adapter(str(source), field) if find_adapter(source) else None

@@ -1,6 +1,6 @@
-"""A linear layer with low-rank adapters that multiplies in the cheaper of two orders.
+"""A linear layer with low-rank adapters, which multiplies its matrices in the cheaper of two orders.
 
-This module imports peft, which takes seconds, so it must be imported inside functions only.
+This module imports peft, which takes seconds, so it must be imported only inside functions.
 """
 
 from typing import Any
@@ -14,14 +14,15 @@ from lit_rlhf.compat import selected_adapters
 
 
 class AdaptedLinear(Linear):
-    """W x + Σ s B A x, computed as (W + Σ s B A) x where that is cheaper; s is the scaling of an adapter.
+    """A linear layer with adapters that computes W x + Σ s B A x, or (W + Σ s B A) x where that is cheaper.
 
-    The two are equal up to rounding. Only products in float32 or float64 use the sum of the weights, because half
-    precision would round a small adapter away in it. See `sum_is_cheaper` for the costs.
+    The sum is over the selected adapters, and s is an adapter's scaling. The two are equal up to rounding. Only
+    products in float32 or float64 use the sum of the weights, because in half precision, adding a small s B A to W
+    would round it away. See `sum_is_cheaper` for the costs.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output, [..., out], of the base's layer with the selected adapters; x is [..., in]."""
+        """Return the output, [..., out], of the base layer with the selected adapters for the input x, [..., in]."""
         adapters = [name for name in selected_adapters(self) if name in self.lora_A]
         if args or kwargs or not adapters or not self._can_use_sum(x, adapters):
             return super().forward(x, *args, **kwargs)
@@ -35,7 +36,7 @@ class AdaptedLinear(Linear):
         """Return W + Σ s B A, [out, in].
 
         Args:
-            adapters: The names of adapters of this layer, for which `has_plain` holds.
+            adapters: The names of adapters of this layer for which `has_plain` is True.
         """
         layer: Any = self
         weight: Tensor = layer.base_layer.weight
@@ -62,9 +63,9 @@ class AdaptedLinear(Linear):
 def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differentiates: bool) -> bool:
     """Return whether (W + s B A) x takes less time than W x + s B A x.
 
-    In multiplications, for t tokens: B A takes in · out · r, and B A x takes t · r · (in + out). The backward pass of
-    each takes twice as many; that of the sum also needs the gradient of the whole weight, t · in · out. The memory that
-    B A x moves takes as much time as a rank greater by 16 (measured on a CPU).
+    For t tokens and rank r, B A takes in · out · r multiplications, and B A x takes t · r · (in + out). The backward
+    pass of each takes twice as many; the sum's backward pass also computes the gradient of the summed weight, which
+    takes t · in · out. With its memory accesses, B A x takes as long as if r were greater by 16 (measured on a CPU).
 
     Args:
         shape: The shape of W, [out, in].
@@ -86,7 +87,7 @@ def sum_is_cheaper(shape: tuple[int, ...], rank: int, tokens: int, *, differenti
 
 
 def use_sums(model: nn.Module) -> None:
-    """Turn peft's adapted layers with plain linear bases into `AdaptedLinear`, in place; all others are unchanged."""
+    """Turn peft's LoRA layers whose base layer is a plain ``nn.Linear`` into `AdaptedLinear` layers, in place."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = AdaptedLinear

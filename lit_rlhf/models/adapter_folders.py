@@ -1,4 +1,4 @@
-"""Folders that hold an adapter instead of a whole model, as peft writes them."""
+"""Folders in peft's format, which hold an adapter instead of a whole model."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class SavedAdapter:
     config: LoraConfig
     weights: dict[str, Tensor]  # by peft's names, without the head
     head: Tensor | None  # [1, H], of a reward model or a critic; None for a language model
-    settings: dict[str, Any]  # config.json, where a reward model has its score_mean and score_std; otherwise empty
+    settings: dict[str, Any]  # the contents of config.json, such as score_mean; empty if there is no such file
 
 
 def find_adapter(source: Any) -> str | None:
-    """Return the path of an adapter's configuration; None if the source is a whole model or random weights.
+    """Return the path of an adapter's configuration file; None if the source is not an adapter.
 
     Args:
         source: The source of a model, see `ModelSource`.
@@ -93,7 +93,7 @@ def read_adapter(source: str, field: str) -> SavedAdapter:
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the adapter cannot be read, or is not LoRA.
+        UserError: if the adapter cannot be read, is not LoRA, or does not name its base.
     """
     import_peft()
     from peft import LoraConfig, PeftConfig
@@ -113,7 +113,7 @@ def read_adapter(source: str, field: str) -> SavedAdapter:
 
 
 def add_saved_adapter(model: PreTrainedModel, name: str, saved: SavedAdapter, field: str) -> None:
-    """Add a saved adapter to a model in place; it is not trained.
+    """Add a saved adapter to a model in place; all parameters of the adapter and of the model are frozen.
 
     Args:
         model: The adapter's base, whose weights may not have been read yet.
@@ -142,7 +142,7 @@ def add_saved_adapter(model: PreTrainedModel, name: str, saved: SavedAdapter, fi
 
 
 def merge_adapter(model: PreTrainedModel, saved: SavedAdapter, field: str) -> PreTrainedModel:
-    """Return a model with a saved adapter added to its weights, and without adapted layers.
+    """Add a saved adapter to a model's weights, and return the model, which has no adapted layers then.
 
     Args:
         model: The adapter's base, with its weights; changed in place.
@@ -157,7 +157,7 @@ def merge_adapter(model: PreTrainedModel, saved: SavedAdapter, field: str) -> Pr
 
 
 def merge_all(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
-    """Return a model with these adapters added to its weights, and without adapted layers.
+    """Add these adapters to a model's weights, and return the model, which has no adapted layers then.
 
     Args:
         model: The base with its adapters; changed in place.
@@ -177,11 +177,11 @@ def merge_all(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
 
 
 def write_adapter(model: PreTrainedModel, adapters: list[str], base: str, folder: Path, head: Tensor | None) -> None:
-    """Write adapters of a model as one adapter that peft and vLLM load.
+    """Write the sum of a model's adapters as one adapter that peft and vLLM can load.
 
     Args:
         model: The base with its adapters; the base's weights may not have been read.
-        adapters: The names of the adapters, of which the folder gets the sum.
+        adapters: The names of the adapters to add up; at least one.
         base: The folder or the hub id of the base.
         folder: The folder to write.
         head: The weight of the head of a reward model or a critic, [1, H]; None for a language model.
@@ -209,8 +209,8 @@ def write_adapter(model: PreTrainedModel, adapters: list[str], base: str, folder
 def joined_adapter(model: PreTrainedModel, adapters: list[str]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return the options and the weights of one adapter whose output is the sum of several adapters' outputs.
 
-    The matrices A are concatenated along the rank, and so are the matrices B, each multiplied by its scaling. A layer
-    that an adapter lacks gets zeros.
+    The matrices A are concatenated along the rank, and so are the matrices B, each multiplied by its scaling. If an
+    adapter does not adapt a layer, its part of this layer's matrices is 0.
 
     Args:
         model: A base with its adapters; the base's weights may not have been read.
@@ -248,7 +248,7 @@ def _pad_rows(x: Tensor, count: int) -> Tensor:
 
 
 def _settings(source: str) -> dict[str, Any]:
-    """Return the contents of ``config.json``, which peft does not need; empty if there is none."""
+    """Return the contents of an adapter's ``config.json``, which peft does not need; empty if there is no such file."""
     path = Path(source) / "config.json"
     if not os.path.isdir(source):
         try:

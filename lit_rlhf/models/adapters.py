@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA) on a frozen base model, which several roles may share in memory.
 
 A base carries one adapter or more by name, and its linear layers add the outputs of those that are selected. The model
-that owns the base, the actor in most methods, selects its own adapters; every other role looks at the same base through
-an `AdapterView`, which selects that role's adapters during its forward passes.
+that owns the base, the actor in most methods, selects its own adapters; every other role uses the same base through an
+`AdapterView`, which selects that role's adapters during its forward passes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SOURCE = "source"
 
 @dataclass(frozen=True)
 class LoRA:
-    """The options of a low-rank adapter, W x + scaling · B A x, of which only A and B are trained.
+    """The options of a low-rank adapter: linear layers compute W x + scaling · B A x, and only A and B are trained.
 
-    W [out, in] is the frozen weight of a linear layer of the base, A is [rank, in] and B [out, rank]. A starts from
-    Kaiming's uniform distribution and B from 0, so that an untrained adapter changes nothing. There is no dropout,
-    because log-probabilities could not be reproduced with it.
+    W, [out, in], is the frozen weight of a linear layer of the base; A is [rank, in], and B is [out, rank]. A is
+    initialised from Kaiming's uniform distribution and B to 0, so that an untrained adapter changes nothing. There is
+    no dropout, because log-probabilities could not be reproduced with it.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), equation 3; rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732), equation 5;
     DoRA: Liu et al. 2024 (arXiv 2402.09353), equation 5; NF4: Dettmers et al. 2023 (arXiv 2305.14314), equations 5, 6.
@@ -47,12 +47,12 @@ class LoRA:
         target_modules: The linear layers to adapt: ``all-linear`` for all except the head, or the last parts of their
             names, such as ``[q_proj, v_proj]``.
         rslora: Whether the scaling is alpha / √rank, which keeps the size of the updates independent of the rank.
-        dora: Whether the norm of each row of the adapted weight is trained as well, as a separate vector.
+        dora: Whether the norms of the rows of the adapted weight are trained as well, as a separate vector.
         chained: The treatment of a source that is itself an adapter: ``stacked`` keeps it as a frozen adapter below the
             new one, and ``merged`` adds it to the base's weights.
-        quantization: The format of the base's frozen weights W, except the head and the embeddings: ``nf4`` for 4 bits
+        quantization: The format of the frozen weights of the base's linear layers, except the head: ``nf4`` for 4 bits
             (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An
-            exported adapter has the same form in any case, but works best with the base on which it was trained.
+            exported adapter has the same form in each case, but works best with the base on which it was trained.
 
     Raises:
         UserError: if a number is out of range, no target module is given, or an adapter would be merged into a
@@ -89,17 +89,17 @@ class LoRA:
 
     @property
     def scaling(self) -> float:
-        """The factor on B A."""
+        """The factor of B A: the numerator over rank or, with rsLoRA, over √rank."""
         return self.numerator / (self.rank**0.5 if self.rslora else self.rank)
 
     def config(self, model: PreTrainedModel) -> LoraConfig:
-        """Return peft's configuration, with the target modules of this model by name.
+        """Return these options as peft's configuration, in which the target modules are listed by name.
 
         Args:
             model: A model without adapters.
 
         Raises:
-            UserError: if a target module is not a linear layer of the model.
+            UserError: if a target module is not a linear layer of the model, or is its head.
         """
         from peft import LoraConfig
 
@@ -159,13 +159,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: int = 0) -> None:
-    """Add an adapter to a model in place; its output is 0 at first, and neither it nor the model is trained.
+    """Add an adapter to a model in place; the adapter's output is 0 at first, and all parameters are frozen.
 
     Args:
         model: The model, which may have other adapters, and whose weights may not have been read yet.
         name: The adapter's name.
-        config: Its options, whose target modules are names.
-        number: The number of the adapter in the run, which decides the random numbers of its initial weights.
+        config: The adapter's options, whose target modules are names.
+        number: The number of the adapter in the run, which seeds the adapter's initial weights.
 
     Raises:
         UserError: if peft cannot adapt one of the layers.
@@ -189,18 +189,18 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
 
 
 def _initialize(model: nn.Module, name: str) -> None:
-    """Draw the initial weights of an adapter: the same numbers, whether or not its base's weights have been read."""
+    """Draw the initial weights of an adapter, which are the same whether or not the base's weights have been read."""
     for layer in adapted_layers(model):
         if name not in layer.lora_A:
             continue
         for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.is_meta:  # like the base's weights
+            if part.weight.is_meta:  # because the base's weights are
                 part.to_empty(device="cpu")
         layer.reset_lora_parameters(name, True)
 
 
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:
-    """Return the layers of a model that carry adapters; none if the model has no adapters."""
+    """Return the layers of a model that carry adapters; an empty list if the model has no adapters."""
     return [module for module in model.modules() if hasattr(module, "lora_A")]  # type: ignore[misc]
 
 
@@ -214,12 +214,12 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 
 class Owner(Protocol):
-    """The attributes of the model that owns the base, an `Actor`, that a view uses."""
+    """The attributes that a view uses of the model that owns the base, which is an `Actor`."""
 
     model: Any
 
     def run_trunk(self, **inputs: Any) -> Any:
-        """Run the trunk of the base with the adapters that are selected."""
+        """Return the output of the base's trunk with the adapters that are selected."""
 
 
 class AdaptedTrunk(nn.Module):
@@ -227,7 +227,7 @@ class AdaptedTrunk(nn.Module):
 
     Args:
         owner: The model that owns the base. It runs the trunk, so that a strategy can gather sharded weights.
-        adapters: The names of the role's adapters; none for the base alone.
+        adapters: The names of the role's adapters; empty for the base alone.
     """
 
     def __init__(self, owner: Owner, adapters: Sequence[str]) -> None:
@@ -247,7 +247,7 @@ class AdaptedTrunk(nn.Module):
         return self.owner.model.config
 
     def forward(self, **inputs: Any) -> Any:
-        """Run the trunk with the role's adapters; the arguments are those of the trunk."""
+        """Return the trunk's output with the role's adapters; the arguments are those of the trunk."""
         with selected(self.layers, self.adapters):
             return self.owner.run_trunk(**inputs)
 
@@ -257,11 +257,11 @@ class AdaptedTrunk(nn.Module):
 
 
 class AdapterView(nn.Module):
-    """A base with a role's adapters, in the place of a causal language model; it has no parameters of its own.
+    """A base with a role's adapters, used in place of a causal language model; it has no parameters of its own.
 
     Args:
         owner: The model that owns the base.
-        adapters: The names of the role's adapters; none for the base alone.
+        adapters: The names of the role's adapters; empty for the base alone.
 
     >>> from lit_rlhf.models.actor import Actor
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -299,7 +299,7 @@ class AdapterView(nn.Module):
         return getattr(self.base, "generation_config", None)
 
     def get_output_embeddings(self) -> Any:
-        """Return the base's head."""
+        """Return the base's language-model head."""
         return self.base.get_output_embeddings()
 
     def get_input_embeddings(self) -> Any:
@@ -308,24 +308,24 @@ class AdapterView(nn.Module):
 
 
 def active_adapters(model: Any) -> tuple[str, ...]:
-    """Return the names of the adapters that a model with adapters, or a view of one, computes with."""
+    """Return the names of the selected adapters of a model with adapters, or of the adapters of a view."""
     return model.base_model.adapters if isinstance(model, AdapterView) else selected_adapters(adapted_layers(model)[0])
 
 
 def whole_model(model: Any) -> Any:
-    """Return the model that a view shows, or the given model itself if it is not a view."""
+    """Return a view's base, which carries the adapters of all roles, or the model itself if it is not a view."""
     return model.base if isinstance(model, AdapterView) else model
 
 
 @contextmanager
 def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[None]:
-    """Let layers add the outputs of only these adapters, inside this context.
+    """Select only these adapters in a model's layers, inside this context.
 
     Nothing is copied, and whether a parameter is trained does not change.
 
     Args:
-        layers: The adapted layers of a model.
-        adapters: The names of the adapters; none for the base alone.
+        layers: The adapted layers of the model, at least one.
+        adapters: The names of the adapters; empty for the base alone.
     """
     before = selected_adapters(layers[0])
     select_adapters(layers, adapters)
@@ -336,7 +336,7 @@ def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[N
 
 
 def selected_by(model: Any) -> AbstractContextManager[None]:
-    """Return a context in which a view's adapters are selected; for a model that is not a view, it does nothing."""
+    """Return a context in which a view's adapters are selected, or one without effect if the model is not a view."""
     if isinstance(model, AdapterView):
         return selected(model.base_model.layers, model.base_model.adapters)
     return nullcontext()
@@ -344,7 +344,7 @@ def selected_by(model: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def merged_weight(layer: LoraLayer) -> Iterator[Tensor]:
-    """Yield a layer's weight with its selected adapters added to it; the layer itself does not change."""
+    """Yield a layer's weight with its selected adapters added to it; after the context, the layer is as before."""
     from lit_rlhf.models.adapted_linear import AdaptedLinear
 
     base: Any = layer.get_base_layer()

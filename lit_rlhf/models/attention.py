@@ -35,7 +35,7 @@ def last_hidden_state(trunk: nn.Module, tokens: Tensor, real: Tensor, positions:
         trunk: A transformers decoder without its head.
         tokens: Token ids, [B, S] int64.
         real: Bool [B, S], True at real tokens, which come before the padding in each row.
-        positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text. The texts of a
+        positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text; the texts of a
             row do not attend to each other. None if each row is one text.
     """
     if not is_unpadded(trunk):
@@ -234,7 +234,7 @@ def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """Return the precision in which matrix products with a tensor are computed."""
+    """Return the data type in which matrix products with a tensor are computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

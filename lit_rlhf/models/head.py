@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**27
-"""The number of logits in a chunk: few enough for a CPU's cache, and many for a GPU.
+"""The number of logits in a chunk: small enough for the cache of a CPU, and large on a GPU.
 
 For each chunk, autocast casts the head's weights, and the backward pass adds to their whole gradient in float32. With a
 model of 8 billion parameters and a vocabulary of 152,000, an H100 needs as long for this, by calculation, as for the
-matrix products of about 500 rows; 2²⁷ logits are 883 rows. The backward pass needs 10 bytes for each logit under
-bf16-mixed, and 14 if the temperature is not 1: up to 1.9 GB.
+matrix products of about 500 rows; 2²⁷ logits are 883 rows. The backward pass needs 10 bytes of memory for each logit
+under bf16-mixed, and 14 if the temperature is not 1: up to 1.9 GB.
 """
 LEAST_ROWS = 64
-"""The minimum number of tokens in a chunk, below which reading the head's weights would dominate."""
+"""The minimum number of tokens in a chunk; with fewer, reading the head's weights would take most of the time."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device, memory: int = 1) -> int:
@@ -24,7 +24,7 @@ def chunk_rows(vocabulary: int, device: torch.device, memory: int = 1) -> int:
     Args:
         vocabulary: The size of the vocabulary.
         device: The device of the logits.
-        memory: The memory for each logit as a multiple of what `logprobs_and_entropy` needs; has no effect on a CPU.
+        memory: The memory for each logit as a multiple of what `logprobs_and_entropy` needs; ignored on a CPU.
 
     >>> chunk_rows(50_000, torch.device("cpu")), chunk_rows(50_000, torch.device("cuda"))
     (64, 2684)
@@ -38,8 +38,8 @@ def logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Compute log π(target) and the entropy H(π) of each token's distribution π = softmax(logits).
 
-    The backward pass recomputes the logits of each chunk and uses ∂ log π(t) / ∂ logits = 1ₜ − π and
-    ∂H / ∂ logits = −π (log π + H). The outputs can be differentiated only once.
+    The backward pass recomputes the logits of each chunk. For the target t with the one-hot vector 1ₜ, it uses
+    ∂ log π(t) / ∂ logits = 1ₜ − π and ∂H / ∂ logits = −π (log π + H). The outputs can be differentiated only once.
 
     Args:
         logits_of: A function from hidden states [n, H] to logits [n, V] in float32.

@@ -58,7 +58,7 @@ class RandomWeights:
 
 
 ModelSource: TypeAlias = str | RandomWeights
-"""A folder, a hub id, or a configuration for random weights; a folder may hold an adapter, which names its base."""
+"""A folder, a hub id, or a configuration for random weights; a folder or a hub id may be that of an adapter."""
 Task: TypeAlias = Literal["causal", "score"]
 _AUTO = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
@@ -67,7 +67,8 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
     """Load a tokenizer, and make it pad with the end-of-sequence token if it has no padding token.
 
     Args:
-        source: A folder, a hub id, or a configuration for random weights, which names its tokenizer.
+        source: A folder, a hub id, or a configuration for random weights, which names its tokenizer. If an adapter has
+            no tokenizer, the tokenizer of its base is loaded.
         field: The name of the configuration field, for error messages.
 
     Raises:
@@ -107,8 +108,9 @@ def load_model(
     models are an exception: they are loaded on the default device, because transformers quantizes weights there.
 
     Args:
-        source: A folder, a hub id, or a configuration for random weights.
-        task: ``causal`` for a language model, ``score`` for a sequence classifier with one label.
+        source: A folder, a hub id, or a configuration for random weights. An adapter is merged into its base.
+        task: ``causal`` for a language model, ``score`` for a sequence classifier with one label; the base of an
+            adapter is always loaded as a language model.
         field: The name of the configuration field, for error messages.
         quantization: The format to which the linear layers of a whole model from a folder or the hub are quantized;
             None to leave them as they are.
@@ -150,7 +152,7 @@ def check_exists(path: str, field: str) -> None:
 
 
 def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
-    """Load the configuration of a model.
+    """Load the configuration of a model; for an adapter, that of its base.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights.
@@ -217,7 +219,7 @@ def _pretrained_model(
 
 
 def _is_quantized(source: ModelSource, field: str) -> bool:
-    """Return whether the files of a whole model are quantized."""
+    """Return whether the source is a whole model whose files hold quantized weights."""
     if not isinstance(source, str) or find_adapter(source):
         return False
     return getattr(read_config(source, field), "quantization_config", None) is not None
@@ -226,7 +228,7 @@ def _is_quantized(source: ModelSource, field: str) -> bool:
 def _quantized_options(
     config: Any, quantization: Quantization | None, path: str, device: torch.device
 ) -> dict[str, Any]:
-    """Return the options of ``from_pretrained`` for a quantized model; none if the model is not quantized.
+    """Return the options of ``from_pretrained`` for a quantized model; an empty dictionary if it is not quantized.
 
     Raises:
         UserError: if the model is to be quantized, but the package is missing, or the files are quantized already.

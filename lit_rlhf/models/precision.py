@@ -1,4 +1,4 @@
-"""The precisions that training supports, and weights of frozen models in bfloat16."""
+"""The precisions that training supports, and the storage of frozen weights in bfloat16."""
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def rounded_weights(model: nn.Module, *, all_weights: bool) -> list[nn.Parameter]:
-    """Return the parameters that are rounded in each forward pass under autocast to bfloat16.
+    """Return the parameters that each forward pass under autocast to bfloat16 rounds.
 
     Autocast rounds the weights and biases of linear layers, but not the weights of embeddings and norms. A weight that
     a head shares with an embedding is left out, because the embedding uses it without rounding. Classes derived from
@@ -51,7 +51,7 @@ def rounded_weights(model: nn.Module, *, all_weights: bool) -> list[nn.Parameter
 
     Args:
         model: The model.
-        all_weights: True if FSDP rounds all weights to bfloat16 when it gathers them.
+        all_weights: True if FSDP rounds all weights to bfloat16 when it gathers them; all parameters are then returned.
 
     >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
     >>> len(rounded_weights(model, all_weights=False)), len(rounded_weights(model, all_weights=True))
@@ -66,9 +66,9 @@ def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     """Store the frozen float32 weights of a model in bfloat16, in place, where this does not change the model's output.
 
     Weights that each forward pass would round can be rounded once; see `rounded_weights`. (State-space layers are an
-    exception: they use the weights of plain linear layers directly, so rounding changes their output.) Weights that are
-    trained, and those of adapters, which are small, stay in float32. Quantized weights stay as they are, and are
-    dequantized to bfloat16 from now on.
+    exception: they use the weights of plain linear layers directly, so the rounding does change their output.) Weights
+    that are trained, and those of adapters, which are small, stay in float32. Quantized weights stay as they are, and
+    are dequantized to bfloat16 from now on.
 
     Args:
         model: The model, which is only used under autocast to bfloat16.

@@ -1,7 +1,7 @@
-"""Quantized bases: the frozen weights of linear layers below adapters, in 4 or 8 bits each.
+"""Quantized bases, whose linear layers have adapters on top of frozen weights in 4 or 8 bits.
 
-transformers loads and quantizes them. Here they become layers that compute x Wᵀ with the dequantized W. The result is
-the same with and without gradient, and does not depend on the other texts of a batch.
+transformers loads and quantizes the weights. This module makes the layers compute x Wᵀ with the dequantized W. The
+result is the same with and without gradients, and does not depend on the other texts of a batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lit_rlhf.errors import UserError
 Quantization: TypeAlias = Literal["nf4", "int8"]
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
-"""The package that a quantization needs, which is not a dependency of lit-rlhf."""
+"""The package that each quantization needs; none of them is a dependency of lit-rlhf."""
 
 
 def check_package(quantization: Quantization) -> None:
@@ -42,11 +42,12 @@ def quantization_config(quantization: Quantization) -> Any:
     """Return transformers' configuration of a quantization.
 
     Args:
-        quantization: ``nf4`` for the 16 values of 4-bit NormalFloat, scaled for each 64 weights, with the scales in 8
-            bits (bitsandbytes); ``int8`` for 255 equidistant values, scaled for each row of the matrix (torchao).
+        quantization: ``nf4`` for the 16 values of 4-bit NormalFloat, with a scale in 8 bits for each block of 64
+            weights (bitsandbytes); ``int8`` for 255 equidistant values, with a scale for each row of the matrix
+            (torchao).
 
     Raises:
-        UserError: if the package is not installed.
+        UserError: if the quantization's package is not installed.
     """
     check_package(quantization)
     if quantization == "nf4":
@@ -79,7 +80,7 @@ def has_quantized_layers(model: nn.Module) -> bool:
 
 
 def check_whole(model: ModuleType, field: str) -> ModuleType:
-    """Return a model after checking that it can be trained as a whole.
+    """Check that a model can be trained as a whole, and return the model.
 
     Args:
         model: The model.
@@ -94,7 +95,7 @@ def check_whole(model: ModuleType, field: str) -> ModuleType:
 
 
 def prepare_quantized(model: nn.Module, field: str) -> None:
-    """Let the quantized layers of a model, which transformers has just loaded, compute x Wᵀ exactly, in place.
+    """Make the quantized layers of a model that transformers has loaded compute x Wᵀ with the dequantized W, in place.
 
     Args:
         model: The model.
@@ -107,8 +108,8 @@ def prepare_quantized(model: nn.Module, field: str) -> None:
         weight: Any = getattr(layer, "weight", None)
         if type(layer).__name__ == "Linear8bitLt":
             raise UserError(
-                f"{field}: the layers of bitsandbytes in 8 bits round their input, by numbers that depend on the other "
-                "texts of a batch; quantize the model to int8 (model.adapter.quantization) or nf4 instead"
+                f"{field}: bitsandbytes' 8-bit layers round their input, by amounts that depend on the other texts of "
+                "a batch; quantize the model to int8 (model.adapter.quantization) or nf4 instead"
             )
         if type(layer).__name__ == "Linear4bit":
             keep_4_bit_layout(layer)
@@ -123,7 +124,7 @@ def prepare_quantized(model: nn.Module, field: str) -> None:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make the 4-bit layers of a model dequantize their weights to a data type and multiply in it, in place.
+    """Make the 4-bit layers of a model dequantize their weights to a data type and multiply in this type, in place.
 
     The layers of torchao need no such setting, because they follow autocast.
 
@@ -137,9 +138,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer with a weight of torchao, which the backward pass dequantizes again.
+    """A frozen linear layer with a weight quantized by torchao, which the backward pass dequantizes again.
 
-    Otherwise, the dequantized weights of all layers would be kept until the backward pass.
+    Otherwise, autograd would keep the dequantized weights of all layers until the backward pass.
     """
 
     @torch.compiler.disable  # compiled code would hold references to the weight, which could then not be moved
@@ -150,7 +151,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ for an x that may need a gradient, and a quantized W."""
+    """The product x Wᵀ of an x that may need a gradient and a quantized W, which needs none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any) -> Tensor:

@@ -23,7 +23,7 @@ class ScalarModel(nn.Module):
     Args:
         trunk: The decoder without its language-model head, or a view of one that another model owns.
         head: The linear map from a hidden state to one number.
-        adapter: The name of the adapter that is this model's own part of the trunk; None if the whole trunk is.
+        adapter: The name of the adapter that is this model's own part of the trunk; None if the whole trunk is its own.
         scale: The mean and the standard deviation of a reward model's scores on its training set, if known.
 
     >>> from transformers import GPT2Config, GPT2Model
@@ -63,7 +63,7 @@ class ScalarModel(nn.Module):
         return self.head(hidden).squeeze(-1).float().clone()  # not a view, because FSDP registers a hook on it
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the model's own parameters by name: all, or those of its adapter and of its head."""
+        """Return the model's own parameters by name: those of its adapter and head or, without an adapter, all."""
         if self.adapter is None:
             return dict(self.named_parameters())
         trunk: Any = self.trunk.owner.model if isinstance(self.trunk, AdaptedTrunk) else self.trunk
@@ -97,7 +97,7 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
 
 
 def scale_of(settings: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the mean and the standard deviation of the scores in a reward model's configuration; None without them.
+    """Return the mean and standard deviation of the scores from a reward model's configuration; None if it has none.
 
     >>> scale_of({"score_mean": 0.5, "score_std": 2.0})
     (0.5, 2.0)
@@ -107,15 +107,15 @@ def scale_of(settings: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel:
-    """Load a reward model, which is a sequence classifier with one label.
+    """Load a reward model: a sequence classifier with one label, or an adapter with a head, which is then merged.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights.
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the model cannot be loaded, does not have exactly one label, or has a head that is not a single
-            linear layer named ``score``.
+        UserError: if the model cannot be loaded, does not have exactly one label, has a head that is not a single
+            linear layer named ``score``, or is an adapter without a head.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -131,7 +131,7 @@ def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel
 
 
 def _from_adapter(source: str, field: str) -> ScalarModel:
-    """Load a reward model from the folder of an adapter, which also holds the head, with the adapter merged."""
+    """Load a reward model that is saved as an adapter with a head, and merge the adapter into its base."""
     saved = read_adapter(source, field)
     model = load_model(source, "causal", field)
     return ScalarModel(model.base_model, saved_head(saved, field), scale=scale_of(saved.settings))
@@ -152,7 +152,7 @@ def saved_head(saved: SavedAdapter, field: str) -> nn.Linear:
         raise UserError(f"{field}: the adapter {saved.source} {what}: it is not a reward model")
     bias = saved.settings.get("value_bias")
     head = nn.Linear(saved.head.shape[1], 1, bias=bias is not None, device="cpu")
-    head.weight = nn.Parameter(saved.head.to(torch.float32, copy=True))  # neither a file's nor another model's
+    head.weight = nn.Parameter(saved.head.to(torch.float32, copy=True))  # shares no memory with another model's head
     if bias is not None:
         head.bias = nn.Parameter(torch.tensor([bias], device="cpu"))
     return head
@@ -162,14 +162,14 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
     """Load a critic or an initial reward model, from a sequence classifier or from a language model.
 
     Args:
-        source: A folder, a hub id, or a configuration for random weights. A classifier keeps its head; a language model
-            gets a new head, which is initialised to 0.
+        source: A folder, a hub id, or a configuration for random weights. A classifier or an adapter with a head keeps
+            its head; a language model gets a new head, which is initialised to 0.
         field: The name of the configuration field, for error messages.
         bias: Whether a new head has a bias: True for a critic, False for a reward model, whose loss cannot train one.
 
     Raises:
-        UserError: if the model cannot be loaded or is quantized, or a classifier does not have exactly one label or has
-            a head that is not a single linear layer named ``score``.
+        UserError: if the model cannot be loaded or is quantized, or if a classifier does not have exactly one label or
+            has a head that is not a single linear layer named ``score``.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -191,7 +191,7 @@ def load_critic(source: ModelSource, field: str = "critic", bias: bool = True) -
 def to_classifier(
     scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """Convert a scalar model to a transformers sequence classifier with one label, which scores the last token.
+    """Convert a scalar model to a transformers sequence classifier whose one label is the score at the last token.
 
     If the padding token is the end-of-sequence token, the classifier accepts only one unpadded row at a time. The
     classifier has no bias: the bias of a critic is stored in ``config.value_bias``, to be added to the output.
@@ -232,7 +232,7 @@ def classifier_config(trunk: Any, tokenizer: PreTrainedTokenizerBase, bias: Tens
     Args:
         trunk: The configuration of the trunk.
         tokenizer: The model's tokenizer.
-        bias: The bias of the head, [1], which is stored in ``value_bias``; None if it has none.
+        bias: The bias of the head, [1], which is stored in ``value_bias``; None if the head has none.
     """
     config = deepcopy(trunk)
     config.num_labels = 1
@@ -247,7 +247,7 @@ def classifier_config(trunk: Any, tokenizer: PreTrainedTokenizerBase, bias: Tens
 
 
 def strip_prefix(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the weights whose names begin with a prefix, and remove the prefix from the names.
+    """Return the weights whose names begin with a prefix, by their names without the prefix.
 
     >>> strip_prefix("head.", {"head.weight": torch.ones(1), "trunk.weight": torch.zeros(1)})
     {'weight': tensor([1.])}
@@ -257,7 +257,7 @@ def strip_prefix(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 @torch.no_grad()
 def freeze(module: nn.Module) -> nn.Module:
-    """Turn off the gradients of a module in place, set it to eval mode, and return it.
+    """Freeze all parameters of a module in place, set the module to eval mode, and return it.
 
     >>> freeze(nn.Linear(2, 1)).weight.requires_grad
     False

@@ -19,7 +19,7 @@ FORWARD_METHODS = ("next_logits", "hidden", "run_trunk")
 
 
 def decoder_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the decoder layers of all transformers models within a module, each once."""
+    """Yield the decoder layers of all transformers models within a module, each layer once."""
     seen: set[int] = set()
     for model in module.modules():
         names = decoder_layer_names(model) if isinstance(model, PreTrainedModel) else set()
@@ -92,7 +92,7 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
 
 
 def owners(model: nn.Module) -> list[nn.Module]:
-    """Return the models that own the bases through which a model computes; none if it owns all its weights."""
+    """Return the owners of the bases that a model uses through an `AdaptedTrunk`; an empty list if it uses none."""
     return [part.owner for part in model.modules() if isinstance(part, AdaptedTrunk)]
 
 
@@ -101,7 +101,7 @@ _gathered: ContextVar[frozenset[nn.Module]] = ContextVar("gathered", default=fro
 
 @contextmanager
 def _held(model: nn.Module) -> Iterator[None]:
-    """Hold the full weights of a model; an inner context for the same model, such as an owner's, changes nothing."""
+    """Hold a model's full weights inside this context, which changes nothing within another one for the same model."""
     before = _gathered.get()
     gather = _unsharded if isinstance(model, FSDPModule) else _summoned
     if model in before or not is_sharded(model):
@@ -117,7 +117,7 @@ def _held(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: Any) -> Iterator[None]:
-    """Gather the full weights of an FSDP2 model, and remove FSDP2's hooks, which are slower than a small layer."""
+    """Gather an FSDP2 model's full weights, and remove the model's hooks, which take longer than a small layer."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -133,11 +133,10 @@ def _unsharded(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _summoned(model: Any) -> Iterator[None]:
-    """Gather the full weights of an FSDP1 model, rounded as FSDP1 rounds them for its own forward passes.
+    """Gather an FSDP1 model's full weights, rounded as for FSDP1's own forward passes, inside this context.
 
-    Autocast then has nothing left to round; otherwise, its cache would keep rounded weights after an update.
-    Inside the context, a process holds the gathered weights and their rounded copies: 6 bytes per parameter in half
-    precision.
+    Autocast then has nothing left to round; otherwise, its cache would keep rounded weights after an update. Each
+    process then holds the gathered weights and their rounded copies: 6 bytes per parameter in half precision.
     """
     dtype, parts = (
         model.mixed_precision.param_dtype,
@@ -168,7 +167,8 @@ def full_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, T
 
     Args:
         model: The model.
-        trained_only: Whether to leave out frozen weights, such as those below adapters; not with FSDP1.
+        trained_only: Whether to leave out frozen weights, such as those of the base of adapters, and the buffers of a
+            model that is not sharded; ignored with FSDP1.
     """
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False, rank0_only=True):

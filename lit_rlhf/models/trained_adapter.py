@@ -24,11 +24,12 @@ class TrainedAdapter:
     """An adapter that a run has trained, with the base and the adapter below it.
 
     Args:
-        source: The source of the trained model: a whole model, or an adapter on top of which the new one was trained.
+        source: The source of the trained model: a whole model, or an adapter on top of which this one was trained.
         lora: The options of the adapter.
         name: The name of the adapter in the run: ``actor``, ``critic`` or ``reward``.
         weights: The adapter's weights, by their names in the causal language model or in its trunk.
-        below: An adapter of the same base that takes the place of the source's, as for a critic; None for the source's.
+        below: The adapter on top of which this one was trained, if it is not the source's, as for a critic that starts
+            from a reward model; otherwise None.
         head: The head of a critic or a reward model; None for an actor.
         scale: The mean and the standard deviation of a reward model's scores, if they were measured.
     """
@@ -62,7 +63,7 @@ class TrainedAdapter:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Return a whole model: the base with the adapter, and the one below it, if any, added to its weights.
+        """Return a whole model: the base with this adapter, and the one below it if there is one, added to its weights.
 
         The weights are those of the base's files, even if the run has quantized them.
 
@@ -70,8 +71,9 @@ class TrainedAdapter:
             tokenizer: The model's tokenizer.
 
         Raises:
-            UserError: if the base or an adapter cannot be loaded, the adapter does not fit the base, or the base's
-                files hold quantized weights.
+            UserError: if the base or an adapter cannot be loaded, the adapter does not fit the base, the base's files
+                hold quantized weights, or the model has a head and transformers has no sequence classifier of its
+                architecture.
         """
         model = merge_all(*self._load())
         if self.head is None:
@@ -86,7 +88,7 @@ class TrainedAdapter:
         return replace(self, weights=weights)
 
     def _load(self) -> tuple[PreTrainedModel, list[str]]:
-        """Load the base with the trained adapter and the one below it, and return the names of these adapters.
+        """Load the base with the trained adapter and the one below it; return the model and these adapters' names.
 
         Raises:
             UserError: if the base or an adapter cannot be loaded, or the trained adapter does not fit the base.

@@ -1,4 +1,4 @@
-"""Models that are built without weights, placed on their devices, and only then filled from their files.
+"""Models that are built without weights and placed on their devices before their weights are read from files.
 
 Each process reads only the part of each tensor that it holds, so no process needs memory for the whole of a sharded
 model, or for a second copy of any weight.
@@ -28,18 +28,18 @@ PROBE_VOCABULARY = 16
 
 
 class Location(NamedTuple):
-    """The module and the attribute that hold a tensor; sharding replaces the tensor, but not these."""
+    """The place of a tensor: a module and an attribute's name. Sharding replaces the tensor, but not the place."""
 
     module: nn.Module
     attribute: str
 
     def tensor(self) -> Tensor:
-        """Return the tensor that is there now, detached from the autograd graph."""
+        """Return the tensor that the attribute holds now, detached from the autograd graph."""
         return getattr(self.module, self.attribute).detach()
 
 
 class UnreadWeights:
-    """The files of the models that were built within `unread_weights`, and where their tensors belong.
+    """The files of the models that were built within `unread_weights`, and the places of the files' tensors in them.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.models.loading import load_model
@@ -103,8 +103,8 @@ class UnreadWeights:
         weights are read here or by transformers, the other processes may not take part.
 
         Args:
-            model: The model, which may have parts besides those that were remembered; such parts keep their values.
-            device: The device of this process's part.
+            model: The model; parts that no file holds, such as adapters, keep their values.
+            device: The device of this process's part of the model.
         """
         if has_quantized_layers(model):  # all of its weights have been read; those of bitsandbytes cannot be swapped
             model.to(device)
@@ -150,7 +150,7 @@ def weights_at_once() -> Iterator[None]:
 
 
 def current_unread_weights() -> UnreadWeights | None:
-    """Return the object that the active `unread_weights` yielded; None if none is active, or in `weights_at_once`."""
+    """Return the object of the active `unread_weights`; None outside of such a context or inside `weights_at_once`."""
     return _unread.get()
 
 
@@ -175,7 +175,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def local_folder(path: str) -> Path:
-    """Return a model's folder; for a hub id, JSON and safetensors files are downloaded unless they are in the cache."""
+    """Return a model's local folder; for a hub id, download its JSON and safetensors files if they are not cached."""
     if Path(path).is_dir():
         return Path(path)
     return Path(snapshot_download(path, allow_patterns=["*.json", WEIGHT_FILES]))
@@ -209,7 +209,7 @@ def with_weights(model: PreTrainedModel) -> PreTrainedModel:
     the first layers as are needed to include every type of layer, and the vocabulary has 16 tokens.
 
     Args:
-        model: A model, of which some parameters may be on the meta device.
+        model: The given model, some of whose parameters may be on the meta device.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return model

@@ -14,12 +14,12 @@ from lit_rlhf.modules.roles import Place, Roles, RoleSources, check_vocabulary, 
 
 
 class AdaptedRoles:
-    """The roles as adapters of the actor's base; all of them must be known before the base is loaded.
+    """The models of the roles as adapters on the actor's base; all adapters must be known before the base is loaded.
 
     Args:
-        sources: The sources of the models. The critic is ``actor`` or ``reward`` for a new adapter on top of those that
-            the actor or the first reward model starts from, ``shared``, None, or an adapter of the same base. The
-            reference and the reward models may also be whole models.
+        sources: The sources of the models. The critic is ``shared``, None, or the source of a new adapter: ``actor`` to
+            put it on top of those that the actor starts from, ``reward`` to put it on top of the first reward model's,
+            or another adapter of the same base. The reference and the reward models may also be whole models.
         lora: The options of the trained adapters.
 
     Raises:
@@ -48,7 +48,7 @@ class AdaptedRoles:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the actor's source is an adapter that is merged into its base; no other adapter then fits it."""
+        """Whether the actor's source is an adapter that is merged into its base, which no other adapter fits then."""
         return find_adapter(self.sources.actor) is not None and not self.starts
 
     def _read(self, name: str, source: ModelSource | None, where: str) -> bool:
@@ -71,7 +71,7 @@ class AdaptedRoles:
         return True
 
     def build_actor(self) -> Actor:
-        """Load the base with all adapters, as the actor's model."""
+        """Load the base with the adapters of all roles, and return the actor, which owns the base."""
         sources = self.sources
         trained = ["actor"] if sources.critic in (None, "shared") else ["actor", "critic"]
         others = {"copies": sources.copies, "saved": self.saved}
@@ -88,7 +88,7 @@ class AdaptedRoles:
         return model
 
     def build_critic(self, actor: Actor) -> ScalarModel:
-        """Return the critic, whose adapter is on top of those that it starts from."""
+        """Return the critic, whose new adapter is on top of the adapters that the critic starts from."""
         if self.sources.critic == "actor":
             below, head = self.starts, new_value_head(actor.model)
         else:
@@ -138,7 +138,7 @@ def load_adapted_roles(
         reward.model = place(partial(roles.build_reward, actor, number) if is_adapter else reward.load)
     prepare()
     critic = None
-    if sources.critic not in (None, "shared"):  # its head is sharded if and only if its adapter, in the actor, is
+    if sources.critic not in (None, "shared"):  # the critic's head is sharded exactly if its adapter in the actor is
         critic = place(partial(roles.build_critic, actor), sharded=shards_actor)
     reference = roles.build_reference(actor, place)
     check_vocabulary("reference", reference.model, actor)

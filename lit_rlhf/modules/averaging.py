@@ -1,4 +1,4 @@
-"""An exponential moving average of the actor's trained weights, to which the actor can be switched and back."""
+"""An exponential moving average of the actor's trained weights, which can stand in for the actor's own weights."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Averaging:
     """The option to average the actor's trained weights over the iterations, and to evaluate and export the average.
 
     After each iteration (not after each optimizer step), average ← decay · average + (1 − decay) · weights, in float32.
-    The average begins with the actor's initial weights. It spans about 1 / (1 − decay) iterations: with 0.9, the last
-    10, and after 30 iterations, the share of the initial weights in it is 0.9³⁰ ≈ 4 %. Training does not use the
-    average: the actor draws the responses that it learns from with its own weights. Validation, ``test``, ``predict``
+    The average begins with the actor's initial weights. It spans about 1 / (1 − decay) iterations: with 0.9, it spans
+    about the last 10, and after 30 iterations, the initial weights have a share of 0.9³⁰ ≈ 4 %. Training does not use
+    the average: the responses for training are drawn with the actor's own weights. Validation, ``test``, ``predict``
     and exports use the average.
 
     Each process holds one more float32 copy of its part of the trained weights: the whole actor, its shard, or the
     adapter alone.
 
     Source: Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging"; for the exponential moving
-    average of a policy, Ramé et al. 2024 (WARP, arXiv 2406.16768), equation EMA in section 3.1, with decay = 1 − μ; in
-    WARP, it is also the anchor of the KL, which here is always the reference.
+    average of a policy, Ramé et al. 2024 (WARP, arXiv 2406.16768), equation EMA in section 3.1, with decay = 1 − μ. In
+    WARP, the KL is measured to the average; here, it is always measured to the reference.
 
     Args:
-        decay: The share of the average that each iteration keeps, in [0, 1); with 0, the average is the actor.
+        decay: The share of the average that each iteration keeps, in [0, 1); with 0, the average equals the weights.
 
     Raises:
         ValueError: if ``decay`` is out of range.
@@ -90,7 +90,7 @@ class AveragedWeights(nn.Module):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Give the actor the averaged weights inside this context; after it, the actor has exactly its own again."""
+        """Give the actor the averaged weights inside this context, and exactly its own weights again at the end."""
         self._swap()
         try:
             yield

@@ -30,17 +30,17 @@ def check_settings(
         dynamic_sampling: Which prompts are left out and replaced; None for no dynamic sampling.
         engine: The engine.
         advantages: The advantage estimator.
-        correction: The correction for responses of another policy; None for no correction.
+        correction: The correction for responses that another policy drew; None for no correction.
         update: The options of the update.
         critic: The source of the critic's weights, or ``shared`` for a critic on the actor's trunk; None for no critic.
         bootstrap_truncated: Whether the critic's value replaces the rewards after a truncated response.
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
-            critic, an estimator or dynamic sampling that compares the responses to a prompt gets only one response, a
-            critic would be trained although nothing uses it, a critic without its own weights would have to be warmed
-            up, the estimator and the correction would both weight the tokens, or dynamic sampling would have to draw
-            further prompts while `Ahead` generates.
+            critic, the estimator or dynamic sampling compares the responses to a prompt but there is only one, a critic
+            would be trained although nothing uses it, a critic without its own weights would have to be warmed up, the
+            estimator and the correction would both weight the tokens, or dynamic sampling would have to draw further
+            prompts while `Ahead` generates.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")

@@ -9,11 +9,11 @@ BUCKETS = 2**18
 
 
 def ngram_buckets(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the bucket of each n-gram of tokens, [B, T − n + 1] int64, and a mask of those that are inside the mask.
+    """Return the bucket of each n-gram of tokens, [B, T − n + 1] int64, and a bool mask of the n-grams that count.
 
     Args:
         tokens: [B, T] int64, the tokens of the responses.
-        mask: Bool [B, T], True at the tokens of the responses; an n-gram counts if all its tokens do.
+        mask: Bool [B, T], True at the tokens of the responses; an n-gram counts if the mask is True at all its tokens.
         n: The number of consecutive tokens.
 
     >>> buckets, inside = ngram_buckets(torch.tensor([[5, 6, 5, 6]]), torch.tensor([[True] * 4]), n=2)
@@ -30,11 +30,11 @@ def ngram_buckets(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]
 
 
 class DistinctNGrams(Metric):
-    """The number of different n-grams in all responses, as a fraction of the number of all n-grams, over all ranks.
+    """The number of different n-grams in the responses of all ranks, as a fraction of the number of all n-grams.
 
-    It falls when responses repeat themselves or one another, and also when they become longer or more numerous. The
-    number of different n-grams is estimated from the hash table by linear counting, −m log(1 − d / m) for d of m
-    buckets in use.
+    The fraction falls when responses repeat themselves or one another, and also when they become longer or more
+    numerous. The number of different n-grams is estimated from the hash table by linear counting, −m log(1 − d / m) for
+    d of m buckets in use.
 
     Source: Li et al. 2016 (distinct-n, arXiv 1510.03055), section 5.3; Whang et al. 1990 (linear counting).
 
@@ -55,7 +55,7 @@ class DistinctNGrams(Metric):
         self.add_state("counts", torch.zeros(BUCKETS, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, mask: Tensor) -> None:
-        """Add the responses in ``tokens``, [B, T] int64, where the bool ``mask``, [B, T], is True."""
+        """Add responses: the ``tokens``, [B, T] int64, at which the bool ``mask``, [B, T], is True."""
         buckets, inside = ngram_buckets(tokens, mask, self.n)
         self.counts.index_add_(0, buckets.flatten(), inside.flatten().double())
 
@@ -66,7 +66,7 @@ class DistinctNGrams(Metric):
 
 
 class SelfSimilarity(Metric):
-    """The similarity of the n-grams of two different responses, averaged over all pairs of responses, over all ranks.
+    """The similarity of the n-grams of two different responses, averaged over all pairs of responses of all ranks.
 
     Let c_i(g) be the number of times that the n-gram g occurs in response i, and f_i = c_i / |c_i|. The similarity is
     the mean of the cosine Σ_g f_i(g) f_j(g) over all pairs i ≠ j: 1 if all responses are equal, 0 if no two of them
@@ -92,7 +92,7 @@ class SelfSimilarity(Metric):
         self.add_state("responses", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, mask: Tensor) -> None:
-        """Add the responses in ``tokens``, [B, T] int64, where the bool ``mask``, [B, T], is True.
+        """Add responses: the ``tokens``, [B, T] int64, at which the bool ``mask``, [B, T], is True.
 
         Responses with fewer than n tokens are left out.
         """
@@ -105,6 +105,6 @@ class SelfSimilarity(Metric):
         self.responses += (lengths > 0).sum()
 
     def compute(self) -> Tensor:
-        """Return the mean cosine, or NaN if there were fewer than two responses."""
+        """Return the mean cosine, or NaN if there were fewer than two responses of at least n tokens."""
         pairs = self.responses * (self.responses - 1)
         return (self.total.square().sum() - self.responses) / torch.where(pairs > 0, pairs, torch.nan)

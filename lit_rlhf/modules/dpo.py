@@ -40,8 +40,8 @@ class DPO(PreferenceModule):
     The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)). The loss of a pair is
     −log σ(score_chosen − score_rejected − margin), where the margin is 0 unless the data has one; the loss of a ranking
     is Plackett–Luce's. The option ``loss`` selects another loss. The held-out metrics are those of reward modelling,
-    computed from the scores, and the length in tokens and the KL to the reference in nats per response, measured on
-    responses that the actor samples.
+    computed from these scores. In addition, the actor samples responses to the held-out prompts; further metrics are
+    the length of these responses in tokens and their KL to the reference in nats per response.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 
@@ -62,10 +62,10 @@ class DPO(PreferenceModule):
         optimizer: The optimizer of the actor.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
-        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
+        adapter: The options of a low-rank adapter to train instead of the whole model; None to train the whole model.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or if label smoothing is combined with ``loss``.
         UserError: if the actor is not named or iterations is less than 1; in ``configure_model``, if a model cannot be
             loaded.
 
@@ -165,7 +165,7 @@ class DPO(PreferenceModule):
         """Return the loss of each ranking, [B].
 
         Args:
-            scores: [B, K], best response first, 0 where a ranking has fewer than K responses.
+            scores: The scores, [B, K], best response first; 0 where a ranking has fewer than K responses.
             batch: The rankings.
 
         Raises:
@@ -182,7 +182,7 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PreferenceBatch) -> Tensor:
-        """Return the reference's log-probability of each response, [N]; in training, use the cache if there is one."""
+        """Return the reference's log-probability of each response, [N]: in training, from the cache if there is one."""
         if self._cached is not None and self.trainer.training:
             return self._cached[batch.number, : batch.mask.shape[1]][batch.mask]
         return self._reference_forward(batch)
@@ -192,11 +192,12 @@ class DPO(PreferenceModule):
 
     @torch.no_grad()
     def on_train_start(self) -> None:
-        """Compute the reference's log-probabilities of all training responses, if ``cache_reference`` is set.
+        """Compute the reference's log-probabilities of all training responses, if they are to be cached.
 
-        Each whole batch is computed by a single rank, and the batches are in file order, so that the results are the
-        same, bit for bit, on any number of ranks and after a resume. Lightning does not set the precision of the
-        training step for this hook, so this method sets it.
+        They are cached if ``cache_reference`` is set and the loss uses the reference. Each whole batch is computed by a
+        single rank, and the batches are in file order, so that the results are the same, bit for bit, on any number of
+        ranks and after a resume. Lightning does not set the precision of the training step for this hook, so this
+        method sets it.
 
         Raises:
             UserError: if the batches do not come from one of this package's data modules, or if that data module is for

@@ -1,4 +1,4 @@
-"""The responses of an iteration, drawn once or, to replace prompts without a signal, several times."""
+"""The responses of an iteration, drawn once or, to replace uninformative prompts, several times."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Stage = TypeVar("Stage")
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """The option to learn only from prompts whose responses have different scores, and to draw further prompts.
+    """The option to learn only from prompts whose responses have different scores, and to replace the other prompts.
 
-    A prompt is *informative* if its n responses do not all have the same score; for answers that are correct or wrong,
-    if some, but not all n of them are correct. With a group baseline, the advantages of all other prompts are 0, so
-    that the effective batch is smaller. An iteration draws a batch of prompts, and generates and scores their
-    responses. It repeats this until it has ``data.batch_size`` informative prompts, but draws at most ``max_draws``
-    batches. It learns from the first ``data.batch_size`` informative prompts, or from fewer if there are no more. If
-    fewer responses would be left than ``update.minibatches``, prompts without a signal are added. The scores are those
-    that enter the reward, after `ScoreShaping`.
+    A prompt is *informative* if its n responses do not all have the same score; if answers are either correct or wrong,
+    this means that some of the n answers are correct, but not all. With a group baseline, the advantages are 0 for all
+    other prompts, so that the effective batch is smaller. An iteration draws a batch of prompts, and generates and
+    scores their responses. It repeats this until it has ``data.batch_size`` informative prompts, but draws at most
+    ``max_draws`` batches. It learns from the first ``data.batch_size`` informative prompts, or from fewer if there are
+    no more. If fewer responses would be left than ``update.minibatches``, uninformative prompts are added. The scores
+    are those that enter the reward, after `ScoreShaping`.
 
     Each draw takes the next whole batch in the order of the data, so that the position in the data, which checkpoints
     hold, is a number of batches. The Trainer's epoch has as many iterations as the data has batches, and therefore
@@ -38,12 +38,12 @@ class DynamicSampling:
     draw equally often; the result does not depend on the number of processes.
 
     The metrics ``objective/…`` (except ``objective/advantage_std``), ``rewards/…`` and ``response/…`` describe all
-    responses that were drawn, and all other metrics those that the iteration learns from.
+    responses that were drawn; all other metrics describe the responses that the iteration learns from.
 
     Source: Yu et al. 2025 (DAPO, arXiv 2503.14476), section 3.2, equation 11.
 
     Args:
-        max_draws: The maximum number of batches in an iteration; with 1, prompts without a signal are only left out.
+        max_draws: The maximum number of batches in an iteration; with 1, uninformative prompts are not replaced.
 
     Raises:
         ValueError: if ``max_draws`` is less than 1.
@@ -65,13 +65,13 @@ def draw_responses(
     """Generate and score the responses of an iteration; all processes call this function together.
 
     Args:
-        module: The module that trains, an `OnPolicy`.
-        batch: The prompts of the iteration; with dynamic sampling, further ones come from the training loader.
+        module: The `OnPolicy` module that trains.
+        batch: The prompts of the first draw; the prompts of further draws come from the training loader.
         metrics: Receives the metrics of the engine and ``dynamic_sampling/…``.
         watch: Measures the phases ``generate`` and ``judge``.
 
     Returns:
-        This process's responses of all draws, B rows, and a bool mask [B] of the rows to learn from; None for all rows.
+        This process's responses of all draws, B rows, and a mask of the rows to learn from, [B] bool, or None for all.
 
     Raises:
         UserError: if the engine or a reward fails, if the guard refuses the responses, or if further prompts are needed
@@ -109,13 +109,13 @@ def _draw(module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, f
 
 
 def _signal_of_all(module: Any, scored: ScoredRollout, size: int, first: int) -> Tensor:
-    """Return whether the prompts of a draw are informative, those of all processes, [size] bool.
+    """Return, for each prompt of a draw on any process, whether the prompt is informative, [size] bool.
 
     Args:
-        module: The module that trains, an `OnPolicy`.
+        module: The `OnPolicy` module that trains.
         scored: This process's responses of the draw.
         size: The number of prompts in a draw, over all processes.
-        first: The number of the draw's first prompt in ``group``.
+        first: The number that the draw's first prompt has in ``scored.rollout.group``.
     """
     n = module.sampling.responses
     table = torch.zeros(size, device=module.device)
@@ -134,10 +134,10 @@ def _further_prompts(module: Any) -> PromptBatch:
 
 
 def is_informative(scores: Tensor, responses: int) -> Tensor:
-    """Return whether the responses to a prompt have different scores, for each of P prompts, [P] bool.
+    """Return, for each of P prompts, whether the responses to the prompt have different scores, [P] bool.
 
     Args:
-        scores: [P n], in prompt-major order.
+        scores: The scores of the responses, [P n], in prompt-major order.
         responses: n, the number of responses to each prompt.
 
     >>> is_informative(torch.tensor([1.0, 1.0, 0.0, 1.0]), responses=2)
@@ -151,9 +151,9 @@ def choose(informative: Tensor, at_least: int, at_most: int) -> Tensor:
     """Choose the prompts to learn from: the first informative ones, and if these are too few, the first of the others.
 
     Args:
-        informative: Bool [P].
+        informative: Bool [P], True for the informative prompts.
         at_least: The minimum number of prompts to choose.
-        at_most: The maximum number of prompts to choose, at least ``at_least``.
+        at_most: The maximum number of prompts to choose; ``at_least`` takes precedence if it is greater.
 
     Returns:
         Bool [P], True for the chosen prompts.
@@ -169,7 +169,7 @@ def choose(informative: Tensor, at_least: int, at_most: int) -> Tensor:
 
 
 def join(draws: Sequence[ScoredRollout]) -> ScoredRollout:
-    """Join the responses of several draws, in their order; columns that a draw lacks are filled with None."""
+    """Join the responses of several draws, in their order; a column that a draw lacks is None for its responses."""
     inputs = [draw.reward_inputs for draw in draws]
     rollout = _join([draw.rollout for draw in draws])
     names = dict.fromkeys(name for part in inputs for name in part.columns)
@@ -188,7 +188,7 @@ def join(draws: Sequence[ScoredRollout]) -> ScoredRollout:
 
 
 def _join(parts: Sequence[Stage], **given: Any) -> Stage:
-    """Join the tensors of several objects of the same type by row, padded with 0 on the right; None stays None."""
+    """Concatenate the tensors of several objects of one type by row, padded with 0 on the right; None stays None."""
     kind: Any = type(parts[0])
     values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(kind) if f.name not in given}
     return kind(**{name: None if x[0] is None else _cat(x) for name, x in values.items()}, **given)
@@ -205,8 +205,8 @@ def responses_so_far(module: Any, responses: int, metrics: Mapping[str, float]) 
     """Return the number of responses that the run has drawn, in this and all earlier iterations.
 
     Args:
-        module: The module that trains, an `OnPolicy`.
-        responses: The number of responses of this iteration, in all its draws and over all processes.
+        module: The `OnPolicy` module that trains.
+        responses: The number of responses of this iteration, in all of its draws and over all processes.
         metrics: The metrics of this iteration.
     """
     loader = module.trainer.train_dataloader
@@ -215,7 +215,13 @@ def responses_so_far(module: Any, responses: int, metrics: Mapping[str, float]) 
 
 
 def counted(scored: ScoredRollout, trajectory: Trajectory, rows: Tensor | None) -> tuple[ScoredRollout, Trajectory]:
-    """Return the responses with masks that are True only in the rows to learn from, [B] bool; None for all rows."""
+    """Return the responses and their trajectory with masks that are False outside of ``rows``.
+
+    Args:
+        scored: The responses, B rows.
+        trajectory: The trajectory of the same rows.
+        rows: Bool [B], True for the rows to learn from; None for all rows.
+    """
     if rows is None:
         return scored, trajectory
     mask = scored.rollout.response_mask & rows[:, None]
@@ -223,7 +229,7 @@ def counted(scored: ScoredRollout, trajectory: Trajectory, rows: Tensor | None) 
 
 
 def drop_uncounted(experience: Experience) -> Experience:
-    """Return the rows that have a token inside the mask, with their prompts numbered from 0.
+    """Return the rows in which the response mask is True at some token, with their prompts renumbered from 0.
 
     Args:
         experience: The rows of all processes.

@@ -70,7 +70,7 @@ def measure_mismatch(module: AlignmentModule, actor: Actor, rollout: Rollout, re
         module: The module that trains.
         actor: The actor, with the weights that should have drawn the responses.
         rollout: This process's responses.
-        responses: The number of responses to measure, at least one; they are spread over the rows.
+        responses: The number of responses to measure on each process, at least one, spread evenly over the rows.
     """
     count = len(rollout.tokens)
     rows = torch.arange(min(responses, count), device=rollout.tokens.device) * count // min(responses, count)

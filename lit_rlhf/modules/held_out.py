@@ -24,14 +24,14 @@ from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
 @torch.no_grad()
 def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-    """Score the actor's and the reference's responses to held-out prompts, and add them to the held-out metrics.
+    """Score the actor's and the reference's responses to held-out prompts, and record the held-out metrics.
 
-    The actor has its averaged weights, if they are averaged.
+    If the module averages the actor's weights, the actor's responses are generated with the averaged weights.
 
     Args:
-        module: An `OnPolicy`, whose ``reference_answers`` keep what the reference answered earlier in the run.
+        module: The `OnPolicy` module; its ``reference_answers`` hold the reference's responses from earlier in the run.
         batch: The prompts.
-        batch_idx: The index of the batch; the random numbers are the same whenever it is evaluated.
+        batch_idx: The index of the batch; the random numbers are the same whenever this batch is evaluated.
 
     Returns:
         For callbacks: the actor's responses (``reward_inputs``), their ``scores``, [B], unweighted ``rewards`` by name,

@@ -19,7 +19,7 @@ from lit_rlhf.types import Experience
 
 
 class StepLoss(NamedTuple):
-    """A part of a micro-batch's contribution to the loss of an optimizer step, with results of its computation."""
+    """A part of a micro-batch's contribution to the loss of an optimizer step, with values to measure and to check."""
 
     loss: Tensor  # []; the losses of all parts, micro-batches and ranks add up to the loss of the step
     kl_to_old: Tensor  # [], Σₜ KLₜ(π_old ‖ π) in nats, without gradient; 0 for the critic's part
@@ -49,8 +49,8 @@ class Losses:
     policyₜ = uₜ · objectiveₜ − entropy_coef · H(π(·|sₜ)) [+ c · KLₜ(π ‖ π_ref)] and
     valueₜ = ½ (V(sₜ) − Rₜ)², where Rₜ is the return and V(sₜ) may be clipped around its old value.
 
-    uₜ is the weight of a `Correction`, or 1. The term in brackets applies if the loss has a KL term; c is
-    kl_coef, rescaled like the advantages if the KL is also part of the reward.
+    uₜ is the weight of a `Correction`, or 1 without a correction. The term in brackets applies if the loss has a KL
+    term; c is kl_coef, rescaled like the advantages if the KL is also part of the reward.
 
     Args:
         actor: The policy π, with the value head of a shared critic.
@@ -169,6 +169,6 @@ class Losses:
 
 
 def step_totals(minibatch: Sequence[Experience]) -> Tensor:
-    """Count the response tokens, and the rows that have any, in this process's micro-batches, [2] float32."""
+    """Return the numbers of response tokens and of rows that have any, in this process's micro-batches, [2] float32."""
     masks = [micro_batch.rollout.response_mask for micro_batch in minibatch]
     return torch.stack([torch.stack([mask.sum(), mask.any(1).sum()]) for mask in masks]).sum(0).float()

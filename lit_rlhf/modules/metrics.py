@@ -112,7 +112,7 @@ class Metrics:
         self.add(name, torch.where(mask, values.detach(), 0.0), mask)
 
     def _on_device(self, value: Tensor | float) -> Tensor:
-        """Return a value on the device of the metrics; a number is filled in there, so that the host need not wait."""
+        """Return a value as a tensor on the metrics' device; for a number, the host does not wait for the device."""
         if isinstance(value, Tensor):
             return value.detach().to(self.device)
         return torch.full((), value, device=self.device)
@@ -145,7 +145,7 @@ class Metrics:
         }
 
     def restore(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Drop everything that was added after `snapshot` was called."""
+        """Drop everything that was added after the given snapshot was taken."""
         self._metrics = {name: self._metrics[name] for name in snapshot}
         for name, state in snapshot.items():
             for key, value in state.items():
@@ -156,7 +156,7 @@ class Metrics:
         return [cast(Tensor, value) for metric in self._metrics.values() for value in metric.metric_state.values()]
 
     def compute(self) -> dict[str, float]:
-        """Return all metrics, reduced over the ranks; every rank must have added the same names in the same order."""
+        """Return each metric's value over all ranks; every rank must have added the same names in the same order."""
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 

@@ -1,4 +1,4 @@
-"""The base of all modules: the trained model and its tokenizer, optimizers, iteration count and held-out metrics."""
+"""The base class of all modules: the trained model, tokenizer, optimizers, iteration count and held-out metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By optimizer name, the function that makes the optimizer from parameters, and one that makes its schedule or None."""
+"""By optimizer name, a function that makes the optimizer from parameters, and one that makes its schedule, or None."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -42,7 +42,7 @@ class AlignmentModule(lightning.LightningModule):
         source: The model to train: a folder, a hub id, or a configuration for random weights.
         iterations: The number of iterations; None to leave the limit to the Trainer.
         optimizers: The functions that make the optimizers and their learning-rate schedules, by optimizer name.
-        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
+        adapter: The options of a low-rank adapter to train instead of the whole model; None to train the whole model.
 
     Raises:
         UserError: if the model is not named, or if iterations is less than 1.
@@ -117,17 +117,16 @@ class AlignmentModule(lightning.LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The names of tensors that DDP need not send to the other processes.
+        """The names of the tensors that DDP does not send to the other processes.
 
         These are quantized weights, which DDP cannot send, and averaged weights, which are the same on all processes.
-
-        The name of this property is that of the attribute in which DDP looks for them.
+        DDP reads their names from an attribute with the name of this property.
         """
         averaged = [name for name, _ in self.named_buffers() if name.startswith("averaged.")]
         return averaged + [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
 
     def with_averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the trained model has its averaged weights, if they are averaged."""
+        """Return a context in which the trained model has its averaged weights; without averaging, it has no effect."""
         return nullcontext() if self.averaged is None else self.averaged.in_use()
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -139,7 +138,7 @@ class AlignmentModule(lightning.LightningModule):
         return self.actor.model, strip_prefix("model.", weights)
 
     def trained_adapter(self, weights: dict[str, Tensor]) -> TrainedAdapter:
-        """Return the trained adapter, to be saved.
+        """Return the trained adapter for export.
 
         Args:
             weights: The trained part of the full ``state_dict`` of the trained model.
@@ -161,7 +160,7 @@ class AlignmentModule(lightning.LightningModule):
         return {name: list(getattr(self, self.role).own_parameters().values())}
 
     def configure_optimizers(self) -> Any:
-        """Return an optimizer for each entry of ``trained_parameters``, with its learning-rate schedule, if any."""
+        """Return an optimizer for each entry of ``trained_parameters``, with the optimizer's schedule if it has one."""
         configured = []
         for name, parameters in self.trained_parameters().items():
             make_optimizer, make_scheduler = self.optimizer_factories[name]
@@ -202,7 +201,7 @@ class AlignmentModule(lightning.LightningModule):
             self.log("step", float(self.iteration), batch_size=1)
 
     def count_iteration(self) -> None:
-        """Count an iteration, average the weights if this is set, and stop the Trainer after the last iteration.
+        """Count an iteration, update the averaged weights if there are any, and stop the Trainer after the last one.
 
         Each ``training_step`` calls this method, so that the checkpoint of the iteration holds the new state.
         """
@@ -269,7 +268,7 @@ class AlignmentModule(lightning.LightningModule):
         self._log_held_out("test")
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Return the held-out metrics to log: their means, and the numbers that derived modules compute from them."""
+        """Return the held-out metrics to log: the means, and the numbers that derived classes compute from them."""
         return means
 
     def _log_held_out(self, stage: str) -> None:
@@ -281,10 +280,10 @@ class AlignmentModule(lightning.LightningModule):
     def place(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
         """Build a model, shard it as the strategy requires, and return it on this process's device.
 
-        A model that is sharded or goes to a GPU takes no memory of the host: each process reads only its own part of
-        the model from the files. There are two exceptions, in which each process loads the whole model first: FSDP1,
-        and weights that cannot be read later (see `unread_weights`). Each process places its models one after the
-        other, so it holds at most one such whole model at a time.
+        A model that is sharded or goes to a GPU is never held whole in host memory: each process reads only its own
+        part of the model from the files. There are two exceptions, in which each process loads the whole model first:
+        FSDP1, and weights that cannot be read later (see `unread_weights`). Each process places its models one after
+        the other, so it holds at most one such whole model at a time.
 
         Args:
             build: A function that loads the model with `load_model`.
@@ -357,15 +356,16 @@ def _unchanged(model: Any) -> Any:
 
 
 def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight of which a tensor in a state dictionary is a part, such as its scales."""
+    """Return the name of the quantized weight to which a state-dictionary key, such as that of its scales, belongs."""
     return key.rpartition(".weight.")[0] + ".weight"
 
 
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
 
-    With an adapter, all frozen parameters are left out, with the scales of quantized ones. The hooks that do this are
-    on the module itself, so that they run for every kind of checkpoint: a file, or a folder with one shard per process.
+    If the module trains an adapter, all frozen parameters are left out, and so are the scales of quantized parameters.
+    The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder
+    with one shard per process.
 
     Args:
         module: The LightningModule.

@@ -24,8 +24,8 @@ def corrected(scored: ScoredRollout, correction: Correction | None, metrics: Met
     Args:
         scored: The responses, with the log-probabilities of the engine and of the actor.
         correction: The correction; None for the actor as the old policy and weights of 1.
-        metrics: Receives the differences between the two policies and, with a correction, the fractions of truncated
-            and masked tokens.
+        metrics: Receives the differences between the engine's and the actor's policy and, with a correction, the
+            fractions of truncated and masked tokens.
     """
     rollout, mask = scored.rollout, scored.rollout.response_mask
     measure_off_policy(scored.old_logprobs, rollout.rollout_logprobs, mask, metrics)

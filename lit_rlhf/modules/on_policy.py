@@ -54,7 +54,7 @@ from lit_rlhf.types import Experience, PromptBatch, Rollout, ScoredRollout, Traj
 
 
 class OnPolicy(AlignmentModule):
-    """The base of on-policy methods: every stage of an iteration except `learn`, which derived modules define.
+    """The base class of on-policy methods: every stage of an iteration except `learn`, which derived classes define.
 
     Each stage is a method: `generate`, `judge`, `reward`, `estimate`, `learn`. The arguments are those of
     `PolicyGradient`, with ``optimizers`` (as in `AlignmentModule`) in place of its optimizers and schedules.
@@ -69,7 +69,7 @@ class OnPolicy(AlignmentModule):
     """Whether a strategy that shards models may shard the actor."""
     copies: ClassVar[tuple[str, ...]] = ()  # the names of further adapters like the actor's, which are not trained
 
-    critic: ScalarModel | None  # set by configure_model; None without a critic, and for a head on the actor's trunk
+    critic: ScalarModel | None  # set by configure_model; None without a critic, or if it is a head on the actor's trunk
     reference: Actor  # set by configure_model, frozen
 
     def __init__(
@@ -150,7 +150,7 @@ class OnPolicy(AlignmentModule):
             self.print(f"rewards: {self.scores.description}")  # the first process prints
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Return the source of the rollouts, which starts and closes the engine."""
+        """Return the module's one callback: the source of the rollouts, which starts and closes the engine."""
         return [self.rollouts]
 
     @cached_property
@@ -248,7 +248,7 @@ class OnPolicy(AlignmentModule):
         )
 
     def actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
-        """Return the actor's outputs: the engine's numbers if these are exact and no other outputs are needed."""
+        """Return the actor's outputs, or the engine's if these are exact and no other outputs are needed."""
         exact = self.engine.is_exact and self.trainer.precision == "32-true" and not rounds_float32(self.device)
         if exact and other is None and self.actor.value_head is None:
             return ActorOutputs(rollout.rollout_logprobs, rollout.rollout_entropy)

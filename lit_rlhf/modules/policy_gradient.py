@@ -30,7 +30,7 @@ from lit_rlhf.types import Experience
 class PolicyGradient(OnPolicy):
     """Trains an actor to get higher rewards; each training step is one iteration.
 
-    The stages of an iteration are methods: `generate`, `judge`, `reward`, `estimate` (of `OnPolicy`), and `learn`.
+    The stages of an iteration are methods: `generate`, `judge`, `reward` and `estimate` of `OnPolicy`, and `learn`.
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
@@ -39,11 +39,11 @@ class PolicyGradient(OnPolicy):
             a head on the actor's trunk; otherwise a model to start from (``./actor`` for a folder of that name); None
             for no critic.
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
-        adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
-            shared by all roles; None to train whole models.
+        adapter: The options of the low-rank adapters that the actor and the critic train on one frozen base, which
+            the roles share; None to train whole models.
         sampling: How responses are sampled.
-        dynamic_sampling: Whether prompts whose responses all have the same score are left out, and how often further
-            prompts are drawn in their place; None to learn from all prompts.
+        dynamic_sampling: How prompts whose responses all have the same score are left out and replaced; None to learn
+            from all prompts.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
@@ -54,7 +54,7 @@ class PolicyGradient(OnPolicy):
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
             None for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response replaces the
-            rewards that would have followed; if False, those count as 0.
+            rewards that would have followed; if False, those rewards count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
         averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
@@ -136,7 +136,7 @@ class PolicyGradient(OnPolicy):
         )
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of the actor and, if there is one, of the critic; a shared trunk is the actor's."""
+        """Return the actor's and, if any, the critic's parameters by optimizer name; a shared trunk is the actor's."""
         head = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
         actor = [p for p in self.actor.own_parameters().values() if not any(p is h for h in head)]
         critic = head if self.critic is None else list(self.critic.own_parameters().values())

@@ -1,4 +1,4 @@
-"""The base of reward modelling and DPO: responses have scores, and better responses should have higher scores."""
+"""The base class of reward modelling and DPO, which learn to give better responses higher scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lit_rlhf.types import PreferenceBatch
 class PreferenceModule(AlignmentModule):
     """Minimises the Bradley–Terry loss on pairs or the Plackett–Luce loss on rankings.
 
-    Each batch takes one optimizer step. Derived modules define the score of a response and document the arguments.
+    Each batch takes one optimizer step. Derived classes define the score of a response and document the arguments.
 
     Raises:
         ValueError: if a number is out of range.
@@ -114,7 +114,7 @@ class PreferenceModule(AlignmentModule):
         """Return the loss of each ranking, [B].
 
         Args:
-            scores: [B, K], best response first, 0 where a ranking has fewer than K responses.
+            scores: The scores, [B, K], best response first; 0 where a ranking has fewer than K responses.
             batch: The rankings.
 
         Raises:
@@ -132,8 +132,8 @@ class PreferenceModule(AlignmentModule):
         """Record the loss and, over all pairs, how often and by how much the better response scores higher.
 
         Args:
-            scores: [B, K], best response first.
-            loss: [B], the loss of each ranking.
+            scores: The scores, [B, K], best response first.
+            loss: The loss of each ranking, [B].
             batch: The rankings.
             metrics: Receives ``loss``, ``accuracy`` and ``margin``.
         """
@@ -202,7 +202,7 @@ def pairs(scores: Tensor, batch: PreferenceBatch) -> Pairs:
     """Return the differences in score and in length between the two responses of every pair.
 
     Args:
-        scores: [B, K], best response first.
+        scores: The scores, [B, K], best response first.
         batch: The rankings.
     """
     length = batch.by_ranking((batch.lengths - batch.prompt_lengths).to(scores.dtype))

@@ -26,11 +26,11 @@ class RewardModeling(PreferenceModule):
 
     On pairs the loss is Bradley–Terry's, −log σ(r_chosen − r_rejected − margin); on rankings it is Plackett–Luce's.
     The mean and the standard deviation of the scores of the training set are measured after the last step and stored
-    with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise its scores.
+    with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise the scores.
 
     Args:
-        reward: The initial model: a language model (such as the export of an SFT run), which gets a new head, or a
-            sequence classifier with one label; given as a folder, a hub id, or a configuration for random weights.
+        reward: The folder, the hub id, or a configuration for random weights of the initial model. This is a language
+            model (such as the export of an SFT run), which gets a new head, or a sequence classifier with one label.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
             On a single GPU, a step that runs out of memory halves this number for the rest of the run.
@@ -38,7 +38,7 @@ class RewardModeling(PreferenceModule):
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each batch; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs.
-        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
+        adapter: The options of a low-rank adapter to train instead of the whole model; None to train the whole model.
 
     Raises:
         ValueError: if a number is out of range.
@@ -110,7 +110,7 @@ class RewardModeling(PreferenceModule):
         return model, model.state_dict()
 
     def trained_adapter(self, weights: dict[str, Tensor]) -> TrainedAdapter:
-        """Return the trained adapter with the head, to be saved.
+        """Return the trained adapter with the head, for export.
 
         Args:
             weights: The trained part of the full ``state_dict`` of the trained model.
@@ -128,7 +128,7 @@ class RewardModeling(PreferenceModule):
         return self.reward(batch.tokens, batch.lengths).gather(1, batch.lengths[:, None] - 1).squeeze(1)
 
     def after_step(self) -> None:
-        """Measure the mean and the standard deviation of the scores of the training set after the last step."""
+        """After the last step, measure the mean and the standard deviation of the scores of the training set."""
         if self.is_last_step():
             self._measure_training_set()
 

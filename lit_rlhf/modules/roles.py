@@ -24,11 +24,11 @@ class Place(Protocol):
     """The type of `AlignmentModule.place`."""
 
     def __call__(self, build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
-        """Return the model that ``build`` makes, on the process's device, and sharded if the strategy requires it."""
+        """Return the model that ``build`` makes, on the process's device and sharded if the strategy requires it."""
 
 
 def nothing() -> None:
-    """Do nothing: there are no rewards to prepare."""
+    """Do nothing, because there are no rewards to prepare."""
 
 
 def _as_built(build: Callable[[], ModuleType], sharded: bool = True) -> ModuleType:
@@ -40,7 +40,7 @@ class Roles:
     """The models of an iteration, except the reward models."""
 
     actor: Actor
-    critic: ScalarModel | None  # None without a critic, and for a head on the actor's trunk
+    critic: ScalarModel | None  # None if there is no critic, or if it is a head on the actor's trunk
     reference: Actor  # frozen
 
 
@@ -55,7 +55,7 @@ class RoleSources:
         reference: The source of the reference; None for the initial actor.
         temperature: The number by which the actor's and the reference's logits are divided.
         adapter: The options of the adapters of the actor and the critic; None to train whole models.
-        rewards: The reward models.
+        rewards: The rewards that are reward models.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
         copies: The names of further adapters like the actor's, which are not trained.
     """
@@ -169,7 +169,9 @@ def _load_rescaled(reward: RewardModel) -> ScalarModel:
 
 
 def rescale(head: Any, reward: RewardModel) -> None:
-    """Rescale a copy of a reward model's head, in place, to the reward's term of the score: weight × (r − mean) / std.
+    """Rescale a copy of a reward model's head in place so that it gives the reward's term of the score.
+
+    This term is weight × (r − mean) / std for the head's original output r.
 
     Args:
         head: A linear map from a hidden state to one number.
@@ -184,7 +186,7 @@ def rescale(head: Any, reward: RewardModel) -> None:
 
 
 def check_vocabulary(role: str, model: nn.Module, actor: Actor) -> None:
-    """Check that a model reads as many tokens as the actor.
+    """Check that the vocabulary of a model has the same size as the actor's.
 
     Args:
         role: The name of the model's option, for the error message.
@@ -197,7 +199,7 @@ def check_vocabulary(role: str, model: nn.Module, actor: Actor) -> None:
     found, size = vocabulary_size(model), vocabulary_size(actor.model)
     if found != size:
         raise UserError(
-            f"model.{role}: its vocabulary has {found} tokens, and the actor's {size}; both must read the same tokens"
+            f"model.{role}: its vocabulary has {found} tokens, but the actor's has {size}; both must be the same"
         )
 
 

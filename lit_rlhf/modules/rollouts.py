@@ -1,4 +1,4 @@
-"""The rollouts that the iterations learn from, generated when they are needed or, with `Ahead`, iterations before."""
+"""The rollouts that the iterations learn from, generated when needed or, with `Ahead`, some iterations earlier."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CheckedRollout:
-    """This process's rollout of an iteration, and its mismatch, if it was measured."""
+    """This process's rollout of an iteration, with the mismatch if the guard measured it."""
 
     rollout: Rollout
     mismatch: Mismatch | None
@@ -60,7 +60,7 @@ class Rollouts(lightning.Callback):
         self.load_actor = load_actor
         self.ahead = engine if isinstance(engine, Ahead) and engine.lag else None
         self.landed: dict[int, CheckedRollout] = {}  # by iteration: generated, but not learned from yet
-        self.saved: dict[int, dict[str, Any]] = {}  # the same from a checkpoint, with the rows of all processes
+        self.saved: dict[int, dict[str, Any]] = {}  # by iteration: read from a checkpoint, with all processes' rows
 
     # ----------------------------------------------------------- a callback's hooks
 
@@ -117,7 +117,7 @@ class Rollouts(lightning.Callback):
         """Return this process's rollout for the current iteration; all processes call this method together.
 
         Args:
-            module: The module that trains, an `OnPolicy`.
+            module: The `OnPolicy` module that trains.
             batch: The prompts of the iteration.
             metrics: Receives the mismatch and, with `Ahead`, the times for which the learner and the generators waited.
 
@@ -141,7 +141,7 @@ class Rollouts(lightning.Callback):
         return checked.rollout
 
     def _launch(self, ahead: Ahead, module: AlignmentModule, iteration: int) -> None:
-        """Begin to generate the rollouts, up to ``lag`` iterations ahead, that are neither under way nor generated."""
+        """Start to generate those rollouts, up to ``lag`` iterations ahead, that are not generated or under way yet."""
         last = iteration + ahead.lag if module.iterations is None else module.iterations - 1
         for number in range(iteration, min(iteration + ahead.lag, last) + 1):
             if not (number in ahead.flights or number in self.landed or number in self.saved):

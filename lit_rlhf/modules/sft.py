@@ -40,7 +40,7 @@ class SFT(AlignmentModule):
         optimizer: The optimizer of the model.
         scheduler: The learning-rate schedule, stepped after each optimizer step; None for a constant rate.
         iterations: The number of batches; None to leave the limit to the Trainer's max_epochs or max_steps.
-        adapter: The options of a low-rank adapter, to train in place of the whole model; None for the whole model.
+        adapter: The options of a low-rank adapter to train instead of the whole model; None to train the whole model.
 
     Raises:
         ValueError: if a number is out of range.

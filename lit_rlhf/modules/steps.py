@@ -89,7 +89,7 @@ def add_gradient(module: AlignmentModule, loss: Tensor, *, last: bool, untouched
         module: The module that trains.
         loss: A part of the loss of the step, []; the parts of all ranks add up to the loss.
         last: Whether this is the last part on this rank.
-        untouched: The trained parameters on which the loss does not depend; needed for the last part only.
+        untouched: The trained parameters on which the loss does not depend; needed only for the last part.
     """
     if last and isinstance(module.trainer.model, DistributedDataParallel):
         loss = reach(loss, untouched)
@@ -102,14 +102,14 @@ def add_gradients(
 ) -> Tensor:
     """Add the gradients of the micro-batches of a step, and return the sum of their losses, [], without gradient.
 
-    All ranks join in each collective of a sharded model, so they must all do the same number of passes: a rank with
-    fewer micro-batches repeats its last one, with a loss of 0.
+    All ranks take part in each collective operation of a sharded model, so all ranks must do the same number of passes:
+    a rank with fewer micro-batches repeats its last one, with a loss of 0.
 
     Args:
         module: The module that trains.
         batches: The micro-batches of this rank, at least one.
         loss_of: A function of a micro-batch that returns its part of the loss of the step, []. The function's second
-            argument is False for a repeated micro-batch, which must not be measured.
+            argument is False for a repeated micro-batch, which must not enter the metrics.
     """
     total, count = torch.zeros((), device=module.device), len(batches)
     most = module.max_over_ranks(count)[0] if is_sharded(module.get_submodule(module.role)) else count
@@ -175,9 +175,9 @@ def within_memory(
     """Return the result of an attempt; whenever it runs out of GPU memory, halve ``max_tokens`` and repeat the attempt.
 
     The gradients and the metrics of a failed attempt are dropped, so that the result is the same as with the smaller
-    ``max_tokens`` from the beginning. The smaller value is used for the rest of the run, and a line says so; a resumed
-    run begins with the configured value. Under DDP and FSDP an attempt is not repeated, because the other processes
-    are already waiting in a collective operation; the error then names the value to set.
+    ``max_tokens`` from the beginning. The smaller value is used for the rest of the run, and a printed line says so; a
+    resumed run begins with the configured value. Under DDP and FSDP, an attempt is not repeated, because the other
+    processes are already waiting in a collective operation; the error then names the value to set.
 
     Args:
         module: The module that trains.
@@ -262,8 +262,8 @@ def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) ->
 def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return the loss, [], with a backward pass that also gives each of these parameters a gradient of 0.
 
-    The zeros are one number in memory. DDP averages the gradients over the ranks in the last backward pass of a step,
-    and waits until that pass has given a gradient to every trained parameter.
+    The zeros take the memory of one number. DDP averages the gradients over the ranks in the last backward pass of a
+    step, and waits until that pass has given a gradient to every trained parameter.
 
     Args:
         loss: The loss, [].

@@ -1,4 +1,4 @@
-"""Trust region policy optimization (TRPO): one natural-gradient step per iteration, with a bound on its KL."""
+"""Trust region policy optimization (TRPO): one natural-gradient step per iteration, with a bound on the step's KL."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class TRPO(OnPolicy):
     pass, its backward pass, and the backward pass of both; together these take as long as 14 forward passes (measured
     on a Llama of 5 layers with 180 tokens on a CPU). There are ``cg_iterations`` + 1 products, over
     1 / ``fisher_every`` of the responses. Each step of the line search takes 3 forward passes. With the defaults, the
-    actor's step takes about as long as 50 forward passes, and the actor's part of PPO's 4 epochs as long as 14.
+    actor's step takes about as long as 50 forward passes, while the actor's part of PPO's 4 epochs takes as long as 14.
 
     Memory: the actor has no optimizer state, but needs a frozen copy of itself (the old policy) and 8 vectors of its
     size. Under fsdp2, every process holds the actor, this copy and the vectors in full, and a shard of every other
@@ -120,11 +120,11 @@ class TRPO(OnPolicy):
         critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; otherwise a
             model to start from (``./actor`` for a folder of that name); None for no critic.
         reference: The frozen model to which the actor's KL is measured; None for the initial actor.
-        adapter: The options of a low-rank adapter, which the actor and the critic then train on one frozen base,
-            shared by all roles; None to train whole models.
+        adapter: The options of the low-rank adapters that the actor and the critic train on one frozen base, which
+            the roles share; None to train whole models.
         sampling: How responses are sampled.
-        dynamic_sampling: Whether prompts whose responses all have the same score are left out, and how often further
-            prompts are drawn in their place; None to learn from all prompts.
+        dynamic_sampling: How prompts whose responses all have the same score are left out and replaced; None to learn
+            from all prompts.
         engine: The engine that samples the responses.
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
@@ -135,7 +135,7 @@ class TRPO(OnPolicy):
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
             None for no correction.
         bootstrap_truncated: Whether the critic's value after the last token of a truncated response replaces the
-            rewards that would have followed; if False, those count as 0.
+            rewards that would have followed; if False, those rewards count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
             is added to the actor's surrogate; micro-batches, aggregation and whitening apply to both.
         averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
@@ -233,7 +233,7 @@ class TRPO(OnPolicy):
         return old
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the critic's parameters, if there is a critic; the actor has no optimizer."""
+        """Return the critic's parameters by optimizer name, if there is a critic; the actor has no optimizer."""
         return {} if self.critic is None else {"value": list(self.critic.own_parameters().values())}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
@@ -353,8 +353,8 @@ class TRPO(OnPolicy):
     def _add_critic_gradients(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> Tensor:
         """Compute the critic's gradient on a minibatch, and return the value loss to check, [].
 
-        This method averages the gradients over the ranks; DDP cannot, since its backward passes would have to reach the
-        actor too.
+        Unless the critic is sharded, this method averages the gradients over the ranks; DDP cannot, since its backward
+        passes would have to reach the actor too.
         """
         batches, value_loss = self.micro_batches(minibatch), torch.zeros((), device=self.device)
         totals, parameters = self.sum_over_ranks(step_totals(batches)), self.trained_parameters()["value"]

@@ -297,7 +297,7 @@ def test_layers_that_round_their_input(base, kind, tmp_path):
 
     eight = BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(base, quantization_config=eight).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"model.actor: the layers of bitsandbytes in 8 bits round their input"):
+    with pytest.raises(UserError, match=r"model.actor: bitsandbytes' 8-bit layers round their input"):
         actor_of(str(tmp_path), None)
 
 
