@@ -1,4 +1,4 @@
-"""A callback that measures the tokens per second of each phase, and the share of the device's peak that it reaches."""
+"""A callback that measures the tokens per second of each phase, and the phase's share of the devices' peak rate."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Throughput(OnPolicyCallback):
       The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts and
       responses. They include the activations that are recomputed, and assume that no target KL ends the update early.
 
-    The utilisation is logged only if the peak rate is known, and for ``generate`` only if the training processes
-    generate the responses. The tokens and responses per second of whole iterations are metrics of every run:
-    ``perf/tokens_per_second`` and ``perf/responses_per_second``.
+    The utilisation is logged only if the peak rate is known and the run can be planned, and for ``generate`` only if
+    the training processes generate the responses. The tokens and responses per second of whole iterations are metrics
+    of every run: ``perf/tokens_per_second`` and ``perf/responses_per_second``.
 
     Args:
         peak_tflops: The peak rate of one device in the precision of the run, in 10¹² FLOPs per second; None for the
@@ -54,7 +54,7 @@ class Throughput(OnPolicyCallback):
         self._counts = torch.zeros(3, dtype=torch.float64)  # of this process: rows, tokens of prompts, of responses
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Find the peak rate and, if it is known, the setting from which the FLOPs are computed."""
+        """Find the peak rate and, if the rate is known, the setting of the run, from which the FLOPs are computed."""
         device = this_gpu() if trainer.strategy.root_device.type == "cuda" else Device("cpu", 0.0, None, None, None)
         known = device.half if str(trainer.precision).startswith("bf16") else device.single
         peak = known if self.peak_tflops is None else self.peak_tflops * 1e12
@@ -70,7 +70,7 @@ class Throughput(OnPolicyCallback):
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Count the rows and the tokens of this process."""
+        """Count the responses of this process, and the tokens of their prompts and of the responses."""
         lengths = torch.stack(
             [torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths]
         )
@@ -99,6 +99,9 @@ def phase_flops(setting: Setting, rows: int, prompt_tokens: float, response_toke
         rows: The number of responses.
         prompt_tokens: The mean number of tokens in a prompt, which is rounded here.
         response_tokens: The mean number of tokens in a response, which is rounded here.
+
+    Raises:
+        UserError: if a model cannot be run without the values of its tensors.
     """
     prompt, response = max(1, round(prompt_tokens)), max(1, round(response_tokens))
     generation = setting.generation and replace(setting.generation, prompt_tokens=prompt)
