@@ -65,7 +65,7 @@ class GradientShares(lightning.Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Log each group's share in the squared norm, as the mean over the steps of this iteration so far.
+        """Log each group's share in the squared norm of the gradient, as the mean over the iteration's steps so far.
 
         The last step thus logs the mean of the whole iteration. The host does not wait for the device.
         """

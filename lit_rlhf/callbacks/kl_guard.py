@@ -25,7 +25,7 @@ class KLGuard(OnPolicyCallback):
         bound: The largest KL that is allowed, in nats.
         per: Whether the bound is for a ``response`` (the mean over the responses of an iteration) or for a ``token``
             (the mean over the tokens of these responses).
-        iterations: The number of consecutive iterations above the bound before the guard acts.
+        iterations: The number of consecutive iterations with a KL above the bound after which the guard acts.
         action: ``stop`` to end the run, ``warn`` to warn once and continue.
 
     Raises:
@@ -95,7 +95,7 @@ class KLGuard(OnPolicyCallback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the KL of each of the latest iterations, all above the bound, and whether the guard has warned."""
+        """Return the KL of the latest consecutive iterations above the bound, and whether the guard has warned."""
         return {"above": self.above, "warned": self.warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -19,7 +19,10 @@ from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules.trpo import TRPO
 
 VARIANTS = 8
-"""The number of variants of a layer that may be compiled for each choice of adapters, such as without gradients."""
+"""The number of variants of a layer that may be compiled for each choice of adapters.
+
+A layer has one variant with gradients and one without, for example.
+"""
 
 
 class CompileLayers(Callback):

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 
 LOGGED = "loggers.json"
-"""The file in a training run's folder that names the loggers' runs that belong to the training run."""
+"""The name of the file, in a training run's folder, that lists the loggers' own runs."""
 IDS = {"WandbLogger": "id", "TensorBoardLogger": "version", "MLFlowLogger": "run_id"}
 """The argument that makes a logger continue an earlier run, by the name of the logger's class.
 

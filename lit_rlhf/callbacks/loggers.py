@@ -43,7 +43,7 @@ class LogDetails(OnPolicyCallback):
 
     Args:
         every_n: The number of iterations between two logs of samples and histograms, which are also logged in the first
-            iteration; samples are logged in every validation too. 0 to log no samples and histograms at all.
+            iteration; samples are logged in every validation too. 0 to log no samples or histograms at all.
         model: Whether to upload the exported model or adapter to W&B at the end, as an artifact.
 
     Raises:

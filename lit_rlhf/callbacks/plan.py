@@ -47,7 +47,7 @@ class PrintPlan(Callback):
             ActivationCheckpointing().on_fit_start(trainer, pl_module)
 
     def device(self, trainer: lightning.Trainer) -> Device:
-        """Return the device of this process; the speed of a CPU is not measured."""
+        """Return the device of this process, without peak rates if it is a CPU."""
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return this_gpu() if on_gpu else Device("cpu", memory_of_host(), None, None, None)
 

@@ -126,7 +126,7 @@ class Samples(OnPolicyCallback):
     ) -> list[dict[str, Any]]:
         """Return a record for each of the first ``count`` responses of a batch of B responses.
 
-        The keywords in ``of_tokens`` name further numbers of the tokens: [B, T], or None for numbers to leave out.
+        The keywords in ``of_tokens`` name further numbers of the tokens, each [B, T], or None for numbers to leave out.
         """
         assert isinstance(module, AlignmentModule)
         numbers = {"kl_to_ref": kl_of_tokens} | {name: x for name, x in of_tokens.items() if x is not None}

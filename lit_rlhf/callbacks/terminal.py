@@ -86,7 +86,7 @@ class View(Protocol):
         """Show that some work has progressed."""
 
     def note(self, line: str) -> None:
-        """Show a result that is not to be overwritten."""
+        """Show a line with a result, which the display must not overwrite."""
 
     def close(self) -> None:
         """Stop the display, and remove its bars if it has any."""
@@ -191,7 +191,7 @@ class Lines:
         course = self.course
         ends = course.done in (course.first + 1, course.total)
         if ends or time.monotonic() - self.last >= self.every:
-            metrics = [metric for metric in course.metrics if not metric.startswith("val ")]  # they have their own line
+            metrics = [metric for metric in course.metrics if not metric.startswith("val ")]  # in a line of their own
             self.note("  ".join([course.label, *metrics, f"{course.pace():.3g} s/{course.step}", course.duration()]))
 
     def heard(self) -> None:
@@ -210,7 +210,7 @@ class Lines:
 
 
 def amount(progress: Progress) -> str:
-    """Return the amount of work done and the total amount as text; an empty text if the total is not known.
+    """Return the amount done, the total amount and their unit as text; an empty text if the total is not known.
 
     >>> amount(Progress("generate", 37, 64, "responses")), amount(Progress("update"))
     ('37/64 responses', '')
@@ -219,7 +219,7 @@ def amount(progress: Progress) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as hours, minutes and seconds.
+    """Return a duration as text: the hours, if there are any, the minutes and the seconds.
 
     >>> clock(75), clock(3675)
     ('1:15', '1:01:15')

@@ -24,11 +24,12 @@ class Throughput(OnPolicyCallback):
     The phases are ``generate``, ``judge`` and ``update``; their seconds are the metrics ``time/*``. Two metrics of each
     phase are logged, for example ``perf/update_tokens_per_second`` and ``perf/update_utilisation``:
 
-    - The tokens of the iteration per second: in ``generate`` those of the responses, otherwise those of the prompts and
-      the responses, each counted once, however often the update reads them.
-    - The utilisation: the FLOPs of the phase, divided by those that all devices could do in its time at the peak rate.
-      The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts and
-      responses. They include the activations that are recomputed, and assume that no target KL ends the update early.
+    - The tokens of the iteration, divided by the seconds of the phase. In ``generate``, these are the tokens of the
+      responses; in the other phases, each token of the prompts and responses counts once, however often it is read.
+    - The utilisation: the FLOPs of the phase, divided by those that all devices could do in the same time at the peak
+      rate. The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts
+      and responses. They include the activations that are recomputed, and assume that no target KL ends the update
+      early.
 
     The utilisation is logged only if the peak rate is known and the run can be planned, and for ``generate`` only if
     the training processes generate the responses. The tokens and responses per second of whole iterations are metrics

@@ -43,7 +43,7 @@ class Landing(NamedTuple):
 
 
 class Ahead(Engine):
-    """An engine that generates responses ahead, while the learner updates the models, with weights older by a lag.
+    """An engine that generates responses while the learner updates the models, with weights a few iterations behind.
 
     Iteration i learns from responses that the policy after iteration i − 1 − lag drew (the initial policy in the first
     iterations). The lag is fixed, not "whatever is ready", so that the responses remain a function of the seed, the
@@ -115,7 +115,7 @@ class Ahead(Engine):
         self.devices = devices
         self.flights: dict[int, Flight] = {}  # by the iteration that learns from the rollout
         self._context: EngineContext | None = None
-        self._unstarted = engine  # after `start`, a copy from before it, which is sent to the worker processes
+        self._unstarted = engine  # after `start`, a copy from before `start`, for the worker processes
         self._detached: DetachedEngine | Workers | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._threads_before: int | None = None
@@ -155,7 +155,7 @@ class Ahead(Engine):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """Generate responses with the actor's current weights, and wait for them.
+        """Generate responses with the actor's current weights, wait for them, and return the rollout.
 
         A server generates these responses after the rollouts that were launched before. The arguments are those of
         `Engine.generate`.

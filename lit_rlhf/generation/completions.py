@@ -23,7 +23,7 @@ FULL_DISTRIBUTION = {
 }
 """The options that leave the distribution as it is, whatever defaults the server has."""
 ROUNDING = 1e-5
-"""The largest log-probability that is accepted; without rounding errors, the largest would be 0."""
+"""The largest log-probability that is accepted, which is above 0 to allow for rounding errors."""
 
 
 ATTEMPTS_PER_TOKEN = 100

@@ -20,13 +20,13 @@ class Sampling:
     """The options for sampling responses.
 
     Args:
-        max_tokens: The maximum number of tokens in a response; a response that reaches it without a stop token is
-            *truncated*.
+        max_tokens: The maximum number of tokens in a response; a response that reaches this number without a stop
+            token is *truncated*.
         min_tokens: The minimum number of tokens before a stop token may be sampled.
         temperature: The divisor of the logits; 0 selects the most likely token at each step (not for training).
         top_k: The number of most likely tokens to sample from; 0 for all tokens.
-        top_p: The minimum total probability of the tokens to sample from, which are the smallest such set of most
-            likely tokens; in (0, 1], 1 for all tokens.
+        top_p: The total probability, in (0, 1], that the tokens to sample from must reach; these tokens are as few of
+            the most likely tokens as possible. 1 for all tokens.
         stop: The text of each token that ends a response, in addition to the end-of-sequence tokens of the tokenizer
             and the model.
         responses: The number of responses for each prompt.

@@ -1,10 +1,10 @@
-"""The keeper of a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs the command at most until PARENT ends.
+"""The keeper of a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs a command, and ends it when PARENT ends.
 
 PARENT is the id of the process that starts this program, FOLDER is a folder to remove at the end, and COMMAND is the
 command with its arguments. The command runs in a process group of its own. This program ends the whole group and
 removes the folder when the command ends, when the parent process ends for any reason, when the parent closes this
-program's standard input, or when this program receives SIGTERM. It is run by its path and imports only the standard
-library, so that it starts at once.
+program's standard input, or when this program receives SIGTERM. This program is run by its path and imports only the
+standard library, so that it starts at once.
 """
 
 import os

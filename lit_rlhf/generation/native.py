@@ -28,7 +28,7 @@ CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
 INITIAL_COLUMNS = 64
 """The number of response tokens per row that the cache initially has memory for; columns are added later if needed."""
 MIN_FREE_FRACTION = 0.125
-"""The fraction of rows that must be free before waiting prompts join, so that one forward pass prefills several."""
+"""The fraction of rows that must be free before prompts join, so that one forward pass prefills several prompts."""
 MIN_USED_FRACTION = 0.25
 """The fraction of rows in use at or below which the cache drops its free rows, if decoding steps compute all rows.
 

@@ -15,7 +15,7 @@ from lit_rlhf.models.sharding import is_sharded
 MOVED_BYTES = 2**20
 """The size in bytes from which the weight of a base layer below adapters is moved into blocks instead of being copied.
 
-The additional products with the adapters' A and B take little time beside the product with such a weight.
+The additional products with the adapters' A and B take little time compared with the product with such a weight.
 """
 
 
@@ -25,9 +25,10 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
     A decoding step with 64 rows is twice as fast as with PyTorch's own products, and one with 2 rows three times as
     fast. Entering the context copies the weights, cast to autocast's precision if autocast is enabled, and the copies
-    need as much memory as weights of that precision. A large frozen weight below adapters that need not be cast is not
-    copied, but moved, and moved back unchanged at the end, unless the model is sharded or an adapter uses DoRA. No
-    gradients are computed inside the context. Only weights on the CPU that are used in float32 or bfloat16 are packed.
+    need as much memory as weights of that precision. A large frozen weight below adapters is not copied if it already
+    has that precision: it is moved, and moved back unchanged at the end, unless the model is sharded or an adapter uses
+    DoRA. No gradients are computed inside the context. Only weights on the CPU that are used in float32 or bfloat16 are
+    packed.
 
     Args:
         model: The model, or a view of a base with adapters. Its weights must not change inside the context, and only
@@ -81,7 +82,7 @@ def _multiply(blocks: Tensor, bias: Tensor | None, adapters: Sequence[Tensor], x
         blocks: The weight W, from `block_weight`.
         bias: b; None for 0.
         adapters: Aᵀ and the scaled Bᵀ, from `_adapters`; if the list is empty, the last term is left out.
-        x: The input.
+        x: The input of the layer, with its features on the last axis.
     """
     x = x.to(blocks.dtype)
     result = multiply_by_blocks(blocks, bias, x)
@@ -112,8 +113,8 @@ def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.L
     """Yield the layers that can be packed, each with the linear layer that holds its weight.
 
     A layer with adapters is yielded together with its base layer if the base layer's weight is moved, or if the layer
-    computes in float32, where a single product with the merged weight replaces the others. In bfloat16, a small adapter
-    would be lost to rounding in the merged weight. The base layer, and A and B of each selected adapter, are therefore
+    computes in float32, where one product with the merged weight is enough. In bfloat16, a small adapter would be lost
+    to rounding in the merged weight. The base layer, and A and B of each selected adapter, are therefore
     yielded as separate layers if the weight is not moved.
 
     Args:
@@ -138,10 +139,10 @@ def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.L
 
 
 def _can_be_moved(layer: Any, weight: Tensor) -> bool:
-    """Return whether the weight of a base layer is large, need not be cast, and can be moved and moved back unchanged.
+    """Return whether the weight of a base layer is large, need not be cast, and can be moved into blocks and back.
 
     Args:
-        layer: The layer with adapters, none of which may use DoRA if it is selected.
+        layer: The layer with adapters; the weight cannot be moved if a selected adapter uses DoRA.
         weight: The weight of its base layer.
     """
     is_dora = any(name in layer.lora_variant for name in selected_adapters(layer))

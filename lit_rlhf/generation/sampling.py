@@ -9,10 +9,10 @@ from lit_rlhf.generation.engine import Sampling
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token for each row: the first one at which the row's cumulative distribution exceeds a number u.
+    """Sample one token for each row: the first one at which the row's cumulative distribution exceeds its number u.
 
-    The distribution is the one that the temperature, ``forbidden``, top-k and top-p leave. At temperature 0, the most
-    likely token that is not forbidden is selected instead. The vocabulary is sorted only if top-p is used.
+    The distribution is that after the temperature, ``forbidden``, top-k and top-p are applied. At temperature 0, the
+    most likely token that is not forbidden is selected instead. The vocabulary is sorted only if top-p is used.
 
     Args:
         logits: The logits of R rows, [R, V] float32, before division by the temperature.
@@ -64,7 +64,7 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def _cumulative(probabilities: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the cumulative sums of each row's probabilities, [R, V]; they are exact if torch must be deterministic.
+    """Return the cumulative sums of each row's probabilities, [R, V], with integers if torch must be deterministic.
 
     A GPU adds floating-point numbers in a varying order, so PyTorch refuses to compute their cumulative sums if it must
     be deterministic. The probabilities are then rounded down to multiples of 2⁻⁵², which are added as integers.

@@ -131,7 +131,7 @@ class Server:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Close the keeper's input, so that it ends the server; kill the keeper if it takes ``GIVE_UP_SECONDS``."""
+    """Make the keeper end the server, by closing its standard input; kill the keeper after ``GIVE_UP_SECONDS``."""
     assert process.stdin is not None
     process.stdin.close()
     try:

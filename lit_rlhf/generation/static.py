@@ -59,7 +59,7 @@ def _compiled_next_logits() -> Callable[..., Tensor]:
 
 
 def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that repeats a step on the same tensors, with the contents that they have when it is called.
+    """Return a function that repeats a step on the same tensors, with their contents at the time of the call.
 
     On a GPU, the function replays a CUDA graph, so that the CPU need not launch each kernel. Each replay overwrites the
     result of the previous one.
@@ -91,7 +91,7 @@ def cast_weights(model: nn.Module) -> Iterator[None]:
     """Let a model's linear layers hold their weights and biases in autocast's precision, inside this context.
 
     A compiled step does not use autocast's cache, so it would otherwise read and cast every weight at each token.
-    Without autocast, nothing changes, and quantized layers never change. The cast weights have no gradients.
+    Without autocast, nothing changes, and quantized layers stay as they are. The cast weights have no gradients.
     """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for layer in model.modules():

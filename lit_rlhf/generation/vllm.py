@@ -52,7 +52,7 @@ class Job:
 
 
 class VLLMEngine(DetachedEngine):
-    """An engine that lets a vLLM server generate: one that is already running, or one that it starts and ends itself.
+    """An engine that lets a vLLM server generate responses: a running one, or one that the engine starts and ends.
 
     Before each rollout, process 0 writes the actor's weights to a folder, from which the server reads them. Each
     response is one request with a seed of its own, which is a function of the run's seed, the purpose (training,

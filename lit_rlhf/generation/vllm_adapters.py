@@ -43,7 +43,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return the weights that a server needs of an actor with an adapter: the full trained weights, by name.
+    """Return, by name, the full trained weights of an actor with an adapter, which are all that a server needs.
 
     All processes call this function together. If the actor is sharded, the result is empty on all processes except
     process 0.
@@ -72,7 +72,7 @@ class ServedAdapters:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of vLLM's command line."""
+        """The arguments of vLLM's command line that adapters need."""
         return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(self.max_rank)]
 
     @property
@@ -90,7 +90,7 @@ class ServedAdapters:
         raise UserError(f"model.adapter.rank: vLLM computes ranks of at most {RANKS[-1]}, not {needed}")
 
     def write(self, actor: Actor, weights: dict[str, Tensor], folder: Path) -> bool:
-        """Write the adapters with which an actor computes as one adapter, and return whether there are any.
+        """Write the adapters that an actor uses to a folder, joined into one adapter; return whether it uses any.
 
         Args:
             actor: The actor that owns the base, or an actor with a view of the base.

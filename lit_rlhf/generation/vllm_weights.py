@@ -32,7 +32,7 @@ def push_weights(client: JSONClient, version: str, folder: Path | None) -> None:
 
 
 def check_version(client: JSONClient, version: str) -> None:
-    """Check that the server still has the weights that have this name; after a restart, it no longer does.
+    """Check that the server still has the weights with the given name; after a restart, for example, it does not.
 
     Args:
         client: The client of the server.

@@ -60,7 +60,7 @@ class WeightsFolder:
         self._names = count()
 
     def new(self) -> Path:
-        """Return the path for the folder of another set of weights; the caller makes this folder."""
+        """Return a new path, at which the caller makes the folder of one set of weights."""
         return self.path / str(next(self._names))
 
     def write(self, model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Path:

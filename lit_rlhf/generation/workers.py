@@ -176,7 +176,7 @@ class Workers:
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Copy the actor's weights into free shared memory, and return the rollout to generate with them.
+        """Copy the actor's weights into free shared memory, and return the pending rollout to generate with them.
 
         All training processes call this method together; the arguments are those of `Engine.generate`.
 

@@ -18,10 +18,10 @@ MOST_ROWS = 1000
 Each run has an equal share, which is at least 20, so that the report of many runs may exceed this maximum.
 """
 SMOOTHED_FROM = 60
-"""The number of iterations of the longest run from which curves are drawn pale, each with its moving mean."""
+"""If the longest run has at least this number of iterations, curves are drawn pale, each with its moving mean."""
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#999933", "#333333")
 DARK = ("#56B4E9", "#FF9E4A", "#2BD4A0", "#EE99CC", "#F0E442", "#DDDDDD")
-"""The colours of runs on a light and a dark page, which colour-blind readers can tell apart; Okabe and Ito 2008."""
+"""The colours of runs on a light and a dark page, which the colour-blind can tell apart; after Okabe and Ito 2008."""
 PHASES = ("#44AA99", "#DDCC77", "#CC6677", "#88CCEE", "#AA4499")
 """The colours of the phases of an iteration; source: Tol 2021, "muted"."""
 WIDTH, HEIGHT = 420, 220
@@ -65,7 +65,7 @@ class Table:
 
 
 def make_charts(runs: Sequence[Run], table: Table) -> list[Chart]:
-    """Return the charts of the panels for which the runs have numbers, in the order in which the page shows them."""
+    """Return the charts for which the runs have numbers, in the order in which the page shows them."""
     charts = []
     for section, panels in panels_of(runs).items():
         for panel in panels:

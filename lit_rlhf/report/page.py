@@ -24,8 +24,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         folders: The folders of the runs.
         out: The file to write; None for ``report.html`` in the run's folder or, for several runs, in the parent of the
             first one.
-        pictures: Whether to draw each chart as a PNG file as well. These files are written to a folder beside the page,
-            whose name is that of the page without the extension.
+        pictures: Whether to draw each chart as a PNG file as well. These files are written to a folder beside the page;
+            the folder has the name of the page without the extension.
 
     Returns:
         The path of the page.
@@ -54,7 +54,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each run: the last parts of its folder's path, as many as distinguish all runs.
+    """Return a short name for each run: as many last parts of its folder's path as distinguish the runs.
 
     Raises:
         UserError: if two folders are the same.

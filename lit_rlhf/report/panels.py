@@ -60,7 +60,7 @@ SECTIONS = {"Result": RESULT, "Length and entropy": LENGTH, "Update": UPDATE, "T
 
 
 def panels_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """Return, for each section by its title, the panels for which at least one of the runs has numbers.
+    """Return the panels for which at least one of the runs has numbers, by the title of their section.
 
     A KL coefficient that never changes is left out, and so is a reward that always equals the score. A section without
     panels is left out as well.
