@@ -58,7 +58,7 @@ class OlderRun(lightning.Callback):
             return
         if self.aside is None:
             (self.folder / "config.yaml").unlink(missing_ok=True)
-            with suppress(OSError):  # the folder is not empty
+            with suppress(OSError):  # if the folder is not empty
                 self.folder.rmdir()
             return
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -52,7 +52,8 @@ class Throughput(OnPolicyCallback):
         self.peak_tflops = peak_tflops
         self._setting: Setting | None = None
         self._peak: float | None = None  # FLOPs per second of all devices
-        self._counts = torch.zeros(3, dtype=torch.float64)  # of this process: rows, tokens of prompts, of responses
+        # the responses of this process, the tokens of their prompts, and the tokens of the responses:
+        self._counts = torch.zeros(3, dtype=torch.float64)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Find the peak rate and, if the rate is known, the setting of the run, from which the FLOPs are computed."""

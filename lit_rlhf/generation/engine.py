@@ -90,7 +90,7 @@ class EngineContext:
     process: int  # the index of this process among those on this machine
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
     adapter: LoRA | None = None  # the options of the actor's adapter; None without one
-    source: str = ""  # the actor's folder or hub id, used only with an adapter: of the base, or of another adapter
+    source: str = ""  # the folder or hub id of the actor (the base, or another adapter); used only with an adapter
     rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 
 
@@ -289,7 +289,7 @@ def join_responses(
         pad: The id of the padding token.
         tokens: [B n, T] int64, the responses in prompt-major order; entries after a response's length are ignored.
         logprobs: [B n, T] float32, the log-probabilities of the tokens, in nats.
-        entropy: [B n, T] float32, the entropies of the distributions from which the tokens were sampled, in nats.
+        entropy: [B n, T] float32, the entropies of the next-token distributions before the tokens, in nats.
         lengths: [B n] int64, the number of tokens in each response, including the stop token.
         terminated: Bool [B n], True if a stop token ended the response.
 

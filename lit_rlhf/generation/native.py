@@ -149,7 +149,7 @@ class _Decoding:
         self.entropy = torch.zeros_like(self.logprobs)
         self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
-        self.next_prompt = 0  # the first prompt that has not started
+        self.next_prompt = 0  # the index of the first prompt that has not started
         self.sampled = 0  # the number of tokens so far, including those that rows drew after their end
         self.check_every = CHECK_ENDED_EVERY_CPU if device.type == "cpu" else CHECK_ENDED_EVERY_GPU
         self.longest_prompt = max(self.prompt_lengths)

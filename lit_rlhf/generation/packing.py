@@ -114,8 +114,8 @@ def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.L
 
     A layer with adapters is yielded together with its base layer if the base layer's weight is moved, or if the layer
     computes in float32, where one product with the merged weight is enough. In bfloat16, a small adapter would be lost
-    to rounding in the merged weight. The base layer, and A and B of each selected adapter, are therefore
-    yielded as separate layers if the weight is not moved.
+    to rounding in the merged weight. The base layer, and A and B of each selected adapter, are therefore yielded as
+    separate layers if the weight is not moved.
 
     Args:
         model: The model, with all adapters.

@@ -9,7 +9,7 @@ from lit_rlhf.generation.engine import Sampling
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token for each row: the first one at which the row's cumulative distribution exceeds its number u.
+    """Sample one token for each row: the first one at which the row's cumulative distribution exceeds u.
 
     The distribution is that after the temperature, ``forbidden``, top-k and top-p are applied. At temperature 0, the
     most likely token that is not forbidden is selected instead. The vocabulary is sorted only if top-p is used.

@@ -123,7 +123,8 @@ class Server:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines) if ERROR.search(line)]
-        causes = [number for number in errors if "root cause" not in lines[number]]  # others refer to a cause
+        # an error that mentions a root cause only refers to an earlier error
+        causes = [number for number in errors if "root cause" not in lines[number]]
         number = (causes or errors or [len(lines) - 1])[-1]
         last = " ".join(lines[number : number + 2]) if lines else "the log is empty"  # some errors have two lines
         found = ERROR.search(last)
@@ -131,7 +132,7 @@ class Server:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Make the keeper end the server, by closing its standard input; kill the keeper after ``GIVE_UP_SECONDS``."""
+    """Close the keeper's input, so that the keeper ends the server; kill the keeper after ``GIVE_UP_SECONDS``."""
     assert process.stdin is not None
     process.stdin.close()
     try:

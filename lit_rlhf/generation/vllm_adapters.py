@@ -90,7 +90,7 @@ class ServedAdapters:
         raise UserError(f"model.adapter.rank: vLLM computes ranks of at most {RANKS[-1]}, not {needed}")
 
     def write(self, actor: Actor, weights: dict[str, Tensor], folder: Path) -> bool:
-        """Write the adapters that an actor uses to a folder, joined into one adapter; return whether it uses any.
+        """Join the adapters that an actor uses into one, and write it to a folder; return whether the actor uses any.
 
         Args:
             actor: The actor that owns the base, or an actor with a view of the base.

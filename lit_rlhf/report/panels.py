@@ -13,7 +13,7 @@ class Panel:
     """A chart over the iterations: a line for a metric of training, and points for a metric of validations."""
 
     title: str
-    unit: str  # of the axis
+    unit: str  # the title of the y-axis
     trained: str | None  # the metric of each iteration
     held_out: str | None = None  # the metric of each validation
     floor: float | None = None  # smaller values are drawn at this value

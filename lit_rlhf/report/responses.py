@@ -16,7 +16,7 @@ def responses_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     """Return the responses that the report shows, and the number of responses that are left out.
 
     The training responses of each run, and its validation responses, each get an equal share of ``MOST_BYTES``. If they
-    exceed their share, only those of evenly spaced iterations are shown, including the first and the last iteration.
+    exceed it, only the responses of evenly spaced iterations are shown, including the first and the last iteration.
     """
     parts = [
         (run, stage, [s for s in run.samples if s["stage"] == stage]) for run in runs for stage in ("train", "val")

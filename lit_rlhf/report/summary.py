@@ -82,6 +82,6 @@ def _held_out(run: Run) -> list[str]:
 
 
 def _kl(run: Run) -> list[str]:
-    held_out = bool(run.values("val/score") and run.values("val/kl_to_ref"))  # beside the held-out score
+    held_out = bool(run.values("val/score") and run.values("val/kl_to_ref"))  # the KL then follows the held-out score
     where, column = ("there", "val/kl_to_ref") if held_out else ("to the reference", "objective/kl_to_ref")
     return [f"the KL {where} is {kl:.2f} nats per response" for kl in run.values(column)[-1:]]
