@@ -1,4 +1,4 @@
-"""Callbacks for the plan, checkpoints, files, loggers and report of a run, guards, measurements, and layer changes."""
+"""Callbacks that plan, show, save, measure, guard and report a run, and callbacks that change its decoder layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
 from lit_rlhf.callbacks.defaults import default_callbacks

@@ -1,4 +1,4 @@
-"""Checkpoints that are saved by iteration."""
+"""A callback that saves checkpoints by iteration, not by epoch."""
 
 import signal
 import threading
@@ -19,8 +19,8 @@ class IterationCheckpoint(ModelCheckpoint):
 
     A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run that is
     resumed with ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted. On GPUs, this also
-    needs ``--trainer.deterministic true``, because the backward pass of flash attention otherwise adds in an order that
-    varies.
+    needs ``--trainer.deterministic true``, because the backward pass of flash attention otherwise adds numbers in a
+    varying order.
 
     Ctrl-C ends the run on all processes when the iteration is complete and ``last.ckpt`` is saved; a second Ctrl-C ends
     it at once.
@@ -35,7 +35,7 @@ class IterationCheckpoint(ModelCheckpoint):
     Raises:
         ValueError: if ``every_n`` or ``keep_every_n`` is less than 1.
         UserError: during training, if there is no metric with the name ``monitor``.
-        KeyboardInterrupt: after an iteration in which a process got Ctrl-C.
+        KeyboardInterrupt: after an iteration during which a process received Ctrl-C.
 
     >>> callback = IterationCheckpoint(every_n=20, monitor="val/loss", mode="min")
     >>> callback.every_n, callback.best is None
@@ -78,7 +78,7 @@ class IterationCheckpoint(ModelCheckpoint):
     def _interrupt(self, *_: Any) -> None:
         self.interrupted = True
         self._restore_handler()
-        print("Ctrl-C: the run ends after this iteration, with a checkpoint; press it again to end it now", flush=True)
+        print("Ctrl-C: the run ends after this iteration, with a checkpoint; a second Ctrl-C ends it now", flush=True)
 
     def _restore_handler(self) -> None:
         if self._handler is not None:
@@ -99,7 +99,7 @@ class IterationCheckpoint(ModelCheckpoint):
             self._save(trainer, iteration_of(pl_module))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the checkpoints that are due after the iteration and its validation."""
+        """Save the checkpoints that are due after the iteration and its validation, if the run is training."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer, iteration_of(pl_module))
 
@@ -138,7 +138,7 @@ class IterationCheckpoint(ModelCheckpoint):
             validated = any(name.startswith("val/") for name in metrics)
             if metric.startswith("val/") and not validated:
                 return False  # before the first validation
-            raise UserError(f"checkpoint.monitor: there is no metric {metric!r}; there are: {', '.join(metrics)}")
+            raise UserError(f"checkpoint.monitor: there is no metric {metric!r}; the metrics are: {', '.join(metrics)}")
         value = float(metrics[metric])
         if self.best is not None and (value <= self.best if self.better == "max" else value >= self.best):
             return False

@@ -1,4 +1,4 @@
-"""The callbacks that every run of the command line has, for runs that Python code starts."""
+"""The callbacks that the command line adds to every run, as a list for runs that Python code starts."""
 
 from lightning.pytorch.callbacks import Callback
 
@@ -23,7 +23,7 @@ WITH_OPTIONS: dict[str, type[Callback]] = {
     "report": WriteReport,
     "summary": Summary,  # the last one, because it names the files that the others write
 }
-"""The callbacks that have options on the command line, by the group of these options."""
+"""The callbacks that have options on the command line, by the name of the group of their options."""
 
 
 def default_callbacks(*own: Callback) -> list[Callback]:

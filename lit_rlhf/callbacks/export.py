@@ -1,4 +1,4 @@
-"""A callback that writes the trained model as a Hugging Face folder at the end of the run."""
+"""A callback that writes the trained model or adapter as a Hugging Face folder at the end of training."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from lit_rlhf.modules.module import AlignmentModule
 
 
 class ExportAtEnd(lightning.Callback):
-    """A callback that writes the trained model to ``export/`` in the run's folder, for transformers and vLLM.
+    """A callback that writes the trained model or adapter to ``export/`` in the run's folder, in Hugging Face's format.
 
-    If the weights are averaged, the average is written (see `Averaging`).
+    Transformers and vLLM can load the folder. If the weights are averaged, the average is written (see `Averaging`).
 
     Args:
         name: The name of the folder to write, inside the run's folder.

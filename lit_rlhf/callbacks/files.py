@@ -28,7 +28,7 @@ class TableFile:
         self.rows = 0
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row; a new column is empty in the earlier rows."""
+        """Add a row of numbers, by column; a new column is empty in the earlier rows."""
         new = [name for name in row if name not in self.columns]
         if new:
             self._rewrite(self._read(), [*self.columns, *new])
@@ -37,7 +37,7 @@ class TableFile:
         self.rows += 1
 
     def restore(self, columns: list[str], rows: int) -> None:
-        """Keep only the given columns and the first ``rows`` rows."""
+        """Keep only the given columns and the first ``rows`` rows of the file."""
         self.columns = columns
         self._rewrite(self._read()[:rows], columns)
         self.rows = rows

@@ -1,4 +1,4 @@
-"""A callback that measures where in the models the gradients are large."""
+"""A callback that measures in which parts of the models the gradients are large."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_rlhf.modules.steps import gradient_norm
 from lit_rlhf.strategies import FSDP
 
 GROUPS = {"head": r"head\.", "embeddings": r"embed|\.wte\.|\.wpe\.", "layers": r"\.\d+\."}
-"""The default groups: heads of values, scores and tokens; embeddings; decoder layers."""
+"""The default groups: the value, score and language-model heads; the embeddings; the decoder layers."""
 
 
 class GradientShares(lightning.Callback):
@@ -29,7 +29,7 @@ class GradientShares(lightning.Callback):
     Args:
         groups: A regular expression for each group, by the group's name. A parameter belongs to the first group whose
             expression is found in the parameter's name, such as ``actor.model.model.layers.3.mlp.up_proj.weight``, or
-            to the group ``other`` if there is none.
+            to the group ``other`` if no expression is found in it.
 
     >>> GradientShares({"A": "lora_A", "B": "lora_B"}).group_of("actor.layers.3.lora_B.weight")
     'B'
@@ -65,13 +65,14 @@ class GradientShares(lightning.Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Log each group's share in the gradient of a step, without letting the host wait for the device.
+        """Log each group's share in the squared norm of the gradient, as the mean over the iteration's steps so far.
 
-        Each step logs the means over the steps so far, so that the last step logs the means of the iteration.
+        The last step thus logs the mean of the whole iteration. The host does not wait for the device.
         """
         assert isinstance(pl_module, AlignmentModule)
         own = next(name for name, each in pl_module.optimizers_by_name().items() if each.optimizer is optimizer)
-        reduce = pl_module.sum_over_ranks if isinstance(trainer.strategy, FSDP) else None  # shards as plain tensors
+        # FSDP1's shards are plain tensors, so their squared norms must be summed over the processes
+        reduce = pl_module.sum_over_ranks if isinstance(trainer.strategy, FSDP) else None
         groups = self._parameters[own]
         squares = torch.stack([gradient_norm(parameters, reduce).square() for parameters in groups.values()])
         for group, share in zip(groups, squares / squares.sum().clamp(min=1e-30), strict=True):

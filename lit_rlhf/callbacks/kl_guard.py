@@ -17,15 +17,15 @@ class KLGuard(OnPolicyCallback):
 
     The KL is the metric ``objective/kl_to_ref``, in nats per response, or this KL divided by the mean length of the
     responses, in nats per token. When the KL has been above the bound in ``iterations`` consecutive iterations, the run
-    ends as if this iteration were the last: metrics and ``last.ckpt`` are written. The error is raised afterwards, so
-    that the command has a status other than 0 and the policy is not exported. A run that is resumed from ``last.ckpt``
-    with a higher bound or other options continues from there.
+    ends as if the last of these iterations were the last of the run: metrics and ``last.ckpt`` are written. The error
+    is raised afterwards, so that the command has an exit status other than 0 and the policy is not exported. A run that
+    is resumed from ``last.ckpt`` with a higher bound or other options continues from there.
 
     Args:
         bound: The largest KL that is allowed, in nats.
         per: Whether the bound is for a ``response`` (the mean over the responses of an iteration) or for a ``token``
-            (the mean over their tokens).
-        iterations: The number of consecutive iterations above the bound before the guard acts.
+            (the mean over the tokens of these responses).
+        iterations: The number of consecutive iterations with a KL above the bound after which the guard acts.
         action: ``stop`` to end the run, ``warn`` to warn once and continue.
 
     Raises:
@@ -62,7 +62,10 @@ class KLGuard(OnPolicyCallback):
     def on_update_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]
     ) -> None:
-        """Compare the iteration's KL with the bound; every process has the same metrics, and decides the same."""
+        """Compare the iteration's KL with the bound, and stop the run or warn if the guard must act.
+
+        Every process has the same metrics, and therefore comes to the same decision.
+        """
         kl = metrics["objective/kl_to_ref"] / (1.0 if self.per == "response" else metrics["response/length"])
         self.above = [*self.above, kl][-self.iterations :] if kl > self.bound else []
         if len(self.above) < self.iterations:
@@ -87,15 +90,15 @@ class KLGuard(OnPolicyCallback):
         """
         if self._error is not None:
             raise UserError(
-                f"KLGuard: {self._error}; a higher model.kl.coef, a lower learning rate or fewer epochs keep it lower, "
-                "and iteration-*.ckpt (--checkpoint.keep_every_n) are checkpoints from before that"
+                f"KLGuard: {self._error}; a higher model.kl.coef, a lower learning rate or fewer epochs keep the KL "
+                "lower, and iteration-*.ckpt (--checkpoint.keep_every_n) are earlier checkpoints to go back to"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the KL of the last iterations, if they were above the bound, and whether the guard has warned."""
+        """Return the KL of the latest consecutive iterations above the bound, and whether the guard has warned."""
         return {"above": self.above, "warned": self.warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the KL of the last iterations above the bound, and whether the guard has warned."""
+        """Restore those values of the KL that exceed the present bound, and whether the guard has warned."""
         self.above = [kl for kl in state_dict["above"] if kl > self.bound]
         self.warned = state_dict["warned"]

@@ -1,4 +1,4 @@
-"""Callbacks that change each decoder layer before training: compile it, or recompute its activations."""
+"""Callbacks that change the decoder layers before training: one compiles them, one recomputes their activations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from lit_rlhf.models.sharding import decoder_layers
 from lit_rlhf.modules.trpo import TRPO
 
 VARIANTS = 8
-"""The number of variants of a layer that may be compiled, such as those with and without gradient."""
+"""The number of variants of a layer that may be compiled for each choice of adapters.
+
+A layer has one variant with gradients and one without, for example.
+"""
 
 
 class CompileLayers(Callback):
     """A callback that compiles every decoder layer with ``torch.compile``, for sequences of any length.
 
     The first iteration takes a minute longer. Decoding is not compiled. Layers are compiled in place, so the names in
-    checkpoints do not change. ::
+    checkpoints do not change. In a configuration::
 
         trainer:
           callbacks: [CompileLayers]
@@ -59,7 +62,7 @@ class CompileLayers(Callback):
 class ActivationCheckpointing(Callback):
     """A callback that makes the backward pass recompute each trained decoder layer from the layer's stored inputs.
 
-    Training then needs less memory, and a quarter to a third more time. The results are the same. ::
+    Training then needs less memory, and a quarter to a third more time. The results are the same. In a configuration::
 
         trainer:
           callbacks: [ActivationCheckpointing]
@@ -69,7 +72,7 @@ class ActivationCheckpointing(Callback):
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Make the trained layers recompute their activations, once the models are loaded.
+        """Make the backward pass recompute the activations of the trained layers, once the models are loaded.
 
         Raises:
             UserError: if the models do not name their decoder layers.
@@ -87,7 +90,7 @@ def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Mo
 
 
 class _Recomputed:
-    """A layer's forward pass that stores only its inputs, and is repeated in the backward pass."""
+    """A layer's forward pass that stores only the layer's inputs, and is repeated in the backward pass."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.forward: Callable[..., Any] = layer.forward

@@ -1,4 +1,4 @@
-"""A record of the loggers' runs that belong to a run, so that the run continues them when it is resumed."""
+"""A record of the loggers' own runs, such as a W&B run, so that a training run continues them when it is resumed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 
 LOGGED = "loggers.json"
-"""The file in the run's folder that says which runs of the loggers belong to it."""
+"""The name of the file, in a training run's folder, that lists the loggers' own runs."""
 IDS = {"WandbLogger": "id", "TensorBoardLogger": "version", "MLFlowLogger": "run_id"}
-"""For each class of loggers, by name, the argument that makes it continue an earlier run.
+"""The argument that makes a logger continue an earlier run, by the name of the logger's class.
 
-CSVLogger is not among them, because it deletes the file of the version that it is given; ``metrics.csv`` in the run's
+``CSVLogger`` is left out, because it deletes the file of the version that it is given; ``metrics.csv`` in the run's
 folder continues instead.
 """
 
 
 def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
-    """Store the ids of the loggers' runs in a file, by the name of the logger's class."""
+    """Store the ids of the loggers' runs in a file, by the names of the loggers' classes."""
     runs = {type(logger).__name__: logger.version for logger in loggers if type(logger).__name__ in IDS}
     if runs:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
     """Log a run's configuration, except to an MLflow run that already has one.
 
-    MLflow refuses a changed configuration, and that of a resumed run differs at least in ``ckpt_path``.
+    MLflow refuses a changed configuration, and the configuration of a resumed run differs at least in ``ckpt_path``.
     """
     for logger in loggers:
         has_one = isinstance(logger, MLFlowLogger) and logger.experiment.get_run(str(logger.run_id)).data.params
@@ -41,14 +41,14 @@ def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
 
 @contextmanager
 def continued(path: Path, configs: Sequence[Any]) -> Iterator[None]:
-    """Make the configurations of loggers continue the runs that are noted in a file, inside this context.
+    """Set the configurations of loggers, inside this context, so that the loggers continue the runs noted in a file.
 
-    A configuration that names a run itself is left alone. At the end, the configurations are restored, so that they can
-    be used for another run.
+    A configuration that names a run itself is left as it is. At the end, the configurations are restored, so that they
+    can be used for another run.
 
     Args:
-        path: The file that `note_logged` wrote; nothing happens if there is none.
-        configs: The configurations of the loggers; those without ``class_path`` are left alone.
+        path: The file that `note_logged` wrote; nothing happens if there is no file.
+        configs: The configurations of the loggers; those without ``class_path`` are left as they are.
     """
     runs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     before: list[tuple[Any, str, Any]] = []

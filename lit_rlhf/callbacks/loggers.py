@@ -24,7 +24,7 @@ BINS = 64
 
 
 class LogDetails(OnPolicyCallback):
-    """A callback that gives the loggers more than metrics: samples, histograms and, if asked, the exported model.
+    """A callback that gives the loggers more than metrics: samples, histograms and, on request, the exported model.
 
     ==============  ============================  ===============================  ==================
     logger          samples                       histograms                       exported model
@@ -34,16 +34,16 @@ class LogDetails(OnPolicyCallback):
     MLflow          a table, as a Markdown file   no                               no
     ==============  ============================  ===============================  ==================
 
-    Each sample has its score and the parts of it: every reward, and the KL to the reference. The samples are those that
-    the callback `Samples` writes, of process 0. The histograms are of the scores, the response lengths, the advantages,
-    and the ratios π_actor / π_engine of all processes' responses. The x-axis is the iteration.
+    Each sample has its score, every reward, and the KL to the reference. The samples are the responses of process 0
+    that the callback `Samples` writes. The histograms show the scores, the lengths, the advantages and, if they are
+    computed, the ratios π_actor / π_engine of the responses on all processes. The x-axis is the iteration.
 
-    In a run that is resumed, TensorBoard drops what was logged after the checkpoint; W&B and MLflow cannot, so
-    they have the iterations between the checkpoint and the interruption twice.
+    In a run that is resumed, TensorBoard drops what was logged after the checkpoint. W&B and MLflow cannot do this, so
+    they show the iterations between the checkpoint and the interruption twice.
 
     Args:
         every_n: The number of iterations between two logs of samples and histograms, which are also logged in the first
-            iteration; samples are logged in every validation too. 0 to log no samples and histograms at all.
+            iteration; samples are logged in every validation too. 0 to log no samples or histograms at all.
         model: Whether to upload the exported model or adapter to W&B at the end, as an artifact.
 
     Raises:
@@ -72,7 +72,7 @@ class LogDetails(OnPolicyCallback):
         note_logged(Path(trainer.default_root_dir) / LOGGED, trainer.loggers)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """In a run that is resumed, let TensorBoard drop what was logged after the checkpoint."""
+        """Let TensorBoard drop what was logged after the checkpoint, if the run is resumed."""
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger) and len(list(Path(logger.log_dir).glob("events.out.*"))) > 1:
                 writer: Any = logger.experiment
@@ -84,7 +84,7 @@ class LogDetails(OnPolicyCallback):
     def on_samples(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, records: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Log the records that `Samples` writes."""
+        """Log the samples that the callback `Samples` writes, those of an iteration only if they are due."""
         if not records or not self.every_n or not trainer.is_global_zero:
             return
         iteration, stage = records[0]["iteration"], records[0]["stage"]
@@ -101,7 +101,7 @@ class LogDetails(OnPolicyCallback):
         scored: ScoredRollout,
         trajectory: Trajectory,
     ) -> None:
-        """Log histograms of the scores, the response lengths, and the ratios of the actor to the engine."""
+        """Log histograms of the scores, the response lengths and the ratios π_actor / π_engine, if they are due."""
         if self._draws(trainer, pl_module):
             self._log_histogram(trainer, pl_module, "scores", scored.scores)
             self._log_histogram(trainer, pl_module, "lengths", scored.rollout.response_lengths)
@@ -111,7 +111,7 @@ class LogDetails(OnPolicyCallback):
     def on_advantages(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
     ) -> None:
-        """Log a histogram of the advantages."""
+        """Log a histogram of the advantages, if histograms are due."""
         if self._draws(trainer, pl_module):
             mask = experience.rollout.response_mask
             self._log_histogram(trainer, pl_module, "advantages", experience.advantages, mask)
@@ -120,7 +120,7 @@ class LogDetails(OnPolicyCallback):
         return iteration == 1 or iteration % self.every_n == 0
 
     def _draws(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> bool:
-        """Return whether histograms are due, with the same answer on all processes."""
+        """Return whether histograms are due in this iteration; the answer is the same on all processes."""
         if not self.every_n or not any(isinstance(x, WandbLogger | TensorBoardLogger) for x in trainer.loggers):
             return False
         return self._is_due(iteration_of(module) + 1)
@@ -143,7 +143,7 @@ class LogDetails(OnPolicyCallback):
     # ------------------------------------------------------------------- the model
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Upload the exported model to W&B if ``model`` is set."""
+        """Upload the exported model or adapter to W&B, if the option ``model`` is set."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         exports = [Path(trainer.default_root_dir) / c.name for c in callbacks if isinstance(c, ExportAtEnd)]
         if not self.model or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
@@ -160,7 +160,7 @@ class LogDetails(OnPolicyCallback):
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of a table of samples; each reward has a column.
+    """Return the names of the columns, and the rows, of a table of samples; each reward has a column of its own.
 
     >>> sample = {"iteration": 1, "stage": "val", "prompt": "2 + 2", "response": " 4", "terminated": True, "score": 1.0}
     >>> columns, rows = table([sample | {"rewards": {"exact": 1.0}, "kl_to_ref": 0.5}])
@@ -181,7 +181,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table in Markdown; the pipe signs and the line breaks of texts are replaced.
+    """Return a table in Markdown; the pipe signs and the line breaks in its cells are written as HTML.
 
     >>> print(markdown(["response", "score"], [["a|b", 0.123456]]))
     | response | score |
@@ -205,7 +205,7 @@ def histogram(values: Tensor, strategy: Any) -> tuple[list[float], list[float]]:
         strategy: The Trainer's strategy.
 
     Returns:
-        The counts of the bins, and their edges, of which there is one more.
+        The counts of the ``BINS`` bins, and the ``BINS`` + 1 edges of the bins.
     """
     empty = torch.full((1,), -torch.inf, device=values.device)
     ends = torch.stack([torch.cat([-values, empty]).max(), torch.cat([values, empty]).max()])
@@ -219,7 +219,7 @@ def histogram(values: Tensor, strategy: Any) -> tuple[list[float], list[float]]:
 
 
 def log_table(logger: Logger, name: str, columns: list[str], rows: list[list[Any]], iteration: int) -> None:
-    """Log a table with a logger that can show one."""
+    """Log a table, if the logger can show one."""
     if isinstance(logger, WandbLogger):
         import wandb
 
@@ -233,7 +233,7 @@ def log_table(logger: Logger, name: str, columns: list[str], rows: list[list[Any
 
 
 def log_histogram(logger: Logger, name: str, counts: list[float], edges: list[float], iteration: int) -> None:
-    """Log a histogram with a logger that can show one."""
+    """Log a histogram, if the logger can show one."""
     if isinstance(logger, WandbLogger):
         import numpy as np
         import wandb

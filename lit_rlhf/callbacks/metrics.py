@@ -53,7 +53,7 @@ class MetricsFile(lightning.Callback):
         return {"columns": self.file.columns, "rows": self.file.rows} if self.file else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store the columns and the number of rows that the file is to keep when training starts."""
+        """Store the names of the columns and the number of rows that the file keeps when training starts."""
         self._restored = state_dict or None
 
     def _append(self, trainer: lightning.Trainer, metrics: dict[str, Any]) -> None:

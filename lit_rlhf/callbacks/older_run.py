@@ -12,9 +12,9 @@ class OlderRun(lightning.Callback):
     """A callback that renames the folder of an older run when a new run takes its place.
 
     If the new run fails before its first iteration is complete, the older run's folder gets its name back. `move_aside`
-    renames the folder before the fit, because loggers write to the new one before any hook is called. If there is no
-    older run, the ``config.yaml`` of a run that fails so early is removed, so that its folder does not count as that of
-    a run.
+    renames the folder before the fit, because loggers write to the new folder before any hook is called. If there is no
+    older run, the ``config.yaml`` of a new run that fails this early is removed, so that its folder does not count as
+    that of a run.
 
     >>> OlderRun().aside is None
     True
@@ -49,15 +49,19 @@ class OlderRun(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Remove the folder of a run that has completed no iteration, and rename the older run's folder back."""
+        """Give the older run's folder its name back, if the new run has completed no iteration.
+
+        The folder of the new run is removed. If there is no older run, only its ``config.yaml`` is removed, and the
+        folder itself if nothing else is in it.
+        """
         if self.folder is None:
             return
         if self.aside is None:
             (self.folder / "config.yaml").unlink(missing_ok=True)
-            with suppress(OSError):  # the folder is not empty
+            with suppress(OSError):  # if the folder is not empty
                 self.folder.rmdir()
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.aside.rename(self.folder)
-        print(f"the run failed before its first iteration, so the older run is in {self.folder} again")
+        print(f"the run failed before its first iteration was complete, so the older run is in {self.folder} again")
         self.folder = self.aside = None

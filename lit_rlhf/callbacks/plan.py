@@ -17,7 +17,7 @@ from lit_rlhf.planning.setting import Setting, setting_of
 
 
 class PrintPlan(Callback):
-    """A callback that prints the plan of a run in two lines: its models, its memory and its time per iteration.
+    """A callback that prints a run's plan in two lines: the models, the memory, and the work and time of an iteration.
 
     ``lit-rlhf plan`` prints the whole plan.
 
@@ -33,7 +33,7 @@ class PrintPlan(Callback):
         self.checkpointing = checkpointing
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Print the plan in the first process; turn on checkpointing in all processes if the plan says so."""
+        """Print the plan on process 0; turn on activation checkpointing on all processes if the plan asks for it."""
         added = False
         if trainer.is_global_zero:
             try:
@@ -47,7 +47,7 @@ class PrintPlan(Callback):
             ActivationCheckpointing().on_fit_start(trainer, pl_module)
 
     def device(self, trainer: lightning.Trainer) -> Device:
-        """Return the device of this process; the speed of a CPU is not measured."""
+        """Return the device of this process, without peak rates if it is a CPU."""
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return this_gpu() if on_gpu else Device("cpu", memory_of_host(), None, None, None)
 
@@ -62,7 +62,7 @@ class PrintPlan(Callback):
 
 
 def run_setting(trainer: lightning.Trainer, module: Any, device: Device) -> Setting:
-    """Return the setting of a Trainer's run on devices of this kind.
+    """Return the setting of a Trainer's run, as if every process had the given device.
 
     Raises:
         UserError: if the run cannot be planned.

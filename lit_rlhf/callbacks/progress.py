@@ -25,14 +25,14 @@ SHORT = {
     "val/score": "val score",
 }
 IN_VALIDATION = ("loss", "perplexity", "accuracy", "score", "reference_score", "win_rate", "kl_to_ref", "length")
-"""The held-out metrics that a line shows, in this order."""
+"""The held-out metrics that the line of a validation shows, in this order."""
 
 
 class ProgressBar(LightningProgressBar):
-    """A callback that shows the progress of a run, with metrics by short names such as ``KL`` (nats per response).
+    """A callback that shows the progress of a run, and metrics under short names such as ``KL`` (nats per response).
 
     In a terminal, one bar shows the iterations with the time left, and a second bar shows the current work: decoding,
-    judging, the update, a validation. Elsewhere, such as in the log of SLURM, plain lines are printed for the first and
+    judging, the update, a validation. Elsewhere, such as in a SLURM log, plain lines are printed for the first and
     the last iteration, for every validation, and from time to time for another iteration. Only process 0 prints.
 
     Args:
@@ -60,7 +60,7 @@ class ProgressBar(LightningProgressBar):
         return self.enabled
 
     def disable(self) -> None:
-        """Show nothing; Lightning calls this method on all processes but the first."""
+        """Show nothing from now on; Lightning calls this method on all processes except process 0."""
         self.enabled = False
 
     def enable(self) -> None:
@@ -156,7 +156,7 @@ class ProgressBar(LightningProgressBar):
         return {SHORT.get(name, name): value for name, value in metrics.items()}
 
     def shown_metrics(self, trainer: lightning.Trainer) -> list[str]:
-        """Return the metrics as texts, with their short names."""
+        """Return the metrics to show as texts, each with its short name."""
         metrics: Any = self.get_metrics(trainer, trainer.lightning_module)
         return [
             f"{float(value):,.0f} {name}" if name == "tokens/s" else f"{name} {number(value)}"
@@ -215,7 +215,7 @@ def total_iterations(trainer: lightning.Trainer, module: lightning.LightningModu
 
 
 def number(value: Any) -> str:
-    """Return a metric as a short text with three significant digits, and 0 for magnitudes below 10⁻⁶.
+    """Return a metric as a short text with three significant digits, or as ``0`` if its magnitude is below 10⁻⁶.
 
     >>> number(0.123456), number(-1.2e-7)
     ('0.123', '0')

@@ -8,12 +8,12 @@ from lit_rlhf.report.page import write_report
 
 
 class WriteReport(lightning.Callback):
-    """A callback that writes ``report.html`` in the run's folder and prints its path.
+    """A callback that writes ``report.html`` into the run's folder, and prints the path of this file.
 
-    Only process 0 writes it. An error is printed in one line and does not end the run, which is finished by then.
+    Only process 0 writes the file. An error is printed in one line, and does not make the run fail.
 
     Args:
-        at_end: Whether to write the report at the end of the run; ``lit-rlhf report`` writes it at any time.
+        at_end: Whether to write the report at the end of the run; ``lit-rlhf report`` can write it at any time.
 
     >>> WriteReport(at_end=False).at_end
     False
@@ -23,7 +23,7 @@ class WriteReport(lightning.Callback):
         self.at_end = at_end
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the report without pictures, which take seconds; ``lit-rlhf report`` writes them too."""
+        """Write the report without PNG files of the charts, which take seconds; ``lit-rlhf report`` writes them too."""
         folder = Path(trainer.default_root_dir)
         if not (self.at_end and trainer.is_global_zero and (folder / "metrics.csv").exists()):
             return

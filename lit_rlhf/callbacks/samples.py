@@ -22,18 +22,19 @@ class Samples(OnPolicyCallback):
     """A callback that writes process 0's first responses of each iteration and of each validation, with their scores.
 
     Each line has the iteration, the stage (``train`` or ``val``), the prompt, the response, whether a stop token ended
-    the response, the score, the rewards, and the KL to the reference in nats. ``tokens`` has the ``text`` of each token
-    of the response, its ``kl_to_ref`` (k1) and, in training, its ``advantage``, as the update uses it, and the critic's
-    ``value`` of the text before the token, rounded to four decimals. A line of a validation has the ``reference``'s
-    ``response`` to the same prompt, and its ``score``.
+    the response, the score, the rewards, and the KL to the reference in nats. The entry ``tokens`` has the ``text`` of
+    each token of the response and, rounded to four decimals, the token's ``kl_to_ref`` (k1). In training, it also has
+    the token's ``advantage`` as the update uses it and, with a critic, the ``value`` of the text before the token. In a
+    line of a validation, the entry ``reference`` has the reference's ``response`` to the prompt, and the ``score`` of
+    that response.
 
     When a run is resumed, the file is first truncated to the checkpoint's lines. Any callback with a method
     ``on_samples`` gets the same records: in training on process 0, and in a validation on every process, which has the
     records of its own responses. `LogDetails` passes them to the loggers.
 
     Args:
-        count: The number of responses to write per iteration and per validation, at most those of a batch on
-            process 0.
+        count: The maximum number of responses to write per iteration and per validation; process 0's first batch may
+            have fewer.
         name: The name of the file in the run's folder.
 
     Raises:
@@ -61,13 +62,13 @@ class Samples(OnPolicyCallback):
     def on_advantages(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
     ) -> None:
-        """Keep the advantages of the iteration's first responses."""
+        """Keep the advantages of the iteration's first responses until they are written."""
         self._advantages = experience.advantages[: self.count]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the iteration's first responses."""
+        """Write the iteration's first responses, and pass them to the callbacks with a method ``on_samples``."""
         scored = outputs.get("scored_rollout") if isinstance(outputs, dict) else None
         if not trainer.is_global_zero or not isinstance(scored, ScoredRollout):
             return
@@ -95,7 +96,7 @@ class Samples(OnPolicyCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the first responses of the validation."""
+        """Write the first responses of the validation, and pass them to the callbacks with a method ``on_samples``."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and batch_idx == 0 and isinstance(outputs, dict) and "reward_inputs" in outputs:
             records = self._records(pl_module, "val", **outputs)
@@ -123,7 +124,10 @@ class Samples(OnPolicyCallback):
         reference: tuple[Sequence[str], Tensor] | None = None,
         **of_tokens: Tensor | None,
     ) -> list[dict[str, Any]]:
-        """Return the first responses; ``of_tokens`` has further numbers of their tokens, [B, T] each, or None."""
+        """Return a record for each of the first ``count`` responses of a batch of B responses.
+
+        The keywords in ``of_tokens`` name further numbers of the tokens, each [B, T], or None for numbers to leave out.
+        """
         assert isinstance(module, AlignmentModule)
         numbers = {"kl_to_ref": kl_of_tokens} | {name: x for name, x in of_tokens.items() if x is not None}
         rollout, records = reward_inputs.rollout, []
@@ -153,7 +157,7 @@ class Samples(OnPolicyCallback):
 
 
 class Predictions(lightning.Callback):
-    """A callback that writes the responses of ``predict``, one JSON line each.
+    """A callback that writes each response of ``predict`` to a file, as one line of JSON.
 
     Args:
         name: The name of the file in the run's folder.

@@ -1,4 +1,4 @@
-"""A callback that prints, at the end of a run, its metrics, its files, and the commands that come next."""
+"""A callback that prints a run's metrics, its files, and the commands that come next, at the end of the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = {
     "accuracy": ("train/accuracy", "val/accuracy"),
     "win rate": ("val/win_rate",),
 }
-"""For each name in the summary, the metrics of training and of validations."""
+"""The metrics of training and of validations that a line of the summary shows, by the label of the line."""
 UNITS = {"KL": "nats per response", "length": "tokens", "win rate": "against the reference"}
 FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoints")
 
@@ -37,7 +37,7 @@ class Summary(lightning.Callback):
     """A callback that prints a few lines at the end of ``fit``: the metrics, the files, and the next commands.
 
     Each metric is given for the first and the last iteration, and for the first and the last validation. If the
-    reference has the actor's initial weights, as it has by default, the first held-out values are the reference's: its
+    reference has the actor's initial weights, as it does by default, the first held-out values are the reference's: its
     score, and a KL of 0. In a resumed run, the first values are those from before the interruption.
 
     Args:
@@ -53,7 +53,7 @@ class Summary(lightning.Callback):
         self._start, self._from = 0.0, 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note the time and the iteration."""
+        """Store the time and the iteration at which this part of the run begins."""
         self._start, self._from = time.monotonic(), iteration_of(pl_module)
 
     def on_train_batch_end(
@@ -77,12 +77,12 @@ class Summary(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Print the checkpoint from which the run can be resumed, if the user has interrupted the run."""
+        """Print from which checkpoint the run can be resumed, if the user has interrupted the run."""
         if not (isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero):
             return
         saved = max((c.saved_iteration for c in _checkpoints(trainer)), default=0)
         last = f"the last checkpoint is that of iteration {saved}; --ckpt_path last resumes from it"
-        none = "there is no checkpoint yet, since checkpoint.every_n iterations have not been done"
+        none = "there is no checkpoint yet, since fewer than checkpoint.every_n iterations are complete"
         done = iteration_of(pl_module)
         when = f"after iteration {done}" if saved == done else f"in iteration {done + 1}"
         print(f"interrupted {when}: {last if saved else none}", flush=True)
@@ -96,7 +96,7 @@ class Summary(lightning.Callback):
         self.first = dict(state_dict["first"])
 
     def reached(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
-        """Return the lines on the metrics, each as a label and a text."""
+        """Return the lines on the training and its metrics, each as a label and a text."""
         last = {name: float(value) for name, value in trainer.callback_metrics.items()}
         done, seconds = iteration_of(module), time.monotonic() - self._start
         begun = "" if self._from == 0 else f" (after iteration {self._from})"
@@ -109,7 +109,7 @@ class Summary(lightning.Callback):
         return lines
 
     def files(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
-        """Return the lines on the files that the run has written, and on the next commands."""
+        """Return the lines on the run's model, its files and the next commands, each as a label and a text."""
         run, callbacks = Path(trainer.default_root_dir), trainer.callbacks  # type: ignore[attr-defined]
         found = ", ".join(name for name in FILES if (run / name).exists())
         lines = [("files", f"{run}: {found}")] if found else []
@@ -132,14 +132,15 @@ def _checkpoints(trainer: lightning.Trainer) -> list[IterationCheckpoint]:
 
 
 def initial(module: AlignmentModule, last: dict[str, float]) -> dict[str, float]:
-    """Return the held-out metrics of the actor before the first iteration, which are the reference's.
+    """Return the held-out metrics of the actor before the first iteration, which equal those of the reference.
 
     Args:
         module: The module that was trained.
         last: The metrics at the end.
 
     Returns:
-        The metrics; none if the reference has other weights than the initial actor, or if there was no validation.
+        The metrics by name; none if the weights of the reference are not those of the initial actor, if the method is
+        not on-policy, or if there was no validation.
     """
     same = isinstance(module, OnPolicy) and module.reference_source in (None, module.source)
     if not same or "val/reference_score" not in last:
@@ -156,7 +157,7 @@ def _change(name: str, first: float | None, last: dict[str, float]) -> str:
 
 
 def following(trainer: lightning.Trainer, module: AlignmentModule, export: Path) -> list[str]:
-    """Return the commands that usually follow a run; if its configuration was not saved, without those that read it.
+    """Return the commands that usually follow a run, except those that need a configuration that was not saved.
 
     Args:
         trainer: The Trainer, which has the callback that saves the configuration if the command line started the run.
@@ -189,7 +190,7 @@ def following(trainer: lightning.Trainer, module: AlignmentModule, export: Path)
 
 
 def show(lines: list[tuple[str, str]]) -> None:
-    """Print lines, each a label and a text, in colour in a terminal; long lines stay whole, so that they can be copied.
+    """Print lines of a label and a text each; in a terminal, they are in colour, and long lines are not broken.
 
     >>> show([("done", "3 iterations"), ("model", "runs/ppo/export")])
     done      3 iterations

@@ -27,8 +27,8 @@ class Course:
 
     Args:
         step: A singular noun for the steps that are counted, such as ``iteration``.
-        done: The number done before this process, by an earlier part of the run.
-        total: The number to do; None if it is not known.
+        done: The number of steps that an earlier part of the run has done, before this process started.
+        total: The number of steps in the whole run; None if it is not known.
     """
 
     def __init__(self, step: str, done: int, total: int | None) -> None:
@@ -52,7 +52,7 @@ class Course:
         self.start, self.work = time.monotonic(), None
 
     def advance(self, done: int, metrics: list[str]) -> None:
-        """Store the number of steps done, and the metrics to show."""
+        """Store the number of steps done and the metrics to show, and forget the current stage and work."""
         self.done, self.metrics, self.stage, self.work = done, metrics, None, None
         self.newest = time.monotonic()
 
@@ -62,7 +62,7 @@ class Course:
         return f"{self.step} {self.done}" + ("" if self.total is None else f"/{self.total}")
 
     def duration(self) -> str:
-        """Return the time left or, if that is not known, the time since the start."""
+        """Return as text the time left or, if that is not known, the time since the start."""
         now = time.monotonic()
         if self.total is None or self.done == self.first:
             return clock(now - self.start)
@@ -86,10 +86,10 @@ class View(Protocol):
         """Show that some work has progressed."""
 
     def note(self, line: str) -> None:
-        """Show a result that is not to be overwritten."""
+        """Show a line with a result, which the display must not overwrite."""
 
     def close(self) -> None:
-        """Stop the display, and remove the parts of it that are unfinished."""
+        """Stop the display, and remove its bars if it has any."""
 
 
 class Bars:
@@ -115,10 +115,10 @@ class Bars:
         self.exits.enter_context(_logging_to(sys.stderr))
 
     def advanced(self) -> None:
-        """Do nothing: the thread draws."""
+        """Do nothing, because a thread draws the bars."""
 
     def heard(self) -> None:
-        """Do nothing: the thread draws."""
+        """Do nothing, because a thread draws the bars."""
 
     def note(self, line: str) -> None:
         """Do nothing: the bar of the run shows the newest metrics."""
@@ -142,7 +142,10 @@ class Bars:
         return Text("\n").join(lines)
 
     def _below(self) -> tuple[str, int, int | None, list[str]] | None:
-        """Return the label, the numbers and the texts of the second line, if there is something to show."""
+        """Return the label, the amount done, the total amount and the texts of the second bar.
+
+        None is returned if there is nothing to show.
+        """
         stage, work, seconds = self.course.stage, self.course.work, time.monotonic() - self.course.work_start
         if work is not None and work.total is None and seconds < QUIET_SECONDS:
             work = None
@@ -188,11 +191,11 @@ class Lines:
         course = self.course
         ends = course.done in (course.first + 1, course.total)
         if ends or time.monotonic() - self.last >= self.every:
-            metrics = [metric for metric in course.metrics if not metric.startswith("val ")]  # they have their own line
+            metrics = [metric for metric in course.metrics if not metric.startswith("val ")]  # in a line of their own
             self.note("  ".join([course.label, *metrics, f"{course.pace():.3g} s/{course.step}", course.duration()]))
 
     def heard(self) -> None:
-        """Print the progress of the current work if no line was printed for a minute."""
+        """Print the progress of the current work if no line has been printed for a minute."""
         work = self.course.work
         if work is not None and time.monotonic() - self.last >= SILENT_SECONDS:
             self.note(f"{self.course.label}: {work.work} {amount(work)}".rstrip())
@@ -203,11 +206,11 @@ class Lines:
         self.last = time.monotonic()
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing: the printed lines remain."""
 
 
 def amount(progress: Progress) -> str:
-    """Return the number done and the total, with their unit; an empty text if the total is not known.
+    """Return the amount done, the total amount and their unit as text; an empty text if the total is not known.
 
     >>> amount(Progress("generate", 37, 64, "responses")), amount(Progress("update"))
     ('37/64 responses', '')
@@ -216,7 +219,7 @@ def amount(progress: Progress) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as hours, minutes and seconds.
+    """Return a duration as text: the hours, if there are any, the minutes and the seconds.
 
     >>> clock(75), clock(3675)
     ('1:15', '1:01:15')
@@ -233,7 +236,7 @@ def is_terminal() -> bool:
 
 @contextmanager
 def _logging_to(stream: object) -> Iterator[None]:
-    """Let loggers that write to the terminal write to a stream inside this context, so that the bars stay intact."""
+    """Make loggers that write to the terminal write to ``stream`` inside this context, so that the bars stay intact."""
     loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
     handlers = {
         handler

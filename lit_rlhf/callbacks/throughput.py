@@ -1,4 +1,4 @@
-"""A callback that measures the tokens per second of each phase, and the share of the device's peak that it reaches."""
+"""A callback that measures the tokens per second of each phase, and the phase's share of the devices' peak rate."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ class Throughput(OnPolicyCallback):
     The phases are ``generate``, ``judge`` and ``update``; their seconds are the metrics ``time/*``. Two metrics of each
     phase are logged, for example ``perf/update_tokens_per_second`` and ``perf/update_utilisation``:
 
-    - The tokens of the iteration per second: in ``generate`` those of the responses, otherwise those of the prompts and
-      the responses, each counted once, however often the update reads them.
-    - The utilisation: the FLOPs of the phase, divided by those that all devices could do in its time at the peak rate.
-      The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts and
-      responses. They include the activations that are recomputed, and assume that no target KL ends the update early.
+    - The tokens of the iteration, divided by the seconds of the phase. In ``generate``, these are the tokens of the
+      responses; in the other phases, each token of the prompts and responses counts once, however often it is read.
+    - The utilisation: the FLOPs of the phase, divided by those that all devices could do in the same time at the peak
+      rate. The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts
+      and responses. They include the activations that are recomputed, and assume that no target KL ends the update
+      early.
 
-    The utilisation is logged only if the peak rate is known, and for ``generate`` only if the training processes
-    generate the responses. The tokens and responses per second of whole iterations are metrics of every run:
-    ``perf/tokens_per_second`` and ``perf/responses_per_second``.
+    The utilisation is logged only if the peak rate is known and the run can be planned, and for ``generate`` only if
+    the training processes generate the responses. The tokens and responses per second of whole iterations are metrics
+    of every run: ``perf/tokens_per_second`` and ``perf/responses_per_second``.
 
     Args:
         peak_tflops: The peak rate of one device in the precision of the run, in 10¹² FLOPs per second; None for the
@@ -51,10 +52,11 @@ class Throughput(OnPolicyCallback):
         self.peak_tflops = peak_tflops
         self._setting: Setting | None = None
         self._peak: float | None = None  # FLOPs per second of all devices
-        self._counts = torch.zeros(3, dtype=torch.float64)  # of this process: rows, tokens of prompts, of responses
+        # the responses of this process, the tokens of their prompts, and the tokens of the responses:
+        self._counts = torch.zeros(3, dtype=torch.float64)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Find the peak rate and, if it is known, the setting from which the FLOPs are computed."""
+        """Find the peak rate and, if the rate is known, the setting of the run, from which the FLOPs are computed."""
         device = this_gpu() if trainer.strategy.root_device.type == "cuda" else Device("cpu", 0.0, None, None, None)
         known = device.half if str(trainer.precision).startswith("bf16") else device.single
         peak = known if self.peak_tflops is None else self.peak_tflops * 1e12
@@ -70,7 +72,7 @@ class Throughput(OnPolicyCallback):
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Count the rows and the tokens of this process."""
+        """Count the responses of this process, and the tokens of their prompts and of the responses."""
         lengths = torch.stack(
             [torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths]
         )
@@ -99,6 +101,9 @@ def phase_flops(setting: Setting, rows: int, prompt_tokens: float, response_toke
         rows: The number of responses.
         prompt_tokens: The mean number of tokens in a prompt, which is rounded here.
         response_tokens: The mean number of tokens in a response, which is rounded here.
+
+    Raises:
+        UserError: if a model cannot be run without the values of its tensors.
     """
     prompt, response = max(1, round(prompt_tokens)), max(1, round(response_tokens))
     generation = setting.generation and replace(setting.generation, prompt_tokens=prompt)

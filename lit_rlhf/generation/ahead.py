@@ -27,10 +27,10 @@ from lit_rlhf.types import PromptBatch, Rollout
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A rollout that is being generated, with the weights that draw it."""
+    """A rollout that is being generated, and the weights of the policy that draws its responses."""
 
     pending: PendingRollout
-    idle: Future[float]  # done when the responses are; its result is the generators' idle time before, in seconds
+    idle: Future[float]  # done when the responses are; its result is the generators' idle time before them, in seconds
     weights: list[Tensor]  # on the host: this process's part of each trained parameter of the actor; empty if not kept
 
 
@@ -43,7 +43,7 @@ class Landing(NamedTuple):
 
 
 class Ahead(Engine):
-    """An engine that generates responses while the learner updates the models, with weights that are older by a lag.
+    """An engine that generates responses while the learner updates the models, with weights a few iterations behind.
 
     Iteration i learns from responses that the policy after iteration i − 1 − lag drew (the initial policy in the first
     iterations). The lag is fixed, not "whatever is ready", so that the responses remain a function of the seed, the
@@ -59,7 +59,8 @@ class Ahead(Engine):
     billion parameters in bfloat16.
 
     With a lag, the responses are off-policy: ``model.correction`` or `VTrace` corrects for this. The ratio π / π_old of
-    the objectives still begins at 1, because π_old is the actor at the beginning of the update (without a bypass).
+    the objectives still begins at 1, because π_old is the actor at the beginning of the update (unless
+    `Correction.bypass` makes π_old the policy that drew the responses).
 
     Source: Noukhovitch et al. 2024 (asynchronous RLHF, arXiv 2410.18252), section 3; actors with an older policy as in
     Espeholt et al. 2018 (IMPALA, arXiv 1802.01561), section 3.
@@ -67,10 +68,10 @@ class Ahead(Engine):
     Args:
         engine: The engine that generates the responses.
         lag: The number of iterations by which the policy that draws the responses is older than without this class;
-            with 0, the engine is used in the training process, as if this class were not there.
-        workers: The number of worker processes, which divide the responses of a batch between them; each training
-            process has its own. Their number does not change the samples. With 0, the training process generates the
-            same responses itself, from a copy of the older weights: slower, but without a second device.
+            with 0, the inner engine is used directly, as if this class were not there.
+        workers: The number of worker processes of each training process, which share the work on its prompts. This
+            number does not change the samples. With 0, the training process itself generates the same responses, with
+            a copy of the older weights; this is slower, but needs no second device. A server needs no workers.
         threads: The number of CPU threads of each worker process. If the workers compute on the CPU, the training
             process gives up as many threads as its workers have together, but keeps at least one.
         devices: The devices of the worker processes, such as ``cuda:1``: the first ``workers`` of them for the first
@@ -114,7 +115,7 @@ class Ahead(Engine):
         self.devices = devices
         self.flights: dict[int, Flight] = {}  # by the iteration that learns from the rollout
         self._context: EngineContext | None = None
-        self._unstarted = engine  # after `start`, a copy from before it, which is sent to the worker processes
+        self._unstarted = engine  # after `start`, a copy from before `start`, for the worker processes
         self._detached: DetachedEngine | Workers | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._threads_before: int | None = None
@@ -131,7 +132,7 @@ class Ahead(Engine):
         self.engine.start(context)
 
     def close(self) -> None:
-        """Drop the rollouts that are being generated, and end the worker processes and the inner engine."""
+        """Drop the rollouts that are being generated, end the worker processes, and close the inner engine."""
         workers, thread = self._detached, self._thread
         self.flights.clear()
         self._detached = self._thread = None
@@ -154,9 +155,9 @@ class Ahead(Engine):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """Generate responses with the actor's current weights, and wait for them.
+        """Generate responses with the actor's current weights, wait for them, and return the rollout.
 
-        A server generates them after the rollouts that were launched before. The arguments are those of
+        A server generates these responses after the rollouts that were launched before. The arguments are those of
         `Engine.generate`.
         """
         if self._thread is None or not isinstance(self.engine, DetachedEngine):
@@ -208,7 +209,7 @@ class Ahead(Engine):
     def land(self, iteration: int) -> Landing:
         """Wait for the responses of an iteration, and return them with the waiting times.
 
-        All processes call this method together, inside `weights_of`.
+        All processes call this method together, inside the context of `weights_of`.
 
         Args:
             iteration: The iteration that learns from the responses, as in `launch`.
@@ -222,7 +223,7 @@ class Ahead(Engine):
 
     @contextmanager
     def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
-        """Give the actor the weights that draw an iteration's responses, if they were kept, inside this context."""
+        """Give the actor the weights that draw an iteration's responses, if `launch` kept them, inside this context."""
         kept = self.flights[iteration].weights
         pairs = list(zip(map(_local, _trained(actor)), kept, strict=True)) if kept else []
         now = [weight.to("cpu", copy=True) for weight, _ in pairs]
@@ -284,7 +285,7 @@ class Ahead(Engine):
 
 
 class _InThisProcess(PendingRollout):
-    """A rollout that this process generates when it is needed, with the weights that the actor has then."""
+    """A rollout that this process generates when `result` is called, with the weights that the actor has then."""
 
     def __init__(self, generate: Callable[[], Rollout]) -> None:
         self.generate = generate
@@ -301,5 +302,5 @@ def _trained(actor: Actor) -> list[Tensor]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a parameter, in the memory of the parameter."""
+    """Return this process's shard of a parameter, or the whole parameter if it is not sharded; nothing is copied."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,8 +14,8 @@ class RowCache(Cache):
     """A key-value cache with one row per sequence, in which the newest tokens of all rows share a column.
 
     A prompt that joins later is written so that its last token is in that column; the row of a sequence that has
-    ended is reused. A decoding step therefore writes one column and reads one block, and only rows that move are
-    copied.
+    ended is reused. A decoding step therefore writes one column and reads one contiguous block of columns, without
+    copying what is already in the cache.
 
     Args:
         rows: The maximum number of sequences.
@@ -32,7 +32,7 @@ class RowCache(Cache):
         """The column of the longest sequence's first token, and the column after the newest tokens."""
         self.column: Tensor | None = None
         """The column ``end`` as a tensor, [1] int64, if decoding steps have a fixed shape, that is, if they compute all
-        rows and columns; None if they compute those in use."""
+        rows and columns; None if they compute only the rows and columns in use."""
 
     def insert(self, prefilled: DynamicCache, responses: int) -> None:
         """Append prefilled prompts after the rows in use, with the prompts' last tokens in the newest column.
@@ -59,7 +59,13 @@ class RowCache(Cache):
             states[target, :, self.start : self.end] = states[source, :, self.start : self.end]
 
     def resize(self, rows: int, columns: int, end: int) -> None:
-        """Change the number of rows and columns, and move the contents so that they end just before column ``end``."""
+        """Change the numbers of rows and columns, and move the contents so that they end just before column ``end``.
+
+        Args:
+            rows: The new number of rows, at least the number in use.
+            columns: The new number of columns.
+            end: The column that the next decoding step writes, at least the number of columns in use.
+        """
         width = self.end - self.start
         for layer in self.layers:
             for name, old in zip(("keys", "values"), _keys_values(layer), strict=True):
@@ -70,7 +76,7 @@ class RowCache(Cache):
 
 
 class _Layer(CacheLayerMixin):
-    """The keys and values of one layer, each [rows, heads, columns, D]."""
+    """The keys and values of one layer, each [rows, heads, columns, D], where D is the size of a head."""
 
     is_sliding = False
 
@@ -80,7 +86,7 @@ class _Layer(CacheLayerMixin):
         for name, states in zip(("keys", "values"), _keys_values(prefilled), strict=True):
             device_type = states.device.type
             dtype = states.dtype
-            if torch.is_autocast_enabled(device_type):  # store attention's precision, so that no step casts it again
+            if torch.is_autocast_enabled(device_type):  # attention's precision, so that no step casts the cache
                 dtype = torch.float32 if device_type == "cpu" else torch.get_autocast_dtype(device_type)
             shape = (cache.rows, states.shape[1], cache.columns, states.shape[3])
             setattr(self, name, torch.zeros(shape, dtype=dtype, device=states.device))  # masked entries must be finite
@@ -88,10 +94,10 @@ class _Layer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether transformers must keep every mask; otherwise, it looks for padding and drops masks that have none.
+        """Whether transformers must keep every attention mask, instead of dropping a mask in which it finds no padding.
 
-        To look, the host would have to wait for a GPU at each token. Besides, compiled operations must not depend on
-        values.
+        To look for padding, the host would have to wait for the GPU at each token. A compiled step must not depend on
+        the values in a mask either.
         """
         return self.cache.column is not None or _keys_values(self)[0].device.type != "cpu"
 
@@ -99,19 +105,18 @@ class _Layer(CacheLayerMixin):
         """Do nothing, because the constructor has already allocated the memory."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the next column of the rows in use, and return all keys and values of these rows.
-
-        If steps have a fixed shape, this includes the rows and columns that are not in use.
+        """Write the keys and values of the newest tokens into the next column, and return those of all tokens so far.
 
         Args:
-            key_states: [rows, heads, 1, D], of the rows in use, or of all rows if steps have a fixed shape.
-            value_states: [rows, heads, 1, D].
+            key_states: The keys of the newest tokens, [rows, heads, 1, D], in the rows in use, or in all rows if steps
+                have a fixed shape.
+            value_states: The values of the same tokens, [rows, heads, 1, D].
             args: Arguments of transformers' interface that are not used.
             kwargs: Arguments of transformers' interface that are not used.
 
         Returns:
-            The keys and the values in the n columns from the cache's ``start`` to the new column, or in all columns if
-            steps have a fixed shape; each [rows, heads, n, D].
+            The keys and the values in the same rows and in n columns, each [rows, heads, n, D]. The columns are those
+            from the cache's ``start`` to the new one, or all columns if steps have a fixed shape.
         """
         if self.cache.column is not None:
             for states, new in zip(_keys_values(self), (key_states, value_states), strict=True):
@@ -126,13 +131,20 @@ class _Layer(CacheLayerMixin):
         return cached[0], cached[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns of keys, including masked ones, and the index of the first one in the mask."""
+        """Return the number of columns that a step reads, including masked ones, and the offset of the first, 0.
+
+        Args:
+            query_length: The number of new tokens in each row.
+        """
         if self.cache.column is not None:
             return self.cache.columns, 0
         return self.cache.end - self.cache.start + query_length, 0
 
     def get_seq_length(self) -> Any:
-        """Return the index, among a step's columns, of the column to write; a tensor if steps have a fixed shape."""
+        """Return the index of the column to write among the columns that a step reads.
+
+        The index is a tensor, [1] int64, if steps have a fixed shape, and an int otherwise.
+        """
         return self.cache.end - self.cache.start if self.cache.column is None else self.cache.column
 
     def get_max_length(self) -> int:
@@ -147,5 +159,5 @@ def _keys_values(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _all_keys_values(cache: Cache) -> list[Tensor]:
-    """Return the keys and values of every layer in one list."""
+    """Return the keys and the values of every layer as one list of tensors."""
     return [states for layer in cache.layers for states in _keys_values(layer)]

@@ -1,4 +1,4 @@
-"""Requests to a vLLM server for one response each, and the checks of its answers."""
+"""Requests to a vLLM server for one response each, and the checks of the server's answers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ FULL_DISTRIBUTION = {
 }
 """The options that leave the distribution as it is, whatever defaults the server has."""
 ROUNDING = 1e-5
-"""The maximum of a log-probability, which would be 0 without rounding errors."""
+"""The largest log-probability that is accepted, which is above 0 to allow for rounding errors."""
 
 
 ATTEMPTS_PER_TOKEN = 100
-"""The maximum number of times that stop tokens of a response are drawn again, for each token of ``min_tokens``."""
+"""The maximum number of new draws in place of a response's early stop tokens, for each token of ``min_tokens``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """The tokens of one response, and the logarithms of the probabilities with which the server drew them, in nats."""
+    """The token ids of one response, and the log-probability of each token as the server reports it, in nats."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -47,8 +47,8 @@ def completion_request(
         model: The name by which the server knows its model.
         prompt: The ids of the prompt's tokens.
         seed: The seed of the random numbers, less than 2⁶³.
-        sampling: The options for sampling, of which the lengths and the temperature are used.
-        special_tokens: The stop tokens and the padding token.
+        sampling: The options for sampling, of which ``max_tokens``, ``min_tokens`` and the temperature are used.
+        special_tokens: The stop tokens, and the padding token, which is not used.
 
     >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
     >>> request["prompt"], request["stop_token_ids"], request["seed"]
@@ -74,25 +74,26 @@ def completion_request(
 def draw_responses(
     client: JSONClient, requests: Sequence[dict[str, Any]], min_tokens: int, vocabulary: int
 ) -> list[Response]:
-    """Let the server draw one response for each request.
+    """Let the server draw one response for each request, and return the responses.
 
-    If a stop token is drawn before the minimum length, the token is drawn again, with another seed, until it is not a
-    stop token. These tokens then have the distribution without the stop tokens, while their log-probabilities are those
-    of the full distribution. The server's own option for the minimum length would also leave the stop tokens out of
-    the log-probabilities; it is used at temperature 0 only, where drawing again would give the same token.
+    If the server draws a stop token before the minimum length, it draws that token again with another seed, until the
+    token is not a stop token. The first ``min_tokens`` tokens thus follow the distribution without the stop tokens,
+    while their log-probabilities are those of the full distribution. The server's own option for the minimum length
+    would also exclude the stop tokens from the log-probabilities; it is used only at temperature 0, where drawing again
+    would give the same token.
 
     Args:
         client: The client of the server.
         requests: The requests, from `completion_request`.
-        min_tokens: The minimum number of tokens before a stop token; 0 at temperature 0.
+        min_tokens: The minimum number of tokens before a stop token, which must be 0 at temperature 0.
         vocabulary: The number of tokens in the vocabulary.
 
     Returns:
         The responses, in the order of the requests.
 
     Raises:
-        UserError: if an answer does not come or cannot be that of a vLLM server, or if stop tokens are so likely that a
-            response does not reach the minimum length.
+        UserError: if a request fails, if an answer cannot be that of a vLLM server to the request, or if stop tokens
+            are so likely that a response does not reach the minimum length.
     """
     responses, waiting = [Response([], []) for _ in requests], list(range(len(requests)))
     for attempt in range(1 + ATTEMPTS_PER_TOKEN * min_tokens):
@@ -109,12 +110,12 @@ def draw_responses(
             responses[row] = Response(responses[row].tokens[:-1], responses[row].logprobs[:-1])
     raise UserError(
         f"model.sampling.min_tokens is {min_tokens}, but stop tokens are so likely that a response still has only "
-        f"{len(responses[waiting[0]].tokens)} after {ATTEMPTS_PER_TOKEN * min_tokens} attempts"
+        f"{len(responses[waiting[0]].tokens)} tokens after {ATTEMPTS_PER_TOKEN * min_tokens} attempts"
     )
 
 
 def _continued(request: dict[str, Any], response: Response, attempt: int) -> dict[str, Any]:
-    """Return the request for the rest of a response."""
+    """Return the request for the rest of a response, with a seed that depends on the number of the attempt."""
     return request | {
         "prompt": request["prompt"] + response.tokens,
         "max_tokens": request["max_tokens"] - len(response.tokens),
@@ -127,7 +128,7 @@ def _ends_early(response: Response, request: dict[str, Any], min_tokens: int) ->
 
 
 def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, option: str) -> Response:
-    """Return the response in an answer of the server.
+    """Check an answer of the server, and return the response in it.
 
     Args:
         answer: The JSON value with which the server answered.

@@ -20,14 +20,15 @@ class Sampling:
     """The options for sampling responses.
 
     Args:
-        max_tokens: The maximum number of tokens in a response; a response that reaches it without a stop token is
-            *truncated*.
+        max_tokens: The maximum number of tokens in a response; a response that reaches this number without a stop
+            token is *truncated*.
         min_tokens: The minimum number of tokens before a stop token may be sampled.
         temperature: The divisor of the logits; 0 selects the most likely token at each step (not for training).
         top_k: The number of most likely tokens to sample from; 0 for all tokens.
-        top_p: Sample from the smallest set of most likely tokens whose total probability is at least this number, in
-            (0, 1]; 1 for all tokens.
-        stop: The text of each token that ends a response, in addition to the model's end-of-sequence tokens.
+        top_p: The total probability, in (0, 1], that the tokens to sample from must reach; these tokens are as few of
+            the most likely tokens as possible. 1 for all tokens.
+        stop: The text of each token that ends a response, in addition to the end-of-sequence tokens of the tokenizer
+            and the model.
         responses: The number of responses for each prompt.
 
     Raises:
@@ -80,7 +81,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineContext:
-    """The properties of a run that an engine may need."""
+    """The properties of a run and of one of its processes that an engine may need."""
 
     load_actor: Callable[[], Actor]  # can be pickled; loads a copy of the run's actor, with the initial weights
     tokenizer: PreTrainedTokenizerBase
@@ -88,15 +89,15 @@ class EngineContext:
     device_ids: tuple[int, ...]  # the GPUs of the training processes on this machine; on CPUs, one number per process
     process: int  # the index of this process among those on this machine
     precision: str  # the Trainer's: ``32-true`` or ``bf16-mixed``
-    adapter: LoRA | None = None  # the options of the actor's adapter
-    source: str = ""  # with an adapter, the source of the actor: the base, or another adapter
+    adapter: LoRA | None = None  # the options of the actor's adapter; None without one
+    source: str = ""  # the folder or hub id of the actor (the base, or another adapter); used only with an adapter
     rounds_all_weights: bool = False  # whether the strategy rounds all weights to bfloat16, under ``bf16-mixed``
 
 
 class Engine(ABC):
     """The interface of an engine, which generates responses with the actor's current weights.
 
-    A subclass implements `generate`, and usually ends it with `join_responses`.
+    A subclass implements `generate`, which usually returns the result of `join_responses`.
 
     >>> class StopAtOnce(Engine):
     ...     def generate(self, actor, prompts, sampling, special_tokens, *, stream, iteration):
@@ -117,8 +118,9 @@ class Engine(ABC):
     def is_exact(self) -> bool:
         """Whether the engine's log-probabilities and entropies equal the actor's own, up to rounding.
 
-        If so, training in full float32 uses the engine's numbers as they are, unless it also needs the actor's values
-        or the full KL. In all other cases, the actor computes them again. The default is False.
+        If they do, training in full float32 uses the engine's numbers as they are, unless it also needs the full KL or
+        the values of a value head on the actor. In all other cases, the actor computes the log-probabilities and the
+        entropies again. The default is False.
         """
         return False
 
@@ -176,8 +178,8 @@ class PendingRollout(ABC):
     def run(self) -> None:
         """Generate the responses.
 
-        Every process calls this method once, in any thread, and the processes do not communicate with each other in it.
-        The method does not raise errors, but keeps them for `result`.
+        Every process calls this method once, in any thread, and the method does not communicate with other processes.
+        It raises no errors: `result` raises them.
         """
 
     @abstractmethod
@@ -206,7 +208,7 @@ class DetachedEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Pass on the actor's current weights, and return the rollout that is to be generated with them.
+        """Pass on the actor's current weights, and return the pending rollout that is to be generated with them.
 
         All processes call this method together; the arguments are those of `Engine.generate`.
         """
@@ -221,7 +223,7 @@ class DetachedEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> Rollout:
-        """Generate the responses, and wait for them; the arguments are those of `Engine.generate`.
+        """Generate responses, wait for them, and return the rollout; the arguments are those of `Engine.generate`.
 
         Raises:
             UserError: on all processes, if the responses could not be generated on one of them.
@@ -232,7 +234,7 @@ class DetachedEngine(Engine):
 
 
 def find_special_tokens(actor: Actor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> SpecialTokens:
-    """Collect the padding token, and the stop tokens of the tokenizer, the model's generation config and the user.
+    """Return the padding token, and the stop tokens of the tokenizer, the model's generation config and the user.
 
     Args:
         actor: The policy, whose generation config may name end-of-sequence tokens.
@@ -283,11 +285,11 @@ def join_responses(
 
     Args:
         prompts: The B prompts.
-        sampling: The sampling options, of which only the number n of responses for each prompt is used.
+        sampling: The options for sampling, of which only the number n of responses for each prompt is used.
         pad: The id of the padding token.
         tokens: [B n, T] int64, the responses in prompt-major order; entries after a response's length are ignored.
-        logprobs: [B n, T] float32, log-probabilities of the tokens, in nats.
-        entropy: [B n, T] float32, entropies of the next-token distributions of the same tokens, in nats.
+        logprobs: [B n, T] float32, the log-probabilities of the tokens, in nats.
+        entropy: [B n, T] float32, the entropies of the next-token distributions before the tokens, in nats.
         lengths: [B n] int64, the number of tokens in each response, including the stop token.
         terminated: Bool [B n], True if a stop token ended the response.
 

@@ -1,9 +1,10 @@
-"""The program that keeps a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs a command until PARENT ends.
+"""The keeper of a server: ``python keeper.py PARENT FOLDER COMMAND …`` runs a command, and ends it when PARENT ends.
 
-The command runs in a process group of its own. All processes of this group end, and the folder is removed, as soon as
-the command or the parent process ends, however it ends, when the parent closes this program's standard input, or when
-this program receives SIGTERM. PARENT is the id of the parent process, and FOLDER the folder to remove. The program is
-run by its path and imports only the standard library, so that it starts at once.
+PARENT is the id of the process that starts this program, FOLDER is a folder to remove at the end, and COMMAND is the
+command with its arguments. The command runs in a process group of its own. This program ends the whole group and
+removes the folder when the command ends, when the parent process ends for any reason, when the parent closes this
+program's standard input, or when this program receives SIGTERM. This program is run by its path and imports only the
+standard library, so that it starts at once.
 """
 
 import os
@@ -15,21 +16,24 @@ import sys
 import time
 
 PATIENCE_SECONDS = 5.0
-"""The maximum number of seconds between SIGTERM, the request to end, and SIGKILL, the end by force."""
+"""The maximum number of seconds between SIGTERM, which asks processes to end, and SIGKILL, which ends them by force."""
 WATCH_SECONDS = 0.5
-"""The maximum number of seconds until this program notices that its parent or the command has ended."""
+"""The maximum number of seconds that pass before this program notices that its parent or the command has ended."""
 
 
 def keep(parent: int, folder: str, command: list[str]) -> int:
-    """Run a command until it ends by itself, until the parent ends or closes the standard input, or until SIGTERM.
+    """Run a command until it ends, or until the parent ends or closes this program's standard input.
 
     Args:
         parent: The id of the process that started this program.
         folder: A folder to remove at the end.
-        command: The program and its arguments.
+        command: The program to run, and its arguments.
 
     Returns:
-        The exit code of the command, or 128 + n if signal n ended it.
+        The exit code of the command, or 128 + n if signal n ended the command.
+
+    Raises:
+        SystemExit: if this program receives SIGTERM; the command has then been ended, and the folder removed.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -44,12 +48,15 @@ def keep(parent: int, folder: str, command: list[str]) -> int:
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ask all processes of the group that a process leads to end; after ``PATIENCE_SECONDS``, end them by force."""
+    """End the process group whose leader is ``process``: with SIGTERM and, if that is not enough, with SIGKILL.
+
+    SIGKILL follows ``PATIENCE_SECONDS`` after SIGTERM if a process of the group is still running then.
+    """
     deadline = time.monotonic() + PATIENCE_SECONDS
     try:
         os.killpg(process.pid, signal.SIGTERM)
         while time.monotonic() < deadline:
-            process.poll()  # without this, the system would keep the ended process in the group
+            process.poll()  # otherwise, the leader would stay in the group as a zombie
             os.killpg(process.pid, 0)
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)

@@ -26,11 +26,14 @@ from lit_rlhf.types import PromptBatch, Rollout
 CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
 """The number of steps between two checks for rows that have ended; in each check, the host waits for the GPU."""
 INITIAL_COLUMNS = 64
-"""The number of response tokens that the cache initially has memory for; it grows later, often with fewer rows."""
+"""The number of response tokens per row that the cache initially has memory for; columns are added later if needed."""
 MIN_FREE_FRACTION = 0.125
-"""The fraction of rows that must be free for waiting prompts to join, so that a forward pass prefills several."""
+"""The fraction of rows that must be free before prompts join, so that one forward pass prefills several prompts."""
 MIN_USED_FRACTION = 0.25
-"""The fraction of rows in use at or below which the cache drops free rows if decoding steps compute all rows."""
+"""The fraction of rows in use at or below which the cache drops its free rows, if decoding steps compute all rows.
+
+No rows are dropped as long as a prompt is waiting.
+"""
 PREFILL_TOKENS = 8192
 """The maximum number of tokens in a forward pass over prompts, including padding; a longer prompt is computed alone."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -39,7 +42,7 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 @dataclass(frozen=True)
 class NativeEngine(Engine):
-    """An engine that generates in the training process, with a key-value cache of bounded size.
+    """An engine that generates responses in the training process, with a key-value cache of bounded size.
 
     Each prompt is prefilled once for all its responses.
 
@@ -48,7 +51,7 @@ class NativeEngine(Engine):
             generate all responses at once. The responses to one prompt always start together, even if the cache then
             exceeds this maximum. The maximum does not change the samples.
         compile: Whether to compile the decoding step with ``torch.compile``, and to replay it as a CUDA graph on a GPU,
-            where kernel launches dominate a small model's step. The first generation takes a minute longer.
+            where kernel launches dominate a small model's step. The first generation then takes a minute longer.
 
     Raises:
         ValueError: if ``cache_tokens`` is less than 1.
@@ -97,7 +100,7 @@ class NativeEngine(Engine):
 
         Raises:
             UserError: if the model caches anything besides keys and values, or if the longest prompt and a response of
-                ``sampling.max_tokens`` tokens exceed the positions that the model has learned.
+                ``sampling.max_tokens`` tokens together need more positions than the model has learned.
         """
         n = sampling.responses
         rows = prompts.group.repeat_interleave(n) * n + torch.arange(n, device=prompts.group.device).repeat(
@@ -109,7 +112,7 @@ class NativeEngine(Engine):
             decoding = _Decoding(actor, prompts, sampling, special_tokens, numbers, self.cache_tokens, self.compile)
             with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for each length
                 decoding.run()
-            decoding.cache.layers.clear()  # they also refer to the cache, and would live until the garbage collection
+            decoding.cache.layers.clear()  # layers and cache refer to each other; their memory is freed now
         longest = int(decoding.lengths.max())
         last = decoding.tokens.gather(1, decoding.lengths[:, None] - 1)
         return join_responses(
@@ -146,7 +149,7 @@ class _Decoding:
         self.entropy = torch.zeros_like(self.logprobs)
         self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
-        self.next_prompt = 0  # the first prompt that has not started
+        self.next_prompt = 0  # the index of the first prompt that has not started
         self.sampled = 0  # the number of tokens so far, including those that rows drew after their end
         self.check_every = CHECK_ENDED_EVERY_CPU if device.type == "cpu" else CHECK_ENDED_EVERY_GPU
         self.longest_prompt = max(self.prompt_lengths)
@@ -185,7 +188,11 @@ class _Decoding:
             logits = self._admit(self._forward(new) if self.first_column else None)
 
     def _admit(self, logits: Tensor | None) -> Tensor:
-        """Prefill waiting prompts if enough rows are free; return the logits of all rows, old and new, [rows, V]."""
+        """Prefill waiting prompts if enough rows are free, and return the logits of all rows, old and new, [rows, V].
+
+        Args:
+            logits: The logits of the rows that are already in use, [rows, V]; None if no row is in use.
+        """
         n, used = self.sampling.responses, len(self.first_column)
         free = self.cache.rows - used
         count = min(len(self.prompt_lengths) - self.next_prompt, free // n)
@@ -197,7 +204,10 @@ class _Decoding:
         return torch.cat(new if logits is None else [logits, *new])
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        """Divide the next ``count`` prompts into chunks of at most PREFILL_TOKENS tokens, including padding."""
+        """Yield the next ``count`` prompts as slices of at most ``PREFILL_TOKENS`` tokens each, including padding.
+
+        A longer prompt has a slice of its own.
+        """
         first, last = self.next_prompt, self.next_prompt + count
         for prompt in range(first + 1, last):
             if max(self.prompt_lengths[first : prompt + 1]) * (prompt + 1 - first) > PREFILL_TOKENS:
@@ -206,7 +216,11 @@ class _Decoding:
         yield slice(first, last)
 
     def _prefill(self, admitted: slice) -> Tensor:
-        """Write each prompt into the cache once per response, and return the responses' first logits, [rows, V]."""
+        """Prefill the prompts of a slice, and write each into one row of the cache per response.
+
+        Returns:
+            The logits of the first token of each response, [rows, V].
+        """
         n, used = self.sampling.responses, len(self.first_column)
         self.next_prompt = admitted.stop
         lengths = self.prompt_lengths[admitted]
@@ -244,7 +258,14 @@ class _Decoding:
         return new
 
     def _remove_ended(self, new: Tensor) -> Tensor:
-        """Replace ended rows with the last active rows; return the newest tokens of the remaining rows, [rows]."""
+        """Remove the rows that have ended, and move the last active rows into the gaps.
+
+        Args:
+            new: The newest tokens of all rows in use, [rows].
+
+        Returns:
+            The newest tokens of the remaining rows, in their new order.
+        """
         ended = self.ended.tolist()
         remaining = len(ended) - sum(ended)
         if remaining == len(ended):
@@ -285,8 +306,8 @@ class _Decoding:
     def _resize_cache(self) -> None:
         """Choose a new number of columns, move the contents left, and drop free rows if no prompt is waiting.
 
-        The new number is twice the number of columns in use, or enough for a new prompt if this is more, but at most
-        the maximum.
+        The new number of columns is twice the number in use, or the number that a new prompt needs if that is larger,
+        but at most the maximum, ``max_columns``.
         """
         cache = self.cache
         old_end, width = cache.end, cache.end - cache.start
@@ -302,19 +323,22 @@ class _Decoding:
         self.static_step = None
 
     def _columns(self, columns: int) -> int:
-        """Limit a number of columns to the maximum, and round it up to a multiple of 8, as masks on GPUs require."""
+        """Return a number of columns, limited to the maximum, and rounded up to a multiple of 8.
+
+        Attention masks on GPUs require such a number.
+        """
         return -(-min(self.max_columns, columns) // 8) * 8
 
 
 def _check_positions(actor: Actor, longest_prompt: int, max_tokens: int) -> None:
-    """Check that the longest prompt and a response of the maximum length fit into learned positions, such as GPT-2's.
+    """Check that the longest prompt and the longest response fit into a model's learned positions, such as GPT-2's.
 
     Raises:
         UserError: if they need more positions than the model has learned.
     """
     config = actor.model.config
     positions = getattr(config, "max_position_embeddings", None)
-    is_rotary = getattr(config, "rope_parameters", None) is not None  # such positions are computed, without a limit
+    is_rotary = getattr(config, "rope_parameters", None) is not None  # rotary positions are computed, without a limit
     if positions is not None and not is_rotary and longest_prompt + max_tokens > positions:
         raise UserError(
             f"model.sampling.max_tokens: a prompt of {longest_prompt} tokens and a response of up to {max_tokens} need "

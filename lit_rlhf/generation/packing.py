@@ -1,4 +1,4 @@
-"""Faster matrix products with few rows on a CPU, for decoding, with the weights in oneDNN's blocked layout."""
+"""Faster matrix products on a CPU for inputs with few rows, as in decoding, with weights in oneDNN's blocked layout."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,7 +13,10 @@ from lit_rlhf.models.adapters import adapted_layers, merged_weight, selected_by,
 from lit_rlhf.models.sharding import is_sharded
 
 MOVED_BYTES = 2**20
-"""The size, in bytes, from which a weight below adapters is moved: the products with A and B then take little time."""
+"""The size in bytes from which the weight of a base layer below adapters is moved into blocks instead of being copied.
+
+The additional products with the adapters' A and B take little time compared with the product with such a weight.
+"""
 
 
 @contextmanager
@@ -21,13 +24,15 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     """Make a model's linear layers use their weights in oneDNN's blocked layout, inside this context.
 
     A decoding step with 64 rows is twice as fast as with PyTorch's own products, and one with 2 rows three times as
-    fast. Each time the context is entered, the weights are copied in autocast's precision, which needs as much memory
-    as the weights would in that precision. There are no copies of large frozen weights below adapters, unless the model
-    is sharded: these weights are moved, and moved back at the end without any change. No gradients are computed. Only
-    CPU weights that are used in float32 or bfloat16 are packed.
+    fast. Entering the context copies the weights, cast to autocast's precision if autocast is enabled, and the copies
+    need as much memory as weights of that precision. A large frozen weight below adapters is not copied if it already
+    has that precision: it is moved, and moved back unchanged at the end, unless the model is sharded or an adapter uses
+    DoRA. No gradients are computed inside the context. Only weights on the CPU that are used in float32 or bfloat16 are
+    packed.
 
     Args:
-        model: The model, whose weights must not change inside the context, nor be used except by its linear layers.
+        model: The model, or a view of a base with adapters. Its weights must not change inside the context, and only
+            its linear layers may use a weight that is moved.
         rows: The typical number of rows in the input of a linear layer.
     """
     whole = whole_model(model)
@@ -41,9 +46,15 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
 
 @contextmanager
 def _packed(layer: Any, linear: nn.Linear, rows: int, may_move: bool) -> Iterator[None]:
-    """Make a layer multiply by blocks, inside this context, with a ``forward`` of its own that hides its class's.
+    """Make a layer multiply by its weight in blocked layout, inside this context.
 
-    A large weight below adapters is moved into the blocks, and moved back at the end.
+    The layer gets an attribute ``forward``, which hides the method of its class.
+
+    Args:
+        layer: The layer.
+        linear: The linear layer that holds the weight: the same layer, or the base layer of a layer with adapters.
+        rows: The typical number of rows in the input of the layer.
+        may_move: Whether a large weight of a base layer may be moved into the blocks, and moved back at the end.
     """
     weight, dtype = linear.weight, _compute_dtype(linear.weight)
     moves = layer is not linear and may_move and _can_be_moved(layer, weight)
@@ -65,7 +76,14 @@ def _packed(layer: Any, linear: nn.Linear, rows: int, may_move: bool) -> Iterato
 
 
 def _multiply(blocks: Tensor, bias: Tensor | None, adapters: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Return x Wᵀ + b + (x Aᵀ) Bᵀ, without the last term if there are no adapters."""
+    """Return x Wᵀ + b + (x Aᵀ) Bᵀ.
+
+    Args:
+        blocks: The weight W, from `block_weight`.
+        bias: b; None for 0.
+        adapters: Aᵀ and the scaled Bᵀ, from `_adapters`; if the list is empty, the last term is left out.
+        x: The input of the layer, with its features on the last axis.
+    """
     x = x.to(blocks.dtype)
     result = multiply_by_blocks(blocks, bias, x)
     if adapters:
@@ -75,9 +93,13 @@ def _multiply(blocks: Tensor, bias: Tensor | None, adapters: Sequence[Tensor], x
 
 
 def _adapters(layer: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Return Aᵀ [in, R] and the scaled Bᵀ [R, out], where R is the sum of the ranks of the selected adapters.
+    """Return the selected adapters of a layer as one adapter: Aᵀ [in, R] and the scaled Bᵀ [R, out].
 
-    The list is empty if none is selected.
+    R is the sum of the ranks of the selected adapters. The list is empty if no adapter of the layer is selected.
+
+    Args:
+        layer: A layer with adapters, from ``in`` to ``out`` features.
+        dtype: The data type of the result.
     """
     names = [name for name in selected_adapters(layer) if name in layer.lora_A]
     if not names:
@@ -90,9 +112,14 @@ def _adapters(layer: Any, dtype: torch.dtype) -> list[Tensor]:
 def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.Linear]]:
     """Yield the layers that can be packed, each with the linear layer that holds its weight.
 
-    In float32, a layer with adapters becomes a single product with the merged weight, unless its weight is moved. In
-    half precision, the merged weight would lose a small adapter to rounding, so there the base's layer and the selected
-    adapters are packed one by one, unless the base's weight is moved.
+    A layer with adapters is yielded together with its base layer if the base layer's weight is moved, or if the layer
+    computes in float32, where one product with the merged weight is enough. In bfloat16, a small adapter would be lost
+    to rounding in the merged weight. The base layer, and A and B of each selected adapter, are therefore yielded as
+    separate layers if the weight is not moved.
+
+    Args:
+        model: The model, with all adapters.
+        may_move: Whether large weights of base layers may be moved.
     """
     adapted: list[Any] = adapted_layers(model)
     inside = {id(part) for layer in adapted for part in layer.modules() if part is not layer}
@@ -112,7 +139,12 @@ def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.L
 
 
 def _can_be_moved(layer: Any, weight: Tensor) -> bool:
-    """Return whether a weight below adapters is large, and can be multiplied and moved back without a change."""
+    """Return whether the weight of a base layer is large, need not be cast, and can be moved into blocks and back.
+
+    Args:
+        layer: The layer with adapters; the weight cannot be moved if a selected adapter uses DoRA.
+        weight: The weight of its base layer.
+    """
     is_dora = any(name in layer.lora_variant for name in selected_adapters(layer))
     return weight.nbytes >= MOVED_BYTES and weight.dtype == _compute_dtype(weight) and not is_dora
 

@@ -1,4 +1,4 @@
-"""The sampling of one token for each row, from the row's logits and one uniform random number."""
+"""Sampling of one token for each row, with the row's logits and one uniform random number."""
 
 import torch
 from torch import Tensor
@@ -9,20 +9,21 @@ from lit_rlhf.generation.engine import Sampling
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token for each row by inverting the cumulative distribution F: the first token with F(token) > u.
+    """Sample one token for each row: the first one at which the row's cumulative distribution exceeds u.
 
-    At temperature 0, the most likely token is selected instead. The vocabulary is sorted only for top-p.
+    The distribution is that after the temperature, ``forbidden``, top-k and top-p are applied. At temperature 0, the
+    most likely token that is not forbidden is selected instead. The vocabulary is sorted only if top-p is used.
 
     Args:
-        logits: [R, V] float32, before division by the temperature.
-        uniforms: The random numbers u, [R] in [0, 1).
-        sampling: The sampling options, of which temperature, top-k and top-p are used.
+        logits: The logits of R rows, [R, V] float32, before division by the temperature.
+        uniforms: The random numbers u, one for each row, [R] in [0, 1).
+        sampling: The options for sampling, of which the temperature, top-k and top-p are used.
         forbidden: Bool [R, V], True for tokens that must not be sampled; None to allow all tokens.
 
     Returns:
-        The tokens, [R] int64; their log-probabilities, [R]; and the entropies of the distributions in nats, [R]. Both
-        refer to the full distribution at the sampling temperature (at 1 if the sampling temperature is 0), before
-        top-k, top-p and ``forbidden`` are applied.
+        The tokens, [R] int64; the log-probabilities of the tokens in nats, [R]; and the entropies of the rows'
+        distributions in nats, [R]. The log-probabilities and the entropies refer to the full distribution at the
+        sampling temperature (at 1 if the sampling temperature is 0), before ``forbidden``, top-k and top-p are applied.
 
     >>> logits = torch.tensor([0.5, 0.2, 0.3]).log().expand(3, 3)
     >>> tokens, logprobs, entropy = draw(logits, torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64), Sampling())
@@ -50,9 +51,10 @@ def draw(
 
 
 def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Set the probabilities, [R, V], to 0 outside each row's smallest set of most likely tokens that reaches top-p.
+    """Return the probabilities, [R, V], with those outside each row's nucleus set to 0; the others are not rescaled.
 
-    The set has at least the share ``top_p`` of the row's sum, which may be less than 1; the result is not rescaled.
+    The nucleus is the smallest set of most likely tokens whose probabilities add up to at least the share ``top_p`` of
+    the row's sum, which may be less than 1.
     """
     ordered, order = probabilities.sort(-1, descending=True)
     ordered = ordered / ordered.sum(-1, keepdim=True)
@@ -62,10 +64,14 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def _cumulative(probabilities: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the cumulative sums of each row's probabilities, with integers if results must be deterministic.
+    """Return the cumulative sums of each row's probabilities, [R, V], with integers if torch must be deterministic.
 
-    A GPU adds floating-point numbers in an order that varies, which PyTorch refuses to do in that case. Probabilities
-    are then rounded down to multiples of 2⁻⁵², and added as integers.
+    A GPU adds floating-point numbers in a varying order, so PyTorch refuses to compute their cumulative sums if it must
+    be deterministic. The probabilities are then rounded down to multiples of 2⁻⁵², which are added as integers.
+
+    Args:
+        probabilities: [R, V], floating-point numbers.
+        dtype: The data type of the result.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return probabilities.cumsum(-1, dtype=dtype)

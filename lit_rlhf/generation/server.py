@@ -26,16 +26,19 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; has no effect on GPUs, like the next
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would bind its threads to the cores that training uses
 }
-"""Environment variables of the server, unless they are set already."""
+"""The environment variables that the server gets, except those that are already set."""
 NOT_INHERITED = re.compile(
     r"(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(GROUP|ROLE|TORCHELASTIC)_.*"
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_ALLOC_CONF|PYTORCH_(CUDA|HIP)_ALLOC_CONF)"
 )
-"""The environment variables that the server does not inherit: those of the run's processes, packages and memory."""
+"""The environment variables of torchrun, Python's paths and torch's allocator, which the server does not inherit."""
 ERROR = re.compile(r"[\w.]*(Error|Exception|error): ")
 POLL_SECONDS = 0.2
 GIVE_UP_SECONDS = 15.0
-"""The maximum number of seconds to wait for the keeper, which itself uses force after a third of this time."""
+"""The maximum number of seconds to wait until the keeper (``keeper.py``) has ended.
+
+The keeper itself ends the server by force after a third of this time.
+"""
 
 
 class Server:
@@ -49,7 +52,7 @@ class Server:
         folder: A folder that is removed when the server has ended.
 
     Raises:
-        UserError: if there is no such interpreter, or no such GPU.
+        UserError: if the interpreter does not exist, or if this process may not use one of the GPUs.
     """
 
     def __init__(
@@ -120,7 +123,8 @@ class Server:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines) if ERROR.search(line)]
-        causes = [number for number in errors if "root cause" not in lines[number]]  # the others name no cause
+        # an error that mentions a root cause only refers to an earlier error
+        causes = [number for number in errors if "root cause" not in lines[number]]
         number = (causes or errors or [len(lines) - 1])[-1]
         last = " ".join(lines[number : number + 2]) if lines else "the log is empty"  # some errors have two lines
         found = ERROR.search(last)
@@ -128,7 +132,7 @@ class Server:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask the keeper to end the server, and wait until the keeper has ended."""
+    """Close the keeper's input, so that the keeper ends the server; kill the keeper after ``GIVE_UP_SECONDS``."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -139,7 +143,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _environment(devices: Sequence[int] | None) -> dict[str, str]:
-    """Return the environment of the server.
+    """Return the environment variables of the server.
+
+    Args:
+        devices: The indices of the server's GPUs among those that this process may use; None for all of them.
 
     Raises:
         UserError: if this process may not use one of the devices.

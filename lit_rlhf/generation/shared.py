@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def sizes(self) -> list[int]:
-        """The number of bytes of each tensor, rounded up to the alignment."""
+        """The number of bytes of each tensor, rounded up to a multiple of ``ALIGNMENT``."""
         bytes_of = [
             torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """The number of bytes of all tensors, each rounded up to the alignment."""
+        """The sum of `sizes`: the number of bytes that all tensors take together."""
         return sum(self.sizes)
 
 
@@ -90,7 +90,7 @@ def map_tensors(descriptor: int, layout: Layout) -> dict[str, Tensor]:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return an actor's own parameters without the value head, by the names that they have without sharding.
+    """Return an actor's own parameters, except those of the value head, by the names that they have without sharding.
 
     Tied parameters are returned once. Inside `unsharded`, the parameters of a sharded model are full tensors.
     """

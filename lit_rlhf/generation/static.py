@@ -23,8 +23,8 @@ class StaticStep:
     Args:
         actor: The policy.
         cache: The cache, whose tensors must not be replaced as long as this step is used.
-        mask: Bool [rows, columns], the mask of the cache, with at least one True in each row; changed in place between
-            two steps.
+        mask: The mask of the cache, bool [rows, columns], with at least one True in each row. The caller changes it in
+            place between two steps.
     """
 
     def __init__(self, actor: Actor, cache: RowCache, mask: Tensor) -> None:
@@ -36,7 +36,7 @@ class StaticStep:
         self.replay: Callable[[], Tensor] | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Compute the logits of the next token for the rows in use, [used, V]; they are valid until the next call.
+        """Return the logits of the next token for the rows in use, [used, V]; the next call may overwrite them.
 
         Args:
             tokens: The newest tokens, [used] int64.
@@ -54,17 +54,18 @@ class StaticStep:
 
 @lru_cache
 def _compiled_next_logits() -> Callable[..., Tensor]:
-    """Return the compiled decoding step for any number of rows and columns, so that a process compiles it once."""
+    """Return the step compiled for any number of rows and columns, so that a process compiles it only once."""
     return torch.compile(Actor.next_logits, dynamic=True)
 
 
 def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that computes a step from the current contents of the same tensors.
+    """Return a function that repeats a step on the same tensors, with their contents at the time of the call.
 
-    On a GPU, the function launches a CUDA graph, so that the CPU does not launch each operation.
+    On a GPU, the function replays a CUDA graph, so that the CPU need not launch each kernel. Each replay overwrites the
+    result of the previous one.
 
     Args:
-        step: The step, which must be repeatable, because it runs once before it is captured.
+        step: The step, which must be repeatable, because on a GPU it runs once before it is captured.
         device: The device of the step's tensors.
     """
     if device.type != "cuda":
@@ -87,10 +88,10 @@ def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
 
 @contextmanager
 def cast_weights(model: nn.Module) -> Iterator[None]:
-    """Let a model's linear layers hold their weights in autocast's precision, inside this context.
+    """Let a model's linear layers hold their weights and biases in autocast's precision, inside this context.
 
-    A compiled step does not use autocast's cache, and would read and cast every weight at each token. No gradients are
-    computed.
+    A compiled step does not use autocast's cache, so it would otherwise read and cast every weight at each token.
+    Without autocast, nothing changes, and quantized layers stay as they are. The cast weights have no gradients.
     """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for layer in model.modules():

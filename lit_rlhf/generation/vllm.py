@@ -35,9 +35,9 @@ from lit_rlhf.randomness import Stream, row_seeds
 from lit_rlhf.types import PromptBatch, Rollout
 
 LOGPROBS_MODE = "processed_logprobs"
-"""The mode in which vLLM's log-probabilities are those after the division by the temperature."""
+"""The mode in which vLLM computes log-probabilities after it has divided the logits by the temperature."""
 ENDING_SECONDS = 2.0
-"""The maximum number of seconds after a failed request in which the end of the server is taken as the cause."""
+"""If the server ends within this number of seconds after a failed request, its end is taken as the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +48,30 @@ class Job:
     requests: list[dict[str, Any]]  # one for each response, of all processes
     rows: list[int]  # the number of responses of each process
     min_tokens: int
-    vocabulary: int  # the number of tokens of the model
+    vocabulary: int  # the number of tokens in the model's vocabulary
 
 
 class VLLMEngine(DetachedEngine):
-    """An engine that lets a vLLM server generate: one that is already running, or one that it starts and ends itself.
+    """An engine that lets a vLLM server generate responses: a running one, or one that the engine starts and ends.
 
-    The server receives the actor's weights before it generates, as files: they are written to a folder by process 0,
-    and read by the server. Each response is one request with a seed of its own, a function of the seed of the run, the
-    iteration and the row.
+    Before each rollout, process 0 writes the actor's weights to a folder, from which the server reads them. Each
+    response is one request with a seed of its own, which is a function of the run's seed, the purpose (training,
+    validation or prediction), the iteration and the row.
 
-    The engine does not give entropies (they are 0). Its log-probabilities equal the actor's up to rounding in float32;
-    under ``bf16-mixed``, they differ more, because the server keeps in bfloat16 numbers that the actor keeps in
+    The engine does not give entropies (they are 0). In float32, its log-probabilities equal the actor's up to rounding.
+    Under ``bf16-mixed``, they differ more, because the server stores some numbers in bfloat16 that the actor stores in
     float32.
 
-    ``top_k`` and ``top_p`` are refused, because the server's log-probabilities would be those of the restricted
-    distribution. With ``min_tokens``, a stop token that comes too early is drawn again; at temperature 0, the server
-    forbids it instead, and the log-probabilities of the first ``min_tokens`` tokens are those without the stop tokens.
+    Values of ``top_k`` and ``top_p`` that restrict the distribution are refused, because the server's log-probabilities
+    would be those of the restricted distribution. With ``min_tokens``, a stop token that comes too early is replaced by
+    a new draw. At temperature 0, the server forbids such stop tokens instead, and the log-probabilities of the first
+    ``min_tokens`` tokens are those of the distribution without the stop tokens.
 
     A server that is already running must be vLLM 0.32 or later, with the environment variable
     ``VLLM_SERVER_DEV_MODE=1`` and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16``
-    for ``bf16-mixed``). Whoever reaches its port can control it. On a CPU, its model must not have tied embeddings.
+    for ``bf16-mixed``). If the actor has an adapter, the server also needs ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``,
+    ``--enable-lora`` and a sufficient ``--max-lora-rank``. Whoever reaches the server's port can control the server. On
+    a CPU, the server's model must not have tied embeddings.
 
     Args:
         url: The address of a server that is already running, such as ``http://127.0.0.1:8000``; None to start one.
@@ -82,14 +85,15 @@ class VLLMEngine(DetachedEngine):
             them, and for the directory of temporary files otherwise. A server on another machine must see the same
             folder under the same path.
         timeout: The maximum number of seconds to wait for a response, or for the server to read new weights.
-        startup_timeout: The maximum number of seconds to wait until the server has started.
-        connections: The maximum number of requests at the same time.
+        startup_timeout: The maximum number of seconds to wait until a server that the engine starts answers.
+        connections: The maximum number of requests that are sent to the server at the same time.
         server_args: Further arguments for the server that is started; they take precedence over the engine's own.
 
     Raises:
-        ValueError: if not exactly one of ``url`` and ``python`` is given, if an option for a server to start is given
+        ValueError: if both or neither of ``url`` and ``python`` are given, if an option for a server to start is given
             with ``url``, or if a number is out of range.
-        UserError: in ``start``, if the server cannot be reached, does not start, or is not set up for this engine.
+        UserError: in ``start``, if the server cannot be reached, does not start, or is not set up for this engine, or
+            if vLLM cannot compute with the actor's adapter; in ``begin`` and ``generate``, if sampling is restricted.
 
     >>> VLLMEngine(url="http://127.0.0.1:8000", python="vllm-env/bin/python")
     Traceback (most recent call last):
@@ -162,7 +166,8 @@ class VLLMEngine(DetachedEngine):
             context: The properties of the run that the engine needs.
 
         Raises:
-            UserError: on all processes, if the server cannot be started or reached, or is not set up for this engine.
+            UserError: on all processes, if vLLM cannot compute with the actor's adapter, or if process 0 cannot load
+                the actor, start or reach the server, or finds that the server is not set up for this engine.
         """
         self.close()
         self._dtype = torch.bfloat16 if context.precision.startswith("bf16") else torch.float32
@@ -181,7 +186,7 @@ class VLLMEngine(DetachedEngine):
             raise UserError(problem)
 
     def close(self) -> None:
-        """Give up waiting requests, end the server if this engine started it, and remove the weights."""
+        """Abandon all requests, end the server if this engine started it, and remove the folder of weights."""
         for part in (self._client, self._server, self._folder):
             if part is not None:
                 part.close()
@@ -261,10 +266,11 @@ class VLLMEngine(DetachedEngine):
     ) -> PendingRollout:
         """Write the actor's current weights for the server, and return the rollout to generate with them.
 
-        The arguments are those of `Engine.generate`. Errors of process 0 are raised by the rollout's ``result``.
+        All processes call this method together; the arguments are those of `Engine.generate`. If process 0 cannot
+        write the weights, or if a prompt is too long for the server, the rollout's ``result`` raises the error.
 
         Raises:
-            UserError: if sampling is restricted by top-k or top-p.
+            UserError: if top-k or top-p restricts the distribution.
         """
         for option, is_off in (("top_k", sampling.top_k == 0), ("top_p", sampling.top_p == 1)):
             if not is_off:
@@ -302,7 +308,7 @@ class VLLMEngine(DetachedEngine):
         return pending
 
     def answer(self, job: Job) -> list[list[Response]]:
-        """Let the server read the weights and generate; remove the weights in any case.
+        """Make the server read a job's weights and answer the job's requests; remove the weights' files in any case.
 
         Args:
             job: The requests, and the weights to answer them with.
@@ -311,7 +317,8 @@ class VLLMEngine(DetachedEngine):
             The responses of each process.
 
         Raises:
-            UserError: if the server does not answer, or if an answer does not fit its request.
+            UserError: if the server ends, does not answer, cannot read the weights, or no longer has them at the end;
+                if an answer does not fit its request; or if a response cannot reach the minimum length.
         """
         client = self._client
         assert client is not None, "the engine is closed"
@@ -346,9 +353,10 @@ class VLLMEngine(DetachedEngine):
             )
 
     def _write(self, actor: Actor, weights: dict[str, Tensor]) -> Path | None:
-        """Write weights to a new folder: those of the adapter, if there is one, or else the full ``state_dict``.
+        """Write an actor's weights to a new folder, and return the folder.
 
-        Return None if the actor is the base of the adapters, which the server has.
+        The argument ``weights`` is the full ``state_dict`` or, in a run with an adapter, the result of
+        `trained_weights`. In such a run, None is returned if the actor computes with the base alone.
         """
         if self._adapters is not None:
             folder = self._weights_folder(0).new()
@@ -387,5 +395,5 @@ class _PendingRollout(PendingRollout):
 
 
 def _line(error: Exception) -> str:
-    """Return an error as one line: the message of a UserError, or the name and the message of another error."""
+    """Return an error as one line: the message of a `UserError`, or the class and the message of another error."""
     return " ".join((str(error) if isinstance(error, UserError) else f"model.engine: {error!r}").split())

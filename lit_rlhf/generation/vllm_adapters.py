@@ -17,14 +17,19 @@ from lit_rlhf.models.sharding import full_state_dict, owners
 from lit_rlhf.models.weights import unread_weights
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The maximum ranks that vLLM can be started with."""
+"""The values that vLLM accepts for ``--max-lora-rank``."""
 
 
 def check_adapter(lora: LoRA, source: str) -> None:
     """Check that a vLLM server can compute with an actor's adapter.
 
+    Args:
+        lora: The options of the adapter.
+        source: The folder or the hub id of the actor.
+
     Raises:
-        UserError: if the server cannot compute with the adapter.
+        UserError: if the base is quantized, if the adapter uses DoRA, or if the actor's source is itself an adapter and
+            is merged into the base.
     """
     if lora.quantization is not None:
         raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
@@ -38,21 +43,25 @@ def check_adapter(lora: LoRA, source: str) -> None:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return the weights of an actor with an adapter that a server needs: the trained ones, in full, on process 0.
+    """Return, by name, the full trained weights of an actor with an adapter, which are all that a server needs.
 
-    All processes call this function together.
+    All processes call this function together. If the actor is sharded, the result is empty on all processes except
+    process 0.
 
     Args:
-        actor: The actor that owns the base, or a view of it; for a view, the result is empty.
+        actor: The actor that owns the base, or an actor with a view of the base, for which the result is empty.
     """
     return {} if owners(actor) else full_state_dict(actor, trained_only=True)
 
 
 class ServedAdapters:
-    """The adapters of a run, on process 0, and the server's base.
+    """A copy of a run's adapters, on process 0, and the folder or hub id of the base that the server loads.
 
     Args:
         context: The properties of the run that the engine needs.
+
+    Raises:
+        UserError: if the actor cannot be loaded, or if its source is an adapter that names no base.
     """
 
     def __init__(self, context: EngineContext) -> None:
@@ -63,15 +72,15 @@ class ServedAdapters:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of vLLM's command line."""
+        """The arguments of vLLM's command line that adapters need."""
         return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(self.max_rank)]
 
     @property
     def max_rank(self) -> int:
-        """The maximum rank that the server must allow for.
+        """The smallest value of vLLM's ``--max-lora-rank`` that is enough for the run's adapters.
 
         Raises:
-            UserError: if vLLM does not support this rank.
+            UserError: if the adapters need a higher rank than vLLM supports.
         """
         layers = adapted_layers(self.actor.model)
         needed = max(sum(layer.r[name] for name in layer.lora_A) for layer in layers)
@@ -81,12 +90,12 @@ class ServedAdapters:
         raise UserError(f"model.adapter.rank: vLLM computes ranks of at most {RANKS[-1]}, not {needed}")
 
     def write(self, actor: Actor, weights: dict[str, Tensor], folder: Path) -> bool:
-        """Write the adapters that an actor uses as one adapter, and return whether it uses any.
+        """Join the adapters that an actor uses into one, and write it to a folder; return whether the actor uses any.
 
         Args:
-            actor: The actor that owns the base, or a view of it.
+            actor: The actor that owns the base, or an actor with a view of the base.
             weights: The result of `trained_weights`.
-            folder: The folder to write.
+            folder: The folder to write; it is not made if the actor computes without adapters.
         """
         adapters = list(active_adapters(actor.model))
         if not adapters:
@@ -127,6 +136,6 @@ def remove_adapter(client: JSONClient, name: str) -> None:
         name: The name of the adapter.
 
     Raises:
-        UserError: if the server does not answer.
+        UserError: if the server does not unload the adapter.
     """
     client.post_for_text("/v1/unload_lora_adapter", {"lora_name": name})

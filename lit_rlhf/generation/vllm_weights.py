@@ -11,11 +11,11 @@ RESET_ATTEMPTS, RESET_SECONDS = 20, 0.5
 
 
 def push_weights(client: JSONClient, version: str, folder: Path | None) -> None:
-    """Let the server read the weights in a folder.
+    """Make the server read the weights in a folder, empty its prefix cache, and store the name of the weights.
 
     Args:
         client: The client of the server.
-        version: The name by which the server then knows the weights.
+        version: The name of the weights, which `check_version` looks for.
         folder: The folder of the weights.
 
     Raises:
@@ -27,19 +27,19 @@ def push_weights(client: JSONClient, version: str, folder: Path | None) -> None:
             break
         time.sleep(RESET_SECONDS)
     else:
-        raise UserError(f"{client.option}: the server cannot forget older weights: another program is using it")
+        raise UserError(f"{client.option}: the server cannot empty its prefix cache: another program is using it")
     client.post("/update_weight_version", {"new_version": version})
 
 
 def check_version(client: JSONClient, version: str) -> None:
-    """Check that the server still has the weights of this name, which it does not have after a restart.
+    """Check that the server still has the weights with the given name; after a restart, for example, it does not.
 
     Args:
         client: The client of the server.
         version: The name of the weights.
 
     Raises:
-        UserError: if the server has other weights.
+        UserError: if the server has other weights, or does not answer.
     """
     found = client.get("/weight_info")["weight_version"]
     if found != version:

@@ -1,4 +1,4 @@
-"""Folders through which weights are passed to a server, each of which exists only until the server has read it."""
+"""Folders through which a server gets weights; each folder exists only until the server has read its files."""
 
 import glob
 import json
@@ -28,13 +28,13 @@ OPTION = "model.engine.weights_dir"
 class WeightsFolder:
     """The folder of one run, in which each set of weights has a folder of its own.
 
-    The folder is removed when this object is closed or when the process exits. A process that is killed leaves it
-    behind; then the keeper of its server removes it or, without one, the next run with the same parent folder on the
-    same machine.
+    The folder is removed when this object is closed or when the process exits. A process that is killed leaves the
+    folder behind. The keeper of the process's server (``keeper.py``) then removes the folder; without a keeper, the
+    next run with the same parent folder on the same machine does so.
 
     Args:
-        parent: The folder in which to make the folder; None for shared memory if ``size`` fits into it several times,
-            and for the directory of temporary files otherwise.
+        parent: The parent folder; None for shared memory if there is room for several sets of weights, and for the
+            directory of temporary files otherwise.
         size: The number of bytes of one set of weights.
 
     Raises:
@@ -60,11 +60,11 @@ class WeightsFolder:
         self._names = count()
 
     def new(self) -> Path:
-        """Return the path of a new folder, which is not made yet."""
+        """Return a new path, at which the caller makes the folder of one set of weights."""
         return self.path / str(next(self._names))
 
     def write(self, model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Path:
-        """Write a model with these weights to a new folder, and return the folder.
+        """Write a model with the given weights to a new folder, and return the folder.
 
         The arguments are those of `save_untied`, which writes the files.
 
@@ -76,20 +76,20 @@ class WeightsFolder:
             save_untied(model, weights, folder, dtype)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError) or "I/O error" in str(error):  # the second is safetensors'
+            if isinstance(error, OSError) or "I/O error" in str(error):  # safetensors' own error
                 raise UserError(f"{OPTION}: the weights cannot be written to {self.path} ({error})") from error
             raise
         return folder
 
 
 def save_untied(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """Write a model as a Hugging Face folder, with the output layer's weight even if it is tied to the embeddings.
+    """Write a model as a Hugging Face folder, with the language-model head's weight even if the head is tied.
 
-    vLLM on a CPU keeps a packed copy of the output layer, and does not renew this copy when it loads new weights into a
-    model whose output layer is tied, so the configuration that it reads says that the layer is not tied.
+    vLLM on a CPU keeps a packed copy of the head, and does not renew this copy when it loads new weights into a model
+    whose head is tied to the embeddings. The configuration in the folder therefore says that the head is not tied.
 
     Args:
-        model: A causal language model, of which the configuration and the names of the weights are used.
+        model: A causal language model, of which only the configuration and the names of the weights are used.
         weights: The model's full ``state_dict``.
         folder: The folder to write.
         dtype: The floating-point type of the weights in the file.
@@ -115,21 +115,31 @@ def save_untied(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: P
 
 
 def _roomy(size: int) -> Path:
-    """Return shared memory if several sets of weights fit into it, and the directory of temporary files otherwise."""
+    """Return the folder of shared memory if it has room for several sets of weights, else that of temporary files.
+
+    Args:
+        size: The number of bytes of one set of weights.
+    """
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= COPIES * size:
         return SHARED_MEMORY
     return Path(tempfile.gettempdir())
 
 
 def _owner(process: int | str) -> str:
-    """Return the beginning of a process's folder name: the machine, the namespace of process ids, and the id."""
+    """Return the beginning of the name of a process's folder, which identifies the process.
+
+    It consists of a prefix, the name of the machine, the namespace of process ids, and the id.
+
+    Args:
+        process: The id of the process; an empty string for the part that all processes of the namespace have in common.
+    """
     namespace = Path("/proc/self/ns/pid")  # a container has its own
     number = namespace.stat().st_ino if namespace.exists() else 0
     return f"{PREFIX}-{socket.gethostname()}-{number}-{process}"
 
 
 def _remove_stale(place: Path) -> None:
-    """Remove the folders of those processes of this machine that have ended."""
+    """Remove the folders in ``place`` that belong to processes of this machine (or container) that have ended."""
     prefix = _owner("")
     for folder in place.glob(f"{glob.escape(prefix)}*"):
         process = folder.name.removeprefix(prefix).partition("-")[0]
@@ -142,6 +152,6 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
+    except PermissionError:  # the process is another user's
         pass
     return True

@@ -61,12 +61,12 @@ class Answer:
 
 
 def send(connection: Connection, message: Any) -> None:
-    """Send an object that can be pickled; tensors are copied."""
+    """Send an object that can be pickled; the tensors in it are copied."""
     connection.send_bytes(pickle.dumps(message))
 
 
 def receive(connection: Connection) -> Any:
-    """Wait for an object and return it.
+    """Wait for the next object on a connection, and return it.
 
     Raises:
         EOFError: if the other side has ended.
@@ -75,7 +75,7 @@ def receive(connection: Connection) -> Any:
 
 
 def serve(connection: Connection) -> None:
-    """Load the actor, send the layout of its trained weights, and do one job after another.
+    """Load the actor, send the layout of its trained weights, and answer one job after another.
 
     Args:
         connection: The connection to the parent process, which sends an `Assignment` and then each `Job`.
@@ -120,7 +120,7 @@ def serve(connection: Connection) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Serve the parent process on the other side of a connection, and end with it.
+    """Serve the parent process on the other side of a connection, until the parent process ends.
 
     Args:
         descriptor: The file descriptor of the connection.

@@ -1,4 +1,4 @@
-"""Generation in worker processes, on devices of their own or with a share of the cores, while training continues."""
+"""Generation in worker processes, on GPUs of their own or with a share of the CPU cores, while training continues."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Message = TypeVar("Message", Layout, Answer)
 
 
 class WorkerProcess:
-    """A worker process, which generates responses with the engine in its first message, one job at a time.
+    """A worker process, which generates responses with the engine that its first message contains, one job at a time.
 
     Args:
-        threads: The number of threads of the process.
-        memories: The file descriptors of the shared memories that its jobs may name.
+        threads: The number of CPU threads of the process.
+        memories: The file descriptors of the shared memories that the process's jobs may name.
         name: The name of the process in error messages.
     """
 
@@ -105,8 +105,8 @@ class Workers:
     Args:
         engine: The engine that each worker uses.
         count: The number of workers.
-        slots: The maximum number of rollouts that are pending at the same time; each has a shared memory of its own.
-        threads: The number of threads of each worker.
+        slots: The maximum number of rollouts that are pending at the same time; each has shared memory of its own.
+        threads: The number of CPU threads of each worker.
         devices: The device of each worker.
     """
 
@@ -176,7 +176,7 @@ class Workers:
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Copy the actor's weights into free shared memory, and return the rollout to generate with them.
+        """Copy the actor's weights into free shared memory, and return the pending rollout to generate with them.
 
         All training processes call this method together; the arguments are those of `Engine.generate`.
 
@@ -216,7 +216,7 @@ class Workers:
 
 
 def _raise_first(error: str) -> None:
-    """Raise the first error of all training processes, if there is any; all of them call this function together.
+    """Raise the first error among all training processes, if there is any; they all call this function together.
 
     Args:
         error: The message of this process's error; empty for none.

@@ -1,4 +1,4 @@
-"""The charts of the report, as Vega-Lite specifications, drawn by the page in the browser and saved as PNG files."""
+"""The charts of the report as Vega-Lite specifications, which the browser draws and which are saved as PNG files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from lit_rlhf.report.run import Run, thinned
 from lit_rlhf.report.summary import WIN_RATE, phases
 
 MOST_ROWS = 1000
-"""The most iterations, and the most validations, in the report over all runs; each run may have at least 20 of each."""
+"""The maximum number of iterations that the charts show of all runs together, and likewise of validations.
+
+Each run has an equal share, which is at least 20, so that the report of many runs may exceed this maximum.
+"""
 SMOOTHED_FROM = 60
-"""The number of iterations from which a curve is drawn pale, with its moving mean."""
+"""If the longest run has at least this number of iterations, curves are drawn pale, each with its moving mean."""
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#999933", "#333333")
 DARK = ("#56B4E9", "#FF9E4A", "#2BD4A0", "#EE99CC", "#F0E442", "#DDDDDD")
-"""The colours of runs, which the colour-blind can tell apart; after Okabe and Ito 2008, lighter on a dark page."""
+"""The colours of runs on a light and a dark page, which the colour-blind can tell apart; after Okabe and Ito 2008."""
 PHASES = ("#44AA99", "#DDCC77", "#CC6677", "#88CCEE", "#AA4499")
 """The colours of the phases of an iteration; source: Tol 2021, "muted"."""
 WIDTH, HEIGHT = 420, 220
@@ -26,7 +29,7 @@ WIDTH, HEIGHT = 420, 220
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart whose data is the table of the report, which is stored once for all charts."""
+    """A chart; its data, the rows of the report's `Table`, are stored once for all charts."""
 
     name: str  # of the PNG file, without its extension
     section: str
@@ -37,7 +40,8 @@ class Table:
     """The metrics of all runs as one list of rows, with short names for the columns.
 
     Args:
-        runs: The runs; of each, evenly spaced rows are kept, separately for iterations and for validations.
+        runs: The runs. If a run has more iterations or more validations than its share of ``MOST_ROWS``, only evenly
+            spaced ones are kept.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -52,7 +56,7 @@ class Table:
                 self.rows += [self._row(run, row) for row in kept]
 
     def field(self, metric: str) -> str:
-        """Return the short name of a metric."""
+        """Return the short name of a metric, which is the name of its column."""
         return self.names.setdefault(metric, f"m{len(self.names)}")
 
     def _row(self, run: Run, row: dict[str, float]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ class Table:
 
 
 def make_charts(runs: Sequence[Run], table: Table) -> list[Chart]:
-    """Return the charts of all metrics that the runs have, in the order of the page."""
+    """Return the charts for which the runs have numbers, in the order in which the page shows them."""
     charts = []
     for section, panels in panels_of(runs).items():
         for panel in panels:
@@ -79,7 +83,7 @@ def make_charts(runs: Sequence[Run], table: Table) -> list[Chart]:
 
 
 def panel_note(panel: Panel, runs: Sequence[Run]) -> str:
-    """Return the explanation of a panel's marks, for the line under its title."""
+    """Return the explanation of a panel's lines and points, which is shown under the title of the panel."""
     window = _window(runs)
     trained = any(panel.trained in run.columns for run in runs)
     held_out = any(panel.held_out in run.columns for run in runs)
@@ -117,7 +121,7 @@ def theme(dark: bool) -> dict[str, Any]:
 
 
 def _window(runs: Sequence[Run]) -> int:
-    """Return the number of rows by which the moving mean extends to each side; 0 for short runs, which need none."""
+    """Return the number of rows by which the moving mean extends to each side; 0 if the runs are too short for it."""
     longest = max((len(run.values("progress/iteration")) for run in runs), default=0)
     return min(longest, MOST_ROWS // len(runs)) // 40 if longest >= SMOOTHED_FROM else 0
 
@@ -175,7 +179,12 @@ def _curve(panel: Panel, runs: Sequence[Run], table: Table) -> list[alt.Chart]:
 
 
 def _scale(panel: Panel, runs: Sequence[Run]) -> alt.Scale:
-    """Return the scale of a panel: from 0 for fractions except the win rate; from the floor if a value is below it."""
+    """Return the scale of a panel's y-axis.
+
+    If a value is below the panel's floor, the axis begins at the floor, and smaller values are drawn there. Otherwise,
+    if the largest value of a fraction is 0, the axis shows 0 to 100 %. Otherwise, the axis of a fraction includes 0,
+    except for the win rate, and the axis of any other metric shows only the range of its values.
+    """
     values = [value for run in runs for name in panel.columns for value in run.values(name)]
     if panel.floor is not None and min(values) < panel.floor:
         return alt.Scale(zero=False, domainMin=panel.floor, clamp=True)
@@ -190,7 +199,12 @@ def _axis_format(panel: Panel, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
-    """Return the layers of the chart of the score against √KL: the gain for the distance from the reference."""
+    """Return the layers of the chart of the score against √KL: what is gained by moving away from the reference.
+
+    Args:
+        table: The table that the chart reads.
+        prefixes: The beginnings of the metrics' names: ``objective/`` for iterations, ``val/`` for validations.
+    """
     layers = []
     for prefix in prefixes:
         score, kl = table.field(f"{prefix}score"), table.field(f"{prefix}kl_to_ref")
@@ -223,7 +237,7 @@ def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
 
 
 def _time(run: Run, table: Table) -> alt.Chart:
-    """Return the chart of the seconds of each phase, stacked, over the iterations."""
+    """Return a chart of the seconds that the phases of each iteration take, one phase above the other."""
     names = phases(run)
     fields = {table.field(name): name.partition("/")[2] for name in names}
     label = " : ".join([*(f"datum.key == '{field}' ? '{name}'" for field, name in fields.items()), "''"])

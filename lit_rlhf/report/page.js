@@ -48,7 +48,7 @@ function element(kind, name, text) {
   return made;
 }
 
-function scaleOf(kind) { // [lowest, middle, highest]; 95 % of the tokens lie between
+function scaleOf(kind) { // [lowest, middle, highest]; at least 95 % of the values lie between the lowest and the highest
   const values = DATA.responses.flatMap((r) => (r.tokens && r.tokens[kind]) || []).filter((x) => x !== null).sort((a, b) => a - b);
   if (!values.length) return null;
   const at = (share) => values[Math.min(values.length - 1, Math.floor(share * values.length))];

@@ -24,8 +24,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         folders: The folders of the runs.
         out: The file to write; None for ``report.html`` in the run's folder or, for several runs, in the parent of the
             first one.
-        pictures: Whether to draw each chart as a PNG file as well. The files are in a folder beside the page that
-            has the name of the page without its extension.
+        pictures: Whether to draw each chart as a PNG file as well. These files are written to a folder beside the page;
+            the folder has the name of the page without the extension.
 
     Returns:
         The path of the page.
@@ -54,7 +54,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each run: its folder's, with as many parent folders as distinguish it from the others.
+    """Return a short name for each run: as many last parts of its folder's path as distinguish the runs.
 
     Raises:
         UserError: if two folders are the same.
@@ -92,12 +92,12 @@ def _render(runs: Sequence[Run], data: dict[str, Any], charts: Sequence[Any], le
 
 
 def _script(data: Any) -> str:
-    """Return data as JSON that no HTML parser takes for the end of a script."""
+    """Return data as JSON in which no HTML parser finds the end of a script."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _libraries() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed; bundling it takes seconds, so it is cached."""
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed as one bundle, from the cache if it is there."""
     import vl_convert
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-rlhf"
@@ -105,7 +105,7 @@ def _libraries() -> str:
     if file.exists():
         return file.read_text(encoding="utf-8")
     code: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-    with suppress(OSError):  # where the home folder cannot be written to, every report bundles it again
+    with suppress(OSError):  # if the cache cannot be written, every report bundles the code again
         _write(file, code)
     return code
 

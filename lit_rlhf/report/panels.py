@@ -1,4 +1,4 @@
-"""The panels of the report: one chart of metrics for each panel for which a run has numbers."""
+"""The panels of the report, each of which becomes a chart if a run has numbers for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Panel:
     """A chart over the iterations: a line for a metric of training, and points for a metric of validations."""
 
     title: str
-    unit: str  # of the axis
+    unit: str  # the title of the y-axis
     trained: str | None  # the metric of each iteration
     held_out: str | None = None  # the metric of each validation
     floor: float | None = None  # smaller values are drawn at this value
@@ -60,9 +60,10 @@ SECTIONS = {"Result": RESULT, "Length and entropy": LENGTH, "Update": UPDATE, "T
 
 
 def panels_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """Return the panels of each section for which any of the runs has numbers.
+    """Return the panels for which at least one of the runs has numbers, by the title of their section.
 
-    A KL coefficient that never changes is left out, and so is a reward that is all of the score.
+    A KL coefficient that never changes is left out, and so is a reward that always equals the score. A section without
+    panels is left out as well.
 
     >>> run = Run(name="sft", config={}, rows=[{"train/loss": 2.0}], samples=[])
     >>> {title: [panel.title for panel in panels] for title, panels in panels_of([run]).items()}

@@ -1,4 +1,4 @@
-"""The responses of the report, from ``samples.jsonl``: those of as many iterations as the page has room for."""
+"""The responses that the report shows, from ``samples.jsonl``: those of as many iterations as there is room for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from lit_rlhf.report.run import Run, thinned
 
 MOST_BYTES = 2_500_000
-"""The largest size of all responses in the report, in bytes; a page of many megabytes would open slowly."""
+"""The largest total size of the responses in the report, in bytes; a page of many megabytes would open slowly."""
 
 
 def responses_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
-    """Return the responses that the report shows, and the number of those that are left out.
+    """Return the responses that the report shows, and the number of responses that are left out.
 
-    If the responses take more bytes than `MOST_BYTES`, whole iterations are left out, evenly spaced and never the first
-    or the last, separately for each run and for training and validation.
+    The training responses of each run, and its validation responses, each get an equal share of ``MOST_BYTES``. If they
+    exceed it, only the responses of evenly spaced iterations are shown, including the first and the last iteration.
     """
     parts = [
         (run, stage, [s for s in run.samples if s["stage"] == stage]) for run in runs for stage in ("train", "val")
@@ -44,7 +44,7 @@ def _within(samples: list[dict[str, Any]], most_bytes: int) -> list[dict[str, An
 
 
 def _text(prompt: Any) -> str:
-    """Return a prompt as text; the messages of a conversation are paragraphs that begin with the role."""
+    """Return a prompt as text; each message of a conversation begins on a new line, with its role."""
     if isinstance(prompt, list):
         return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
     return str(prompt)

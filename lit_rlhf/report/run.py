@@ -17,7 +17,7 @@ from lit_rlhf.errors import UserError
 
 Item = TypeVar("Item")
 ELSEWHERE = ("trainer.default_root_dir", "ckpt_path", "weights_only", "report.at_end")
-"""The options of a configuration that affect only where a run starts from and what it writes, not how it trains."""
+"""The options that decide where a run starts from, and what it writes and where, but not how it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Run:
 
     @property
     def columns(self) -> set[str]:
-        """The names of the metrics of which there is at least one number."""
+        """The names of the metrics that have a number in at least one row."""
         return {name for row in self.rows for name in row}
 
     def values(self, column: str) -> list[float]:
@@ -44,9 +44,9 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read a run's folder; of its files, only ``metrics.csv`` must exist.
+    """Return the contents of a run's folder, in which only ``metrics.csv`` must exist.
 
-    A last line that is not finished is left out, because the run may be writing it.
+    An unfinished last line of ``metrics.csv`` or ``samples.jsonl`` is left out, because the run may be writing it.
 
     Args:
         folder: The folder that ``lit-rlhf fit`` wrote.
@@ -68,9 +68,14 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def flatten(options: Any, name: str = "") -> dict[str, Any]:
-    """Return nested options by their full names, without the levels that the user need not write.
+    """Return nested options as one dictionary, by their full names.
 
-    The value of an option that chooses a class is the class's name, without its module.
+    The names leave out the levels ``init_args`` and ``class_path``, which the user need not write. The value of an
+    option that chooses a class is the name of the class, without its module.
+
+    Args:
+        options: The options, as dictionaries and lists.
+        name: The full name of the option whose value ``options`` is; empty for a whole configuration.
 
     >>> flatten({"model": {"init_args": {"kl": {"coef": 0.1}, "rewards": [{"weight": 1.0}]}}})
     {'model.kl.coef': 0.1, 'model.rewards.0.weight': 1.0}
@@ -91,7 +96,9 @@ def flatten(options: Any, name: str = "") -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the options in which the runs differ, with a value for each run: ``–`` if the run has no such option.
+    """Return the options in which the runs differ, each with its value in every run as text.
+
+    The value is ``–`` for a run without the option. The options in ``ELSEWHERE`` are not compared.
 
     >>> one, two = (Run(name="", config={"seed": s, "lr": 0.1}, rows=[], samples=[]) for s in (1, 2))
     >>> differences([one, two])
@@ -103,7 +110,11 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def thinned(items: Sequence[Item], most: int) -> list[Item]:
-    """Return at most ``most`` of the items (2 or more), evenly spaced, including the first and the last.
+    """Return at most ``most`` of the items, evenly spaced, including the first and the last.
+
+    Args:
+        items: The items.
+        most: The maximum number of items to return, 2 or more.
 
     >>> thinned(range(11), 3), thinned("ab", 3)
     ([0, 5, 10], ['a', 'b'])
@@ -141,7 +152,7 @@ def _numbers(row: dict[str, str], where: str) -> dict[str, float]:
     try:
         numbers = {name: float(value) for name, value in row.items() if value}
     except (TypeError, ValueError) as error:  # a list, if the line has more values than there are columns
-        raise UserError(f"report: {where} has something other than a number in each column: {error}") from error
+        raise UserError(f"report: {where} must have a number or nothing in each column: {error}") from error
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 

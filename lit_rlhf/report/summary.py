@@ -7,7 +7,7 @@ from lit_rlhf.report.run import Run
 PHASES = "time/"
 WIN_RATE = ("val/win_rate", "val/win_rate_low", "val/win_rate_high")
 WAITING = "time/wait_for"
-"""The beginning of the names of times that are parts of phases."""
+"""The beginning of the names of waiting times, which are parts of phases and not phases of their own."""
 
 
 def summarize(run: Run) -> str:
@@ -38,12 +38,12 @@ def summarize(run: Run) -> str:
 
 
 def phases(run: Run) -> list[str]:
-    """Return the metrics that are the seconds of the phases of an iteration, in the order of their names."""
+    """Return the names of the metrics that hold the seconds of an iteration's phases, in alphabetical order."""
     return sorted(name for name in run.columns if name.startswith(PHASES) and not name.startswith(WAITING))
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the two largest units.
+    """Return a duration as text, in hours and minutes, in minutes and seconds, or in seconds.
 
     >>> duration(42.2), duration(190), duration(7322)
     ('42 s', '3 min 10 s', '2 h 2 min')
@@ -64,7 +64,10 @@ def _change(run: Run, what: str, column: str, digits: int = 2, unit: str = "", f
 
 
 def _held_out(run: Run) -> list[str]:
-    """Return the change of the held-out accuracy or loss or, for responses, the last scores and win rate, as text."""
+    """Return, as a list of at most one text, the change of the held-out accuracy or, without an accuracy, of the loss.
+
+    For a run that scores responses to held-out prompts, the text has the last scores and the last win rate instead.
+    """
     if run.values("val/accuracy"):
         return _change(run, "the held-out accuracy", "val/accuracy", 1, " %", 100)
     if not run.values("val/score"):
@@ -79,6 +82,6 @@ def _held_out(run: Run) -> list[str]:
 
 
 def _kl(run: Run) -> list[str]:
-    held_out = bool(run.values("val/score") and run.values("val/kl_to_ref"))  # beside the held-out score
+    held_out = bool(run.values("val/score") and run.values("val/kl_to_ref"))  # the KL then follows the held-out score
     where, column = ("there", "val/kl_to_ref") if held_out else ("to the reference", "objective/kl_to_ref")
     return [f"the KL {where} is {kl:.2f} nats per response" for kl in run.values(column)[-1:]]

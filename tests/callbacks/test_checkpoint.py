@@ -54,7 +54,7 @@ def test_an_epoch_that_ends_is_resumed_in_the_next(make_module, fit, tmp_path):
 
 
 def test_an_unknown_metric_is_refused_with_the_existing_ones(make_module, fit):
-    with pytest.raises(UserError, match=r"no metric 'objective/scores'; there are: .*objective/score"):
+    with pytest.raises(UserError, match=r"no metric 'objective/scores'; the metrics are: .*objective/score"):
         fit(make_module(iterations=1), [IterationCheckpoint(monitor="objective/scores")])
 
 

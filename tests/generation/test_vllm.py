@@ -228,8 +228,8 @@ def test_a_minimum_length_that_is_never_reached(started, subject, monkeypatch):
     with serving(fail=lambda handler, path, number: (200, early) if path == COMPLETIONS else None) as server:
         message = error_of(lambda: generate(started(server.url), subject(), Sampling(max_tokens=6, min_tokens=2)))
         assert message == (
-            "model.sampling.min_tokens is 2, but stop tokens are so likely that a response still has only 0 after "
-            "4 attempts"
+            "model.sampling.min_tokens is 2, but stop tokens are so likely that a response still has only 0 "
+            "tokens after 4 attempts"
         )
 
 
