@@ -112,15 +112,20 @@ class Judge:
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
-        """Return the scores of responses to prompts, both as tokens without padding."""
+        """Return the scores of responses to prompts, both as tokens without padding.
+
+        A reward model scores a truncated response with the end-of-sequence token after it, as in lit-rlhf.
+        """
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         if self.function is not None:
             starts, wholes = (self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (prompts, texts))
             words = [whole[len(start) :] for start, whole in zip(starts, wholes, strict=True)]
             scores = self.function(starts, words, self._terminated(responses))
         else:
-            lengths = torch.tensor([len(text) for text in texts])
-            rows = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+            ends = [[] if ended else [self.tokenizer.eos_token_id] for ended in self._terminated(responses)]
+            ended_texts = [torch.tensor(text + end) for text, end in zip(texts, ends, strict=True)]
+            lengths = torch.tensor([len(text) for text in ended_texts])
+            rows = nn.utils.rnn.pad_sequence(ended_texts, batch_first=True)
             mask = torch.arange(rows.shape[1]) < lengths[:, None]
             hidden = self.model.base_model(input_ids=rows, attention_mask=mask).last_hidden_state
             scores = self.model.score(hidden)[torch.arange(len(rows)), lengths - 1, 0].tolist()
@@ -172,11 +177,7 @@ def ppo_trainer(options: argparse.Namespace, policy: Any, judge: Judge, texts: l
             [[token for token in row if token != pad] for row in part.tolist()]
             for part in (rows[:, :context], rows[:, context:])
         )
-        if judge.function is not None:
-            return None, torch.tensor(judge.score(prompts, responses), device=rows.device), None
-        answer = get_reward(model, rows, pad, context)
-        judge.record([a + b for a, b in zip(prompts, responses, strict=True)], answer[1].tolist())
-        return answer
+        return None, torch.tensor(judge.score(prompts, responses), device=rows.device), None
 
     ppo_trainer.get_reward = rewarded
     return PPOTrainer(

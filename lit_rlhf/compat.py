@@ -1,8 +1,9 @@
 """Everything in other libraries that lit_rlhf uses although it is private, undocumented, or the text of a message.
 
-An upgrade of a library may change any of it without notice. ``tests/test_compat.py`` has a test for each part; a
-test that fails names the library. Libraries are imported inside the functions, because some parts of lit_rlhf use only
-one library.
+The only exception is ``_ddp_params_and_buffers_to_ignore``, an attribute of `AlignmentModule` that DDP reads. An
+upgrade of a library may change any of this without notice. ``tests/test_compat.py`` has a test for each part; a test
+that fails names the library. Libraries are imported inside the functions, so that a part of lit_rlhf that uses one
+library does not import the others.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import lit_rlhf
-from lit_rlhf import compat
+from lit_rlhf import Averaging, compat
 
 PACKAGE = Path(lit_rlhf.__file__).parent
 QUIET = {
@@ -234,6 +234,13 @@ def test_lightning_knows_whether_validation_is_due(tmp_path):
         assert watch.said == watch.done == [False, True, False, True]
 
 
+def test_lightning_refuses_a_long_interval_with_this_message(tmp_path):
+    with contract("lightning", "its refusal of val_check_interval begins with LONG_VAL_CHECK_INTERVAL"):
+        trainer = lightning.Trainer(val_check_interval=100, default_root_dir=tmp_path, **QUIET)
+        with pytest.raises(ValueError, match=rf"^\s*{re.escape(compat.LONG_VAL_CHECK_INTERVAL)}"):
+            trainer.fit(BoringModel())
+
+
 def test_a_lightning_module_has_no_trainer_before_the_run():
     module, trainer = BoringModel(), lightning.Trainer(**QUIET)
     with contract("lightning", "LightningModule.trainer raises RuntimeError without a Trainer"):
@@ -337,6 +344,7 @@ def refusal(*words: str) -> str:
     fit.add_argument("--estimator", type=AdvantageEstimator)
     fit.add_argument("--optimizer", type=typing.Callable[[Iterable], torch.optim.Optimizer])
     fit.add_argument("--limit", type=int, required=True)
+    fit.add_argument("--averaging", type=Averaging | None)
     fit.add_class_arguments(Constant, "trainer")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subcommands().add_subcommand("fit", fit)
@@ -368,6 +376,7 @@ SGD = ("fit", "--optimizer", "torch.optim.SGD")
         ("REFUSED_CLASS", (*CONSTANT, "--estimator.count", "x"), [f"{__name__}.Constant"]),
         ("REFUSED_CALLABLE", (*SGD, "--optimizer.lrr", "1"), ["torch.optim.SGD"]),
         ("UNKNOWN_CLASS", ("fit", "--estimator", "Const"), ["Const"]),
+        ("OPTIONS_OR_NULL", ("fit", "--averaging", "x"), ["lit_rlhf.modules.averaging.Averaging"]),
         ("ABSTRACT_CLASS", ("fit", '--estimator={"value": 1}'), [f"{__name__}.AdvantageEstimator"]),
         ("MISSING_OPTION", ("fit",), ["fit.limit"]),
         ("UNKNOWN_COMMAND", ("fti",), [("fti", "'fit'")]),
@@ -488,6 +497,23 @@ def test_peft_selects_adapters_without_training_others(model):
         assert alone["first",].abs().max() > 1e-3
         assert not torch.allclose(alone["first",], alone["second",])
         assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
+def test_peft_does_not_cast_shared_inputs():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with contract("peft", "LoRA layers read cast_input_dtype_enabled before they cast their input"):
+        model = inject_adapter_in_model(
+            LoraConfig(r=2, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(4, 4))
+        )
+        seen: list[torch.dtype] = []
+        model[0].lora_A["default"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+        for share in (False, True):
+            if share:
+                compat.share_inputs([model[0]])
+            with torch.autocast("cpu", torch.bfloat16):
+                model(torch.ones(1, 4, dtype=torch.bfloat16))
+        assert seen == [torch.float32, torch.bfloat16]
 
 
 # datasets

@@ -27,7 +27,7 @@ WITH_OPTIONS: dict[str, type[Callback]] = {
 
 
 def default_callbacks(*own: Callback) -> list[Callback]:
-    """Return the callbacks that every run of ``lit-rlhf fit`` has: they write its files and show its progress.
+    """Return the callbacks that a run of ``lit-rlhf fit`` has by default; they write its files and show its progress.
 
     Args:
         own: Callbacks to add; one of the same class as a default takes the place of the default.

@@ -28,7 +28,7 @@ class TableFile:
         self.rows = 0
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row of numbers, by column; a new column is empty in the earlier rows."""
+        """Add a row of numbers, keyed by column; a new column is empty in the earlier rows."""
         new = [name for name in row if name not in self.columns]
         if new:
             self._rewrite(self._read(), [*self.columns, *new])

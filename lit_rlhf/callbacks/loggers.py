@@ -181,7 +181,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table in Markdown; the pipe signs and the line breaks in its cells are written as HTML.
+    """Return a table in Markdown; the pipe characters and line breaks in its cells are written as HTML.
 
     >>> print(markdown(["response", "score"], [["a|b", 0.123456]]))
     | response | score |

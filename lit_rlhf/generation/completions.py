@@ -76,11 +76,11 @@ def draw_responses(
 ) -> list[Response]:
     """Let the server draw one response for each request, and return the responses.
 
-    If the server draws a stop token before the minimum length, it draws that token again with another seed, until the
-    token is not a stop token. The first ``min_tokens`` tokens thus follow the distribution without the stop tokens,
-    while their log-probabilities are those of the full distribution. The server's own option for the minimum length
-    would also exclude the stop tokens from the log-probabilities; it is used only at temperature 0, where drawing again
-    would give the same token.
+    If the server draws a stop token before the minimum length, this token is discarded, and the server continues the
+    response from there with another seed, until it draws another token. The first ``min_tokens`` tokens thus follow the
+    distribution without the stop tokens, while their log-probabilities are those of the full distribution. The server's
+    own option for the minimum length would also exclude the stop tokens from the log-probabilities; it is used only at
+    temperature 0, where drawing again would give the same token.
 
     Args:
         client: The client of the server.
@@ -92,8 +92,8 @@ def draw_responses(
         The responses, in the order of the requests.
 
     Raises:
-        UserError: if a request fails, if an answer cannot be that of a vLLM server to the request, or if stop tokens
-            are so likely that a response does not reach the minimum length.
+        UserError: if a request fails, if an answer is not one that a vLLM server could give to its request, or if stop
+            tokens are so likely that a response does not reach the minimum length.
     """
     responses, waiting = [Response([], []) for _ in requests], list(range(len(requests)))
     for attempt in range(1 + ATTEMPTS_PER_TOKEN * min_tokens):

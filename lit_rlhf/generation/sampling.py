@@ -11,8 +11,8 @@ def draw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token for each row: the first one at which the row's cumulative distribution exceeds u.
 
-    The distribution is that after the temperature, ``forbidden``, top-k and top-p are applied. At temperature 0, the
-    most likely token that is not forbidden is selected instead. The vocabulary is sorted only if top-p is used.
+    The temperature, ``forbidden``, top-k and top-p are applied to the distribution first. At temperature 0, the most
+    likely token that is not forbidden is selected instead. The vocabulary is sorted only if top-p is used.
 
     Args:
         logits: The logits of R rows, [R, V] float32, before division by the temperature.

@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A worker's message to its parent: the responses, or the message of an error."""
+    """A worker's message to its parent: the responses, or an error message."""
 
     rollout: Rollout | None = None  # on the CPU
     error: str = ""

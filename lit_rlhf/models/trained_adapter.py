@@ -43,7 +43,7 @@ class TrainedAdapter:
     scale: tuple[float, float] | None = None
 
     def save(self, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-        """Write an adapter that peft loads: the sum of the trained adapter and the one below it, if there is one.
+        """Write an adapter that peft can load: the sum of the trained adapter and the one below it, if there is one.
 
         Args:
             tokenizer: The model's tokenizer.

@@ -141,7 +141,7 @@ def unread_weights() -> Iterator[UnreadWeights]:
 
 @contextmanager
 def weights_at_once() -> Iterator[None]:
-    """Make `load_model` read weights at once inside this context, even within `unread_weights`."""
+    """Make `load_model` read weights immediately inside this context, even within `unread_weights`."""
     token = _unread.set(None)
     try:
         yield

@@ -127,7 +127,8 @@ def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, flo
     """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval.
 
     Args:
-        means: The means of the metrics that `measure_held_out` records; the mean of the squared scores is removed.
+        means: The means of the metrics that `measure_held_out` records; the mean of the squared scores is
+            removed from this dictionary, and is not in the result.
         prompts: The number of prompts, which are the independent trials of the win rate.
     """
     low, high = wilson_interval(means["win_rate"], prompts)

@@ -66,7 +66,7 @@ class PreferenceModule(AlignmentModule):
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Do one optimizer step on a batch.
+        """Take one optimizer step on a batch.
 
         Raises:
             UserError: if the loss or the gradient norm is not finite, if memory runs out (see `within_memory`), or as

@@ -87,7 +87,8 @@ def load_actor(
         value_grad_scale: The factor by which the value loss's gradient into the trunk is scaled.
 
     Raises:
-        UserError: if the model cannot be loaded, or is quantized and would have to be trained as a whole.
+        UserError: if the model or its adapters cannot be loaded (see `load_adapted`), or if the model is quantized and
+            would have to be trained as a whole.
     """
     if adapter is None:
         whole = check_whole(load_model(source, "causal", "model.actor"), "model.actor")

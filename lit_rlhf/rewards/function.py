@@ -72,7 +72,7 @@ class RewardFunction(Reward):
 
     @property
     def description(self) -> str:
-        """The location of the function."""
+        """The word ``function`` with the function's location."""
         return f"function {self.function}"
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,7 @@
 """A reward model: a sequence classifier with one label."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batching import pack
@@ -12,14 +12,16 @@ from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.progress import track
 from lit_rlhf.rewards.reward import Reward
-from lit_rlhf.types import Prompt, RewardInputs
+from lit_rlhf.types import Prompt, RewardInputs, Rollout
 
 
 class RewardModel(Reward):
     """A Hugging Face sequence classifier with one label, whose output at the last token of a response is the reward.
 
-    If a stop token ended the response, that token is the last one; a truncated response has no such token. A model with
-    the actor's vocabulary reads the actor's tokens; for any other model, the text is tokenized again.
+    If a stop token ended the response, that token is the last one. A truncated response has no such token, but the
+    texts from which a reward model learns end with the end-of-sequence token: the output at any other token is noise to
+    a large part. Therefore, a truncated response is scored with that token after it. A model with the actor's
+    vocabulary reads the actor's tokens; for any other model, the text is tokenized again.
 
     Args:
         model: A folder, a hub id, or a configuration for random weights.
@@ -27,6 +29,8 @@ class RewardModel(Reward):
         max_tokens: The maximum number of tokens in a forward pass, including padding; a longer row is passed alone.
         normalize: Whether to subtract the mean and divide by the standard deviation of the scores on the reward model's
             training set, both of which `RewardModeling` stores in the model's configuration.
+        end_truncated: Whether to score a truncated response with the end-of-sequence token after it; if False, it is
+            scored at its last token.
 
     Raises:
         UserError: in ``prepare``, if the model or its tokenizer cannot be loaded, or if ``normalize`` is set and the
@@ -42,12 +46,19 @@ class RewardModel(Reward):
     """
 
     def __init__(
-        self, model: ModelSource, weight: float = 1.0, max_tokens: int = 16384, normalize: bool = False
+        self,
+        model: ModelSource,
+        weight: float = 1.0,
+        max_tokens: int = 16384,
+        normalize: bool = False,
+        end_truncated: bool = True,
     ) -> None:
         super().__init__(weight)
         self.source = model
         self.max_tokens = max_tokens
         self.normalize = normalize
+        self.end_truncated = end_truncated
+        self.end_token = 0
         self.scale = (0.0, 1.0)  # mean and standard deviation
         self.model: ScalarModel | None = None
         self.retokenizer: PreTrainedTokenizerBase | None = None
@@ -83,6 +94,7 @@ class RewardModel(Reward):
             if self.model.scale is None:
                 raise UserError(f"rewards.normalize: {self.source} has no score_mean and score_std in its config.json")
             self.scale = self.model.scale
+        self.end_token = int(tokenizer.eos_token_id)
         own_tokenizer = load_tokenizer(self.source, "rewards.model")
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             self.retokenizer = own_tokenizer
@@ -95,8 +107,10 @@ class RewardModel(Reward):
         rollout = reward_inputs.rollout
         tokens, lengths = rollout.tokens, rollout.lengths
         if self.retokenizer is not None:
-            tokens, lengths = _tokenize(self.retokenizer, reward_inputs)
+            tokens, lengths = _tokenize(self.retokenizer, reward_inputs, self.end_truncated)
             tokens, lengths = tokens.to(rollout.tokens.device), lengths.to(rollout.tokens.device)
+        elif self.end_truncated:
+            tokens, lengths = _end_truncated(rollout, self.end_token)
         scores = torch.empty(len(tokens), device=tokens.device)
         with unsharded(self.model):
             for rows in track(pack(lengths.cpu(), self.max_tokens), "judge", "micro-batches"):
@@ -107,10 +121,19 @@ class RewardModel(Reward):
         return (scores - mean) / std
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, reward_inputs: RewardInputs) -> tuple[Tensor, Tensor]:
+def _end_truncated(rollout: Rollout, end_token: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens, [B, S + 1], and the length of each row, [B], with an end token after truncated responses."""
+    tokens, lengths = nn.functional.pad(rollout.tokens, (0, 1), value=end_token), rollout.lengths
+    at_end = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None]
+    return tokens.masked_fill(at_end, end_token), lengths + ~rollout.terminated
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, reward_inputs: RewardInputs, end_truncated: bool
+) -> tuple[Tensor, Tensor]:
     """Tokenize the prompts with their responses, as `Preferences` does when a reward model is trained.
 
-    A row ends with an end-of-sequence token if and only if a stop token ended the response.
+    A row ends with an end-of-sequence token if a stop token ended the response or ``end_truncated`` is set.
 
     Returns:
         The tokens, [B, S] int64, right-padded; and the length of each row, [B] int64.
@@ -118,7 +141,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, reward_inputs: RewardInputs) -
     pairs = zip(reward_inputs.prompts, reward_inputs.responses, strict=True)
     pieces = [_piece(tokenizer, prompt, response) for prompt, response in pairs]
     rows = [
-        (finished if terminated else unfinished)(tokenizer, piece, tokens)
+        (finished if terminated or end_truncated else unfinished)(tokenizer, piece, tokens)
         for piece, tokens, terminated in zip(
             pieces, token_rows(tokenizer, pieces), reward_inputs.rollout.terminated.tolist(), strict=True
         )

@@ -36,9 +36,9 @@ def assert_exact_resume(
     """Assert that a run that is resumed from a checkpoint ends with the same bits as one that was not interrupted.
 
     One run goes through all iterations and saves a checkpoint on the way; a second run, with new objects, starts from
-    this checkpoint. These must be equal: the metrics of the iterations after the checkpoint, except times and speeds
-    (``time/*``, ``perf/*``); the weights and the states of optimizers and schedules at the end; and the state of
-    each callback, which is its ``state_dict`` and those of its public attributes that are numbers, texts, tensors,
+    this checkpoint. These must be equal: the metrics of the iterations after the checkpoint, except times, speeds and
+    memory (``time/*``, ``perf/*``); the weights and the states of optimizers and schedules at the end; and the state of
+    each callback, which is its ``state_dict`` and those of its public attributes that are numbers, strings, tensors,
     None, or collections of these. Both runs are in the same process, so state that is kept in a global variable is not
     noticed. ::
 
@@ -55,7 +55,8 @@ def assert_exact_resume(
         seed: The seed of both runs.
 
     Raises:
-        AssertionError: if something differs; the message names the first differences, with both values.
+        AssertionError: if something differs; the message names the first differences, with both values or, for
+            tensors of several elements, the largest difference.
         ValueError: if ``at`` is not from 1 to ``iterations`` − 1.
     """
     if not 1 <= at < iterations:
@@ -101,7 +102,7 @@ def _state_of(callback: lightning.Callback, ignore: Sequence[str]) -> dict[str, 
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value consists of numbers, texts, tensors and None."""
+    """Return whether a value consists of numbers, strings, tensors and None."""
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):

@@ -82,25 +82,33 @@ def other_model(tmp_path_factory):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("special", ["distinct", "pad_is_eos"])
 @pytest.mark.parametrize("max_tokens", [1, 20, 16384])
-def test_score_is_the_classifiers_own_at_the_last_token(tiny_model, architecture, special, max_tokens, capsys):
+@pytest.mark.parametrize("end_truncated", [True, False])
+def test_score_is_the_classifiers_own_at_the_last_token(
+    tiny_model, architecture, special, max_tokens, end_truncated, capsys
+):
     folder = tiny_model(architecture, task="score", special=special)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     given = reward_inputs(tokenizer)
     rows = [t[:n].tolist() for t, n in zip(given.rollout.tokens, given.rollout.lengths, strict=True)]
-    scores = prepared(folder, tokenizer, max_tokens=max_tokens)(given)
+    scores = prepared(folder, tokenizer, max_tokens=max_tokens, end_truncated=end_truncated)(given)
     assert [row[-1] == tokenizer.eos_token_id for row in rows] == TERMINATED
+    if end_truncated:
+        rows = [row if row[-1] == tokenizer.eos_token_id else [*row, tokenizer.eos_token_id] for row in rows]
     assert scores.std() > 0.01
     torch.testing.assert_close(scores, own_scores(folder, rows), atol=1e-5, rtol=1e-5)
     assert "tokenized again" not in capsys.readouterr().out
 
 
-def test_responses_are_tokenized_again_for_another_vocabulary_with_a_message(tiny_model, other_model, capsys):
+@pytest.mark.parametrize("end_truncated", [True, False])
+def test_responses_are_tokenized_again_for_another_vocabulary_with_a_message(
+    tiny_model, other_model, end_truncated, capsys
+):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     own = AutoTokenizer.from_pretrained(other_model)
-    reward = prepared(other_model, tokenizer)
+    reward = prepared(other_model, tokenizer, end_truncated=end_truncated)
     assert f"the vocabulary of {other_model} differs from the actor's" in capsys.readouterr().out
     rows = [
-        own(f"{prompt} {response}")["input_ids"] + [own.eos_token_id] * ended
+        own(f"{prompt} {response}")["input_ids"] + [own.eos_token_id] * (ended or end_truncated)
         for prompt, response, ended in zip(PROMPTS, RESPONSES, TERMINATED, strict=True)
     ]
     scores = reward(reward_inputs(tokenizer))
@@ -110,7 +118,7 @@ def test_responses_are_tokenized_again_for_another_vocabulary_with_a_message(tin
 
 def test_a_truncated_text_ends_without_the_token_that_the_tokenizer_adds(tiny_model, other_model):
     tokenizer, own = AutoTokenizer.from_pretrained(tiny_model("llama")), AutoTokenizer.from_pretrained(other_model)
-    reward = prepared(other_model, tokenizer)
+    reward = prepared(other_model, tokenizer, end_truncated=False)
     reward.retokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
@@ -129,20 +137,21 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_conversations_go_through_the_other_tokenizers_chat_template(tiny_model, other_model, template):
-    """What the template writes after a response belongs to complete responses only."""
+@pytest.mark.parametrize("end_truncated", [True, False])
+def test_conversations_go_through_the_other_tokenizers_chat_template(tiny_model, other_model, template, end_truncated):
+    """What the template writes after a response belongs to complete responses, and those that count as complete."""
     tokenizer, own = AutoTokenizer.from_pretrained(tiny_model("llama")), AutoTokenizer.from_pretrained(other_model)
-    reward = prepared(other_model, tokenizer)
+    reward = prepared(other_model, tokenizer, end_truncated=end_truncated)
     reward.retokenizer.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
     opening, closing = TEMPLATES[template]
     texts = [
-        opening.format(prompt, response) + closing * terminated
+        opening.format(prompt, response) + closing * (terminated or end_truncated)
         for prompt, response, terminated in zip(PROMPTS, RESPONSES, TERMINATED, strict=True)
     ]
     if "replace" in template:
         texts = [text.replace("w", "w ") for text in texts]
     rows = [own(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert [row[-1] == own.eos_token_id for row in rows] == TERMINATED
+    assert [row[-1] == own.eos_token_id for row in rows] == [ended or end_truncated for ended in TERMINATED]
     scores = reward(reward_inputs(tokenizer, conversations()))
     torch.testing.assert_close(scores, own_scores(other_model, rows), atol=1e-5, rtol=1e-5)
 
