@@ -154,8 +154,7 @@ def options(variant: Variant, task: Task, seed: int, responses: int, folder: str
     if variant.recipe != "trpo":
         values["model.actor_optimizer.lr"] = rate
     if variant.decays:
-        falling = {"start_factor": 1.0, "end_factor": 0.0, "total_iters": iterations}
-        values["model.actor_scheduler"] = json.dumps({"class_path": "LinearLR", "init_args": falling})
+        values["model.actor_scheduler"] = "LinearDecay"
     if config["model"]["init_args"].get("critic") is not None:
         values["model.critic_optimizer.lr"] = task.critic_rate
         values["model.critic"] = "actor" if task.reward_model is None else "reward"  # as in TRL

@@ -55,6 +55,7 @@ _PUBLIC = {
         "Update",
     ),
     "modules.averaging": ("Averaging",),
+    "modules.schedules": ("LinearDecay",),
     "modules.dynamic_sampling": ("DynamicSampling",),
     "modules.hooks": ("OnPolicyCallback",),
     "rewards": (

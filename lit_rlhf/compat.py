@@ -255,6 +255,18 @@ def option_names(parser: Any) -> list[str]:
     return list(dict.fromkeys(o[2:] for action in actions for o in action.option_strings if o.startswith("--")))
 
 
+def prefer_integers(parser: Any) -> None:
+    """Make the options of a parser that accept an integer or a float read 1 as an integer.
+
+    ``typing`` caches unions without regard to their order: if any library has used ``Union[float, int]`` before,
+    Lightning's ``Union[int, float]`` is that union, too, and ``--trainer.limit_train_batches 1`` would mean 1.0, which
+    is all batches. Sets the ``_typehint`` of jsonargparse's ``_actions``.
+    """
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) == int | float | None:
+            action._typehint = int | float | None
+
+
 PARSER_KEY = re.compile(r'Parser key "([^"]+)"')
 """The pattern of the key at one level of a nested message; the keys of all levels, joined by dots, name the option."""
 

@@ -104,7 +104,7 @@ def _signature(component: type) -> dict[str, tuple[Any, Any]]:
         name: (_evaluated(parameter.annotation, scope), parameter.default)
         for name, parameter in inspect.signature(component).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and not (name in GIVEN and not component.__module__.startswith("lit_rlhf."))
+        and not (name in GIVEN and any(base.__module__.startswith("torch.optim") for base in component.__mro__))
     }
 
 

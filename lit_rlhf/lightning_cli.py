@@ -164,6 +164,7 @@ class CLI(LightningCLI):
         """Add the callbacks that every run uses, with their options."""
         for name, callback in WITH_OPTIONS.items():
             parser.add_lightning_class_args(callback, name)
+        compat.prefer_integers(parser)
 
     def before_instantiate_classes(self) -> None:
         """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.

@@ -365,6 +365,17 @@ def test_argparse_and_jsonargparse_list_the_options():
         assert compat.option_names(parser) == ["help", "config", "limit"]
 
 
+def test_integers_are_read_as_integers():
+    with contract("jsonargparse", "the actions of a parser have _typehint, which the parsing of a value reads"):
+        parser = jsonargparse.ArgumentParser()
+        parser.add_argument("--limit", type=float | int | None)
+        assert isinstance(parser.parse_args(["--limit", "1"]).limit, float)
+        compat.prefer_integers(parser)
+        assert isinstance(parser.parse_args(["--limit", "1"]).limit, int)
+        assert parser.parse_args(["--limit", "0.5"]).limit == 0.5
+        assert parser.parse_args(["--limit", "null"]).limit is None
+
+
 CONSTANT = ("fit", "--estimator", f"{__name__}.Constant")
 SGD = ("fit", "--optimizer", "torch.optim.SGD")
 

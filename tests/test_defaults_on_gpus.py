@@ -38,6 +38,7 @@ def pretend(monkeypatch):
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16 or including_emulation
         )
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
 
     return gpu

@@ -28,6 +28,7 @@ from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.averaging import AveragedWeights
 from lit_rlhf.modules.metrics import Metrics
+from lit_rlhf.modules.schedules import LinearDecay
 from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -166,7 +167,10 @@ class AlignmentModule(lightning.LightningModule):
             make_optimizer, make_scheduler = self.optimizer_factories[name]
             entry: dict[str, Any] = {"optimizer": make_optimizer(parameters)}
             if make_scheduler is not None:
-                entry["lr_scheduler"] = {"scheduler": make_scheduler(entry["optimizer"]), "interval": "step"}
+                scheduler = make_scheduler(entry["optimizer"])
+                if isinstance(scheduler, LinearDecay):
+                    scheduler.set_iterations(self.iterations)
+                entry["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
             configured.append(entry)
         return configured
 

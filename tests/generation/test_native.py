@@ -62,7 +62,8 @@ class Subject:
 def load(tiny_model):
     @cache
     def make(architecture="llama", special="distinct"):
-        folder = str(tiny_model(architecture, special=special, seed=14))
+        seed = 25 if architecture == "gpt2" else 14  # some responses must end early, also with older initialisations
+        folder = str(tiny_model(architecture, special=special, seed=seed))
         return Subject(Actor(load_model(folder), TEMPERATURE), load_tokenizer(folder))
 
     return make
