@@ -376,7 +376,7 @@ def selected_adapters(layer: LoraLayer) -> tuple[str, ...]:
 
 
 def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> None:
-    """Let layers add the outputs of only the named adapters, in this order, or of no adapter if none is named.
+    """Make layers add the outputs of only the named adapters, in this order, or of no adapter if none is named.
 
     Sets ``_active_adapter`` and ``_disable_adapters``, because the public ``set_adapter`` and ``enable_adapters`` also
     change which parameters are trained, while these layers serve several roles in each step.
@@ -388,7 +388,7 @@ def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> Non
 
 
 def share_inputs(layers: Iterable[LoraLayer]) -> None:
-    """Let adapters take their layers' inputs without a cast, so that the backward pass keeps a shared input only once.
+    """Make adapters take their layers' inputs without a cast, so that the backward pass keeps a shared input only once.
 
     Otherwise, peft casts a bfloat16 input to float32, the data type of the adapter's weights, and autocast casts the
     result to bfloat16 again, so that each layer has a copy of its own. Layers with DoRA still cast their inputs,

@@ -41,7 +41,7 @@ class Correction:
     The objective's loss of token t is multiplied by a constant weight: the ratio ρₜ = π_old / μ, clipped to
     [``truncate_below``, ``truncate_above``], or 0 if the ratio is outside [``mask_below``, ``mask_above``]. The weights
     do not apply to the entropy bonus, the KL to the reference or the critic, and tokens with a weight of 0 still count
-    in the mean of the loss. The ratio of the weight and that of the mask are each taken at one of three levels:
+    in the mean of the loss. The weight and the mask each use the ratio at one of three levels:
 
     - ``token``: ρₜ;
     - ``sequence``: ρ(y) = Πₜ ρₜ for all tokens of a response, usually further from 1 the longer the response is;
@@ -59,7 +59,7 @@ class Correction:
       0. Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference mismatch".
     - The geometric mask, ``{level: null, mask_level: geometric, mask_below: 0.99, mask_above: 1.01}``: 1 if
       0.99 ≤ ρ(y)^{1/|y|} ≤ 1.01, otherwise 0. Liu et al. 2025, part 3.
-    - The bypass, ``{bypass: true}``: the objective's old policy is μ, so that its ratio π / μ holds the correction.
+    - The bypass, ``{bypass: true}``: the objective's old policy is μ, so its ratio π / μ includes the correction.
 
     Args:
         level: The level of the ratio that is the weight; None for a weight of 1.

@@ -72,7 +72,7 @@ class ServedAdapters:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of vLLM's command line that adapters need."""
+        """The command-line arguments of vLLM for adapters."""
         return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(self.max_rank)]
 
     @property

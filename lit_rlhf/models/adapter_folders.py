@@ -116,7 +116,7 @@ def add_saved_adapter(model: PreTrainedModel, name: str, saved: SavedAdapter, fi
     """Add a saved adapter to a model in place; all parameters of the adapter and of the model are frozen.
 
     Args:
-        model: The adapter's base, whose weights may not have been read yet.
+        model: The adapter's base, whose weights need not have been read yet.
         name: The adapter's name in the model.
         saved: The adapter.
         field: The name of the configuration field, for error messages.

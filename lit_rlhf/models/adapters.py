@@ -34,8 +34,8 @@ SOURCE = "source"
 class LoRA:
     """The options of a low-rank adapter: linear layers compute W x + scaling · B A x, and only A and B are trained.
 
-    W, [out, in], is the frozen weight of a linear layer of the base; A is [rank, in], and B is [out, rank]. A is
-    initialised from Kaiming's uniform distribution and B to 0, so that an untrained adapter changes nothing. There is
+    W, [out, in], is the frozen weight of a linear layer of the base; A is [rank, in], and B is [out, rank]. A has
+    Kaiming uniform initialisation and B is initialised to 0, so that an untrained adapter changes nothing. There is
     no dropout, because log-probabilities could not be reproduced with it.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), equation 3; rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732), equation 5;

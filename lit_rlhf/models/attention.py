@@ -34,7 +34,7 @@ def last_hidden_state(trunk: nn.Module, tokens: Tensor, real: Tensor, positions:
     Args:
         trunk: A transformers decoder without its head.
         tokens: Token ids, [B, S] int64.
-        real: Bool [B, S], True at real tokens, which come before the padding in each row.
+        real: Bool [B, S], True at the tokens to process, which come before all others in each row.
         positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text; the texts of a
             row do not attend to each other. None if each row is one text.
     """

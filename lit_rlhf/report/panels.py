@@ -10,7 +10,7 @@ from lit_rlhf.report.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A chart over the iterations: a line for a metric of training, and points for a metric of validations."""
+    """A chart over the iterations: a line for a training metric, and points for a validation metric."""
 
     title: str
     unit: str  # the title of the y-axis

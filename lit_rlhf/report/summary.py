@@ -38,7 +38,7 @@ def summarize(run: Run) -> str:
 
 
 def phases(run: Run) -> list[str]:
-    """Return the names of the metrics that hold the seconds of an iteration's phases, in alphabetical order."""
+    """Return the names of the metrics of the durations of an iteration's phases, in alphabetical order."""
     return sorted(name for name in run.columns if name.startswith(PHASES) and not name.startswith(WAITING))
 
 

@@ -133,7 +133,7 @@ class Scores(nn.Module):
         return rewards, score
 
     def check_answers(self, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor]) -> CheckedAnswers | None:
-        """Return the answers that the responses give, and which are correct; None if no reward checks answers.
+        """Return the answer of each response, and whether it is correct; None if no reward checks answers.
 
         If several rewards check answers, the first of them decides.
 
