@@ -16,7 +16,7 @@ from lit_rlhf.models.weights import weights_at_once
 
 
 def starts_from(source: ModelSource, lora: LoRA) -> tuple[str, ...]:
-    """Return the names of the frozen adapters below the trained ones: that of a stacked source, or none."""
+    """Return the names of the frozen adapters below the trained ones: `SOURCE` if the source is stacked."""
     return (SOURCE,) if find_adapter(source) and lora.chained == "stacked" else ()
 
 
@@ -29,7 +29,7 @@ def load_adapted(
     copies: Sequence[str] = (),
     saved: Mapping[str, SavedAdapter] | None = None,
 ) -> PreTrainedModel:
-    """Load a frozen base with the adapters of its roles; the first trained adapter and those below it are selected.
+    """Load a frozen base with the adapters of several roles; select the first trained adapter and those below it.
 
     Args:
         source: The folder or the hub id of a whole model or of an adapter; ``lora.chained`` says what happens to an

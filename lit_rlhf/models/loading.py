@@ -58,7 +58,7 @@ class RandomWeights:
 
 
 ModelSource: TypeAlias = str | RandomWeights
-"""A folder, a hub id, or a configuration for random weights; a folder or a hub id may be that of an adapter."""
+"""A folder or a hub id, of a whole model or of an adapter, or a configuration for random weights."""
 Task: TypeAlias = Literal["causal", "score"]
 _AUTO = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
@@ -152,7 +152,7 @@ def check_exists(path: str, field: str) -> None:
 
 
 def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
-    """Load the configuration of a model; for an adapter, that of its base.
+    """Load the configuration of a model or, for an adapter, of the adapter's base.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights.

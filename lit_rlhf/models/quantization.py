@@ -138,9 +138,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer with a weight quantized by torchao, which the backward pass dequantizes again.
+    """A frozen linear layer whose weight torchao has quantized; the backward pass dequantizes the weight again.
 
-    Otherwise, autograd would keep the dequantized weights of all layers until the backward pass.
+    Without this class, autograd would keep the dequantized weights of all layers until the backward pass.
     """
 
     @torch.compiler.disable  # compiled code would hold references to the weight, which could then not be moved

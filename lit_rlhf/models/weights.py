@@ -39,7 +39,7 @@ class Location(NamedTuple):
 
 
 class UnreadWeights:
-    """The files of the models that were built within `unread_weights`, and the places of the files' tensors in them.
+    """The files of the models that were built within `unread_weights`, and where the files' tensors belong in a model.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.models.loading import load_model
@@ -100,7 +100,7 @@ class UnreadWeights:
         """Allocate memory for a model, which is already sharded or stays whole, and read its weights from the files.
 
         Each process reads alone, without collective operations: since each process decides for itself whether a model's
-        weights are read here or by transformers, the other processes may not take part.
+        weights are read here or by transformers, it cannot rely on the other processes to take part.
 
         Args:
             model: The model; parts that no file holds, such as adapters, keep their values.
@@ -124,9 +124,9 @@ _unread: ContextVar[UnreadWeights | None] = ContextVar("unread", default=None)
 
 @contextmanager
 def unread_weights() -> Iterator[UnreadWeights]:
-    """Let `load_model` build models from files without reading their weights, where possible, inside this context.
+    """Make `load_model` build models from files without reading their weights, where possible, inside this context.
 
-    The context yields the object that reads the weights afterwards. Weights are loaded at once if they are random or
+    The context yields the object that reads the weights later. Weights are loaded immediately if they are random or
     quantized, if safetensors files do not hold them under the names and in the shapes of the model's parameters, if the
     head of a sequence classifier is not a linear layer named ``score``, or if the model cannot be built on the meta
     device.

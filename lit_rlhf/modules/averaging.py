@@ -106,7 +106,7 @@ class AveragedWeights(nn.Module):
             average.copy_(own)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return, for each weight, this process's part of the weight and of its average, as views of their memory."""
+        """Return this process's parts of each weight and of the weight's average, as views of their memory."""
         weights = self._actor[0].own_parameters()
         return [(_local(weight.detach()), _local(self.get_buffer(name))) for name, weight in weights.items()]
 

@@ -39,7 +39,7 @@ class OnPolicyCallback(lightning.Callback):
         scored: ScoredRollout,
         trajectory: Trajectory,
     ) -> None:
-        """Called when the responses have been judged, with the models' outputs, the scores, and the tokens' rewards."""
+        """Called when the responses have been judged, with the models' outputs, the scores, and each token's reward."""
 
     def on_advantages(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience

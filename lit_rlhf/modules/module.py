@@ -33,7 +33,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By optimizer name, a function that makes the optimizer from parameters, and one that makes its schedule, or None."""
+"""For each optimizer's name, the functions that make the optimizer and its schedule (None for no schedule)."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -103,7 +103,7 @@ class AlignmentModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the settings before the models are loaded; Lightning calls this method at the start of every run.
 
-        Warnings of Lightning that do not apply to these modules are hidden.
+        The method also hides those of Lightning's warnings that do not apply to these modules.
 
         Raises:
             UserError: if ``trainer.precision`` is not supported, if an adapter is to be trained with FSDP1, or if the
@@ -127,7 +127,7 @@ class AlignmentModule(lightning.LightningModule):
         return averaged + [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
 
     def with_averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the trained model has its averaged weights; without averaging, it has no effect."""
+        """Return a context in which the trained model has its averaged weights; without averaging, nothing changes."""
         return nullcontext() if self.averaged is None else self.averaged.in_use()
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -205,7 +205,7 @@ class AlignmentModule(lightning.LightningModule):
             self.log("step", float(self.iteration), batch_size=1)
 
     def count_iteration(self) -> None:
-        """Count an iteration, update the averaged weights if there are any, and stop the Trainer after the last one.
+        """Count an iteration, update any averaged weights, and stop the Trainer if this was the last iteration.
 
         Each ``training_step`` calls this method, so that the checkpoint of the iteration holds the new state.
         """
@@ -332,7 +332,7 @@ class AlignmentModule(lightning.LightningModule):
         return model
 
     def profile(self, phase: str) -> AbstractContextManager[Any]:
-        """Return a context in which the profiler of ``--trainer.profiler`` measures a phase under its name."""
+        """Return a context in which the Trainer's profiler measures a phase under the given name."""
         return cast(Any, self.trainer).profiler.profile(phase)
 
     def on_rank(self) -> tuple[int, int]:
@@ -360,7 +360,7 @@ def _unchanged(model: Any) -> Any:
 
 
 def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight to which a state-dictionary key, such as that of its scales, belongs."""
+    """Return the name of the quantized weight to which a state-dict key belongs, such as the key of its scales."""
     return key.rpartition(".weight.")[0] + ".weight"
 
 

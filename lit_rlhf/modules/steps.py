@@ -64,7 +64,7 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
     if module.update.target_kl is not None and kl_to_old > module.update.target_kl:
         drop_gradients(module)
         return False
-    if losses.only_critic:  # DDP gives the actor gradients of 0, with which an optimizer could still move its weights
+    if losses.only_critic:  # DDP gives the actor gradients of 0, with which an optimizer could still move the actor
         for parameter in module.trained_parameters()["policy"]:
             parameter.grad = None
     measure_gradients(step_optimizers(module, module.update.clip_grad_norm, **means), module.update, metrics)
@@ -260,7 +260,7 @@ def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) ->
 
 
 def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Return the loss, [], with a backward pass that also gives each of these parameters a gradient of 0.
+    """Return the loss, [], with a backward pass that also gives each of the given parameters a gradient of 0.
 
     The zeros take the memory of one number. DDP averages the gradients over the ranks in the last backward pass of a
     step, and waits until that pass has given a gradient to every trained parameter.
