@@ -164,7 +164,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     Args:
         model: The model, which may have other adapters, and whose weights need not have been read yet.
         name: The adapter's name.
-        config: The adapter's options, whose target modules are names.
+        config: The adapter's options, in which the target modules are listed by name.
         number: The number of the adapter in the run, which seeds the adapter's initial weights.
 
     Raises:
@@ -194,7 +194,7 @@ def _initialize(model: nn.Module, name: str) -> None:
         if name not in layer.lora_A:
             continue
         for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.is_meta:  # because the base's weights are
+            if part.weight.is_meta:  # because the base's weights are on the meta device
                 part.to_empty(device="cpu")
         layer.reset_lora_parameters(name, True)
 

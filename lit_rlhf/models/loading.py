@@ -136,7 +136,7 @@ def load_model(
 
 
 def check_exists(path: str, field: str) -> None:
-    """Check that a path is an existing folder, unless the path may be a hub id.
+    """Check that a path is an existing folder, unless the path could be a hub id.
 
     Args:
         path: The path or the hub id.

@@ -42,9 +42,8 @@ def quantization_config(quantization: Quantization) -> Any:
     """Return transformers' configuration of a quantization.
 
     Args:
-        quantization: ``nf4`` for the 16 values of 4-bit NormalFloat, with a scale in 8 bits for each block of 64
-            weights (bitsandbytes); ``int8`` for 255 equidistant values, with a scale for each row of the matrix
-            (torchao).
+        quantization: ``nf4`` for the 16 values of 4-bit NormalFloat, with an 8-bit scale for each block of 64 weights
+            (bitsandbytes); ``int8`` for 255 equidistant values, with a scale for each row of the matrix (torchao).
 
     Raises:
         UserError: if the quantization's package is not installed.

@@ -117,7 +117,7 @@ def _held(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: Any) -> Iterator[None]:
-    """Hold an FSDP2 model's full weights inside this context, without the hooks, which take longer than a small layer."""
+    """Hold an FSDP2 model's full weights inside this context, and remove the hooks, which are slower than a layer."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -167,8 +167,8 @@ def full_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, T
 
     Args:
         model: The model.
-        trained_only: Whether to leave out frozen weights, such as those of the base of adapters, and the buffers of a
-            model that is not sharded; ignored with FSDP1.
+        trained_only: Whether to leave out frozen weights, such as the weights of a base with adapters, and, if the
+            model is not sharded, the buffers; ignored with FSDP1.
     """
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False, rank0_only=True):

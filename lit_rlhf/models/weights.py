@@ -150,7 +150,7 @@ def weights_at_once() -> Iterator[None]:
 
 
 def current_unread_weights() -> UnreadWeights | None:
-    """Return the object of the active `unread_weights`; None outside of such a context or inside `weights_at_once`."""
+    """Return the active context's `UnreadWeights`; None outside of `unread_weights` or inside `weights_at_once`."""
     return _unread.get()
 
 

@@ -1,4 +1,4 @@
-"""The models of an iteration as adapters on one base; the reference is usually the actor without its new adapter."""
+"""The models of an iteration, as adapters on one base; the reference is usually the actor without its new adapter."""
 
 from collections.abc import Callable
 from functools import partial

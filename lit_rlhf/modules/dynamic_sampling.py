@@ -34,8 +34,8 @@ class DynamicSampling:
 
     Each draw takes the next whole batch in the order of the data, so that the position in the data, which checkpoints
     hold, is a number of batches. The Trainer's epoch has as many iterations as the data has batches, and therefore
-    covers the data more than once if there are further draws. All processes count the informative prompts together, and
-    draw equally often; the result does not depend on the number of processes.
+    covers the data more than once if there are further draws. The informative prompts are counted over all processes,
+    which make the same number of draws; the result does not depend on the number of processes.
 
     The metrics ``objective/…`` (except ``objective/advantage_std``), ``rewards/…`` and ``response/…`` describe all
     responses that were drawn; all other metrics describe the responses that the iteration learns from.

@@ -365,7 +365,7 @@ def _weight_of(key: str) -> str:
 
 
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
-    """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
+    """Keep frozen models out of ``state_dict()``, and make ``load_state_dict`` accept that they are missing.
 
     If the module trains an adapter, all frozen parameters are left out, and so are the scales of quantized parameters.
     The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder

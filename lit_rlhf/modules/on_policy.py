@@ -150,7 +150,7 @@ class OnPolicy(AlignmentModule):
             self.print(f"rewards: {self.scores.description}")  # the first process prints
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Return the module's one callback: the source of the rollouts, which starts and closes the engine."""
+        """Return the module's only callback: the source of the rollouts, which starts and closes the engine."""
         return [self.rollouts]
 
     @cached_property

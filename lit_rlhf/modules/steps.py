@@ -41,7 +41,7 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
         Whether the optimizers stepped; if not, the gradients are dropped.
 
     Raises:
-        UserError: if a loss or a norm is not finite, or if memory runs out (see `within_memory`).
+        UserError: if a loss or a gradient norm is not finite, or if memory runs out (see `within_memory`).
     """
 
     def attempt() -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,7 +135,7 @@ def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: T
         losses: The losses to check, [] each, keyed by the names to use in the message.
 
     Raises:
-        UserError: if a loss or a norm is not finite.
+        UserError: if a loss or a gradient norm is not finite.
     """
     reduce = (
         module.sum_over_ranks if isinstance(module.trainer.strategy, FSDP) else None
