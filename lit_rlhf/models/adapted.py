@@ -16,7 +16,7 @@ from lit_rlhf.models.weights import weights_at_once
 
 
 def starts_from(source: ModelSource, lora: LoRA) -> tuple[str, ...]:
-    """Return the names of the frozen adapters below the trained ones: `SOURCE` if the source is stacked."""
+    """Return the names of the frozen adapters below the trained ones: `SOURCE` for a stacked source, or none."""
     return (SOURCE,) if find_adapter(source) and lora.chained == "stacked" else ()
 
 
@@ -38,7 +38,7 @@ def load_adapted(
         field: The name of the configuration field of the source, for error messages.
         trained: The names of the new adapters that are trained.
         copies: The names of further new adapters, which are not trained.
-        saved: Saved adapters of the same base, which are not trained, by name.
+        saved: Saved adapters of the same base, by name; they are not trained.
 
     Raises:
         UserError: if the model or an adapter cannot be loaded, if the model has no layers for the new adapters, if the

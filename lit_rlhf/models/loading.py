@@ -42,7 +42,7 @@ class RandomWeights:
 
     Args:
         config: The fields of a transformers configuration, including ``model_type``. The vocabulary size and the
-            special token ids are the tokenizer's unless they are given here.
+            special token ids are the tokenizer's unless these fields give them.
         tokenizer: A folder, a hub id, or ``module:function`` for a function that returns a tokenizer.
         seed: The seed of the weights, which depend only on the seed and the configuration.
 

@@ -117,7 +117,10 @@ def _held(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: Any) -> Iterator[None]:
-    """Hold an FSDP2 model's full weights inside this context, and remove the hooks, which are slower than a layer."""
+    """Hold an FSDP2 model's full weights inside this context, in which the model's forward hooks are removed.
+
+    These hooks take longer than the forward pass of a small layer.
+    """
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()

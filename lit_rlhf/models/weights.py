@@ -39,7 +39,7 @@ class Location(NamedTuple):
 
 
 class UnreadWeights:
-    """The files of the models that were built within `unread_weights`, and where the files' tensors belong in a model.
+    """The files of the models that were built within `unread_weights`, and where the files' tensors belong in them.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.models.loading import load_model
@@ -106,7 +106,7 @@ class UnreadWeights:
             model: The model; parts that no file holds, such as adapters, keep their values.
             device: The device of this process's part of the model.
         """
-        if has_quantized_layers(model):  # all of its weights have been read; those of bitsandbytes cannot be swapped
+        if has_quantized_layers(model):  # all its weights have been read, and bitsandbytes' weights cannot be swapped
             model.to(device)
             return
         materialize(model, device)
@@ -205,7 +205,7 @@ def with_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model whose weights have values, for testing how the architecture of the given model computes.
 
     This is the given model itself if its weights have been read. Otherwise, it is a small model of the same class with
-    random float32 weights: its layers have the same shapes as those of the given model, but there are only as many of
+    random float32 weights: its layers have the same shapes as the given model's layers, but there are only as many of
     the first layers as are needed to include every type of layer, and the vocabulary has 16 tokens.
 
     Args:

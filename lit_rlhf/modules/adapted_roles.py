@@ -17,10 +17,10 @@ class AdaptedRoles:
     """The models of the roles as adapters on the actor's base; all adapters must be known before the base is loaded.
 
     Args:
-        sources: The sources of the models. The critic is ``shared``, None, or the start of a new adapter: ``actor`` for
-            a new adapter on top of the adapters that the actor starts from, ``reward`` for one on top of the first
-            reward model's adapter, or else an adapter of the same base, on top of which the new one is put. The
-            reference and the reward models can also be whole models.
+        sources: The sources of the models. The critic's source is ``shared``, None, or names the adapters on top of
+            which the critic's new adapter is put: ``actor`` for the adapters that the actor starts from, ``reward`` for
+            the first reward model's adapter, or the source of another adapter of the same base. The reference and the
+            reward models can also be whole models.
         lora: The options of the trained adapters.
 
     Raises:
@@ -53,11 +53,11 @@ class AdaptedRoles:
         return find_adapter(self.sources.actor) is not None and not self.starts
 
     def _read(self, name: str, source: ModelSource | None, where: str) -> bool:
-        """Read an adapter if the source is one, and return whether it is one.
+        """Read the source if it is an adapter, and return whether it is one.
 
         Raises:
-            UserError: if the adapter cannot be read, or does not belong to the actor's base, into which the actor's own
-                adapter may have been merged.
+            UserError: if the adapter cannot be read, if its base is not the actor's base, or if the actor's adapter is
+                merged into that base.
         """
         if not find_adapter(source):
             return False

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 BUCKETS = 2**18
-"""The number of buckets into which n-grams are hashed; the metrics' states thus have a fixed size on all ranks."""
+"""The number of buckets into which n-grams are hashed, so that the metrics' states have a fixed size on all ranks."""
 
 
 def ngram_buckets(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The guard: it stops a run if the engine's log-probabilities differ from the actor's."""
+"""The guard, which stops a run if the engine's log-probabilities differ from the actor's."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ FLOAT32_BOUND, ROUNDED_BOUND = 1e-4, 0.1
 
 
 class Mismatch(NamedTuple):
-    """The mean and the maximum of |log π − log μ|, in nats, over tokens of all ranks: μ is the engine, π the actor."""
+    """The mean and maximum of |log π − log μ| over tokens of all ranks, in nats; π is the actor and μ the engine."""
 
     mean: float
     maximum: float

@@ -103,7 +103,7 @@ class AlignmentModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the settings before the models are loaded; Lightning calls this method at the start of every run.
 
-        The method also hides those of Lightning's warnings that do not apply to these modules.
+        The method also hides Lightning's warnings that do not apply to these modules.
 
         Raises:
             UserError: if ``trainer.precision`` is not supported, if an adapter is to be trained with FSDP1, or if the
@@ -360,7 +360,7 @@ def _unchanged(model: Any) -> Any:
 
 
 def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight to which a state-dict key belongs, such as the key of its scales."""
+    """Return the name of the quantized weight that a state-dict key, such as the key of its scales, belongs to."""
     return key.rpartition(".weight.")[0] + ".weight"
 
 

@@ -67,7 +67,7 @@ class OnPolicy(AlignmentModule):
     max_tokens_option = "model.update.max_tokens"
     shards_actor: ClassVar[bool] = True
     """Whether a strategy that shards models may shard the actor."""
-    copies: ClassVar[tuple[str, ...]] = ()  # the names of further adapters like the actor's, which are not trained
+    copies: ClassVar[tuple[str, ...]] = ()  # the names of further new adapters, which are not trained
 
     critic: ScalarModel | None  # set by configure_model; None without a critic, or if it is a head on the actor's trunk
     reference: Actor  # set by configure_model, frozen

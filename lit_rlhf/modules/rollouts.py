@@ -95,7 +95,7 @@ class Rollouts(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Wait for the rollouts that are being generated, and save all that no iteration has learned from yet."""
+        """Wait for the rollouts being generated, and save all rollouts that no iteration has learned from yet."""
         if self.ahead is None:
             return
         module = cast(AlignmentModule, pl_module)
@@ -108,7 +108,7 @@ class Rollouts(lightning.Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the rollouts of a checkpoint, from which the iterations that they belong to will learn."""
+        """Keep a checkpoint's rollouts for the iterations that will learn from them."""
         self.saved = dict(checkpoint.get("rollouts", {})) if self.ahead is not None else {}
 
     # --------------------------------------------------------------- an iteration
@@ -122,9 +122,9 @@ class Rollouts(lightning.Callback):
             metrics: Receives the mismatch and, with `Ahead`, the times for which the learner and the generators waited.
 
         Raises:
-            UserError: if responses could not be generated, if the guard finds that they come from another policy than
-                they should, if the rollouts of a checkpoint answer other prompts, or if `Ahead` is used without the
-                data module `Prompts`.
+            UserError: if responses could not be generated, if the guard finds that a policy other than the expected one
+                drew them, if the rollouts of a checkpoint answer other prompts, or if `Ahead` is used without the data
+                module `Prompts`.
         """
         iteration = int(module.iteration)
         if self.ahead is None:

@@ -82,7 +82,7 @@ def measure_gradients(norms: Mapping[str, Tensor], update: Update, metrics: Metr
 def add_gradient(module: AlignmentModule, loss: Tensor, *, last: bool, untouched: Sequence[nn.Parameter] = ()) -> None:
     """Add the gradient of a part of the step's loss to the gradients of the trained parameters.
 
-    Under DDP, only the last backward pass of a step averages the gradients over the ranks, including those of
+    Under DDP, only the last backward pass of a step averages the gradients over the ranks, including the gradients of
     earlier passes; strategies that shard models average in every pass.
 
     Args:
