@@ -253,6 +253,6 @@ def _settings(source: str) -> dict[str, Any]:
     if not os.path.isdir(source):
         try:
             path = Path(hf_hub_download(source, "config.json"))
-        except Exception:  # there is none
+        except Exception:  # the adapter has no such file
             return {}
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -103,9 +103,9 @@ def load_model(
 
     The CPU is used whatever the default device is. Random weights are therefore the same on every device, and
     transformers does not use the default device as a ``device_map``, which would require the accelerate package.
-    Lightning makes its device the default in ``configure_model``; the models are moved there afterwards. Inside
+    Lightning makes its device the default in ``configure_model``; the models are moved to it afterwards. Inside
     `unread_weights`, the parameters of a model that is read from files are on the meta device where possible. Quantized
-    models are an exception: they are loaded on the default device, because transformers quantizes weights there.
+    models are an exception: they are loaded on the default device, where transformers quantizes their weights.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights. An adapter is merged into its base.

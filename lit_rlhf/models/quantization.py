@@ -116,7 +116,7 @@ def prepare_quantized(model: nn.Module, field: str) -> None:
             if weight.device.type == "cpu" and layer.in_features % block:
                 raise UserError(
                     f"{field}: on a CPU, bitsandbytes needs linear layers whose number of inputs is a multiple of "
-                    f"{block}, but that of {name} is {layer.in_features}"
+                    f"{block}, but {name} has {layer.in_features} inputs"
                 )
         elif type(layer) is nn.Linear and type(weight).__module__.startswith("torchao."):
             layer.__class__ = QuantizedLinear

@@ -73,7 +73,7 @@ class ScalarModel(nn.Module):
 
 
 def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
-    """Build a scalar model from a sequence classifier with one label, with the bias from its configuration, if any.
+    """Build a scalar model from a sequence classifier with one label, and from any bias in its configuration.
 
     Args:
         model: A sequence classifier from transformers; an exported critic has its bias in ``config.value_bias``.

@@ -108,7 +108,7 @@ class PreferenceModule(AlignmentModule):
         return add_gradients(self, preference_micro_batches(batch, self.max_tokens), loss_of)
 
     def after_step(self) -> None:
-        """Update the other state that this iteration's checkpoint must hold; by default, there is none."""
+        """Update any other state that this iteration's checkpoint must hold; by default, do nothing."""
 
     def loss(self, scores: Tensor, batch: PreferenceBatch) -> Tensor:
         """Return the loss of each ranking, [B].

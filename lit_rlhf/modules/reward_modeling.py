@@ -53,7 +53,7 @@ class RewardModeling(PreferenceModule):
     role = "reward"
     reward: ScalarModel  # set by configure_model
     score_mean: Tensor  # [] float64, the mean over the training set; NaN until the last step
-    score_std: Tensor  # [] float64, the standard deviation, likewise
+    score_std: Tensor  # [] float64, the standard deviation over the training set; NaN until the last step
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class RewardModeling(PreferenceModule):
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model as a sequence classifier, and its weights.
 
-        The classifier's configuration stores the mean and standard deviation of the scores once they are measured.
+        The classifier's configuration stores the mean and standard deviation of the scores if they have been measured.
 
         Args:
             weights: The full ``state_dict`` of the trained model.

@@ -108,7 +108,7 @@ def load_roles(
 
     Args:
         sources: The sources of the models.
-        prepare: A function that prepares the rewards; it is called once the reward models are loaded.
+        prepare: A function that prepares the rewards; it is called when the reward models are loaded.
         place: A function that calls its argument, which builds a model, and returns this model on the process's device,
             sharded if the strategy requires it; see `AlignmentModule.place`.
         shards_actor: Whether ``place`` may shard the actor.

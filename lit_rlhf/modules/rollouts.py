@@ -24,7 +24,7 @@ from lit_rlhf.types import PromptBatch, Rollout
 
 
 class Learner(Protocol):
-    """The attributes of `OnPolicy` that this file uses besides those of `AlignmentModule`."""
+    """The attributes of `OnPolicy` that this file uses and `AlignmentModule` lacks."""
 
     special_tokens: SpecialTokens
     shards_actor: bool

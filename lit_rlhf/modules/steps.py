@@ -160,8 +160,8 @@ def drop_gradients(module: AlignmentModule) -> None:
     """Free the memory of the gradients, so that decoding and judging can use it.
 
     With ``gradient_as_bucket_view``, the gradients are parts of the buffers that DDP sends, which exist during the
-    whole run. In this case, the gradients are set to 0, because new ones would need memory besides the buffers. FSDP1
-    keeps its shards of the gradients until the next forward pass with gradients.
+    whole run. In this case, the gradients are set to 0, because new gradients would need memory in addition to the
+    buffers. FSDP1 keeps its shards of the gradients until the next forward pass with gradients.
     """
     model = module.trainer.model
     in_buffers = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
@@ -184,7 +184,7 @@ def within_memory(
         attempt: A function that computes gradients in micro-batches of at most ``module.max_tokens`` tokens.
         sizes: The number of tokens, including padding, in each row or ranking, which a micro-batch must hold whole; a
             tensor of any shape.
-        metrics: The metrics to which the attempt adds, if any.
+        metrics: The metrics to which the attempt adds; None if it adds to none.
 
     Raises:
         UserError: if the attempt ran out of memory under DDP or FSDP, or if a single row or ranking already has

@@ -54,7 +54,7 @@ class TrustRegion:
     Args:
         max_kl: δ > 0, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
         cg_iterations: The maximum number of conjugate-gradient iterations; each takes one Fisher-vector product.
-        cg_tolerance: The iterations stop once the squared norm of the residual is at most this fraction of the
+        cg_tolerance: The iterations stop as soon as the squared norm of the residual is at most this fraction of the
             squared norm of the gradient.
         damping: The constant that is added to the diagonal of the Fisher matrix; a larger value moves the step towards
             the plain gradient and makes the step more robust.
