@@ -194,7 +194,7 @@ class AlignmentModule(lightning.LightningModule):
             self.trainer.fit_loop.max_epochs = -1
 
     def log_iteration(self, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
-        """Log the metrics of an iteration; those named in ``shown`` also appear on the progress bar."""
+        """Log the metrics of an iteration; the metrics named in ``shown`` also appear on the progress bar."""
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_step()

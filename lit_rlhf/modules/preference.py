@@ -143,12 +143,12 @@ class PreferenceModule(AlignmentModule):
         metrics.add_masked("margin", ahead, both)
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the held-out metrics."""
+        """Reset the held-out metrics, including the calibration error."""
         super().on_validation_epoch_start()
         self.calibration.reset()
 
     def on_test_epoch_start(self) -> None:
-        """Reset the held-out metrics."""
+        """Reset the held-out metrics, including the calibration error."""
         super().on_test_epoch_start()
         self.calibration.reset()
 

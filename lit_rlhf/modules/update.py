@@ -74,7 +74,7 @@ class Update:
 
 
 def check_limits(max_tokens: int, clip_grad_norm: float | None) -> None:
-    """Check the options of the optimizer step of SFT, reward modelling and DPO.
+    """Check the options of the optimizer step that SFT, reward modelling and DPO share.
 
     Args:
         max_tokens: The maximum number of tokens in a micro-batch, including padding.
