@@ -133,7 +133,7 @@ class Actor(nn.Module):
         return self.model.base_model(**inputs)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the actor's own parameters by name: those of adapter and value head or, without an adapter, all."""
+        """Return the actor's own parameters by name: its adapter's and value head's, or all if it has no adapter."""
         if self.adapter is None:
             return dict(self.named_parameters())
         found = adapter_parameters(whole_model(self.model), self.adapter)

@@ -16,7 +16,7 @@ from lit_rlhf.models.weights import weights_at_once
 
 
 def starts_from(source: ModelSource, lora: LoRA) -> tuple[str, ...]:
-    """Return the names of the frozen adapters below the trained ones: that of a stacked source, or none."""
+    """Return the names of the frozen adapters below the trained ones: `SOURCE` for a stacked source, or none."""
     return (SOURCE,) if find_adapter(source) and lora.chained == "stacked" else ()
 
 
@@ -29,7 +29,7 @@ def load_adapted(
     copies: Sequence[str] = (),
     saved: Mapping[str, SavedAdapter] | None = None,
 ) -> PreTrainedModel:
-    """Load a frozen base with the adapters of its roles; the first trained adapter and those below it are selected.
+    """Load a frozen base with the adapters of several roles; select the first trained adapter and those below it.
 
     Args:
         source: The folder or the hub id of a whole model or of an adapter; ``lora.chained`` says what happens to an
@@ -38,7 +38,7 @@ def load_adapted(
         field: The name of the configuration field of the source, for error messages.
         trained: The names of the new adapters that are trained.
         copies: The names of further new adapters, which are not trained.
-        saved: Saved adapters of the same base, which are not trained, by name.
+        saved: Saved adapters of the same base, by name; they are not trained.
 
     Raises:
         UserError: if the model or an adapter cannot be loaded, if the model has no layers for the new adapters, if the

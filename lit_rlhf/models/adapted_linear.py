@@ -17,8 +17,8 @@ class AdaptedLinear(Linear):
     """A linear layer with adapters that computes W x + Σ s B A x, or (W + Σ s B A) x where that is cheaper.
 
     The sum is over the selected adapters, and s is an adapter's scaling. The two are equal up to rounding. Only
-    products in float32 or float64 use the sum of the weights, because in half precision, adding a small s B A to W
-    would round it away. See `sum_is_cheaper` for the costs.
+    products in float32 or float64 use the sum of the weights, because in half precision a small s B A would be rounded
+    away when it is added to W. See `sum_is_cheaper` for the costs.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,7 +46,7 @@ class AdaptedLinear(Linear):
         return weight
 
     def has_plain(self, adapters: list[str]) -> bool:
-        """Return whether these adapters only add s B A x, without extensions such as DoRA's norms or a bias."""
+        """Return whether the given adapters only add s B A x, without extensions such as DoRA's norms or a bias."""
         return not any(name in self.lora_variant or self.lora_B[name].bias is not None for name in adapters)
 
     def _can_use_sum(self, x: Tensor, adapters: list[str]) -> bool:

@@ -93,7 +93,7 @@ def read_adapter(source: str, field: str) -> SavedAdapter:
         field: The name of the configuration field, for error messages.
 
     Raises:
-        UserError: if the adapter cannot be read, is not LoRA, or does not name its base.
+        UserError: if the adapter cannot be read, is not a LoRA adapter, or does not name its base.
     """
     import_peft()
     from peft import LoraConfig, PeftConfig
@@ -142,7 +142,7 @@ def add_saved_adapter(model: PreTrainedModel, name: str, saved: SavedAdapter, fi
 
 
 def merge_adapter(model: PreTrainedModel, saved: SavedAdapter, field: str) -> PreTrainedModel:
-    """Add a saved adapter to a model's weights, and return the model, which has no adapted layers then.
+    """Add a saved adapter to a model's weights, and return the model, which then has no adapted layers.
 
     Args:
         model: The adapter's base, with its weights; changed in place.
@@ -157,7 +157,7 @@ def merge_adapter(model: PreTrainedModel, saved: SavedAdapter, field: str) -> Pr
 
 
 def merge_all(model: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
-    """Add these adapters to a model's weights, and return the model, which has no adapted layers then.
+    """Add the named adapters to a model's weights, and return the model, which then has no adapted layers.
 
     Args:
         model: The base with its adapters; changed in place.
@@ -180,7 +180,7 @@ def write_adapter(model: PreTrainedModel, adapters: list[str], base: str, folder
     """Write the sum of a model's adapters as one adapter that peft and vLLM can load.
 
     Args:
-        model: The base with its adapters; the base's weights may not have been read.
+        model: The base with its adapters; the base's weights need not have been read.
         adapters: The names of the adapters to add up; at least one.
         base: The folder or the hub id of the base.
         folder: The folder to write.
@@ -213,7 +213,7 @@ def joined_adapter(model: PreTrainedModel, adapters: list[str]) -> tuple[LoraCon
     adapter does not adapt a layer, its part of this layer's matrices is 0.
 
     Args:
-        model: A base with its adapters; the base's weights may not have been read.
+        model: A base with its adapters; the base's weights need not have been read.
         adapters: The names of the adapters.
 
     Returns:
@@ -248,11 +248,11 @@ def _pad_rows(x: Tensor, count: int) -> Tensor:
 
 
 def _settings(source: str) -> dict[str, Any]:
-    """Return the contents of an adapter's ``config.json``, which peft does not need; empty if there is no such file."""
+    """Return the contents of an adapter's ``config.json``, which peft does not need, or {} if there is none."""
     path = Path(source) / "config.json"
     if not os.path.isdir(source):
         try:
             path = Path(hf_hub_download(source, "config.json"))
-        except Exception:  # there is none
+        except Exception:  # the adapter has no such file
             return {}
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

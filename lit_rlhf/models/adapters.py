@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA) on a frozen base model, which several roles may share in memory.
 
-A base carries one adapter or more by name, and its linear layers add the outputs of those that are selected. The model
-that owns the base, the actor in most methods, selects its own adapters; every other role uses the same base through an
-`AdapterView`, which selects that role's adapters during its forward passes.
+A base carries one or more named adapters, and its linear layers add the outputs of the selected ones. The model that
+owns the base, the actor in most methods, selects its own adapters; every other role uses the same base through an
+`AdapterView` or an `AdaptedTrunk`, which selects that role's adapters during its forward passes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LoRA:
         chained: The treatment of a source that is itself an adapter: ``stacked`` keeps it as a frozen adapter below the
             new one, and ``merged`` adds it to the base's weights.
         quantization: The format of the frozen weights of the base's linear layers, except the head: ``nf4`` for 4 bits
-            (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None for the format of the files. An
+            (with the package bitsandbytes), ``int8`` for 8 bits (with torchao); None to keep the files' format. An
             exported adapter has the same form in each case, but works best with the base on which it was trained.
 
     Raises:
@@ -89,7 +89,7 @@ class LoRA:
 
     @property
     def scaling(self) -> float:
-        """The factor of B A: the numerator over rank or, with rsLoRA, over √rank."""
+        """The factor of B A: the numerator divided by the rank or, with rsLoRA, by the square root of the rank."""
         return self.numerator / (self.rank**0.5 if self.rslora else self.rank)
 
     def config(self, model: PreTrainedModel) -> LoraConfig:
@@ -125,7 +125,7 @@ def target_names(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
 
     Args:
         model: A model without adapters.
-        targets: ``all-linear`` for all linear layers except the head, or the last parts of their names.
+        targets: ``all-linear`` for all linear layers except the head, or the last parts of the names of linear layers.
 
     Raises:
         UserError: if a name belongs to no linear layer, or to the head.
@@ -162,9 +162,9 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
     """Add an adapter to a model in place; the adapter's output is 0 at first, and all parameters are frozen.
 
     Args:
-        model: The model, which may have other adapters, and whose weights may not have been read yet.
+        model: The model, which may have other adapters, and whose weights need not have been read yet.
         name: The adapter's name.
-        config: The adapter's options, whose target modules are names.
+        config: The adapter's options, in which the target modules are listed by name.
         number: The number of the adapter in the run, which seeds the adapter's initial weights.
 
     Raises:
@@ -194,7 +194,7 @@ def _initialize(model: nn.Module, name: str) -> None:
         if name not in layer.lora_A:
             continue
         for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.is_meta:  # because the base's weights are
+            if part.weight.is_meta:  # because the base's weights are on the meta device
                 part.to_empty(device="cpu")
         layer.reset_lora_parameters(name, True)
 
@@ -214,7 +214,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 
 class Owner(Protocol):
-    """The attributes that a view uses of the model that owns the base, which is an `Actor`."""
+    """The attributes of the base's owner, an `Actor`, that a view uses."""
 
     model: Any
 
@@ -319,7 +319,7 @@ def whole_model(model: Any) -> Any:
 
 @contextmanager
 def selected(layers: Sequence[LoraLayer], adapters: Sequence[str]) -> Iterator[None]:
-    """Select only these adapters in a model's layers, inside this context.
+    """Select only the given adapters in a model's layers inside this context.
 
     Nothing is copied, and whether a parameter is trained does not change.
 

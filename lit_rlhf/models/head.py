@@ -9,8 +9,8 @@ from torch import Tensor
 CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**27
 """The number of logits in a chunk: small enough for the cache of a CPU, and large on a GPU.
 
-For each chunk, autocast casts the head's weights, and the backward pass adds to their whole gradient in float32. With a
-model of 8 billion parameters and a vocabulary of 152,000, an H100 needs as long for this, by calculation, as for the
+For each chunk, autocast casts the head's weights, and the backward pass adds to their whole gradient in float32. By
+calculation, with a model of 8 billion parameters and a vocabulary of 152,000, an H100 needs as long for this as for the
 matrix products of about 500 rows; 2²⁷ logits are 883 rows. The backward pass needs 10 bytes of memory for each logit
 under bf16-mixed, and 14 if the temperature is not 1: up to 1.9 GB.
 """

@@ -42,7 +42,7 @@ class RandomWeights:
 
     Args:
         config: The fields of a transformers configuration, including ``model_type``. The vocabulary size and the
-            special token ids are the tokenizer's unless they are given here.
+            special token ids are the tokenizer's unless these fields give them.
         tokenizer: A folder, a hub id, or ``module:function`` for a function that returns a tokenizer.
         seed: The seed of the weights, which depend only on the seed and the configuration.
 
@@ -58,7 +58,7 @@ class RandomWeights:
 
 
 ModelSource: TypeAlias = str | RandomWeights
-"""A folder, a hub id, or a configuration for random weights; a folder or a hub id may be that of an adapter."""
+"""A folder or a hub id, of a whole model or of an adapter, or a configuration for random weights."""
 Task: TypeAlias = Literal["causal", "score"]
 _AUTO = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
@@ -103,9 +103,9 @@ def load_model(
 
     The CPU is used whatever the default device is. Random weights are therefore the same on every device, and
     transformers does not use the default device as a ``device_map``, which would require the accelerate package.
-    Lightning makes its device the default in ``configure_model``; the models are moved there afterwards. Inside
+    Lightning makes its device the default in ``configure_model``; the models are moved to it afterwards. Inside
     `unread_weights`, the parameters of a model that is read from files are on the meta device where possible. Quantized
-    models are an exception: they are loaded on the default device, because transformers quantizes weights there.
+    models are an exception: they are loaded on the default device, where transformers quantizes their weights.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights. An adapter is merged into its base.
@@ -136,7 +136,7 @@ def load_model(
 
 
 def check_exists(path: str, field: str) -> None:
-    """Check that a path is an existing folder, unless the path may be a hub id.
+    """Check that a path is an existing folder, unless the path could be a hub id.
 
     Args:
         path: The path or the hub id.
@@ -152,7 +152,7 @@ def check_exists(path: str, field: str) -> None:
 
 
 def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
-    """Load the configuration of a model; for an adapter, that of its base.
+    """Load the configuration of a model or, for an adapter, of the adapter's base.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights.

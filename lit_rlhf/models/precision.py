@@ -66,9 +66,9 @@ def store_in_bfloat16(model: nn.Module, *, all_weights: bool) -> None:
     """Store the frozen float32 weights of a model in bfloat16, in place, where this does not change the model's output.
 
     Weights that each forward pass would round can be rounded once; see `rounded_weights`. (State-space layers are an
-    exception: they use the weights of plain linear layers directly, so the rounding does change their output.) Weights
-    that are trained, and those of adapters, which are small, stay in float32. Quantized weights stay as they are, and
-    are dequantized to bfloat16 from now on.
+    exception: they use the weights of plain linear layers directly, so the rounding does change their output.) Trained
+    weights and the weights of adapters, which are small, stay in float32. Quantized weights stay as they are, and are
+    dequantized to bfloat16 from now on.
 
     Args:
         model: The model, which is only used under autocast to bfloat16.

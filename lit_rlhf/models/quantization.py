@@ -42,9 +42,8 @@ def quantization_config(quantization: Quantization) -> Any:
     """Return transformers' configuration of a quantization.
 
     Args:
-        quantization: ``nf4`` for the 16 values of 4-bit NormalFloat, with a scale in 8 bits for each block of 64
-            weights (bitsandbytes); ``int8`` for 255 equidistant values, with a scale for each row of the matrix
-            (torchao).
+        quantization: ``nf4`` for the 16 values of 4-bit NormalFloat, with an 8-bit scale for each block of 64 weights
+            (bitsandbytes); ``int8`` for 255 equidistant values, with a scale for each row of the matrix (torchao).
 
     Raises:
         UserError: if the quantization's package is not installed.
@@ -117,7 +116,7 @@ def prepare_quantized(model: nn.Module, field: str) -> None:
             if weight.device.type == "cpu" and layer.in_features % block:
                 raise UserError(
                     f"{field}: on a CPU, bitsandbytes needs linear layers whose number of inputs is a multiple of "
-                    f"{block}, but that of {name} is {layer.in_features}"
+                    f"{block}, but {name} has {layer.in_features} inputs"
                 )
         elif type(layer) is nn.Linear and type(weight).__module__.startswith("torchao."):
             layer.__class__ = QuantizedLinear
@@ -138,9 +137,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer with a weight quantized by torchao, which the backward pass dequantizes again.
+    """A frozen linear layer whose weight torchao has quantized; the backward pass dequantizes the weight again.
 
-    Otherwise, autograd would keep the dequantized weights of all layers until the backward pass.
+    Without this class, autograd would keep the dequantized weights of all layers until the backward pass.
     """
 
     @torch.compiler.disable  # compiled code would hold references to the weight, which could then not be moved

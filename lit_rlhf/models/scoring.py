@@ -63,7 +63,7 @@ class ScalarModel(nn.Module):
         return self.head(hidden).squeeze(-1).float().clone()  # not a view, because FSDP registers a hook on it
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the model's own parameters by name: those of its adapter and head or, without an adapter, all."""
+        """Return the model's own parameters by name: its adapter's and head's, or all if it has no adapter."""
         if self.adapter is None:
             return dict(self.named_parameters())
         trunk: Any = self.trunk.owner.model if isinstance(self.trunk, AdaptedTrunk) else self.trunk
@@ -73,7 +73,7 @@ class ScalarModel(nn.Module):
 
 
 def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
-    """Build a scalar model from a sequence classifier with one label, with the bias from its configuration, if any.
+    """Build a scalar model from a sequence classifier with one label, and from any bias in its configuration.
 
     Args:
         model: A sequence classifier from transformers; an exported critic has its bias in ``config.value_bias``.
@@ -97,7 +97,7 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
 
 
 def scale_of(settings: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the mean and standard deviation of the scores from a reward model's configuration; None if it has none.
+    """Return the mean and standard deviation of the scores from a reward model's configuration; None if one is missing.
 
     >>> scale_of({"score_mean": 0.5, "score_std": 2.0})
     (0.5, 2.0)
@@ -107,7 +107,7 @@ def scale_of(settings: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def load_reward_model(source: ModelSource, field: str = "reward") -> ScalarModel:
-    """Load a reward model: a sequence classifier with one label, or an adapter with a head, which is then merged.
+    """Load a reward model: a sequence classifier with one label, or an adapter with a head, merged into its base.
 
     Args:
         source: A folder, a hub id, or a configuration for random weights.

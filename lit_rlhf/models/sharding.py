@@ -77,12 +77,12 @@ class ShardedByFSDP1(FullyShardedDataParallel):
 
 @contextmanager
 def unsharded(*models: nn.Module | None) -> Iterator[None]:
-    """Hold the full weights of these models on every process, inside this context.
+    """Hold the full weights of the given models on every process inside this context.
 
     Forward passes then need no communication, so each process may run a different number of them. Only forward passes
     without gradients are allowed, such as decoding, scoring and validation. All processes must enter the context
-    together. Models that are not sharded stay as they are. Inside another such context for a model, this one changes
-    nothing for that model, whose weights are held until the outer context ends.
+    together. Models that are not sharded stay as they are. If a model is already in such a context, this one changes
+    nothing for that model; its full weights are held until the outer context ends.
     """
     found = [part for model in models if model is not None for part in (model, *owners(model))]
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ _gathered: ContextVar[frozenset[nn.Module]] = ContextVar("gathered", default=fro
 
 @contextmanager
 def _held(model: nn.Module) -> Iterator[None]:
-    """Hold a model's full weights inside this context, which changes nothing within another one for the same model."""
+    """Hold a model's full weights inside this context; do nothing if an outer context already holds them."""
     before = _gathered.get()
     gather = _unsharded if isinstance(model, FSDPModule) else _summoned
     if model in before or not is_sharded(model):
@@ -117,7 +117,10 @@ def _held(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: Any) -> Iterator[None]:
-    """Gather an FSDP2 model's full weights, and remove the model's hooks, which take longer than a small layer."""
+    """Hold an FSDP2 model's full weights inside this context, in which the model's forward hooks are removed.
+
+    These hooks take longer than the forward pass of a small layer.
+    """
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -167,8 +170,8 @@ def full_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, T
 
     Args:
         model: The model.
-        trained_only: Whether to leave out frozen weights, such as those of the base of adapters, and the buffers of a
-            model that is not sharded; ignored with FSDP1.
+        trained_only: Whether to leave out frozen weights, such as the weights of a base with adapters, and, if the
+            model is not sharded, the buffers; ignored with FSDP1.
     """
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False, rank0_only=True):

@@ -28,8 +28,8 @@ class TrainedAdapter:
         lora: The options of the adapter.
         name: The name of the adapter in the run: ``actor``, ``critic`` or ``reward``.
         weights: The adapter's weights, by their names in the causal language model or in its trunk.
-        below: The adapter on top of which this one was trained, if it is not the source's, as for a critic that starts
-            from a reward model; otherwise None.
+        below: The adapter on top of which this one was trained if that adapter is not the source, as for a critic that
+            starts from a reward model; otherwise None.
         head: The head of a critic or a reward model; None for an actor.
         scale: The mean and the standard deviation of a reward model's scores, if they were measured.
     """
@@ -63,7 +63,7 @@ class TrainedAdapter:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Return a whole model: the base with this adapter, and the one below it if there is one, added to its weights.
+        """Return a whole model: the base, with this adapter and any adapter below it added to the base's weights.
 
         The weights are those of the base's files, even if the run has quantized them.
 
@@ -83,7 +83,7 @@ class TrainedAdapter:
         return classifier
 
     def scaled(self, share: float) -> TrainedAdapter:
-        """Return the adapter with its output, scaling · B A x, multiplied by ``share``; not for DoRA."""
+        """Return the adapter with its output, scaling · B A x, multiplied by ``share``; DoRA is not supported."""
         weights = {name: weight * share if ".lora_B." in name else weight for name, weight in self.weights.items()}
         return replace(self, weights=weights)
 

@@ -39,7 +39,7 @@ class Location(NamedTuple):
 
 
 class UnreadWeights:
-    """The files of the models that were built within `unread_weights`, and the places of the files' tensors in them.
+    """The files of the models that were built within `unread_weights`, and where the files' tensors belong in them.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lit_rlhf.models.loading import load_model
@@ -100,13 +100,13 @@ class UnreadWeights:
         """Allocate memory for a model, which is already sharded or stays whole, and read its weights from the files.
 
         Each process reads alone, without collective operations: since each process decides for itself whether a model's
-        weights are read here or by transformers, the other processes may not take part.
+        weights are read here or by transformers, it cannot rely on the other processes to take part.
 
         Args:
             model: The model; parts that no file holds, such as adapters, keep their values.
             device: The device of this process's part of the model.
         """
-        if has_quantized_layers(model):  # all of its weights have been read; those of bitsandbytes cannot be swapped
+        if has_quantized_layers(model):  # all its weights have been read, and bitsandbytes' weights cannot be swapped
             model.to(device)
             return
         materialize(model, device)
@@ -124,9 +124,9 @@ _unread: ContextVar[UnreadWeights | None] = ContextVar("unread", default=None)
 
 @contextmanager
 def unread_weights() -> Iterator[UnreadWeights]:
-    """Let `load_model` build models from files without reading their weights, where possible, inside this context.
+    """Make `load_model` build models from files without reading their weights, where possible, inside this context.
 
-    The context yields the object that reads the weights afterwards. Weights are loaded at once if they are random or
+    The context yields the object that reads the weights later. Weights are loaded immediately if they are random or
     quantized, if safetensors files do not hold them under the names and in the shapes of the model's parameters, if the
     head of a sequence classifier is not a linear layer named ``score``, or if the model cannot be built on the meta
     device.
@@ -150,7 +150,7 @@ def weights_at_once() -> Iterator[None]:
 
 
 def current_unread_weights() -> UnreadWeights | None:
-    """Return the object of the active `unread_weights`; None outside of such a context or inside `weights_at_once`."""
+    """Return the active context's `UnreadWeights`; None outside of `unread_weights` or inside `weights_at_once`."""
     return _unread.get()
 
 
@@ -205,7 +205,7 @@ def with_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model whose weights have values, for testing how the architecture of the given model computes.
 
     This is the given model itself if its weights have been read. Otherwise, it is a small model of the same class with
-    random float32 weights: its layers have the same shapes as those of the given model, but there are only as many of
+    random float32 weights: its layers have the same shapes as the given model's layers, but there are only as many of
     the first layers as are needed to include every type of layer, and the vocabulary has 16 tokens.
 
     Args:

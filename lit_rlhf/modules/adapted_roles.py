@@ -1,4 +1,4 @@
-"""The models of an iteration as adapters on one base; the reference is usually the actor without its new adapter."""
+"""The models of an iteration, as adapters on one base; the reference is usually the actor without its new adapter."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +17,10 @@ class AdaptedRoles:
     """The models of the roles as adapters on the actor's base; all adapters must be known before the base is loaded.
 
     Args:
-        sources: The sources of the models. The critic is ``shared``, None, or the source of a new adapter: ``actor`` to
-            put it on top of those that the actor starts from, ``reward`` to put it on top of the first reward model's,
-            or another adapter of the same base. The reference and the reward models may also be whole models.
+        sources: The sources of the models. The critic's source is ``shared``, None, or names the adapters on top of
+            which the critic's new adapter is put: ``actor`` for the adapters that the actor starts from, ``reward`` for
+            the first reward model's adapter, or the source of another adapter of the same base. The reference and the
+            reward models can also be whole models.
         lora: The options of the trained adapters.
 
     Raises:
@@ -48,14 +49,15 @@ class AdaptedRoles:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the actor's source is an adapter that is merged into its base, which no other adapter fits then."""
+        """Whether the actor's source is an adapter merged into its base, so that no other adapter fits the base."""
         return find_adapter(self.sources.actor) is not None and not self.starts
 
     def _read(self, name: str, source: ModelSource | None, where: str) -> bool:
-        """Read an adapter if the source is one, and return whether it is.
+        """Read the source if it is an adapter, and return whether it is one.
 
         Raises:
-            UserError: if the adapter cannot be read, or belongs to a base other than the actor's.
+            UserError: if the adapter cannot be read, if its base is not the actor's base, or if the actor's adapter is
+                merged into that base.
         """
         if not find_adapter(source):
             return False

@@ -29,7 +29,7 @@ class Averaging:
 
     Source: Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging"; for the exponential moving
     average of a policy, Ramé et al. 2024 (WARP, arXiv 2406.16768), equation EMA in section 3.1, with decay = 1 − μ. In
-    WARP, the KL is measured to the average; here, it is always measured to the reference.
+    WARP, the KL is measured to the average; lit-rlhf always measures it to the reference.
 
     Args:
         decay: The share of the average that each iteration keeps, in [0, 1); with 0, the average equals the weights.
@@ -90,7 +90,7 @@ class AveragedWeights(nn.Module):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Give the actor the averaged weights inside this context, and exactly its own weights again at the end."""
+        """Give the actor the averaged weights inside this context, and restore exactly its own weights at the end."""
         self._swap()
         try:
             yield
@@ -106,7 +106,7 @@ class AveragedWeights(nn.Module):
             average.copy_(own)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return, for each weight, this process's part of the weight and of its average, as views of their memory."""
+        """Return this process's parts of each weight and of the weight's average, as views of their memory."""
         weights = self._actor[0].own_parameters()
         return [(_local(weight.detach()), _local(self.get_buffer(name))) for name, weight in weights.items()]
 

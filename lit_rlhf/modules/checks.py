@@ -27,7 +27,7 @@ def check_settings(
     Args:
         scores: The rewards and their combination.
         sampling: The options for sampling.
-        dynamic_sampling: Which prompts are left out and replaced; None for no dynamic sampling.
+        dynamic_sampling: The options of dynamic sampling; None for no dynamic sampling.
         engine: The engine.
         advantages: The advantage estimator.
         correction: The correction for responses that another policy drew; None for no correction.
@@ -37,10 +37,10 @@ def check_settings(
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
-            critic, the estimator or dynamic sampling compares the responses to a prompt but there is only one, a critic
-            would be trained although nothing uses it, a critic without its own weights would have to be warmed up, the
-            estimator and the correction would both weight the tokens, or dynamic sampling would have to draw further
-            prompts while `Ahead` generates.
+            critic, the estimator or dynamic sampling compares the responses to a prompt but each prompt has only one, a
+            critic would be trained although nothing uses it, the critic is to be warmed up but there is none with its
+            own weights, the estimator and the correction would both weight the tokens, or dynamic sampling would have
+            to draw further prompts while `Ahead` generates.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")

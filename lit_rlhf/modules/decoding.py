@@ -17,7 +17,7 @@ def decode(
         rollout: n responses for each prompt of the batch, in prompt-major order.
         batch: The prompts that the rollout answers, with their columns.
         tokenizer: The tokenizer of the actor.
-        iteration: The number of iterations that were completed before.
+        iteration: The number of iterations that were completed before this rollout.
     """
     n = len(rollout.tokens) // len(batch.prompts)
     starts, ends = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 BUCKETS = 2**18
-"""The number of buckets into which n-grams are hashed, so that the metrics have a fixed size and add up over ranks."""
+"""The number of buckets into which n-grams are hashed, so that the metrics' states have a fixed size on all ranks."""
 
 
 def ngram_buckets(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -33,8 +33,8 @@ class DistinctNGrams(Metric):
     """The number of different n-grams in the responses of all ranks, as a fraction of the number of all n-grams.
 
     The fraction falls when responses repeat themselves or one another, and also when they become longer or more
-    numerous. The number of different n-grams is estimated from the hash table by linear counting, −m log(1 − d / m) for
-    d of m buckets in use.
+    numerous. The number of different n-grams is estimated from the hash table by linear counting: −m log(1 − d / m) if
+    d of the m buckets are in use.
 
     Source: Li et al. 2016 (distinct-n, arXiv 1510.03055), section 5.3; Whang et al. 1990 (linear counting).
 

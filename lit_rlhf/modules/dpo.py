@@ -39,9 +39,9 @@ class DPO(PreferenceModule):
 
     The score of a response is its implicit reward, β (log π(y|x) − log π_ref(y|x)). The loss of a pair is
     −log σ(score_chosen − score_rejected − margin), where the margin is 0 unless the data has one; the loss of a ranking
-    is Plackett–Luce's. The option ``loss`` selects another loss. The held-out metrics are those of reward modelling,
-    computed from these scores. In addition, the actor samples responses to the held-out prompts; further metrics are
-    the length of these responses in tokens and their KL to the reference in nats per response.
+    is the Plackett–Luce loss. The option ``loss`` selects another loss. The held-out metrics are the same as in reward
+    modelling, computed from these scores. In addition, the actor samples responses to the held-out prompts; further
+    metrics are the length of these responses in tokens and their KL to the reference in nats per response.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 and, for rankings, equation 20.
 
@@ -50,7 +50,7 @@ class DPO(PreferenceModule):
         reference: The frozen reference model, given in the same way as the actor; None for the initial actor.
         beta: β > 0, in units of reward per nat; a larger value keeps the policy closer to the reference.
         loss: The loss of a pair: ``IPO``, ``Hinge`` or ``SimPO``; the loss of a ranking is then the mean over all its
-            pairs. None for Bradley–Terry's on pairs and Plackett–Luce's on rankings.
+            pairs. None for the Bradley–Terry loss on pairs and the Plackett–Luce loss on rankings.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         cache_reference: Whether to compute the reference's log-probabilities of all training responses once, before the
             first step, instead of in every epoch.
@@ -67,7 +67,7 @@ class DPO(PreferenceModule):
     Raises:
         ValueError: if a number is out of range, or if label smoothing is combined with ``loss``.
         UserError: if the actor is not named or iterations is less than 1; in ``configure_model``, if a model cannot be
-            loaded.
+            loaded or the two vocabularies differ in size.
 
     >>> DPO(actor="runs/sft/export", beta=0.05).beta
     0.05
@@ -150,7 +150,7 @@ class DPO(PreferenceModule):
         """The tokens that end a response, and the padding token.
 
         Raises:
-            UserError: if a text in ``sampling.stop`` is not exactly one token of the tokenizer.
+            UserError: if a string in ``sampling.stop`` is not exactly one token of the tokenizer.
         """
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 

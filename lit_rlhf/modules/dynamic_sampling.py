@@ -34,8 +34,8 @@ class DynamicSampling:
 
     Each draw takes the next whole batch in the order of the data, so that the position in the data, which checkpoints
     hold, is a number of batches. The Trainer's epoch has as many iterations as the data has batches, and therefore
-    covers the data more than once if there are further draws. All processes count the informative prompts together, and
-    draw equally often; the result does not depend on the number of processes.
+    covers the data more than once if there are further draws. The informative prompts are counted over all processes,
+    which make the same number of draws; the result does not depend on the number of processes.
 
     The metrics ``objective/…`` (except ``objective/advantage_std``), ``rewards/…`` and ``response/…`` describe all
     responses that were drawn; all other metrics describe the responses that the iteration learns from.
@@ -67,7 +67,7 @@ def draw_responses(
     Args:
         module: The `OnPolicy` module that trains.
         batch: The prompts of the first draw; the prompts of further draws come from the training loader.
-        metrics: Receives the metrics of the engine and ``dynamic_sampling/…``.
+        metrics: Receives the engine's metrics and the metrics ``dynamic_sampling/…``.
         watch: Measures the phases ``generate`` and ``judge``.
 
     Returns:
@@ -109,7 +109,7 @@ def _draw(module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, f
 
 
 def _signal_of_all(module: Any, scored: ScoredRollout, size: int, first: int) -> Tensor:
-    """Return, for each prompt of a draw on any process, whether the prompt is informative, [size] bool.
+    """Return a bool mask, [size], that is True for the informative prompts of a draw on all processes.
 
     Args:
         module: The `OnPolicy` module that trains.
@@ -134,7 +134,7 @@ def _further_prompts(module: Any) -> PromptBatch:
 
 
 def is_informative(scores: Tensor, responses: int) -> Tensor:
-    """Return, for each of P prompts, whether the responses to the prompt have different scores, [P] bool.
+    """Return a bool mask, [P], that is True for the prompts whose responses do not all have the same score.
 
     Args:
         scores: The scores of the responses, [P n], in prompt-major order.
@@ -169,7 +169,7 @@ def choose(informative: Tensor, at_least: int, at_most: int) -> Tensor:
 
 
 def join(draws: Sequence[ScoredRollout]) -> ScoredRollout:
-    """Join the responses of several draws, in their order; a column that a draw lacks is None for its responses."""
+    """Join the responses of several draws, in order; a column that a draw lacks is None for that draw's responses."""
     inputs = [draw.reward_inputs for draw in draws]
     rollout = _join([draw.rollout for draw in draws])
     names = dict.fromkeys(name for part in inputs for name in part.columns)
@@ -188,7 +188,12 @@ def join(draws: Sequence[ScoredRollout]) -> ScoredRollout:
 
 
 def _join(parts: Sequence[Stage], **given: Any) -> Stage:
-    """Concatenate the tensors of several objects of one type by row, padded with 0 on the right; None stays None."""
+    """Join objects of one type: concatenate the rows of their tensors, padded with 0 on the right; None stays None.
+
+    Args:
+        parts: The objects.
+        given: The values of fields that are not to be concatenated, by field name.
+    """
     kind: Any = type(parts[0])
     values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(kind) if f.name not in given}
     return kind(**{name: None if x[0] is None else _cat(x) for name, x in values.items()}, **given)

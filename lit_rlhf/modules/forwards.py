@@ -52,7 +52,7 @@ def actor_outputs(actor: Actor, rollout: Rollout, max_tokens: int, other: Actor 
         actor: The actor, whose value head gives the values if it has one.
         rollout: The rollout, with B rows.
         max_tokens: The maximum number of tokens in a micro-batch, including padding.
-        other: The actor to which the KL over the vocabulary (the full KL) is computed; None to leave it out.
+        other: The actor to which the KL over the vocabulary (the full KL) is computed; None to leave out this KL.
     """
     with unsharded(actor, other):
         return by_micro_batch(rollout, max_tokens, partial(_actor_outputs, actor, other))
@@ -87,5 +87,5 @@ def _actor_outputs(actor: Actor, other: Actor | None, rollout: Rollout) -> Actor
 
 
 def _state_values(rollout: Rollout, values: Tensor) -> StateValues:
-    """Return the values before each response token and after the last one, given those after every token, [b, s]."""
+    """Return the values before each response token and after the last one, given the values after all tokens."""
     return StateValues(rollout.before_responses(values), rollout.at_end(values))

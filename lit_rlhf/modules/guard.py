@@ -1,4 +1,4 @@
-"""The guard: a run stops if the engine's log-probabilities differ from those of the actor's policy."""
+"""The guard, which stops a run if the engine's log-probabilities differ from the actor's."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ FLOAT32_BOUND, ROUNDED_BOUND = 1e-4, 0.1
 
 
 class Mismatch(NamedTuple):
-    """The distance |log π − log μ| between an engine's policy μ and the actor π, in nats per token, over all ranks."""
+    """The mean and maximum of |log π − log μ| over tokens of all ranks, in nats; π is the actor and μ the engine."""
 
     mean: float
     maximum: float
@@ -24,7 +24,7 @@ class Mismatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """The check that an engine draws responses from the actor's policy, before each update.
+    """A check, before each update, that the engine draws responses from the actor's policy.
 
     In every iteration, the actor that should have drawn the responses computes the log-probabilities of a sample of
     these responses. If the mean distance between the actor's and the engine's log-probabilities exceeds the bound, the
@@ -34,7 +34,7 @@ class Guard:
     Args:
         responses: The number of responses that each process checks; 0 for no check.
         bound: The largest mean of |log π − log μ|, in nats per token, where μ is the engine's policy and π the actor's;
-            None for 1e-4 in float32, and for 0.1 if numbers are rounded to bfloat16 or TF32.
+            None for 1e-4 with matrix products in float32, or 0.1 with matrix products in bfloat16 or TF32.
 
     Raises:
         ValueError: if ``responses`` is negative or ``bound`` is not positive.

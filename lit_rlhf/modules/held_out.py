@@ -24,7 +24,7 @@ from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
 @torch.no_grad()
 def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-    """Score the actor's and the reference's responses to held-out prompts, and record the held-out metrics.
+    """Generate and score the actor's and the reference's responses to held-out prompts, and record their metrics.
 
     If the module averages the actor's weights, the actor's responses are generated with the averaged weights.
 
@@ -34,9 +34,13 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         batch_idx: The index of the batch; the random numbers are the same whenever this batch is evaluated.
 
     Returns:
-        For callbacks: the actor's responses (``reward_inputs``), their ``scores``, [B], unweighted ``rewards`` by name,
-        [B] each, and KL to the reference in nats, per response (``kl_to_ref``, [B]) and per token (``kl_of_tokens``,
-        [B, T]); and ``reference``, the texts and the scores of the reference's responses.
+        A dictionary for callbacks. It has the actor's responses (``reward_inputs``), their ``scores``, [B], their
+        unweighted ``rewards`` by name, [B] each, and their KL to the reference in nats, both per response
+        (``kl_to_ref``, [B]) and per token (``kl_of_tokens``, [B, T]). Its entry ``reference`` has the texts and the
+        scores of the reference's responses.
+
+    Raises:
+        UserError: if the engine or a reward fails.
     """
 
     def respond(actor: Actor) -> RewardInputs:
@@ -47,7 +51,7 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         inputs = respond(module.actor)
         logprobs = module.actor_outputs(inputs.rollout).logprobs
     rewards, scores = module.scores.judge(inputs)
-    if batch_idx not in module.reference_answers:  # once a run, because the reference does not change
+    if batch_idx not in module.reference_answers:  # once per run, because the reference does not change
         answers = respond(module.reference)
         module.reference_answers[batch_idx] = answers.responses, module.scores.judge(answers)[1]
     reference = module.reference_answers[batch_idx]
@@ -69,8 +73,8 @@ def measure_held_out(
 ) -> None:
     """Record scores, rewards, KL to the reference, lengths, win rate and diversity of responses to held-out prompts.
 
-    The win rate is the fraction of responses that score higher than the reference's response to the same prompt,
-    sampled with the same random numbers; a tie counts half.
+    The win rate is the fraction of the actor's responses that score higher than the reference's response to the same
+    prompt; both are sampled with the same random numbers. A tie counts half.
 
     Args:
         metrics: Receives the metrics.

@@ -11,12 +11,12 @@ from lit_rlhf.types import Experience, Rollout, ScoredRollout, Trajectory
 
 
 class OnPolicyCallback(lightning.Callback):
-    """A callback with four hooks besides Lightning's, which `PolicyGradient` and `TRPO` call in each iteration.
+    """A callback with four hooks in addition to Lightning's; `PolicyGradient` and `TRPO` call them in each iteration.
 
     The hooks run in the order below, on every process, each with the rows of its own process. A hook that contains a
     collective operation must therefore run it on every process. The iteration continues with the same tensors, so a
-    hook must not change them. Any Lightning callback that has a method of one of these names is also called; this class
-    only adds the types.
+    hook must not change them. Methods with these names are also called on any other Lightning callback; this class only
+    adds the types.
 
     >>> class Longest(OnPolicyCallback):
     ...     tokens = 0
@@ -39,7 +39,7 @@ class OnPolicyCallback(lightning.Callback):
         scored: ScoredRollout,
         trajectory: Trajectory,
     ) -> None:
-        """Called when the responses have been judged, with the models' outputs, the scores, and the tokens' rewards."""
+        """Called when the responses have been judged, with the models' outputs, the scores, and each token's reward."""
 
     def on_advantages(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience

@@ -27,8 +27,8 @@ class StepLoss(NamedTuple):
 
 
 LossPart: TypeAlias = Callable[[Experience, Tensor, Metrics], StepLoss]
-"""A function of b rows of the step's minibatch, of the totals of the step (`step_totals` over all ranks), [2], and of
-the metrics that it adds to; it returns one part of the rows' contribution to the loss."""
+"""A function that takes b rows of the step's minibatch, the step's totals, [2] (`step_totals`, summed over all ranks),
+and the metrics to add to, and returns one part of the rows' contribution to the loss."""
 
 
 class PolicyTerms(NamedTuple):

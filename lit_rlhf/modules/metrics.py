@@ -52,8 +52,8 @@ class WeightedMean(Metric):
 class EffectiveSampleSize(Metric):
     """The effective sample size (Σ wᵢ)² / (n Σ wᵢ²) of n weights on all ranks, as a fraction of n.
 
-    It is 1 for equal weights, and 1/n if all but one are 0. Source: Kong 1992, "A note on importance sampling using
-    standardized weights"; computed in float64.
+    It is 1 for equal weights, and 1/n if all but one are 0. It is computed in float64. Source: Kong 1992, "A note on
+    importance sampling using standardized weights".
 
     >>> size = EffectiveSampleSize()
     >>> size.update(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))

@@ -33,7 +33,7 @@ from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 OptimizerFactories: TypeAlias = dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-"""By optimizer name, a function that makes the optimizer from parameters, and one that makes its schedule, or None."""
+"""For each optimizer's name, the functions that make the optimizer and its schedule (None for no schedule)."""
 
 
 class AlignmentModule(lightning.LightningModule):
@@ -103,7 +103,7 @@ class AlignmentModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the settings before the models are loaded; Lightning calls this method at the start of every run.
 
-        Warnings of Lightning that do not apply to these modules are hidden.
+        The method also hides Lightning's warnings that do not apply to these modules.
 
         Raises:
             UserError: if ``trainer.precision`` is not supported, if an adapter is to be trained with FSDP1, or if the
@@ -127,7 +127,7 @@ class AlignmentModule(lightning.LightningModule):
         return averaged + [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
 
     def with_averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the trained model has its averaged weights; without averaging, it has no effect."""
+        """Return a context in which the trained model has its averaged weights; without averaging, nothing changes."""
         return nullcontext() if self.averaged is None else self.averaged.in_use()
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -194,7 +194,7 @@ class AlignmentModule(lightning.LightningModule):
             self.trainer.fit_loop.max_epochs = -1
 
     def log_iteration(self, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
-        """Log the metrics of an iteration; those named in ``shown`` also appear on the progress bar."""
+        """Log the metrics of an iteration; the metrics named in ``shown`` also appear on the progress bar."""
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_step()
@@ -205,7 +205,7 @@ class AlignmentModule(lightning.LightningModule):
             self.log("step", float(self.iteration), batch_size=1)
 
     def count_iteration(self) -> None:
-        """Count an iteration, update the averaged weights if there are any, and stop the Trainer after the last one.
+        """Count an iteration, update any averaged weights, and stop the Trainer if this was the last iteration.
 
         Each ``training_step`` calls this method, so that the checkpoint of the iteration holds the new state.
         """
@@ -332,7 +332,7 @@ class AlignmentModule(lightning.LightningModule):
         return model
 
     def profile(self, phase: str) -> AbstractContextManager[Any]:
-        """Return a context in which the profiler of ``--trainer.profiler`` measures a phase under its name."""
+        """Return a context in which the Trainer's profiler measures a phase under the given name."""
         return cast(Any, self.trainer).profiler.profile(phase)
 
     def on_rank(self) -> tuple[int, int]:
@@ -360,12 +360,12 @@ def _unchanged(model: Any) -> Any:
 
 
 def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight to which a state-dictionary key, such as that of its scales, belongs."""
+    """Return the name of the quantized weight that a state-dict key, such as the key of its scales, belongs to."""
     return key.rpartition(".weight.")[0] + ".weight"
 
 
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
-    """Leave frozen models out of ``state_dict()``, and do not expect them in ``load_state_dict``.
+    """Keep frozen models out of ``state_dict()``, and make ``load_state_dict`` accept that they are missing.
 
     If the module trains an adapter, all frozen parameters are left out, and so are the scales of quantized parameters.
     The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder

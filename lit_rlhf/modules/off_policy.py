@@ -24,8 +24,8 @@ def corrected(scored: ScoredRollout, correction: Correction | None, metrics: Met
     Args:
         scored: The responses, with the log-probabilities of the engine and of the actor.
         correction: The correction; None for the actor as the old policy and weights of 1.
-        metrics: Receives the differences between the engine's and the actor's policy and, with a correction, the
-            fractions of truncated and masked tokens.
+        metrics: Receives the metrics of the distance between the engine's and the actor's policies and, with a
+            correction, the fractions of truncated and masked tokens.
     """
     rollout, mask = scored.rollout, scored.rollout.response_mask
     measure_off_policy(scored.old_logprobs, rollout.rollout_logprobs, mask, metrics)
@@ -43,7 +43,7 @@ def measure_off_policy(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Ten
     ``off_policy/logprob_diff_mean`` and ``off_policy/logprob_diff_max`` are the mean and the maximum of
     |log π_old − log μ| over the tokens, in nats. ``off_policy/kl`` is KL(μ ‖ π_old) in nats per token, estimated by k3
     from the tokens, which μ drew. ``off_policy/effective_sample_size`` is the effective sample size of the tokens with
-    the weights π_old / μ, as a fraction of their number.
+    the weights π_old / μ, as a fraction of the number of tokens.
 
     Args:
         old_logprobs: [B, T], log π_old of the tokens.

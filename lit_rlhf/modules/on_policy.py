@@ -67,7 +67,7 @@ class OnPolicy(AlignmentModule):
     max_tokens_option = "model.update.max_tokens"
     shards_actor: ClassVar[bool] = True
     """Whether a strategy that shards models may shard the actor."""
-    copies: ClassVar[tuple[str, ...]] = ()  # the names of further adapters like the actor's, which are not trained
+    copies: ClassVar[tuple[str, ...]] = ()  # the names of further new adapters, which are not trained
 
     critic: ScalarModel | None  # set by configure_model; None without a critic, or if it is a head on the actor's trunk
     reference: Actor  # set by configure_model, frozen
@@ -137,7 +137,7 @@ class OnPolicy(AlignmentModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Check the settings, print the names of the rewards, and discard the reference's answers from an earlier run.
+        """Check the settings, print the names of the rewards, and forget the reference's responses from an earlier run.
 
         Raises:
             UserError: as listed in `AlignmentModule.setup`, or if FSDP1 would have to average weights.
@@ -150,7 +150,7 @@ class OnPolicy(AlignmentModule):
             self.print(f"rewards: {self.scores.description}")  # the first process prints
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Return the module's one callback: the source of the rollouts, which starts and closes the engine."""
+        """Return the module's only callback: the source of the rollouts, which starts and closes the engine."""
         return [self.rollouts]
 
     @cached_property
@@ -158,7 +158,7 @@ class OnPolicy(AlignmentModule):
         """The tokens that end a response, and the padding token.
 
         Raises:
-            UserError: if a text in ``sampling.stop`` is not exactly one token of the tokenizer.
+            UserError: if a string in ``sampling.stop`` is not exactly one token of the tokenizer.
         """
         return find_special_tokens(self.actor, self.tokenizer, self.sampling.stop)
 
@@ -193,7 +193,7 @@ class OnPolicy(AlignmentModule):
         """Do one iteration, and return the scored rollout for callbacks.
 
         Raises:
-            UserError: if the engine or a reward fails, if the guard refuses the responses, or as listed in `learn`.
+            UserError: if the engine or a reward fails, if the guard refuses the responses, or if `learn` raises one.
         """
         metrics, watch = Metrics(self.device), Stopwatch()
         scored, rows = draw_responses(self, batch, metrics, watch)
@@ -256,7 +256,7 @@ class OnPolicy(AlignmentModule):
 
     @torch.no_grad()
     def reward(self, scored: ScoredRollout) -> Trajectory:
-        """Combine the scores and, if it is part of the reward, the KL to the reference into a reward for each token."""
+        """Turn the scores, and the KL to the reference if the reward includes it, into a reward for each token."""
         rollout, mask, kl = scored.rollout, scored.rollout.response_mask, None
         if self.reference_kl.where == "reward":
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)

@@ -57,8 +57,8 @@ class PolicyGradient(OnPolicy):
             rewards that would have followed; if False, those rewards count as 0.
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
-        averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
-            to use the actor's last weights.
+        averaging: How the actor's weights are averaged over the iterations; validation and exports then use the
+            average. None to use the actor's last weights.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs.
         actor_optimizer: The optimizer of the actor.
         critic_optimizer: The optimizer of the critic.
@@ -136,7 +136,7 @@ class PolicyGradient(OnPolicy):
         )
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the actor's and, if any, the critic's parameters by optimizer name; a shared trunk is the actor's."""
+        """Return the trained parameters by optimizer name: the actor's, with a shared trunk, and any critic's."""
         head = [] if self.actor.value_head is None else list(self.actor.value_head.parameters())
         actor = [p for p in self.actor.own_parameters().values() if not any(p is h for h in head)]
         critic = head if self.critic is None else list(self.critic.own_parameters().values())

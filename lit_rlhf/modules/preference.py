@@ -69,8 +69,8 @@ class PreferenceModule(AlignmentModule):
         """Take one optimizer step on a batch.
 
         Raises:
-            UserError: if the loss or the gradient norm is not finite, if memory runs out (see `within_memory`), or as
-                listed in `loss`.
+            UserError: if the loss or the gradient norm is not finite, if memory runs out (see `within_memory`), or if
+                `loss` raises one.
         """
         metrics, watch = Metrics(self.device), Stopwatch()
         with watch.phase("update"):
@@ -108,7 +108,7 @@ class PreferenceModule(AlignmentModule):
         return add_gradients(self, preference_micro_batches(batch, self.max_tokens), loss_of)
 
     def after_step(self) -> None:
-        """Update the other state that this iteration's checkpoint must hold; by default, there is none."""
+        """Update any other state that this iteration's checkpoint must hold; by default, do nothing."""
 
     def loss(self, scores: Tensor, batch: PreferenceBatch) -> Tensor:
         """Return the loss of each ranking, [B].
@@ -143,12 +143,12 @@ class PreferenceModule(AlignmentModule):
         metrics.add_masked("margin", ahead, both)
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the held-out metrics."""
+        """Reset the held-out metrics, including the calibration error."""
         super().on_validation_epoch_start()
         self.calibration.reset()
 
     def on_test_epoch_start(self) -> None:
-        """Reset the held-out metrics."""
+        """Reset the held-out metrics, including the calibration error."""
         super().on_test_epoch_start()
         self.calibration.reset()
 
@@ -158,8 +158,8 @@ class PreferenceModule(AlignmentModule):
 
         ``accuracy_of_length`` is the accuracy of the rule "the longer response wins" on all pairs;
         ``accuracy_if_longer`` and ``accuracy_if_shorter`` are the model's accuracies on the pairs whose better response
-        is the longer or the shorter one; ``ece`` is the expected calibration error of the predicted probability that
-        the response with the higher score is the better one.
+        is the longer one and the shorter one, respectively; ``ece`` is the expected calibration error of the predicted
+        probability that the response with the higher score is the better one.
         """
         with unsharded(*self.children()):
             for micro_batch in preference_micro_batches(batch, self.max_tokens):
@@ -187,7 +187,7 @@ class PreferenceModule(AlignmentModule):
         """Return the means that are not NaN, with the standard deviation of the scores and the calibration error."""
         means["score_std"] = pop_standard_deviation(means)
         means["ece"] = float(self.calibration.compute())
-        return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN if there was no such pair
+        return {name: value for name, value in means.items() if not math.isnan(value)}  # NaN if no pair was counted
 
 
 class Pairs(NamedTuple):
@@ -212,14 +212,14 @@ def pairs(scores: Tensor, batch: PreferenceBatch) -> Pairs:
 
 
 def _won(ahead: Tensor) -> Tensor:
-    """Return 1 for each pair whose better response is ahead, ½ for a tie, and 0 otherwise."""
+    """Return 1 for each pair whose better response has the higher score, ½ for each tie, and 0 for the other pairs."""
     return (ahead > 0).float() + 0.5 * (ahead == 0)
 
 
 def _predictions(ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the predicted probability that the response with the higher score is the better one, and whether it is.
+    """Return the predicted probability that each pair's higher-scoring response is the better one, and whether it is.
 
-    A tie counts as two predictions, one correct and one not.
+    A tie counts as two predictions, one correct and one incorrect.
     """
     probability, correct, tied = torch.sigmoid(ahead.abs()), ahead >= 0, ahead == 0
     return torch.cat([probability, probability[tied]]), torch.cat([correct, ~correct[tied]]).int()

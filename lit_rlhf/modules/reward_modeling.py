@@ -24,13 +24,14 @@ from lit_rlhf.types import PreferenceBatch
 class RewardModeling(PreferenceModule):
     """Trains a decoder with a scalar head to give better responses higher scores at their last token.
 
-    On pairs the loss is Bradley–Terry's, −log σ(r_chosen − r_rejected − margin); on rankings it is Plackett–Luce's.
-    The mean and the standard deviation of the scores of the training set are measured after the last step and stored
-    with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise the scores.
+    The loss of a pair is the Bradley–Terry loss, −log σ(r_chosen − r_rejected − margin), and the loss of a ranking is
+    the Plackett–Luce loss. The mean and the standard deviation of the scores of the training set are measured after the
+    last step and stored with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can
+    normalise the scores.
 
     Args:
-        reward: The folder, the hub id, or a configuration for random weights of the initial model. This is a language
-            model (such as the export of an SFT run), which gets a new head, or a sequence classifier with one label.
+        reward: The initial model: a folder, a hub id, or a configuration for random weights. It is a language model
+            (such as the export of an SFT run), which gets a new head, or a sequence classifier with one label.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
         max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
             On a single GPU, a step that runs out of memory halves this number for the rest of the run.
@@ -51,8 +52,8 @@ class RewardModeling(PreferenceModule):
 
     role = "reward"
     reward: ScalarModel  # set by configure_model
-    score_mean: Tensor  # [] float64, of the training set; NaN until the last step
-    score_std: Tensor  # [] float64, likewise
+    score_mean: Tensor  # [] float64, the mean over the training set; NaN until the last step
+    score_std: Tensor  # [] float64, the standard deviation over the training set; NaN until the last step
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class RewardModeling(PreferenceModule):
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the model as a sequence classifier, and its weights.
 
-        The classifier's configuration stores the mean and standard deviation of the scores once they are measured.
+        The classifier's configuration stores the mean and standard deviation of the scores if they have been measured.
 
         Args:
             weights: The full ``state_dict`` of the trained model.

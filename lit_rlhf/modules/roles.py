@@ -57,7 +57,7 @@ class RoleSources:
         adapter: The options of the adapters of the actor and the critic; None to train whole models.
         rewards: The rewards that are reward models.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
-        copies: The names of further adapters like the actor's, which are not trained.
+        copies: The names of further new adapters with the same options, which are not trained.
     """
 
     actor: ModelSource
@@ -108,7 +108,7 @@ def load_roles(
 
     Args:
         sources: The sources of the models.
-        prepare: A function that prepares the rewards; it is called once the reward models are loaded.
+        prepare: A function that prepares the rewards; it is called when the reward models are loaded.
         place: A function that calls its argument, which builds a model, and returns this model on the process's device,
             sharded if the strategy requires it; see `AlignmentModule.place`.
         shards_actor: Whether ``place`` may shard the actor.

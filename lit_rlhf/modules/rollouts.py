@@ -24,7 +24,7 @@ from lit_rlhf.types import PromptBatch, Rollout
 
 
 class Learner(Protocol):
-    """The attributes of `OnPolicy` that this file uses besides those of `AlignmentModule`."""
+    """The attributes of `OnPolicy` that this file uses and `AlignmentModule` lacks."""
 
     special_tokens: SpecialTokens
     shards_actor: bool
@@ -95,11 +95,11 @@ class Rollouts(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Wait for the rollouts that are being generated, and save those that no iteration has learned from yet."""
+        """Wait for the rollouts being generated, and save all rollouts that no iteration has learned from yet."""
         if self.ahead is None:
             return
         module = cast(AlignmentModule, pl_module)
-        with trainer.precision_plugin.forward_context():  # Lightning saves checkpoints outside of it
+        with trainer.precision_plugin.forward_context():  # Lightning saves checkpoints outside of this context
             for iteration in list(self.ahead.flights):
                 self.landed[iteration] = self._land(self.ahead, module, iteration)
         landed = {iteration: self._saved(module, checked) for iteration, checked in self.landed.items()}
@@ -108,7 +108,7 @@ class Rollouts(lightning.Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Use the rollouts of a checkpoint for the iterations that they belong to."""
+        """Keep a checkpoint's rollouts for the iterations that will learn from them."""
         self.saved = dict(checkpoint.get("rollouts", {})) if self.ahead is not None else {}
 
     # --------------------------------------------------------------- an iteration
@@ -122,9 +122,9 @@ class Rollouts(lightning.Callback):
             metrics: Receives the mismatch and, with `Ahead`, the times for which the learner and the generators waited.
 
         Raises:
-            UserError: if responses could not be generated, if their log-probabilities are not those of the policy that
-                should have drawn them, if the rollouts of a checkpoint answer other prompts, or if `Ahead` is used
-                without the data module `Prompts`.
+            UserError: if responses could not be generated, if the guard finds that a policy other than the expected one
+                drew them, if the rollouts of a checkpoint answer other prompts, or if `Ahead` is used without the data
+                module `Prompts`.
         """
         iteration = int(module.iteration)
         if self.ahead is None:
@@ -141,7 +141,7 @@ class Rollouts(lightning.Callback):
         return checked.rollout
 
     def _launch(self, ahead: Ahead, module: AlignmentModule, iteration: int) -> None:
-        """Start to generate those rollouts, up to ``lag`` iterations ahead, that are not generated or under way yet."""
+        """Start to generate the rollouts up to ``lag`` iterations ahead, except those that exist or are under way."""
         last = iteration + ahead.lag if module.iterations is None else module.iterations - 1
         for number in range(iteration, min(iteration + ahead.lag, last) + 1):
             if not (number in ahead.flights or number in self.landed or number in self.saved):
@@ -191,7 +191,7 @@ class Rollouts(lightning.Callback):
 
 
 def _rows_of(saved: dict[str, Any], batch: PromptBatch) -> CheckedRollout:
-    """Return this process's rows of a rollout that was saved for all processes."""
+    """Return this process's rows of a saved rollout of all processes, or all rows if none answer this batch."""
     rollout = Rollout(**saved["rollout"]).to(batch.group.device)
     rows = torch.isin(rollout.group, batch.group).nonzero().squeeze(1)
     mismatch = None if saved["mismatch"] is None else Mismatch(*saved["mismatch"])

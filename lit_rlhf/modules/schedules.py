@@ -11,17 +11,16 @@ from lit_rlhf.errors import UserError
 class LinearDecay(LRScheduler):
     """A linear decay of the learning rate to 0 at the end of the run, after an optional linear warm-up.
 
-    In iteration i = 0, 1, …, N − 1, the learning rate is that of the optimizer times
+    In iteration i = 0, 1, …, N − 1, the learning rate is the optimizer's initial learning rate times
 
     (i + 1) / (W + 1) if i < W, otherwise (N − i) / (N − W),
 
-    where W is the length of the warm-up, and N is the module's number of iterations. Unlike ``LinearLR``, the schedule
-    needs no number of its own that must be changed with ``model.iterations``; a resumed run with another number of
-    iterations follows the new line.
+    where W is the length of the warm-up, and N is ``model.iterations``. Unlike ``LinearLR``, the schedule takes N from
+    the module, so that N is set in one place only; a resumed run with another N follows the schedule for the new N.
 
     Args:
         optimizer: The optimizer.
-        warmup: W, in iterations.
+        warmup: W, the length of the warm-up in iterations.
 
     Raises:
         ValueError: if ``warmup`` is negative.
@@ -41,11 +40,11 @@ class LinearDecay(LRScheduler):
         if warmup < 0:
             raise ValueError(f"scheduler.warmup must be 0 or more, not {warmup}")
         self.warmup = warmup
-        self.iterations: int | None = None  # no decay before it is set
+        self.iterations: int | None = None  # no decay until this number is set
         super().__init__(optimizer)
 
     def set_iterations(self, iterations: int | None) -> None:
-        """Set N, as the module does before the run.
+        """Set N, the number of iterations; the module calls this method before the run.
 
         Raises:
             UserError: if the module has no number of iterations.
@@ -55,11 +54,11 @@ class LinearDecay(LRScheduler):
         self.iterations = iterations
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        """Return the learning rate of each group of parameters in the current iteration."""
+        """Return the learning rate of each parameter group in the current iteration."""
         return [rate * self._factor(self.last_epoch) for rate in self.base_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state from a checkpoint, but keep the schedule of this run."""
+        """Load the state from a checkpoint, but keep this run's warm-up and number of iterations."""
         super().load_state_dict(state_dict | {"warmup": self.warmup, "iterations": self.iterations})
 
     def _factor(self, iteration: int) -> float:

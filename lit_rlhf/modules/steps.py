@@ -41,7 +41,7 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
         Whether the optimizers stepped; if not, the gradients are dropped.
 
     Raises:
-        UserError: if a loss or a norm is not finite, or if memory runs out (see `within_memory`).
+        UserError: if a loss or a gradient norm is not finite, or if memory runs out (see `within_memory`).
     """
 
     def attempt() -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,7 +64,7 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
     if module.update.target_kl is not None and kl_to_old > module.update.target_kl:
         drop_gradients(module)
         return False
-    if losses.only_critic:  # DDP gives the actor gradients of 0, with which an optimizer could still move its weights
+    if losses.only_critic:  # DDP gives the actor gradients of 0, with which an optimizer could still move the actor
         for parameter in module.trained_parameters()["policy"]:
             parameter.grad = None
     measure_gradients(step_optimizers(module, module.update.clip_grad_norm, **means), module.update, metrics)
@@ -82,7 +82,7 @@ def measure_gradients(norms: Mapping[str, Tensor], update: Update, metrics: Metr
 def add_gradient(module: AlignmentModule, loss: Tensor, *, last: bool, untouched: Sequence[nn.Parameter] = ()) -> None:
     """Add the gradient of a part of the step's loss to the gradients of the trained parameters.
 
-    Under DDP, only the last backward pass of a step averages the gradients over the ranks, including those of
+    Under DDP, only the last backward pass of a step averages the gradients over the ranks, including the gradients of
     earlier passes; strategies that shard models average in every pass.
 
     Args:
@@ -135,7 +135,7 @@ def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: T
         losses: The losses to check, [] each, keyed by the names to use in the message.
 
     Raises:
-        UserError: if a loss or a norm is not finite.
+        UserError: if a loss or a gradient norm is not finite.
     """
     reduce = (
         module.sum_over_ranks if isinstance(module.trainer.strategy, FSDP) else None
@@ -160,8 +160,8 @@ def drop_gradients(module: AlignmentModule) -> None:
     """Free the memory of the gradients, so that decoding and judging can use it.
 
     With ``gradient_as_bucket_view``, the gradients are parts of the buffers that DDP sends, which exist during the
-    whole run. In this case, the gradients are set to 0, because new ones would need memory besides the buffers. FSDP1
-    keeps its shards of the gradients until the next forward pass with gradients.
+    whole run. In this case, the gradients are set to 0, because new gradients would need memory in addition to the
+    buffers. FSDP1 keeps its shards of the gradients until the next forward pass with gradients.
     """
     model = module.trainer.model
     in_buffers = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
@@ -184,7 +184,7 @@ def within_memory(
         attempt: A function that computes gradients in micro-batches of at most ``module.max_tokens`` tokens.
         sizes: The number of tokens, including padding, in each row or ranking, which a micro-batch must hold whole; a
             tensor of any shape.
-        metrics: The metrics to which the attempt adds, if any.
+        metrics: The metrics to which the attempt adds; None if it adds to none.
 
     Raises:
         UserError: if the attempt ran out of memory under DDP or FSDP, or if a single row or ranking already has
@@ -260,7 +260,7 @@ def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) ->
 
 
 def reach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Return the loss, [], with a backward pass that also gives each of these parameters a gradient of 0.
+    """Return the loss, [], with a backward pass that also gives each of the given parameters a gradient of 0.
 
     The zeros take the memory of one number. DDP averages the gradients over the ranks in the last backward pass of a
     step, and waits until that pass has given a gradient to every trained parameter.

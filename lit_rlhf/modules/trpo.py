@@ -54,7 +54,7 @@ class TrustRegion:
     Args:
         max_kl: δ > 0, the bound on the mean KL(π_old ‖ π) over the tokens of the iteration, in nats per token.
         cg_iterations: The maximum number of conjugate-gradient iterations; each takes one Fisher-vector product.
-        cg_tolerance: The iterations stop once the squared norm of the residual is at most this fraction of the
+        cg_tolerance: The iterations stop as soon as the squared norm of the residual is at most this fraction of the
             squared norm of the gradient.
         damping: The constant that is added to the diagonal of the Fisher matrix; a larger value moves the step towards
             the plain gradient and makes the step more robust.
@@ -138,8 +138,8 @@ class TRPO(OnPolicy):
             rewards that would have followed; if False, those rewards count as 0.
         update: The options of the update. Epochs, minibatches and clipping apply to the critic only; the entropy bonus
             is added to the actor's surrogate; micro-batches, aggregation and whitening apply to both.
-        averaging: The average of the actor's weights over the iterations, which validation and exports then use; None
-            to use the actor's last weights.
+        averaging: How the actor's weights are averaged over the iterations; validation and exports then use the
+            average. None to use the actor's last weights.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs (max_steps counts the
             critic's steps).
         critic_optimizer: The optimizer of the critic; the actor has none.
@@ -213,7 +213,7 @@ class TRPO(OnPolicy):
         keep_out_of_checkpoints(self, ("old.",))
 
     def configure_model(self) -> None:
-        """Load the models, and a frozen copy of the actor, or of its adapter alone, which holds the old policy.
+        """Load the models and, for the old policy, a frozen copy of the actor or only of the actor's adapter.
 
         Raises:
             UserError: if a model or a reward cannot be loaded, or if the vocabularies of two models differ in size.
@@ -237,7 +237,7 @@ class TRPO(OnPolicy):
         return {} if self.critic is None else {"value": list(self.critic.own_parameters().values())}
 
     def learn(self, experience: Experience, metrics: Metrics) -> None:
-        """Do one step of the actor within its trust region, unless the critic warms up; then the critic's epochs.
+        """Step the actor once within its trust region, except during the critic's warm-up, and then train the critic.
 
         Args:
             experience: The rows of all processes; each process learns from its part of them.
@@ -353,8 +353,8 @@ class TRPO(OnPolicy):
     def _add_critic_gradients(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> Tensor:
         """Compute the critic's gradient on a minibatch, and return the value loss to check, [].
 
-        Unless the critic is sharded, this method averages the gradients over the ranks; DDP cannot, since its backward
-        passes would have to reach the actor too.
+        Unless the critic is sharded, this method averages the gradients over the ranks. DDP cannot average them, since
+        its backward passes would have to reach the actor's parameters too.
         """
         batches, value_loss = self.micro_batches(minibatch), torch.zeros((), device=self.device)
         totals, parameters = self.sum_over_ranks(step_totals(batches)), self.trained_parameters()["value"]

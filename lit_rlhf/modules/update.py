@@ -22,8 +22,8 @@ class Update:
         whiten_advantages: Whether to normalise the iteration's advantages to mean 0 and variance 1, over all ranks.
         whiten_rewards: Whether to scale the iteration's rewards to variance 1, over all ranks, before advantages are
             estimated; the mean of the rewards is kept.
-        value_clip: The largest distance of a value from its old value in the clipped value loss, in units of score;
-            None for no clipping.
+        value_clip: The largest distance, in units of score, between a value and its old value in the clipped value
+            loss; None for no clipping.
         value_coef: The factor of the value loss.
         entropy_coef: The factor of the entropy bonus, in units of advantage per nat.
         clip_grad_norm: The maximum gradient norm of each optimizer's parameters, to which a larger gradient is scaled
@@ -74,7 +74,7 @@ class Update:
 
 
 def check_limits(max_tokens: int, clip_grad_norm: float | None) -> None:
-    """Check the options of the optimizer step of SFT, reward modelling and DPO.
+    """Check the options of the optimizer step that SFT, reward modelling and DPO share.
 
     Args:
         max_tokens: The maximum number of tokens in a micro-batch, including padding.
