@@ -13,8 +13,8 @@ class OlderRun(lightning.Callback):
 
     If the new run fails before its first iteration is complete, the older run's folder gets its name back. `move_aside`
     renames the folder before the fit, because loggers write to the new folder before any hook is called. If there is no
-    older run, the ``config.yaml`` of a new run that fails this early is removed, so that its folder does not count as
-    that of a run.
+    older run, the ``config.yaml`` of a new run that fails this early is removed, so that its folder does not count
+    as a run's folder.
 
     >>> OlderRun().aside is None
     True

@@ -90,7 +90,7 @@ def map_tensors(descriptor: int, layout: Layout) -> dict[str, Tensor]:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return an actor's own parameters, except those of the value head, by the names that they have without sharding.
+    """Return an actor's own parameters except the value head's, by name; the names are those of the unsharded model.
 
     Tied parameters are returned once. Inside `unsharded`, the parameters of a sharded model are full tensors.
     """

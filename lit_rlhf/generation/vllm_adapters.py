@@ -1,4 +1,4 @@
-"""The adapters of an actor on a vLLM server: the server holds the base, and gets only the adapters."""
+"""An actor's adapters on a vLLM server, which loads the base model once and then gets only the adapters."""
 
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return, by name, the full trained weights of an actor with an adapter, which are all that a server needs.
+    """Return the full trained weights of an actor with an adapter, by name; the server needs no other weights.
 
     All processes call this function together. If the actor is sharded, the result is empty on all processes except
     process 0.
@@ -72,7 +72,11 @@ class ServedAdapters:
 
     @property
     def arguments(self) -> list[str]:
-        """The command-line arguments of vLLM for adapters."""
+        """vLLM's command-line arguments for adapters.
+
+        Raises:
+            UserError: if the adapters need a higher rank than vLLM supports.
+        """
         return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(self.max_rank)]
 
     @property

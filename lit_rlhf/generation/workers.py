@@ -32,11 +32,11 @@ Message = TypeVar("Message", Layout, Answer)
 
 
 class WorkerProcess:
-    """A worker process, which generates responses with the engine that its first message contains, one job at a time.
+    """A worker process, which generates responses one job at a time, with the engine from the first message to it.
 
     Args:
         threads: The number of CPU threads of the process.
-        memories: The file descriptors of the shared memories that the process's jobs may name.
+        memories: The file descriptors of the blocks of shared memory that the process's jobs may name.
         name: The name of the process in error messages.
     """
 
@@ -126,7 +126,7 @@ class Workers:
         self.devices = devices
         self.device = torch.device("cpu")  # of the rollouts
         self.processes: list[WorkerProcess] = []
-        self.free: list[int] = []  # shared memories that no pending rollout uses
+        self.free: list[int] = []  # blocks of shared memory that no pending rollout uses
         self.memories: list[int] = []
         self.layout: Layout | None = None
         self.tensors: dict[int, dict[str, Tensor]] = {}
@@ -176,7 +176,7 @@ class Workers:
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Copy the actor's weights into free shared memory, and return the pending rollout to generate with them.
+        """Copy the actor's weights into free shared memory, and return a pending rollout that is generated with them.
 
         All training processes call this method together; the arguments are those of `Engine.generate`.
 
