@@ -185,7 +185,7 @@ class Predictions(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch's responses from all processes, in the order of the ranks."""
+        """Write the batch's responses from all processes, in the order of the prompts."""
         shares = [outputs]
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size

@@ -172,7 +172,7 @@ class Bars:
 
 
 class Lines:
-    """Plain lines for a log file, one each for the first and the last step, and from time to time one in between.
+    """Plain lines in a log file: one for the first step, one for the last, and from time to time one in between.
 
     Args:
         course: The course to show.

@@ -288,7 +288,7 @@ class Ahead(Engine):
 
 
 class _InThisProcess(PendingRollout):
-    """A rollout that this process generates when `result` is called, with the weights that the actor has then."""
+    """A rollout that this process generates when `result` is called, with the actor's weights at that time."""
 
     def __init__(self, generate: Callable[[], Rollout]) -> None:
         self.generate = generate

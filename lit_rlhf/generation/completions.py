@@ -92,8 +92,8 @@ def draw_responses(
         The responses, in the order of the requests.
 
     Raises:
-        UserError: if a request fails, if an answer is not a valid answer of a vLLM server to its request, or if stop
-            tokens are so likely that a response does not reach the minimum length.
+        UserError: if a request fails, if the server's answer to a request is invalid, or if stop tokens are so
+            likely that a response does not reach the minimum length.
     """
     responses, waiting = [Response([], []) for _ in requests], list(range(len(requests)))
     for attempt in range(1 + ATTEMPTS_PER_TOKEN * min_tokens):
@@ -137,7 +137,7 @@ def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, opti
         option: The name of the option that holds the server's address, for messages.
 
     Raises:
-        UserError: if the answer is not a valid answer of a vLLM server to this request.
+        UserError: if the answer is malformed or does not fit the request.
 
     >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
     >>> choice = {"token_ids": [7, 1], "logprobs": {"token_logprobs": [-0.5, -2.0]}}

@@ -328,7 +328,7 @@ class _Decoding:
     def _columns(self, columns: int) -> int:
         """Return ``columns``, limited to ``max_columns`` and then rounded up to a multiple of 8.
 
-        On GPUs, the width of an attention mask must be such a multiple.
+        Attention on GPUs requires masks whose width is a multiple of 8.
         """
         return -(-min(self.max_columns, columns) // 8) * 8
 

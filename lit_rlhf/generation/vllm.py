@@ -42,7 +42,7 @@ ENDING_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The requests of process 0 to the server for one rollout, and the weights to answer them with."""
+    """Process 0's requests to the server for one rollout, and the weights with which the server answers them."""
 
     folder: Path | None  # with the weights or the adapter; None to use the base model without adapters
     requests: list[dict[str, Any]]  # one for each response of all processes

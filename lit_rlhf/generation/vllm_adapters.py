@@ -21,7 +21,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check_adapter(lora: LoRA, source: str) -> None:
-    """Check that a vLLM server can compute with an actor's adapter.
+    """Check that a vLLM server supports an actor's adapter.
 
     Args:
         lora: The options of the adapter.
@@ -34,7 +34,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
     if lora.quantization is not None:
         raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
     if lora.dora:
-        raise UserError("model.adapter.dora: vLLM does not compute DoRA; use another engine, or LoRA")
+        raise UserError("model.adapter.dora: vLLM does not support DoRA; use another engine, or LoRA")
     if find_adapter(source) and not starts_from(source, lora):
         raise UserError(
             f"model.adapter.chained is merged, but vLLM needs a folder of the base: merge {source} (lit-rlhf export "
@@ -55,7 +55,7 @@ def trained_weights(actor: Actor) -> dict[str, Tensor]:
 
 
 class ServedAdapters:
-    """A copy of a run's adapters, on process 0, and the folder or hub id of the base that the server loads.
+    """A copy of a run's adapters, on process 0, and the folder or hub id of the base model that the server loads.
 
     Args:
         context: The properties of the run that the engine needs.
@@ -91,7 +91,7 @@ class ServedAdapters:
         for rank in RANKS:
             if rank >= needed:
                 return rank
-        raise UserError(f"model.adapter.rank: vLLM computes ranks of at most {RANKS[-1]}, not {needed}")
+        raise UserError(f"model.adapter.rank: vLLM supports ranks of at most {RANKS[-1]}, not {needed}")
 
     def write(self, actor: Actor, weights: dict[str, Tensor], folder: Path) -> bool:
         """Join the adapters that an actor uses into one, and write it to a folder; return whether the actor uses any.

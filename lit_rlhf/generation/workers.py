@@ -32,7 +32,7 @@ Message = TypeVar("Message", Layout, Answer)
 
 
 class WorkerProcess:
-    """A worker process, which generates responses one job at a time, with the engine from the first message to it.
+    """A worker process, which gets an engine in its first message, and then generates responses, one job at a time.
 
     Args:
         threads: The number of CPU threads of the process.
@@ -96,10 +96,10 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
 
 
 class Workers:
-    """Several worker processes that divide the prompts of a batch between them.
+    """Several worker processes that divide the prompts of a batch among themselves.
 
     Each process holds a copy of the actor. The trained weights reach the processes through shared memory, in which
-    `begin` leaves one copy for all of them. The random numbers of a response depend on its row in the global batch, so
+    `begin` writes one copy for all of them. The random numbers of a response depend on its row in the global batch, so
     that the samples are the same for any number of workers.
 
     Args:

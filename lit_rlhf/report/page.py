@@ -97,7 +97,7 @@ def _script(data: Any) -> str:
 
 
 def _libraries() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed as one bundle, read from the cache if they are in it."""
+    """Return a bundle of the JavaScript of Vega, Vega-Lite and Vega-Embed, which is cached between reports."""
     import vl_convert
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-rlhf"
