@@ -23,10 +23,10 @@ class Samples(OnPolicyCallback):
 
     Each line has the iteration, the stage (``train`` or ``val``), the prompt, the response, whether a stop token ended
     the response, the score, the rewards, and the KL to the reference in nats. The entry ``tokens`` has the ``text`` of
-    each token of the response and, rounded to four decimals, the token's ``kl_to_ref`` (k1). In training, it also has
-    the token's ``advantage`` as the update uses it and, with a critic, the ``value`` of the text before the token. In a
-    validation's line, the entry ``reference`` has the reference's ``response`` to the prompt, and the ``score`` of that
-    response.
+    each token of the response and, rounded to four decimals, the token's ``kl_to_ref`` (k1). In training, this entry
+    also has the token's ``advantage`` as the update uses it and, with a critic, the ``value`` of the text before the
+    token. In a validation's line, the entry ``reference`` has the reference's ``response`` to the prompt, and the
+    ``score`` of that response.
 
     When a run is resumed, the file is first truncated to the checkpoint's lines. Any callback with a method
     ``on_samples`` gets the same records. In training, only process 0 calls this method; in a validation, every process

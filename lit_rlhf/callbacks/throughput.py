@@ -72,7 +72,7 @@ class Throughput(OnPolicyCallback):
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Count the responses of this process, and the tokens of their prompts and of the responses."""
+        """Count this process's responses, the tokens in their prompts, and the tokens in the responses."""
         lengths = torch.stack(
             [torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths]
         )

@@ -49,7 +49,7 @@ class Ahead(Engine):
     iterations). The lag is fixed, not "whatever is ready", so that the responses remain a function of the seed, the
     iteration and the row: a run has the same result each time, even if it is interrupted and resumed.
 
-    An engine that works in the training process, such as `NativeEngine`, generates the responses to learn from in
+    An engine that works in the training process, such as `NativeEngine`, generates the responses for training in
     worker processes instead, on other GPUs or with CPU cores of their own; a server generates them on its own devices.
     Responses for validation and prediction are generated without a lag.
 

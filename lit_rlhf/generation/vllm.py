@@ -90,7 +90,7 @@ class VLLMEngine(DetachedEngine):
         server_args: Further arguments for the server that is started; they take precedence over the engine's own.
 
     Raises:
-        ValueError: if both or neither of ``url`` and ``python`` are given, if an option for a server to start is given
+        ValueError: if both or neither of ``url`` and ``python`` are given, if an option for starting a server is given
             with ``url``, or if a number is out of range.
         UserError: in ``start``, if the server cannot be reached, does not start, or is not set up for this engine, or
             if vLLM cannot compute with the actor's adapter; in ``begin`` and ``generate``, if top-k or top-p restricts
@@ -129,7 +129,7 @@ class VLLMEngine(DetachedEngine):
         for name, value in (("devices", devices), ("max_model_len", max_model_len), ("server_args", server_args)):
             if url is not None and value is not None:
                 raise ValueError(
-                    f"engine.{name} is an option for a server to start, but engine.url names one that is running"
+                    f"engine.{name} is an option for starting a server, but engine.url names a running server"
                 )
         for name, number in (("timeout", timeout), ("startup_timeout", startup_timeout)):
             if number <= 0:

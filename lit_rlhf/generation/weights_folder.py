@@ -69,7 +69,7 @@ class WeightsFolder:
         The arguments are those of `save_untied`, which writes the files.
 
         Raises:
-            UserError: if the folder cannot be written; nothing of it is left.
+            UserError: if the folder cannot be written; no part of it is left.
         """
         folder = self.new()
         try:

@@ -99,8 +99,8 @@ class Workers:
     """Several worker processes that divide the prompts of a batch among themselves.
 
     Each process holds a copy of the actor. The trained weights reach the processes through shared memory, in which
-    `begin` writes one copy for all of them. The random numbers of a response depend on its row in the global batch, so
-    that the samples are the same for any number of workers.
+    `begin` writes one copy for all of them. The random numbers of a response depend on its row in the global batch,
+    but not on its worker, so that the samples are the same for any number of workers.
 
     Args:
         engine: The engine that each worker uses.
@@ -252,9 +252,9 @@ class _PendingRollout(PendingRollout):
         return concatenate(rollouts, self.job.special_tokens.pad).to(self.workers.device)
 
     def _shares(self) -> list[PromptBatch]:
-        """Divide the prompts into parts of consecutive prompts, one for each worker; no part is empty.
+        """Return the prompts in non-empty parts of consecutive prompts, one part for each worker.
 
-        If there are fewer prompts than workers, each part is one prompt, and some workers get none.
+        If there are fewer prompts than workers, each part is one prompt, and some workers get no part.
         """
         prompts, total = self.job.prompts, len(self.job.prompts.tokens)
         count = min(self.workers.count, total)

@@ -38,7 +38,7 @@ def summarize(run: Run) -> str:
 
 
 def phases(run: Run) -> list[str]:
-    """Return the names of the metrics that measure the phases of an iteration, in seconds, in alphabetical order."""
+    """Return the sorted names of the metrics that give the seconds of each phase of an iteration."""
     return sorted(name for name in run.columns if name.startswith(PHASES) and not name.startswith(WAITING))
 
 
