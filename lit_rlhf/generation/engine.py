@@ -25,8 +25,8 @@ class Sampling:
         min_tokens: The minimum number of tokens before a stop token may be sampled.
         temperature: The divisor of the logits; 0 selects the most likely token at each step (not for training).
         top_k: The number of most likely tokens to sample from; 0 for all tokens.
-        top_p: The total probability, in (0, 1], that the tokens to sample from must reach together. These tokens are
-            the smallest set of most likely tokens that reaches it; 1 for all tokens.
+        top_p: The minimum total probability, in (0, 1], of the tokens to sample from, which are as few of the most
+            likely tokens as possible; 1 for all tokens.
         stop: The text of each token that ends a response, in addition to the end-of-sequence tokens of the tokenizer
             and the model.
         responses: The number of responses for each prompt.

@@ -52,8 +52,8 @@ class Layout:
 def open_shared_memory() -> int:
     """Return the file descriptor of new, empty shared memory; child processes can inherit it.
 
-    The memory (a temporary file, on systems without ``memfd_create``) has no name in a file system, so that nothing of
-    it is left when the last process that uses it has ended.
+    The memory (a temporary file, on systems without ``memfd_create``) has no name in a file system, so that it is
+    freed when the last process that uses it has ended.
     """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("lit-rlhf-weights", 0)
