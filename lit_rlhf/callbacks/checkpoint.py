@@ -18,12 +18,12 @@ class IterationCheckpoint(ModelCheckpoint):
     """A callback that saves ``last.ckpt`` and numbered copies at intervals, and ``best.ckpt`` when a metric improves.
 
     A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run that is
-    resumed with ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted. On GPUs, this also
-    needs ``--trainer.deterministic true``, because the backward pass of flash attention otherwise adds numbers in a
-    varying order.
+    resumed with ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted. On GPUs, exact
+    continuation also needs ``--trainer.deterministic true``, because the backward pass of flash attention otherwise
+    adds numbers in a varying order.
 
     Ctrl-C ends the run on all processes when the iteration is complete and ``last.ckpt`` is saved; a second Ctrl-C ends
-    it at once.
+    the run immediately.
 
     Args:
         every_n: The number of iterations between two saves of ``last.ckpt``, which is also saved at the end.

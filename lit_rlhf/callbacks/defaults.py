@@ -23,14 +23,14 @@ WITH_OPTIONS: dict[str, type[Callback]] = {
     "report": WriteReport,
     "summary": Summary,  # the last one, because it names the files that the others write
 }
-"""The callbacks that have options on the command line, by the name of the group of their options."""
+"""The callbacks that have options on the command line, by the name of their option group."""
 
 
 def default_callbacks(*own: Callback) -> list[Callback]:
-    """Return the callbacks that a run of ``lit-rlhf fit`` has by default; they write its files and show its progress.
+    """Return the callbacks that a run of ``lit-rlhf fit`` has by default.
 
     Args:
-        own: Callbacks to add; one of the same class as a default takes the place of the default.
+        own: Callbacks to add; a callback of the same class as a default callback replaces the default.
 
     >>> callbacks = default_callbacks(IterationCheckpoint(every_n=5))
     >>> [type(callback).__name__ for callback in callbacks][:5]

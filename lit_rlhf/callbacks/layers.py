@@ -28,15 +28,15 @@ A layer has one variant with gradients and one without, for example.
 class CompileLayers(Callback):
     """A callback that compiles every decoder layer with ``torch.compile``, for sequences of any length.
 
-    The first iteration takes a minute longer. Decoding is not compiled. Layers are compiled in place, so the names in
-    checkpoints do not change. In a configuration::
+    The first iteration takes about a minute longer. Decoding is not compiled. Layers are compiled in place, so the
+    names in checkpoints do not change. In a configuration::
 
         trainer:
           callbacks: [CompileLayers]
 
     Raises:
         UserError: if the module is TRPO, which differentiates twice (compiled layers can be differentiated only once),
-            or if the models do not name their decoder layers; both are checked when the fit starts.
+            or if the models do not name their decoder layers; both conditions are checked when the fit starts.
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -90,7 +90,7 @@ def _layers(module: lightning.LightningModule, callback: Callback) -> list[nn.Mo
 
 
 class _Recomputed:
-    """A layer's forward pass that stores only the layer's inputs, and is repeated in the backward pass."""
+    """A layer's forward pass, which stores only the layer's inputs and is repeated in the backward pass."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.forward: Callable[..., Any] = layer.forward

@@ -29,7 +29,7 @@ def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
 
 
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
-    """Log a run's configuration, except to an MLflow run that already has one.
+    """Log a run's configuration to every logger, except to an MLflow run that already has a configuration.
 
     MLflow refuses a changed configuration, and the configuration of a resumed run differs at least in ``ckpt_path``.
     """
@@ -41,7 +41,7 @@ def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
 
 @contextmanager
 def continued(path: Path, configs: Sequence[Any]) -> Iterator[None]:
-    """Set the configurations of loggers, inside this context, so that the loggers continue the runs noted in a file.
+    """Make loggers continue the runs noted in a file, by changing the loggers' configurations inside this context.
 
     A configuration that names a run itself is left as it is. At the end, the configurations are restored, so that they
     can be used for another run.

@@ -43,7 +43,7 @@ class LogDetails(OnPolicyCallback):
 
     Args:
         every_n: The number of iterations between two logs of samples and histograms, which are also logged in the first
-            iteration; samples are logged in every validation too. 0 to log no samples or histograms at all.
+            iteration; samples are logged in every validation too. 0 to log no samples and no histograms.
         model: Whether to upload the exported model or adapter to W&B at the end, as an artifact.
 
     Raises:
@@ -62,7 +62,7 @@ class LogDetails(OnPolicyCallback):
     # ------------------------------------------------------------------ the x-axis
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Make the iteration the x-axis in W&B, and write down which runs of the loggers belong to this run."""
+        """Make the iteration the x-axis in W&B, and store the ids of the loggers' runs in a file."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -72,7 +72,7 @@ class LogDetails(OnPolicyCallback):
         note_logged(Path(trainer.default_root_dir) / LOGGED, trainer.loggers)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Let TensorBoard drop what was logged after the checkpoint, if the run is resumed."""
+        """Make TensorBoard drop what was logged after the checkpoint, if the run is resumed."""
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger) and len(list(Path(logger.log_dir).glob("events.out.*"))) > 1:
                 writer: Any = logger.experiment
@@ -84,7 +84,7 @@ class LogDetails(OnPolicyCallback):
     def on_samples(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, records: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Log the samples that the callback `Samples` writes, those of an iteration only if they are due."""
+        """Log the samples that the callback `Samples` writes; training samples are logged only if they are due."""
         if not records or not self.every_n or not trainer.is_global_zero:
             return
         iteration, stage = records[0]["iteration"], records[0]["stage"]
@@ -160,7 +160,7 @@ class LogDetails(OnPolicyCallback):
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Return the names of the columns, and the rows, of a table of samples; each reward has a column of its own.
+    """Return the column names and the rows of a table of samples; each reward has a column of its own.
 
     >>> sample = {"iteration": 1, "stage": "val", "prompt": "2 + 2", "response": " 4", "terminated": True, "score": 1.0}
     >>> columns, rows = table([sample | {"rewards": {"exact": 1.0}, "kl_to_ref": 0.5}])

@@ -11,7 +11,7 @@ from lit_rlhf.modules.module import iteration_of
 
 
 class MetricsFile(lightning.Callback):
-    """A callback that writes one row of metrics per iteration and one per validation, with any logger or none.
+    """A callback that writes one row of metrics per iteration and one per validation, whichever loggers a run has.
 
     When a run is resumed, the file is first truncated to the checkpoint's rows, so that the final file is the same as
     without the interruption.

@@ -13,8 +13,8 @@ class OlderRun(lightning.Callback):
 
     If the new run fails before its first iteration is complete, the older run's folder gets its name back. `move_aside`
     renames the folder before the fit, because loggers write to the new folder before any hook is called. If there is no
-    older run, the ``config.yaml`` of a new run that fails this early is removed, so that its folder does not count as
-    that of a run.
+    older run, the ``config.yaml`` of a new run that fails this early is removed, so that its folder does not count
+    as a run's folder.
 
     >>> OlderRun().aside is None
     True
@@ -51,8 +51,8 @@ class OlderRun(lightning.Callback):
     ) -> None:
         """Give the older run's folder its name back, if the new run has completed no iteration.
 
-        The folder of the new run is removed. If there is no older run, only its ``config.yaml`` is removed, and the
-        folder itself if nothing else is in it.
+        If there is an older run, the new run's folder is removed. Otherwise, only the ``config.yaml`` in the new run's
+        folder is removed, and the folder itself if nothing else is in it.
         """
         if self.folder is None:
             return

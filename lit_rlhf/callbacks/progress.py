@@ -25,18 +25,18 @@ SHORT = {
     "val/score": "val score",
 }
 IN_VALIDATION = ("loss", "perplexity", "accuracy", "score", "reference_score", "win_rate", "kl_to_ref", "length")
-"""The held-out metrics that the line of a validation shows, in this order."""
+"""The held-out metrics that a validation's line shows, in this order."""
 
 
 class ProgressBar(LightningProgressBar):
     """A callback that shows the progress of a run, and metrics under short names such as ``KL`` (nats per response).
 
     In a terminal, one bar shows the iterations with the time left, and a second bar shows the current work: decoding,
-    judging, the update, a validation. Elsewhere, such as in a SLURM log, plain lines are printed for the first and
-    the last iteration, for every validation, and from time to time for another iteration. Only process 0 prints.
+    judging, the update or a validation. Elsewhere, such as in a SLURM log, plain lines are printed for the first and
+    the last iteration, for every validation, and from time to time for other iterations. Only process 0 prints.
 
     Args:
-        every: The minimum number of seconds between two lines for iterations; a terminal's bars ignore it.
+        every: The minimum number of seconds between two lines for iterations; the bars in a terminal ignore it.
 
     Raises:
         ValueError: if ``every`` is negative.
@@ -64,7 +64,7 @@ class ProgressBar(LightningProgressBar):
         self.enabled = False
 
     def enable(self) -> None:
-        """Show the progress again."""
+        """Show the progress again, after `disable` was called."""
         self.enabled = True
 
     # ---------------------------------------------------------------- training
@@ -156,7 +156,7 @@ class ProgressBar(LightningProgressBar):
         return {SHORT.get(name, name): value for name, value in metrics.items()}
 
     def shown_metrics(self, trainer: lightning.Trainer) -> list[str]:
-        """Return the metrics to show as texts, each with its short name."""
+        """Return the metrics to show as strings, each with its short name."""
         metrics: Any = self.get_metrics(trainer, trainer.lightning_module)
         return [
             f"{float(value):,.0f} {name}" if name == "tokens/s" else f"{name} {number(value)}"

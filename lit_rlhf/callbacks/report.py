@@ -23,7 +23,7 @@ class WriteReport(lightning.Callback):
         self.at_end = at_end
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the report without PNG files of the charts, which take seconds; ``lit-rlhf report`` writes them too."""
+        """Write the report without PNG files of the charts, because drawing them takes seconds, and print its path."""
         folder = Path(trainer.default_root_dir)
         if not (self.at_end and trainer.is_global_zero and (folder / "metrics.csv").exists()):
             return

@@ -23,14 +23,14 @@ class Samples(OnPolicyCallback):
 
     Each line has the iteration, the stage (``train`` or ``val``), the prompt, the response, whether a stop token ended
     the response, the score, the rewards, and the KL to the reference in nats. The entry ``tokens`` has the ``text`` of
-    each token of the response and, rounded to four decimals, the token's ``kl_to_ref`` (k1). In training, it also has
-    the token's ``advantage`` as the update uses it and, with a critic, the ``value`` of the text before the token. In a
-    line of a validation, the entry ``reference`` has the reference's ``response`` to the prompt, and the ``score`` of
-    that response.
+    each token of the response and, rounded to four decimals, the token's ``kl_to_ref`` (k1). In training, this entry
+    also has the token's ``advantage`` as the update uses it and, with a critic, the ``value`` of the text before the
+    token. In a validation's line, the entry ``reference`` has the reference's ``response`` to the prompt, and the
+    ``score`` of that response.
 
     When a run is resumed, the file is first truncated to the checkpoint's lines. Any callback with a method
-    ``on_samples`` gets the same records: in training on process 0, and in a validation on every process, which has the
-    records of its own responses. `LogDetails` passes them to the loggers.
+    ``on_samples`` gets the same records. In training, only process 0 calls this method; in a validation, every process
+    does, with the records of its own responses. `LogDetails` passes the records to the loggers.
 
     Args:
         count: The maximum number of responses to write per iteration and per validation; process 0's first batch may
@@ -51,7 +51,7 @@ class Samples(OnPolicyCallback):
         self.name = name
         self.file: LinesFile | None = None
         self._restored = 0
-        self._advantages = torch.zeros(0, 0)  # [count, T], of the iteration under way
+        self._advantages = torch.zeros(0, 0)  # [count, T], of the current iteration
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the file, and keep only the checkpoint's lines, or no lines if the run is new."""
@@ -126,7 +126,7 @@ class Samples(OnPolicyCallback):
     ) -> list[dict[str, Any]]:
         """Return a record for each of the first ``count`` responses of a batch of B responses.
 
-        The keywords in ``of_tokens`` name further numbers of the tokens, each [B, T], or None for numbers to leave out.
+        The keyword arguments ``of_tokens`` are further numbers for each token, [B, T]; None leaves a number out.
         """
         assert isinstance(module, AlignmentModule)
         numbers = {"kl_to_ref": kl_of_tokens} | {name: x for name, x in of_tokens.items() if x is not None}

@@ -28,7 +28,7 @@ SHOWN = {
     "accuracy": ("train/accuracy", "val/accuracy"),
     "win rate": ("val/win_rate",),
 }
-"""The metrics of training and of validations that a line of the summary shows, by the label of the line."""
+"""The training and validation metrics that each line of the summary shows, by the line's label."""
 UNITS = {"KL": "nats per response", "length": "tokens", "win rate": "against the reference"}
 FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoints")
 
@@ -77,7 +77,7 @@ class Summary(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Print from which checkpoint the run can be resumed, if the user has interrupted the run."""
+        """Print the checkpoint from which the run can be resumed, if the user has interrupted the run."""
         if not (isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero):
             return
         saved = max((c.saved_iteration for c in _checkpoints(trainer)), default=0)
@@ -96,7 +96,7 @@ class Summary(lightning.Callback):
         self.first = dict(state_dict["first"])
 
     def reached(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
-        """Return the lines on the training and its metrics, each as a label and a text."""
+        """Return the lines about the training and its metrics, each as a label and a text."""
         last = {name: float(value) for name, value in trainer.callback_metrics.items()}
         done, seconds = iteration_of(module), time.monotonic() - self._start
         begun = "" if self._from == 0 else f" (after iteration {self._from})"
@@ -109,7 +109,7 @@ class Summary(lightning.Callback):
         return lines
 
     def files(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
-        """Return the lines on the run's model, its files and the next commands, each as a label and a text."""
+        """Return the lines about the run's model, its files and the next commands, each as a label and a text."""
         run, callbacks = Path(trainer.default_root_dir), trainer.callbacks  # type: ignore[attr-defined]
         found = ", ".join(name for name in FILES if (run / name).exists())
         lines = [("files", f"{run}: {found}")] if found else []
@@ -190,7 +190,7 @@ def following(trainer: lightning.Trainer, module: AlignmentModule, export: Path)
 
 
 def show(lines: list[tuple[str, str]]) -> None:
-    """Print lines of a label and a text each; in a terminal, they are in colour, and long lines are not broken.
+    """Print lines, each with a label and a text; in a terminal, they are in colour, and long lines are not broken.
 
     >>> show([("done", "3 iterations"), ("model", "runs/ppo/export")])
     done      3 iterations

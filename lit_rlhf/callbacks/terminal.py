@@ -38,7 +38,7 @@ class Course:
         self.stage: Progress | None = None
         """The stage that interrupts the steps, such as a validation."""
         self.work: Progress | None = None
-        """The work whose progress a part of the package reported last."""
+        """The work whose progress was reported last."""
         self.work_start = self.start
 
     def hear(self, progress: Progress) -> None:
@@ -48,11 +48,11 @@ class Course:
         self.work = progress
 
     def begin(self) -> None:
-        """Record that the first step begins; the time before it does not count in the pace."""
+        """Record that the first step begins; the time before the first step is not counted in the pace."""
         self.start, self.work = time.monotonic(), None
 
     def advance(self, done: int, metrics: list[str]) -> None:
-        """Store the number of steps done and the metrics to show, and forget the current stage and work."""
+        """Store the number of steps done and the metrics to show, and clear the current stage and work."""
         self.done, self.metrics, self.stage, self.work = done, metrics, None, None
         self.newest = time.monotonic()
 
@@ -62,14 +62,14 @@ class Course:
         return f"{self.step} {self.done}" + ("" if self.total is None else f"/{self.total}")
 
     def duration(self) -> str:
-        """Return as text the time left or, if that is not known, the time since the start."""
+        """Return the time left or, if it is not known, the time since the start, as text such as ``1:15 left``."""
         now = time.monotonic()
         if self.total is None or self.done == self.first:
             return clock(now - self.start)
         return f"{clock(max(0.0, self.pace() * (self.total - self.done) - (now - self.newest)))} left"
 
     def pace(self) -> float:
-        """Return the mean seconds per step over the steps done since the start, of which there must be at least one."""
+        """Return the mean number of seconds per step since the start; at least one step must be done."""
         return (self.newest - self.start) / (self.done - self.first)
 
 
@@ -95,7 +95,7 @@ class View(Protocol):
 class Bars:
     """Two bars at the bottom of a terminal: one for the run, and one for its current work.
 
-    A thread draws them a few times a second, so that the run itself only stores numbers.
+    A thread draws the bars a few times a second, so that the run itself only stores numbers.
 
     Args:
         course: The course to show.
@@ -172,7 +172,7 @@ class Bars:
 
 
 class Lines:
-    """Plain lines for a log file: for the first and the last step, and from time to time for a step in between.
+    """Plain lines in a log file: one for the first step, one for the last, and from time to time one in between.
 
     Args:
         course: The course to show.
@@ -210,7 +210,7 @@ class Lines:
 
 
 def amount(progress: Progress) -> str:
-    """Return the amount done, the total amount and their unit as text; an empty text if the total is not known.
+    """Return the amount done, the total amount and their unit as text; an empty string if the total is not known.
 
     >>> amount(Progress("generate", 37, 64, "responses")), amount(Progress("update"))
     ('37/64 responses', '')

@@ -1,4 +1,4 @@
-"""A callback that measures the tokens per second of each phase, and the phase's share of the devices' peak rate."""
+"""A callback that measures each phase's tokens per second, and how much of the devices' peak rate each phase uses."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Throughput(OnPolicyCallback):
 
     - The tokens of the iteration, divided by the seconds of the phase. In ``generate``, these are the tokens of the
       responses; in the other phases, each token of the prompts and responses counts once, however often it is read.
-    - The utilisation: the FLOPs of the phase, divided by those that all devices could do in the same time at the peak
-      rate. The FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the iteration's prompts
-      and responses. They include the activations that are recomputed, and assume that no target KL ends the update
-      early.
+    - The utilisation: the FLOPs of the phase, divided by the FLOPs that all devices could do in the same time at the
+      peak rate. The phase's FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the
+      iteration's prompts and responses. They include the recomputation of activations, and assume that no target KL
+      ends the update early.
 
     The utilisation is logged only if the peak rate is known and the run can be planned, and for ``generate`` only if
     the training processes generate the responses. The tokens and responses per second of whole iterations are metrics
@@ -72,7 +72,7 @@ class Throughput(OnPolicyCallback):
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Count the responses of this process, and the tokens of their prompts and of the responses."""
+        """Count this process's responses, the tokens in their prompts, and the tokens in the responses."""
         lengths = torch.stack(
             [torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths]
         )

@@ -43,19 +43,19 @@ class Landing(NamedTuple):
 
 
 class Ahead(Engine):
-    """An engine that generates responses while the learner updates the models, with weights a few iterations behind.
+    """An engine that generates responses, with weights that are a few iterations old, while the learner trains.
 
     Iteration i learns from responses that the policy after iteration i − 1 − lag drew (the initial policy in the first
     iterations). The lag is fixed, not "whatever is ready", so that the responses remain a function of the seed, the
     iteration and the row: a run has the same result each time, even if it is interrupted and resumed.
 
-    An engine that works in the training process, such as `NativeEngine`, generates the responses to learn from in
+    An engine that works in the training process, such as `NativeEngine`, generates the responses for training in
     worker processes instead, on other GPUs or with CPU cores of their own; a server generates them on its own devices.
     Responses for validation and prediction are generated without a lag.
 
     For each training process, the host's memory holds lag + 1 full copies of the actor's trained weights for its worker
-    processes, in the precision in which the workers hold them, and for `Guard` lag + 1 copies of the process's own part
-    of these weights. With eight training processes and a lag of 1, the workers' copies are 16 in all: 256 GB for 8
+    processes, in the precision in which the workers hold them, and, for `Guard`, lag + 1 copies of the process's own
+    part of these weights. With eight training processes and a lag of 1, the workers' copies are 16 in all: 256 GB for 8
     billion parameters in bfloat16.
 
     With a lag, the responses are off-policy: ``model.correction`` or `VTrace` corrects for this. The ratio π / π_old of
@@ -157,8 +157,8 @@ class Ahead(Engine):
     ) -> Rollout:
         """Generate responses with the actor's current weights, wait for them, and return the rollout.
 
-        A server generates these responses after the rollouts that were launched before. The arguments are those of
-        `Engine.generate`.
+        A server generates these responses after those of the rollouts that were launched earlier. The arguments are
+        those of `Engine.generate`.
         """
         if self._thread is None or not isinstance(self.engine, DetachedEngine):
             return self.engine.generate(actor, prompts, sampling, special_tokens, stream=stream, iteration=iteration)
@@ -223,7 +223,10 @@ class Ahead(Engine):
 
     @contextmanager
     def weights_of(self, actor: Actor, iteration: int) -> Iterator[None]:
-        """Give the actor the weights that draw an iteration's responses, if `launch` kept them, inside this context."""
+        """Make the actor use the weights that draw an iteration's responses, inside this context.
+
+        If `launch` has not kept these weights, the actor's weights stay as they are.
+        """
         kept = self.flights[iteration].weights
         pairs = list(zip(map(_local, _trained(actor)), kept, strict=True)) if kept else []
         now = [weight.to("cpu", copy=True) for weight, _ in pairs]
@@ -285,7 +288,7 @@ class Ahead(Engine):
 
 
 class _InThisProcess(PendingRollout):
-    """A rollout that this process generates when `result` is called, with the weights that the actor has then."""
+    """A rollout that this process generates when `result` is called, with the actor's weights at that time."""
 
     def __init__(self, generate: Callable[[], Rollout]) -> None:
         self.generate = generate

@@ -131,7 +131,7 @@ class _Layer(CacheLayerMixin):
         return cached[0], cached[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that a step reads, including masked ones, and the offset of the first, 0.
+        """Return the number of columns that a step reads, including masked columns, and the first column's offset, 0.
 
         Args:
             query_length: The number of new tokens in each row.

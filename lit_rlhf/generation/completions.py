@@ -1,4 +1,4 @@
-"""Requests to a vLLM server for one response each, and the checks of the server's answers."""
+"""Requests to a vLLM server for one response each, and checks of the server's answers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ FULL_DISTRIBUTION = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""The options that leave the distribution as it is, whatever defaults the server has."""
+"""The request options with which the server samples from the full distribution, whatever its own defaults are."""
 ROUNDING = 1e-5
-"""The largest log-probability that is accepted, which is above 0 to allow for rounding errors."""
+"""The largest log-probability that is accepted; it is above 0 to allow for rounding errors."""
 
 
 ATTEMPTS_PER_TOKEN = 100
-"""The maximum number of new draws in place of a response's early stop tokens, for each token of ``min_tokens``."""
+"""The maximum number of new draws to replace a response's early stop tokens, per token of ``min_tokens``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def completion_request(
         "seed": seed,
         "stop_token_ids": list(special_tokens.stop),
         "ignore_eos": True,  # the tokens above are the only ones that end a response
-        "logprobs": 0,  # of the sampled tokens alone
+        "logprobs": 0,  # returns those of the sampled tokens, without alternatives
         "return_token_ids": True,
         "skip_special_tokens": False,
         "add_special_tokens": False,
@@ -74,26 +74,26 @@ def completion_request(
 def draw_responses(
     client: JSONClient, requests: Sequence[dict[str, Any]], min_tokens: int, vocabulary: int
 ) -> list[Response]:
-    """Let the server draw one response for each request, and return the responses.
+    """Make the server draw one response for each request, and return the responses.
 
-    If the server draws a stop token before the minimum length, this token is discarded, and the server continues the
-    response from there with another seed, until it draws another token. The first ``min_tokens`` tokens thus follow the
-    distribution without the stop tokens, while their log-probabilities are those of the full distribution. The server's
-    own option for the minimum length would also exclude the stop tokens from the log-probabilities; it is used only at
-    temperature 0, where drawing again would give the same token.
+    If a response ends with a stop token before the minimum length, this stop token is discarded, and the server is
+    asked to continue the response with another seed. The first ``min_tokens`` tokens thus follow the distribution
+    without the stop tokens, while their log-probabilities refer to the full distribution. The server's own option for
+    the minimum length would also exclude the stop tokens from the log-probabilities; this option is used only at
+    temperature 0, where another seed would give the same token.
 
     Args:
         client: The client of the server.
         requests: The requests, from `completion_request`.
-        min_tokens: The minimum number of tokens before a stop token, which must be 0 at temperature 0.
+        min_tokens: The minimum number of tokens before a stop token; it must be 0 at temperature 0.
         vocabulary: The number of tokens in the vocabulary.
 
     Returns:
         The responses, in the order of the requests.
 
     Raises:
-        UserError: if a request fails, if an answer is not one that a vLLM server could give to its request, or if stop
-            tokens are so likely that a response does not reach the minimum length.
+        UserError: if a request fails, if the server's answer to a request is invalid, or if stop tokens are so
+            likely that a response does not reach the minimum length.
     """
     responses, waiting = [Response([], []) for _ in requests], list(range(len(requests)))
     for attempt in range(1 + ATTEMPTS_PER_TOKEN * min_tokens):
@@ -115,7 +115,7 @@ def draw_responses(
 
 
 def _continued(request: dict[str, Any], response: Response, attempt: int) -> dict[str, Any]:
-    """Return the request for the rest of a response, with a seed that depends on the number of the attempt."""
+    """Return the request for the rest of a response, with a seed that depends on the attempt's number."""
     return request | {
         "prompt": request["prompt"] + response.tokens,
         "max_tokens": request["max_tokens"] - len(response.tokens),
@@ -128,7 +128,7 @@ def _ends_early(response: Response, request: dict[str, Any], min_tokens: int) ->
 
 
 def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, option: str) -> Response:
-    """Check an answer of the server, and return the response in it.
+    """Check the server's answer to a request, and return the response that the answer contains.
 
     Args:
         answer: The JSON value with which the server answered.
@@ -137,7 +137,7 @@ def read_response(answer: Any, request: Mapping[str, Any], vocabulary: int, opti
         option: The name of the option that holds the server's address, for messages.
 
     Raises:
-        UserError: if the answer cannot be that of a vLLM server to this request.
+        UserError: if the answer is malformed or does not fit the request.
 
     >>> request = completion_request("actor", [2, 6], 5, Sampling(max_tokens=8), SpecialTokens(stop=(1,), pad=0))
     >>> choice = {"token_ids": [7, 1], "logprobs": {"token_logprobs": [-0.5, -2.0]}}

@@ -25,8 +25,8 @@ class Sampling:
         min_tokens: The minimum number of tokens before a stop token may be sampled.
         temperature: The divisor of the logits; 0 selects the most likely token at each step (not for training).
         top_k: The number of most likely tokens to sample from; 0 for all tokens.
-        top_p: The total probability, in (0, 1], that the tokens to sample from must reach; these tokens are as few of
-            the most likely tokens as possible. 1 for all tokens.
+        top_p: The minimum total probability, in (0, 1], of the tokens to sample from, which are as few of the most
+            likely tokens as possible; 1 for all tokens.
         stop: The text of each token that ends a response, in addition to the end-of-sequence tokens of the tokenizer
             and the model.
         responses: The number of responses for each prompt.
@@ -119,8 +119,8 @@ class Engine(ABC):
         """Whether the engine's log-probabilities and entropies equal the actor's own, up to rounding.
 
         If they do, training in full float32 uses the engine's numbers as they are, unless it also needs the full KL or
-        the values of a value head on the actor. In all other cases, the actor computes the log-probabilities and the
-        entropies again. The default is False.
+        the values of a value head on the actor. In all other cases, the actor recomputes the log-probabilities and the
+        entropies. The default is False.
         """
         return False
 
@@ -154,9 +154,10 @@ class Engine(ABC):
 
         The random numbers of a row are a function of the seed, ``stream``, ``iteration`` and the row's index in the
         global batch. If the engine is exact (see `is_exact`), the rollout's fields ``rollout_logprobs`` and
-        ``rollout_entropy``, in nats, refer to the full distribution at the sampling temperature (at 1 if the sampling
-        temperature is 0), before top-k, top-p and the minimum length are applied; the actor's forward pass computes the
-        same quantities. Other engines say in their docstrings how they deviate; entropies that are not known are 0.
+        ``rollout_entropy``, in nats, refer to the full distribution at the sampling temperature (at temperature 1 if
+        the sampling temperature is 0), before top-k, top-p and the minimum length are applied; the actor's forward pass
+        computes the same quantities. The docstrings of other engines say how they deviate; entropies that are not known
+        are 0.
 
         Args:
             actor: The policy.
@@ -178,8 +179,8 @@ class PendingRollout(ABC):
     def run(self) -> None:
         """Generate the responses.
 
-        Every process calls this method once, in any thread, and the method does not communicate with other processes.
-        It raises no errors: `result` raises them.
+        Every process calls this method once, in any thread, and the method does not communicate with other training
+        processes. It raises no errors; `result` raises them instead.
         """
 
     @abstractmethod
@@ -208,7 +209,7 @@ class DetachedEngine(Engine):
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Pass on the actor's current weights, and return the pending rollout that is to be generated with them.
+        """Pass the actor's current weights on, and return a pending rollout that is generated with these weights.
 
         All processes call this method together; the arguments are those of `Engine.generate`.
         """

@@ -4,7 +4,7 @@ PARENT is the id of the process that starts this program, FOLDER is a folder to 
 command with its arguments. The command runs in a process group of its own. This program ends the whole group and
 removes the folder when the command ends, when the parent process ends for any reason, when the parent closes this
 program's standard input, or when this program receives SIGTERM. This program is run by its path and imports only the
-standard library, so that it starts at once.
+standard library, so that it starts quickly.
 """
 
 import os

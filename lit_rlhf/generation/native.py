@@ -1,4 +1,4 @@
-"""Generation with the actor's own weights and continuous batching: ended sequences leave, and waiting prompts join."""
+"""Generation with the actor's own weights and continuous batching: new prompts take the rows of ended sequences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ from lit_rlhf.randomness import Stream, uniforms
 from lit_rlhf.types import PromptBatch, Rollout
 
 CHECK_ENDED_EVERY_CPU, CHECK_ENDED_EVERY_GPU = 1, 8
-"""The number of steps between two checks for rows that have ended; in each check, the host waits for the GPU."""
+"""The number of decoding steps between two checks for ended rows; in each check, the host waits for the GPU."""
 INITIAL_COLUMNS = 64
 """The number of response tokens per row that the cache initially has memory for; columns are added later if needed."""
 MIN_FREE_FRACTION = 0.125
-"""The fraction of rows that must be free before prompts join, so that one forward pass prefills several prompts."""
+"""The fraction of rows that must be free before new prompts join, so that one forward pass prefills several prompts."""
 MIN_USED_FRACTION = 0.25
 """The fraction of rows in use at or below which the cache drops its free rows, if decoding steps compute all rows.
 
@@ -37,21 +37,21 @@ No rows are dropped as long as a prompt is waiting.
 PREFILL_TOKENS = 8192
 """The maximum number of tokens in a forward pass over prompts, including padding; a longer prompt is computed alone."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""The kernels for attention, without cuDNN's, which would need a new plan for each number of keys: one per token."""
+"""The attention kernels to choose from, without cuDNN's, which would need a new plan for each number of keys."""
 
 
 @dataclass(frozen=True)
 class NativeEngine(Engine):
-    """An engine that generates responses in the training process, with a key-value cache of bounded size.
+    """An engine that generates responses in the training process, with a key-value cache of limited size.
 
     Each prompt is prefilled once for all its responses.
 
     Args:
-        cache_tokens: The maximum number of tokens in the key-value cache, including padding; None for enough to
-            generate all responses at once. The responses to one prompt always start together, even if the cache then
-            exceeds this maximum. The maximum does not change the samples.
+        cache_tokens: The maximum number of tokens in the key-value cache, including padding; None for as many as it
+            takes to generate all responses at the same time. The responses to one prompt always start together, even if
+            the cache then exceeds this maximum. The maximum does not change the samples.
         compile: Whether to compile the decoding step with ``torch.compile``, and to replay it as a CUDA graph on a GPU,
-            where kernel launches dominate a small model's step. The first generation then takes a minute longer.
+            where kernel launches dominate a small model's step. The first generation then takes about a minute longer.
 
     Raises:
         ValueError: if ``cache_tokens`` is less than 1.
@@ -128,7 +128,7 @@ class NativeEngine(Engine):
 
 
 class _Decoding:
-    """The state of one call to `NativeEngine.generate`: the responses so far, and the rows of the cache in use."""
+    """The state of one call to `NativeEngine.generate`: the responses so far, and the cache rows in use."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class _Decoding:
         self.lengths = torch.zeros_like(self.tokens[:, 0])  # [B n]
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.next_prompt = 0  # the index of the first prompt that has not started
-        self.sampled = 0  # the number of tokens so far, including those that rows drew after their end
+        self.sampled = 0  # the number of tokens sampled so far, including those that rows drew after their end
         self.check_every = CHECK_ENDED_EVERY_CPU if device.type == "cpu" else CHECK_ENDED_EVERY_GPU
         self.longest_prompt = max(self.prompt_lengths)
         _check_positions(actor, self.longest_prompt, sampling.max_tokens)
@@ -204,9 +204,9 @@ class _Decoding:
         return torch.cat(new if logits is None else [logits, *new])
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        """Yield the next ``count`` prompts as slices of at most ``PREFILL_TOKENS`` tokens each, including padding.
+        """Yield slices of the next ``count`` prompts, each of at most ``PREFILL_TOKENS`` tokens, including padding.
 
-        A longer prompt has a slice of its own.
+        A prompt that is longer has a slice of its own.
         """
         first, last = self.next_prompt, self.next_prompt + count
         for prompt in range(first + 1, last):
@@ -216,10 +216,13 @@ class _Decoding:
         yield slice(first, last)
 
     def _prefill(self, admitted: slice) -> Tensor:
-        """Prefill the prompts of a slice, and write each into one row of the cache per response.
+        """Prefill the prompts of a slice, and write each prompt into one cache row per response.
 
         Returns:
             The logits of the first token of each response, [rows, V].
+
+        Raises:
+            UserError: if the model caches anything besides keys and values.
         """
         n, used = self.sampling.responses, len(self.first_column)
         self.next_prompt = admitted.stop
@@ -323,9 +326,9 @@ class _Decoding:
         self.static_step = None
 
     def _columns(self, columns: int) -> int:
-        """Return a number of columns, limited to the maximum, and rounded up to a multiple of 8.
+        """Return ``columns``, limited to ``max_columns`` and then rounded up to a multiple of 8.
 
-        Attention masks on GPUs require such a number.
+        Attention on GPUs requires masks whose width is a multiple of 8.
         """
         return -(-min(self.max_columns, columns) // 8) * 8
 

@@ -13,9 +13,9 @@ from lit_rlhf.models.adapters import adapted_layers, merged_weight, selected_by,
 from lit_rlhf.models.sharding import is_sharded
 
 MOVED_BYTES = 2**20
-"""The size in bytes from which the weight of a base layer below adapters is moved into blocks instead of being copied.
+"""The minimum size, in bytes, of a base layer's weight that is moved into blocks instead of being copied.
 
-The additional products with the adapters' A and B take little time compared with the product with such a weight.
+Compared with the product with such a weight, the additional products with the adapters' A and B take little time.
 """
 
 
@@ -23,12 +23,12 @@ The additional products with the adapters' A and B take little time compared wit
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     """Make a model's linear layers use their weights in oneDNN's blocked layout, inside this context.
 
-    A decoding step with 64 rows is twice as fast as with PyTorch's own products, and one with 2 rows three times as
-    fast. Entering the context copies the weights, cast to autocast's precision if autocast is enabled, and the copies
-    need as much memory as weights of that precision. A large frozen weight below adapters is not copied if it already
-    has that precision: it is moved, and moved back unchanged at the end, unless the model is sharded or an adapter uses
-    DoRA. No gradients are computed inside the context. Only weights on the CPU that are used in float32 or bfloat16 are
-    packed.
+    A decoding step with 64 rows is then twice as fast as with PyTorch's own products, and a step with 2 rows is three
+    times as fast. Entering the context copies the weights, cast to autocast's precision if autocast is enabled, and the
+    copies need as much memory as weights of that precision. A large frozen weight below adapters is not copied if it
+    already has that precision: it is moved, and moved back unchanged at the end, unless the model is sharded or an
+    adapter uses DoRA. No gradients are computed inside the context. Only weights on the CPU that are used in float32 or
+    bfloat16 are packed.
 
     Args:
         model: The model, or a view of a base with adapters. Its weights must not change inside the context, and only
@@ -80,8 +80,8 @@ def _multiply(blocks: Tensor, bias: Tensor | None, adapters: Sequence[Tensor], x
 
     Args:
         blocks: The weight W, from `block_weight`.
-        bias: b; None for 0.
-        adapters: Aᵀ and the scaled Bᵀ, from `_adapters`; if the list is empty, the last term is left out.
+        bias: The bias b; None for 0.
+        adapters: Aᵀ and the scaled Bᵀ, from `_adapters`; if the sequence is empty, the last term is left out.
         x: The input of the layer, with its features on the last axis.
     """
     x = x.to(blocks.dtype)

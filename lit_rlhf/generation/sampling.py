@@ -1,4 +1,4 @@
-"""Sampling of one token for each row, with the row's logits and one uniform random number."""
+"""Sampling of one token for each row, from the row's logits and one uniform random number."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,11 @@ from lit_rlhf.generation.engine import Sampling
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token for each row: the first one at which the row's cumulative distribution exceeds u.
+    """Sample one token for each row: the first one at which the row's cumulative probability exceeds u.
 
-    The temperature, ``forbidden``, top-k and top-p are applied to the distribution first. At temperature 0, the most
-    likely token that is not forbidden is selected instead. The vocabulary is sorted only if top-p is used.
+    The number u is the row's entry of ``uniforms``. The temperature, ``forbidden``, top-k and top-p are applied to the
+    distribution first, and the result is normalized. At temperature 0, the most likely token that is not forbidden is
+    selected instead. The vocabulary is sorted only if top-p is used.
 
     Args:
         logits: The logits of R rows, [R, V] float32, before division by the temperature.
@@ -23,7 +24,8 @@ def draw(
     Returns:
         The tokens, [R] int64; the log-probabilities of the tokens in nats, [R]; and the entropies of the rows'
         distributions in nats, [R]. The log-probabilities and the entropies refer to the full distribution at the
-        sampling temperature (at 1 if the sampling temperature is 0), before ``forbidden``, top-k and top-p are applied.
+        sampling temperature (at temperature 1 if the sampling temperature is 0), before ``forbidden``, top-k and top-p
+        are applied.
 
     >>> logits = torch.tensor([0.5, 0.2, 0.3]).log().expand(3, 3)
     >>> tokens, logprobs, entropy = draw(logits, torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64), Sampling())
@@ -54,7 +56,7 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Return the probabilities, [R, V], with those outside each row's nucleus set to 0; the others are not rescaled.
 
     The nucleus is the smallest set of most likely tokens whose probabilities add up to at least the share ``top_p`` of
-    the row's sum, which may be less than 1.
+    the row's sum. This sum may be less than 1.
     """
     ordered, order = probabilities.sort(-1, descending=True)
     ordered = ordered / ordered.sum(-1, keepdim=True)
@@ -64,10 +66,11 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def _cumulative(probabilities: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the cumulative sums of each row's probabilities, [R, V], with integers if torch must be deterministic.
+    """Return the cumulative sums of each row's probabilities, [R, V], in the data type ``dtype``.
 
-    A GPU adds floating-point numbers in a varying order, so PyTorch refuses to compute their cumulative sums if it must
-    be deterministic. The probabilities are then rounded down to multiples of 2⁻⁵², which are added as integers.
+    A GPU adds floating-point numbers in a varying order, so PyTorch refuses to compute their cumulative sums if
+    deterministic algorithms are enabled. In this case, the probabilities are rounded down to multiples of 2⁻⁵², which
+    are added as integers.
 
     Args:
         probabilities: [R, V], floating-point numbers.

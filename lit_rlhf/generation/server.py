@@ -21,17 +21,17 @@ MODULE = "vllm.entrypoints.openai.api_server"
 SERVED_NAME = "actor"
 SETTINGS = {
     "VLLM_SERVER_DEV_MODE": "1",  # opens the routes for weights
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # opens those for adapters
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # opens the routes for adapters
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; has no effect on GPUs, like the next
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; this option and the next have no effect on GPUs
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would bind its threads to the cores that training uses
 }
-"""The environment variables that the server gets, except those that are already set."""
+"""The environment variables that are set for the server, unless they are set already."""
 NOT_INHERITED = re.compile(
     r"(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(GROUP|ROLE|TORCHELASTIC)_.*"
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_ALLOC_CONF|PYTORCH_(CUDA|HIP)_ALLOC_CONF)"
 )
-"""The environment variables of torchrun, Python's paths and torch's allocator, which the server does not inherit."""
+"""The environment variables for torchrun, Python's paths and torch's allocator, which the server does not inherit."""
 ERROR = re.compile(r"[\w.]*(Error|Exception|error): ")
 POLL_SECONDS = 0.2
 GIVE_UP_SECONDS = 15.0
@@ -47,12 +47,12 @@ class Server:
     Args:
         python: The Python interpreter of an environment in which vLLM is installed.
         model: The folder or the hub id of the model to start with.
-        arguments: Further arguments of vLLM's command line.
+        arguments: Further command-line arguments of vLLM.
         devices: The indices of the server's GPUs among those that this process may use; None for all of them.
         folder: A folder that is removed when the server has ended.
 
     Raises:
-        UserError: if the interpreter does not exist, or if this process may not use one of the GPUs.
+        UserError: if the interpreter does not exist, or if ``CUDA_VISIBLE_DEVICES`` excludes one of the GPUs.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Server:
         return f"model.engine: the vLLM server has ended ({how}): {self.last_error()}"
 
     def last_error(self) -> str:
-        """Return the last error in the server's log, or the last line if there is none, and the path of the log."""
+        """Return the last error in the server's log, or the log's last line if it has no error, and the log's path."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines) if ERROR.search(line)]
@@ -149,7 +149,7 @@ def _environment(devices: Sequence[int] | None) -> dict[str, str]:
         devices: The indices of the server's GPUs among those that this process may use; None for all of them.
 
     Raises:
-        UserError: if this process may not use one of the devices.
+        UserError: if ``CUDA_VISIBLE_DEVICES`` excludes one of the devices.
     """
     own = {name: value for name, value in os.environ.items() if not NOT_INHERITED.fullmatch(name)}
     environment = SETTINGS | own

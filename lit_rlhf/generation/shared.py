@@ -52,8 +52,8 @@ class Layout:
 def open_shared_memory() -> int:
     """Return the file descriptor of new, empty shared memory; child processes can inherit it.
 
-    The memory (a temporary file, on systems without ``memfd_create``) has no name in a file system, so that nothing of
-    it is left when the last process that uses it has ended.
+    The memory (a temporary file, on systems without ``memfd_create``) has no name in a file system, so that it is
+    freed when the last process that uses it has ended.
     """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("lit-rlhf-weights", 0)
@@ -90,7 +90,7 @@ def map_tensors(descriptor: int, layout: Layout) -> dict[str, Tensor]:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return an actor's own parameters, except those of the value head, by the names that they have without sharding.
+    """Return an actor's own parameters except the value head's, by name; the names are those of the unsharded model.
 
     Tied parameters are returned once. Inside `unsharded`, the parameters of a sharded model are full tensors.
     """

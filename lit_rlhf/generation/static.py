@@ -18,7 +18,7 @@ class StaticStep:
 
     Rows without a sequence are also computed, but their results are not used. The graph is captured when the step is
     first called, and is freed with this object. The graphs that ``torch.compile`` itself can capture would never be
-    freed, although the cache and gathered weights have other addresses in the next generation.
+    freed, although they are useless in the next generation, where the cache and gathered weights have other addresses.
 
     Args:
         actor: The policy.
@@ -54,7 +54,7 @@ class StaticStep:
 
 @lru_cache
 def _compiled_next_logits() -> Callable[..., Tensor]:
-    """Return the step compiled for any number of rows and columns, so that a process compiles it only once."""
+    """Return the decoding step, compiled for any number of rows and columns so that a process compiles it only once."""
     return torch.compile(Actor.next_logits, dynamic=True)
 
 
@@ -88,10 +88,11 @@ def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
 
 @contextmanager
 def cast_weights(model: nn.Module) -> Iterator[None]:
-    """Let a model's linear layers hold their weights and biases in autocast's precision, inside this context.
+    """Make a model's linear layers hold their weights and biases in autocast's precision, inside this context.
 
     A compiled step does not use autocast's cache, so it would otherwise read and cast every weight at each token.
-    Without autocast, nothing changes, and quantized layers stay as they are. The cast weights have no gradients.
+    Only float32 weights are cast, quantized layers stay as they are, and without autocast, nothing changes. The cast
+    weights have no gradients.
     """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for layer in model.modules():

@@ -37,22 +37,22 @@ from lit_rlhf.types import PromptBatch, Rollout
 LOGPROBS_MODE = "processed_logprobs"
 """The mode in which vLLM computes log-probabilities after it has divided the logits by the temperature."""
 ENDING_SECONDS = 2.0
-"""If the server ends within this number of seconds after a failed request, its end is taken as the cause."""
+"""If the server ends within this number of seconds after a failed request, the error message reports that it ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The requests of process 0 to the server for one rollout, and the weights to answer them with."""
+    """Process 0's requests to the server for one rollout, and the weights with which the server answers them."""
 
-    folder: Path | None  # with the weights or the adapter; None for the base of the adapters alone
-    requests: list[dict[str, Any]]  # one for each response, of all processes
+    folder: Path | None  # with the weights or the adapter; None to use the base model without adapters
+    requests: list[dict[str, Any]]  # one for each response of all processes
     rows: list[int]  # the number of responses of each process
     min_tokens: int
     vocabulary: int  # the number of tokens in the model's vocabulary
 
 
 class VLLMEngine(DetachedEngine):
-    """An engine that lets a vLLM server generate responses: a running one, or one that the engine starts and ends.
+    """An engine that requests responses from a vLLM server: a running server, or one that the engine starts and ends.
 
     Before each rollout, process 0 writes the actor's weights to a folder, from which the server reads them. Each
     response is one request with a seed of its own, which is a function of the run's seed, the purpose (training,
@@ -63,9 +63,9 @@ class VLLMEngine(DetachedEngine):
     float32.
 
     Values of ``top_k`` and ``top_p`` that restrict the distribution are refused, because the server's log-probabilities
-    would be those of the restricted distribution. With ``min_tokens``, a stop token that comes too early is replaced by
+    would refer to the restricted distribution. With ``min_tokens``, a stop token that comes too early is replaced by
     a new draw. At temperature 0, the server forbids such stop tokens instead, and the log-probabilities of the first
-    ``min_tokens`` tokens are those of the distribution without the stop tokens.
+    ``min_tokens`` tokens refer to the distribution without the stop tokens.
 
     A server that is already running must be vLLM 0.32 or later, with the environment variable
     ``VLLM_SERVER_DEV_MODE=1`` and the arguments ``--logprobs-mode processed_logprobs --dtype float32`` (``bfloat16``
@@ -85,15 +85,16 @@ class VLLMEngine(DetachedEngine):
             them, and for the directory of temporary files otherwise. A server on another machine must see the same
             folder under the same path.
         timeout: The maximum number of seconds to wait for a response, or for the server to read new weights.
-        startup_timeout: The maximum number of seconds to wait until a server that the engine starts answers.
+        startup_timeout: The maximum number of seconds to wait for the first answer of a server that the engine starts.
         connections: The maximum number of requests that are sent to the server at the same time.
         server_args: Further arguments for the server that is started; they take precedence over the engine's own.
 
     Raises:
-        ValueError: if both or neither of ``url`` and ``python`` are given, if an option for a server to start is given
+        ValueError: if both or neither of ``url`` and ``python`` are given, if an option for starting a server is given
             with ``url``, or if a number is out of range.
         UserError: in ``start``, if the server cannot be reached, does not start, or is not set up for this engine, or
-            if vLLM cannot compute with the actor's adapter; in ``begin`` and ``generate``, if sampling is restricted.
+            if vLLM cannot compute with the actor's adapter; in ``begin`` and ``generate``, if top-k or top-p restricts
+            the distribution; in ``generate``, also if the responses could not be generated.
 
     >>> VLLMEngine(url="http://127.0.0.1:8000", python="vllm-env/bin/python")
     Traceback (most recent call last):
@@ -128,7 +129,7 @@ class VLLMEngine(DetachedEngine):
         for name, value in (("devices", devices), ("max_model_len", max_model_len), ("server_args", server_args)):
             if url is not None and value is not None:
                 raise ValueError(
-                    f"engine.{name} is an option for a server to start, but engine.url names one that is running"
+                    f"engine.{name} is an option for starting a server, but engine.url names a running server"
                 )
         for name, number in (("timeout", timeout), ("startup_timeout", startup_timeout)):
             if number <= 0:
@@ -166,8 +167,8 @@ class VLLMEngine(DetachedEngine):
             context: The properties of the run that the engine needs.
 
         Raises:
-            UserError: on all processes, if vLLM cannot compute with the actor's adapter, or if process 0 cannot load
-                the actor, start or reach the server, or finds that the server is not set up for this engine.
+            UserError: on all processes, if vLLM cannot compute with the actor's adapter, if process 0 cannot load the
+                actor, if it cannot start or reach the server, or if the server is not set up for this engine.
         """
         self.close()
         self._dtype = torch.bfloat16 if context.precision.startswith("bf16") else torch.float32
@@ -264,7 +265,7 @@ class VLLMEngine(DetachedEngine):
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Write the actor's current weights for the server, and return the rollout to generate with them.
+        """Write the actor's current weights for the server, and return a pending rollout that is generated with them.
 
         All processes call this method together; the arguments are those of `Engine.generate`. If process 0 cannot
         write the weights, or if a prompt is too long for the server, the rollout's ``result`` raises the error.
@@ -317,7 +318,7 @@ class VLLMEngine(DetachedEngine):
             The responses of each process.
 
         Raises:
-            UserError: if the server ends, does not answer, cannot read the weights, or no longer has them at the end;
+            UserError: if the server ends, does not answer, cannot load the weights, or no longer has them at the end;
                 if an answer does not fit its request; or if a response cannot reach the minimum length.
         """
         client = self._client
@@ -356,7 +357,7 @@ class VLLMEngine(DetachedEngine):
         """Write an actor's weights to a new folder, and return the folder.
 
         The argument ``weights`` is the full ``state_dict`` or, in a run with an adapter, the result of
-        `trained_weights`. In such a run, None is returned if the actor computes with the base alone.
+        `trained_weights`. In such a run, None is returned if the actor uses the base model without adapters.
         """
         if self._adapters is not None:
             folder = self._weights_folder(0).new()

@@ -1,4 +1,4 @@
-"""The adapters of an actor on a vLLM server: the server holds the base, and gets only the adapters."""
+"""An actor's adapters on a vLLM server, which loads the base model once and then gets only the adapters."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check_adapter(lora: LoRA, source: str) -> None:
-    """Check that a vLLM server can compute with an actor's adapter.
+    """Check that a vLLM server supports an actor's adapter.
 
     Args:
         lora: The options of the adapter.
@@ -34,7 +34,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
     if lora.quantization is not None:
         raise UserError("model.engine: VLLMEngine does not take quantized weights; use NativeEngine or Ahead")
     if lora.dora:
-        raise UserError("model.adapter.dora: vLLM does not compute DoRA; use another engine, or LoRA")
+        raise UserError("model.adapter.dora: vLLM does not support DoRA; use another engine, or LoRA")
     if find_adapter(source) and not starts_from(source, lora):
         raise UserError(
             f"model.adapter.chained is merged, but vLLM needs a folder of the base: merge {source} (lit-rlhf export "
@@ -43,7 +43,7 @@ def check_adapter(lora: LoRA, source: str) -> None:
 
 
 def trained_weights(actor: Actor) -> dict[str, Tensor]:
-    """Return, by name, the full trained weights of an actor with an adapter, which are all that a server needs.
+    """Return the full trained weights of an actor with an adapter, by name; the server needs no other weights.
 
     All processes call this function together. If the actor is sharded, the result is empty on all processes except
     process 0.
@@ -55,7 +55,7 @@ def trained_weights(actor: Actor) -> dict[str, Tensor]:
 
 
 class ServedAdapters:
-    """A copy of a run's adapters, on process 0, and the folder or hub id of the base that the server loads.
+    """A copy of a run's adapters, on process 0, and the folder or hub id of the base model that the server loads.
 
     Args:
         context: The properties of the run that the engine needs.
@@ -72,7 +72,11 @@ class ServedAdapters:
 
     @property
     def arguments(self) -> list[str]:
-        """The command-line arguments of vLLM for adapters."""
+        """vLLM's command-line arguments for adapters.
+
+        Raises:
+            UserError: if the adapters need a higher rank than vLLM supports.
+        """
         return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(self.max_rank)]
 
     @property
@@ -87,7 +91,7 @@ class ServedAdapters:
         for rank in RANKS:
             if rank >= needed:
                 return rank
-        raise UserError(f"model.adapter.rank: vLLM computes ranks of at most {RANKS[-1]}, not {needed}")
+        raise UserError(f"model.adapter.rank: vLLM supports ranks of at most {RANKS[-1]}, not {needed}")
 
     def write(self, actor: Actor, weights: dict[str, Tensor], folder: Path) -> bool:
         """Join the adapters that an actor uses into one, and write it to a folder; return whether the actor uses any.

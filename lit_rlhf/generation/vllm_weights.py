@@ -22,7 +22,7 @@ def push_weights(client: JSONClient, version: str, folder: Path | None) -> None:
         UserError: if the server does not read the weights, or cannot empty its prefix cache.
     """
     client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-    for _ in range(RESET_ATTEMPTS):  # fails as long as a request is active, such as one that was given up
+    for _ in range(RESET_ATTEMPTS):  # fails as long as a request is active, such as an abandoned one
         if client.post("/reset_prefix_cache", {})["success"]:
             break
         time.sleep(RESET_SECONDS)

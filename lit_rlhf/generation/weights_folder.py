@@ -69,7 +69,7 @@ class WeightsFolder:
         The arguments are those of `save_untied`, which writes the files.
 
         Raises:
-            UserError: if the folder cannot be written; nothing of it is left.
+            UserError: if the folder cannot be written; no part of it is left.
         """
         folder = self.new()
         try:
@@ -115,7 +115,7 @@ def save_untied(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: P
 
 
 def _roomy(size: int) -> Path:
-    """Return the folder of shared memory if it has room for several sets of weights, else that of temporary files.
+    """Return shared memory's folder if it has room for several sets of weights, otherwise the temporary directory.
 
     Args:
         size: The number of bytes of one set of weights.
@@ -128,7 +128,7 @@ def _roomy(size: int) -> Path:
 def _owner(process: int | str) -> str:
     """Return the beginning of the name of a process's folder, which identifies the process.
 
-    It consists of a prefix, the name of the machine, the namespace of process ids, and the id.
+    This beginning consists of a prefix, the machine's name, the namespace of process ids, and the process's id.
 
     Args:
         process: The id of the process; an empty string for the part that all processes of the namespace have in common.
@@ -139,7 +139,7 @@ def _owner(process: int | str) -> str:
 
 
 def _remove_stale(place: Path) -> None:
-    """Remove the folders in ``place`` that belong to processes of this machine (or container) that have ended."""
+    """Remove the folders in ``place`` whose processes ran on this machine (or in this container) and have ended."""
     prefix = _owner("")
     for folder in place.glob(f"{glob.escape(prefix)}*"):
         process = folder.name.removeprefix(prefix).partition("-")[0]

@@ -1,7 +1,7 @@
-"""The program of a worker process: it generates responses with weights from shared memory, until its parent ends.
+"""The program of a worker process, which generates responses with weights from shared memory until its parent ends.
 
-`lit_rlhf.generation.workers` starts it with the file descriptor of a connection, on which both sides send pickled
-objects.
+`lit_rlhf.generation.workers` starts the program with the file descriptor of a connection, through which the parent and
+the worker send pickled objects to each other.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A message to a worker: prompts to answer, and the shared memory with the weights to use."""
+    """A message to a worker: prompts to answer, and the shared memory that contains the weights to use."""
 
     memory: int  # the file descriptor of the shared memory
     prompts: PromptBatch
@@ -61,7 +61,7 @@ class Answer:
 
 
 def send(connection: Connection, message: Any) -> None:
-    """Send an object that can be pickled; the tensors in it are copied."""
+    """Send an object that can be pickled; the tensors in the object are copied."""
     connection.send_bytes(pickle.dumps(message))
 
 
@@ -120,7 +120,7 @@ def serve(connection: Connection) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Serve the parent process on the other side of a connection, until the parent process ends.
+    """Serve the parent process on the other side of a connection, until the parent ends or closes the connection.
 
     Args:
         descriptor: The file descriptor of the connection.

@@ -32,11 +32,11 @@ Message = TypeVar("Message", Layout, Answer)
 
 
 class WorkerProcess:
-    """A worker process, which generates responses with the engine that its first message contains, one job at a time.
+    """A worker process, which gets an engine in its first message, and then generates responses, one job at a time.
 
     Args:
         threads: The number of CPU threads of the process.
-        memories: The file descriptors of the shared memories that the process's jobs may name.
+        memories: The file descriptors of the blocks of shared memory that the process's jobs may name.
         name: The name of the process in error messages.
     """
 
@@ -96,11 +96,11 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
 
 
 class Workers:
-    """Several worker processes that divide the prompts of a batch between them.
+    """Several worker processes that divide the prompts of a batch among themselves.
 
     Each process holds a copy of the actor. The trained weights reach the processes through shared memory, in which
-    `begin` leaves one copy for all of them. The random numbers of a response depend on its row in the global batch, so
-    that the samples are the same for any number of workers.
+    `begin` writes one copy for all of them. The random numbers of a response depend on its row in the global batch,
+    but not on its worker, so that the samples are the same for any number of workers.
 
     Args:
         engine: The engine that each worker uses.
@@ -126,7 +126,7 @@ class Workers:
         self.devices = devices
         self.device = torch.device("cpu")  # of the rollouts
         self.processes: list[WorkerProcess] = []
-        self.free: list[int] = []  # shared memories that no pending rollout uses
+        self.free: list[int] = []  # blocks of shared memory that no pending rollout uses
         self.memories: list[int] = []
         self.layout: Layout | None = None
         self.tensors: dict[int, dict[str, Tensor]] = {}
@@ -176,7 +176,7 @@ class Workers:
         stream: Stream,
         iteration: int,
     ) -> PendingRollout:
-        """Copy the actor's weights into free shared memory, and return the pending rollout to generate with them.
+        """Copy the actor's weights into free shared memory, and return a pending rollout that is generated with them.
 
         All training processes call this method together; the arguments are those of `Engine.generate`.
 
@@ -252,9 +252,9 @@ class _PendingRollout(PendingRollout):
         return concatenate(rollouts, self.job.special_tokens.pad).to(self.workers.device)
 
     def _shares(self) -> list[PromptBatch]:
-        """Divide the prompts into parts of consecutive prompts, one for each worker; no part is empty.
+        """Return the prompts in non-empty parts of consecutive prompts, one part for each worker.
 
-        If there are fewer prompts than workers, each part is one prompt, and some workers get none.
+        If there are fewer prompts than workers, each part is one prompt, and some workers get no part.
         """
         prompts, total = self.job.prompts, len(self.job.prompts.tokens)
         count = min(self.workers.count, total)

@@ -13,7 +13,7 @@ from lit_rlhf.report.run import Run, thinned
 from lit_rlhf.report.summary import WIN_RATE, phases
 
 MOST_ROWS = 1000
-"""The maximum number of iterations that the charts show of all runs together, and likewise of validations.
+"""The maximum number of iterations, and of validations, that the charts show for all runs together.
 
 Each run has an equal share, which is at least 20, so that the report of many runs may exceed this maximum.
 """
@@ -21,7 +21,7 @@ SMOOTHED_FROM = 60
 """If the longest run has at least this number of iterations, curves are drawn pale, each with its moving mean."""
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#999933", "#333333")
 DARK = ("#56B4E9", "#FF9E4A", "#2BD4A0", "#EE99CC", "#F0E442", "#DDDDDD")
-"""The colours of runs on a light and a dark page, which the colour-blind can tell apart; after Okabe and Ito 2008."""
+"""The colours of runs on light and dark pages, which colour-blind readers can tell apart; after Okabe and Ito 2008."""
 PHASES = ("#44AA99", "#DDCC77", "#CC6677", "#88CCEE", "#AA4499")
 """The colours of the phases of an iteration; source: Tol 2021, "muted"."""
 WIDTH, HEIGHT = 420, 220
@@ -199,7 +199,7 @@ def _axis_format(panel: Panel, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
-    """Return the layers of the chart of the score against √KL: what is gained by moving away from the reference.
+    """Return the layers of the chart of the score against √KL, which shows the gain from leaving the reference.
 
     Args:
         table: The table that the chart reads.
@@ -237,7 +237,7 @@ def _frontier(table: Table, prefixes: tuple[str, ...]) -> list[alt.Chart]:
 
 
 def _time(run: Run, table: Table) -> alt.Chart:
-    """Return a chart of the seconds that the phases of each iteration take, one phase above the other."""
+    """Return a stacked chart of the seconds that each phase of each iteration takes."""
     names = phases(run)
     fields = {table.field(name): name.partition("/")[2] for name in names}
     label = " : ".join([*(f"datum.key == '{field}' ? '{name}'" for field, name in fields.items()), "''"])

@@ -2,13 +2,13 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const find = (id) => document.getElementById(id);
 const root = document.documentElement;
-const STEP = 40; // responses that are shown at first, and with each "show more"
+const STEP = 40; // the number of responses shown at first, and added by each "show more"
 const NAMES = { advantage: "advantage", kl_to_ref: "KL to the reference, in nats", value: "value of the critic" };
 
 // ------------------------------------------------------------------ light and dark, charts
 
 function stored() {
-  try { return localStorage.getItem("theme"); } catch { return null; } // a browser may refuse this for files
+  try { return localStorage.getItem("theme"); } catch { return null; } // a browser can refuse this for local files
 }
 
 async function drawCharts() {

@@ -18,12 +18,12 @@ HERE = Path(__file__).parent
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: bool = True) -> Path:
-    """Write the report of one or several runs, from the files in their folders alone.
+    """Write the report of one or several runs, using only the files in their folders.
 
     Args:
         folders: The folders of the runs.
         out: The file to write; None for ``report.html`` in the run's folder or, for several runs, in the parent of the
-            first one.
+            first run's folder.
         pictures: Whether to draw each chart as a PNG file as well. These files are written to a folder beside the page;
             the folder has the name of the page without the extension.
 
@@ -31,8 +31,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         The path of the page.
 
     Raises:
-        UserError: if a folder is not that of a run, if its samples or configuration cannot be parsed, or if two folders
-            are the same.
+        UserError: if a folder is not the folder of a run, if its metrics, samples or configuration cannot be parsed, or
+            if two folders are the same.
     """
     from lit_rlhf.report.charts import DARK, LIGHT, Table, make_charts, theme
 
@@ -54,7 +54,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each run: as many last parts of its folder's path as distinguish the runs.
+    """Return a short name for each run: the last parts of its folder's path, as many as distinguish the runs.
 
     Raises:
         UserError: if two folders are the same.
@@ -97,7 +97,7 @@ def _script(data: Any) -> str:
 
 
 def _libraries() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed as one bundle, from the cache if it is there."""
+    """Return a bundle of the JavaScript of Vega, Vega-Lite and Vega-Embed, which is cached between reports."""
     import vl_convert
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-rlhf"
@@ -111,7 +111,7 @@ def _libraries() -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file atomically, so that no reader finds half of it."""
+    """Write a file atomically, so that no reader sees a partly written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""The responses that the report shows, from ``samples.jsonl``: those of as many iterations as there is room for."""
+"""The responses that the report shows, from ``samples.jsonl``, for as many iterations as there is room for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MOST_BYTES = 2_500_000
 def responses_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     """Return the responses that the report shows, and the number of responses that are left out.
 
-    The training responses of each run, and its validation responses, each get an equal share of ``MOST_BYTES``. If they
-    exceed it, only the responses of evenly spaced iterations are shown, including the first and the last iteration.
+    The training responses and the validation responses of each run all get equal shares of ``MOST_BYTES``. If responses
+    exceed their share, only those of evenly spaced iterations are shown, including the first and the last iteration.
     """
     parts = [
         (run, stage, [s for s in run.samples if s["stage"] == stage]) for run in runs for stage in ("train", "val")

@@ -17,7 +17,7 @@ from lit_rlhf.errors import UserError
 
 Item = TypeVar("Item")
 ELSEWHERE = ("trainer.default_root_dir", "ckpt_path", "weights_only", "report.at_end")
-"""The options that decide where a run starts from, and what it writes and where, but not how it trains."""
+"""The options that determine where a run starts and what it writes, but not how it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)

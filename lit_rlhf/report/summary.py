@@ -7,7 +7,7 @@ from lit_rlhf.report.run import Run
 PHASES = "time/"
 WIN_RATE = ("val/win_rate", "val/win_rate_low", "val/win_rate_high")
 WAITING = "time/wait_for"
-"""The beginning of the names of waiting times, which are parts of phases and not phases of their own."""
+"""The beginning of the names of the waiting times, which are parts of phases and not phases of their own."""
 
 
 def summarize(run: Run) -> str:
@@ -38,7 +38,7 @@ def summarize(run: Run) -> str:
 
 
 def phases(run: Run) -> list[str]:
-    """Return the names of the metrics of the durations of an iteration's phases, in alphabetical order."""
+    """Return the sorted names of the metrics that give the seconds of each phase of an iteration."""
     return sorted(name for name in run.columns if name.startswith(PHASES) and not name.startswith(WAITING))
 
 
@@ -64,7 +64,7 @@ def _change(run: Run, what: str, column: str, digits: int = 2, unit: str = "", f
 
 
 def _held_out(run: Run) -> list[str]:
-    """Return, as a list of at most one text, the change of the held-out accuracy or, without an accuracy, of the loss.
+    """Return the change of the held-out accuracy or, without an accuracy, of the held-out loss, as at most one text.
 
     For a run that scores responses to held-out prompts, the text has the last scores and the last win rate instead.
     """

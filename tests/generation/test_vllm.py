@@ -443,8 +443,8 @@ def test_restricted_sampling_is_refused(started, subject, sampling):
 
 WRONG = {
     "give either url, the address of a vLLM server, or python": ({}, {"url": "http://a:1", "python": "python"}),
-    "engine.devices is an option for a server to start": ({"url": "http://a:1", "devices": [0]},),
-    "engine.server_args is an option for a server to start": ({"url": "http://a:1", "server_args": ["-x"]},),
+    "engine.devices is an option for starting a server": ({"url": "http://a:1", "devices": [0]},),
+    "engine.server_args is an option for starting a server": ({"url": "http://a:1", "server_args": ["-x"]},),
     "engine.timeout must be positive, not 0": ({"url": "http://a:1", "timeout": 0},),
     "engine.connections must be 1 or more, not 0": ({"url": "http://a:1", "connections": 0},),
     "engine.devices must be indices of GPUs": ({"python": "x", "devices": []}, {"python": "x", "devices": [-1]}),
