@@ -42,11 +42,11 @@ def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[T
 
 
 def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tensor]]:
-    """Distribute items over processes, in equally many groups and with about the same number of tokens per process.
+    """Distribute items over processes, so that all get equally many groups and about the same number of tokens.
 
     The longest remaining item always goes to the process with the fewest tokens (greedy number partitioning; Graham
     1969). Then `pack` groups the items of each process. If a process has fewer groups than another, its groups are
-    halved until it has as many.
+    halved, or empty groups are added, until it has as many.
 
     Args:
         lengths: [B] int64, the number of tokens in each item.
@@ -88,7 +88,7 @@ def _split_until(groups: list[Tensor], count: int) -> None:
 
 
 def minibatches(experience: Experience, count: int, generator: torch.Generator | None) -> Iterator[Experience]:
-    """Divide the rows of an iteration into ``count`` minibatches, and yield these.
+    """Divide the rows of an iteration into ``count`` minibatches, and yield them.
 
     Args:
         experience: The rows of all processes, the same on every process.

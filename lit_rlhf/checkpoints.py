@@ -16,7 +16,7 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
 
     Args:
         path: The checkpoint, a file or a folder.
-        weights_only: Whether `torch.load` may unpickle only tensors, primitive types and dictionaries.
+        weights_only: Whether `torch.load` restricts unpickling to tensors, primitive types and dictionaries.
 
     Raises:
         UserError: if a folder is not a complete checkpoint.

@@ -106,7 +106,7 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
 
 
 def allow_variants(count: int) -> None:
-    """Raise the number of variants of a function that ``torch.compile`` compiles to ``count``, unless it is higher.
+    """Raise ``torch.compile``'s limit on the number of variants of each function to at least ``count``.
 
     Further variants run uncompiled. Sets ``torch._dynamo.config.recompile_limit``, because only newer versions of
     ``torch.compile`` have a public option for this.
@@ -150,7 +150,7 @@ def watch_results(seen: Callable[[Tensor], None]) -> AbstractContextManager[Any]
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""The phrases of gloo, the operating system and NCCL for a lost process, in the RuntimeError of a collective."""
+"""Phrases with which gloo, the operating system and NCCL report a lost process in a collective's RuntimeError."""
 
 LEAF_SPEC_WARNING = r".*`isinstance\(treespec, LeafSpec\)`.*"
 """The pattern of torch's warning about a deprecated class that Lightning still uses."""

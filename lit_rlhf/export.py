@@ -54,7 +54,7 @@ def export(
     merge: bool = False,
     towards_start: float = 1.0,
 ) -> Path:
-    """Export a model from a checkpoint as a Hugging Face folder; an adapter that is not merged becomes a peft folder.
+    """Export a model from a checkpoint as a Hugging Face folder or, for an adapter that is not merged, a peft folder.
 
     If the run averages the actor's weights (see `Averaging`), the exported actor has the averaged weights.
 
@@ -68,7 +68,7 @@ def export(
             the actor for all other runs.
         merge: Whether to add a trained adapter to the weights of its base model, and to export the result as a whole
             model.
-        towards_start: The share s in (0, 1] of the change by training that the actor keeps: its weights become
+        towards_start: The share s in (0, 1] of the change made in training that the actor keeps: its weights become
             start + s (actor − start), where start is the run's reference. An adapter's product B A is multiplied by s.
             Source: Ramé et al. 2024 (WARP, arXiv 2406.16768), equation LITI in section 3.3.
 
@@ -218,7 +218,7 @@ def _trained_adapter(
 
 
 def _scale(state: dict[str, Tensor]) -> tuple[float, float] | None:
-    """Return the mean and the standard deviation of a reward model's scores, or None if neither was measured."""
+    """Return the mean and the standard deviation of a reward model's scores, or None if these are not known."""
     if "score_std" not in state or not torch.isfinite(state["score_std"]):
         return None
     return float(state["score_mean"]), float(state["score_std"])
@@ -232,7 +232,7 @@ def model_card(run: Path, role: str, iterations: int, base: str | None = None, s
         role: ``actor``, ``critic`` or ``reward``.
         iterations: The number of iterations that the model was trained for.
         base: The folder or the hub id of an adapter's base model; None for a whole model.
-        share: The share of the change by training that the model keeps; 1 for the whole change.
+        share: The share of the change made in training that the model keeps; 1 for the whole change.
 
     Returns:
         The text of ``README.md``.

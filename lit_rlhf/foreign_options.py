@@ -86,7 +86,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "val_files": ("data.validation",),
     "vf_coef": ("model.update.value_coef",),
 }
-"""lit-rlhf's names for each option of the other trainers, at most one in each module; the keys are without groups."""
+"""An option's names in lit-rlhf, at most one in each module, by the option's name in another trainer without groups."""
 
 
 def own_name(option: str, known: Collection[str]) -> str:

@@ -46,8 +46,8 @@ class Shape:
     """
 
     rows: int
-    length: int  # tokens of each row
-    scored: int  # tokens of each row whose logits are computed
+    length: int  # the number of tokens in each row
+    scored: int  # the number of tokens in each row whose logits are computed
     half: bool  # whether products are computed in bfloat16
     gpu: bool  # whether to count the bytes that a GPU needs; its attention differs from a CPU's
 
@@ -109,7 +109,7 @@ class LiveBytes:
 Rounding: TypeAlias = Literal["none", "linear", "all"]
 """Which weights are held in bfloat16: none, those that autocast rounds in each pass (``linear``), or all."""
 Gradients: TypeAlias = Literal["new", "kept", "shards"]
-"""Whether a backward pass makes gradients, adds to those of earlier passes (``kept``), or reduces each to a shard."""
+"""How a backward pass treats gradients: it makes new ones, adds to those that are kept, or reduces each to a shard."""
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:

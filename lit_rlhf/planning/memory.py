@@ -203,7 +203,7 @@ def _judging(setting: Setting) -> Iterator[Part]:
 
 
 class _Moment(NamedTuple):
-    """The bytes that a process holds at a moment of the update, besides weights and the optimizer's state."""
+    """The bytes that a process holds at a moment of the update, besides the weights and the optimizer's state."""
 
     gradients: float
     gathered: float

@@ -29,9 +29,9 @@ Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
 class Generation:
     """How a training process generates the responses of an iteration."""
 
-    prompt_tokens: int  # in each prompt, at most
+    prompt_tokens: int  # the maximum in each prompt
     sampling: Sampling
-    cache_tokens: int | None  # in the key-value cache, at most, including padding; None for no limit
+    cache_tokens: int | None  # the maximum in the key-value cache, including padding; None for no limit
     compiled: bool  # whether the decoding step is compiled
 
 

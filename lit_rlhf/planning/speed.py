@@ -88,8 +88,8 @@ def _decoding(setting: Setting) -> Work:
     """Return the work of decoding, in which each step reads the weights and the cached keys and values.
 
     On average, the cache holds the prompts and half of the responses. Decoding takes the longest of three times: the
-    time to read, the time to compute and, on a GPU where steps are not compiled, the time to launch the operations. If
-    the cache does not hold all rows, the steps are repeated for the rows that wait.
+    time to read, the time to compute and, on a GPU where the decoding step is not compiled, the time to launch its
+    operations. If the cache does not hold all rows, the steps are repeated for the rows that wait.
     """
     generation = setting.generation
     assert generation is not None
