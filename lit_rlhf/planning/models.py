@@ -28,7 +28,8 @@ def models_of(module: AlignmentModule) -> Models:
 
     Raises:
         UserError: if runs with the module's class cannot be planned, if the configuration or the tokenizer of a model
-            or the configuration of an adapter cannot be loaded, or if a target module is not a linear layer.
+            or the configuration of an adapter cannot be loaded, if an adapter does not name its base model, or if a
+            target module is not a linear layer or is the language-model head.
     """
     steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
     if isinstance(module, TRPO) or not isinstance(module, SFT | RewardModeling | DPO | OnPolicy):

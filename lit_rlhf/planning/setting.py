@@ -161,7 +161,8 @@ def setting_of(
     Raises:
         UserError: if runs with the module's class or the strategy cannot be planned, if the data module does not fit
             the module, if the configuration or the tokenizer of a model or the configuration of an adapter cannot be
-            loaded, or if a target module is not a linear layer.
+            loaded, if an adapter does not name its base model, or if a target module is not a linear layer or is the
+            language-model head.
     """
     spread, offload = _spread(strategy, processes)
     base, roles = models_of(module)
