@@ -49,7 +49,7 @@ def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tens
     halved, or empty groups are added, until it has as many.
 
     Args:
-        lengths: [B] int64, the number of tokens in each item.
+        lengths: [B] int64, the number of tokens in each item, which is one row.
         max_tokens: The largest padded size of a group; an item that is larger becomes a group of its own.
         world_size: The number of processes.
 

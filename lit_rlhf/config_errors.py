@@ -91,7 +91,7 @@ def _unknown_option(option: str, field: str, known: Sequence[str], owner: type |
 def _class_expected(field: str, mistake: str, name: str = "") -> str:
     known = _class_names(field)
     listed = f" {', '.join(known)}, or a class by its import path" if known else " a class by its import path"
-    return f"{field}{mistake}, it should be{listed}{_nearest(name, known)}"
+    return f"{field}{mistake}; it should be{listed}{_nearest(name, known)}"
 
 
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:

@@ -124,7 +124,7 @@ class CLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the given subcommand, or all subcommands if none is given; the values are the arguments to skip.
+        """Return the given subcommand, or all subcommands if none is given, with the arguments that each skips.
 
         The other subcommands are left out because adding the options of each takes a third of a second.
         """
@@ -246,7 +246,7 @@ class CLI(LightningCLI):
         """Construct the model, the data module and the Trainer.
 
         Raises:
-            UserError: if one of them refuses a value, or if the precision is not supported.
+            UserError: if one of the three refuses a value, or if the precision is not supported.
         """
         try:
             with self._logged_runs():

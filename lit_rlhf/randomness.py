@@ -31,7 +31,7 @@ def global_seed() -> int:
 def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor:
     """Return ``width`` uniform random numbers for each row of a batch.
 
-    A row's numbers do not depend on the other rows, and its first numbers do not depend on ``width``.
+    A row's numbers do not depend on the other rows. A larger ``width`` only adds numbers at the end of a row.
 
     Args:
         stream: The purpose of the numbers.

@@ -70,7 +70,7 @@ def find(name: str | Path) -> Path:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the path of the recipe with this name; see `find`.
+    """Return the path of the recipe with this name, which may have the forms that `find` accepts.
 
     Raises:
         UserError: if there is no recipe with this name.

@@ -351,7 +351,7 @@ def add_without_weights(model: PreTrainedModel, name: str, config: "LoraConfig")
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # `add_adapter` names the reasons
+        warnings.simplefilter("ignore")  # for the reasons given in `add_adapter`
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
     share_inputs(adapted_layers(model))
     model.requires_grad_(False)
