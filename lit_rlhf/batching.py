@@ -1,4 +1,4 @@
-"""Functions that cut batches into minibatches and micro-batches, divide rows among processes, and gather them again."""
+"""Functions that cut batches into minibatches and micro-batches, and divide rows among processes or gather them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -42,14 +42,14 @@ def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[T
 
 
 def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tensor]]:
-    """Distribute items over processes; each gets about the same number of tokens and exactly the same number of groups.
+    """Distribute items over processes, so that all get equally many groups and about the same number of tokens.
 
     The longest remaining item always goes to the process with the fewest tokens (greedy number partitioning; Graham
-    1969). Then `pack` groups the items of each process, and groups are halved in any process that has fewer groups than
-    another.
+    1969). Then `pack` groups the items of each process. If a process has fewer groups than another, its groups are
+    halved, or empty groups are added, until it has as many.
 
     Args:
-        lengths: [B] int64, the number of tokens in each item.
+        lengths: [B] int64, the number of tokens in each item, which is one row.
         max_tokens: The largest padded size of a group; an item that is larger becomes a group of its own.
         world_size: The number of processes.
 
@@ -88,7 +88,7 @@ def _split_until(groups: list[Tensor], count: int) -> None:
 
 
 def minibatches(experience: Experience, count: int, generator: torch.Generator | None) -> Iterator[Experience]:
-    """Yield the rows of an iteration, divided into ``count`` minibatches.
+    """Divide the rows of an iteration into ``count`` minibatches, and yield them.
 
     Args:
         experience: The rows of all processes, the same on every process.
@@ -97,7 +97,7 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
             of the rows, so that each minibatch has consecutive rows.
 
     Raises:
-        UserError: if there are fewer rows than ``count``, which the option ``model.update.minibatches`` sets.
+        UserError: if there are fewer rows than ``count``, the value of the option ``model.update.minibatches``.
     """
     rows_in_all = len(experience.advantages)
     if count > rows_in_all:
@@ -108,7 +108,7 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
 
 
 def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
-    """Return this process's share of the rows, in micro-batches of rows of similar length.
+    """Return this process's share of the rows, cut into micro-batches of rows of similar length.
 
     Every process gets the same number of micro-batches.
 
@@ -120,8 +120,8 @@ def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, wor
         world_size: The number of processes.
 
     Returns:
-        The micro-batches; one whose ``rollout.response_mask`` is False everywhere only keeps this process in step with
-        the others.
+        The micro-batches. A micro-batch whose ``rollout.response_mask`` is False everywhere only keeps this process in
+        step with the others.
     """
     lengths, device = experience.rollout.lengths.cpu(), experience.advantages.device
     shortest = lengths.argmin()[None]
@@ -172,8 +172,8 @@ def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout
             None, where t is the length of the longest response in these rows.
 
     Returns:
-        A named tuple of the same type for all rows; its fields are [B, T] or [B] float32 tensors, padded with 0 on the
-        right, or None.
+        A named tuple of the type that ``compute`` returns, with the results for all rows; its fields are [B, T] or [B]
+        float32 tensors, padded with 0 on the right, or None.
     """
     results: list[Tensor | None] = []
     for indices in track(pack(rollout.lengths.cpu(), max_tokens), "judge", "micro-batches"):
@@ -201,7 +201,7 @@ def gather_experience(
     """Gather the rows of all processes, in the order of the global batch.
 
     Args:
-        experience: This process's rows: all responses to its prompts of the global batch, prompt-major.
+        experience: This process's rows: all responses to this process's prompts in the global batch, prompt-major.
         responses: The number of responses to each prompt.
         sum_over_ranks: A function that returns the sum of a tensor over all processes.
         max_over_ranks: A function that returns the maximum of each of its arguments over all processes.

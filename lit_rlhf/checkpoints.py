@@ -1,4 +1,4 @@
-"""Reading a checkpoint of any strategy in one process, whether it is a file or a folder with one shard per process."""
+"""Reading checkpoints of all strategies in one process, whether they are files or folders with a shard per process."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
 
     Args:
         path: The checkpoint, a file or a folder.
-        weights_only: Passed to `torch.load`.
+        weights_only: Whether `torch.load` restricts unpickling to tensors, primitive types and dictionaries.
 
     Raises:
         UserError: if a folder is not a complete checkpoint.

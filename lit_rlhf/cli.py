@@ -1,6 +1,6 @@
 """The command ``lit-rlhf``.
 
-Heavy libraries are imported only when a command needs them, so that ``lit-rlhf --help`` answers at once.
+Heavy libraries are imported only when a command needs them, so that ``lit-rlhf --help`` answers quickly.
 """
 
 import importlib
@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "export",
     "schema": "schema_cli",
 }
-"""The module that runs each command; the other commands are LightningCLI's."""
+"""The name of the module that runs each command; LightningCLI runs the commands that are not listed here."""
 
 HELP = """usage: lit-rlhf COMMAND [options]
 
@@ -48,7 +48,7 @@ lit-rlhf --version shows the version.
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command, and report a mistake of the user in one line and with a non-zero exit status.
+    """Run a command; report a user's mistake in one line, and exit with a non-zero status.
 
     Args:
         args: The command and its options; None to read the command line.
@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _configure_allocator() -> None:
-    """Let torch extend its segments of GPU memory, so that tensors of varying sizes fragment the memory less.
+    """Make torch extend its segments of GPU memory, so that tensors of varying sizes fragment the memory less.
 
     The option ``expandable_segments`` is set in torch's environment variable, unless the user has set this variable
     under any of its names, `ALLOCATOR_VARIABLES`. This function must be called before torch is imported, because torch

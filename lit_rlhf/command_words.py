@@ -10,22 +10,22 @@ from lit_rlhf import recipes
 from lit_rlhf.errors import UserError
 
 HELP_OF_OPTION = re.compile(r"--(model|data)\.[\w.]+\.help(=|$)")
-"""The pattern of a word that asks for the help of an option of the model's or the data module's class."""
+"""The pattern of a word that asks for help on an option of the chosen model class or data module class."""
 
 
 def help_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line, with a request for an option's help in the form that jsonargparse expects.
+    """Return the words of a command line, with a request for help on an option in the form that jsonargparse expects.
 
-    jsonargparse shows the help of an option of a chosen class, such as ``--model.adapter.help``, only after
+    jsonargparse accepts a request for help on an option of a chosen class, such as ``--model.adapter.help``, only after
     ``--model.help CLASS``. The class is taken from ``--model CLASS`` or from the files given by ``--config``.
-    Words that do not ask for such help are returned as they are. Otherwise, the words between the command and the
-    request are dropped.
+    Words without such a request are returned as they are. Otherwise, the words between the command and the request are
+    dropped.
 
     Args:
         words: The words of a command line that `check_config_files` has checked.
 
     Raises:
-        UserError: if the words ask for such help, and neither the words nor the files name the class.
+        UserError: if the words contain such a request, but neither the words nor the files name the class.
 
     >>> help_words(["fit", "--model", "SFT", "--model.adapter.help"])
     ['fit', '--model.help', 'SFT', '--model.adapter.help']
@@ -63,7 +63,7 @@ def chosen_class(words: Sequence[str], group: str) -> str:
 
 
 def _given(words: Sequence[str], *options: str) -> list[str]:
-    """Return the values given to options on the command line, as ``--option value`` or ``--option=value``."""
+    """Return the values that a command line gives to options, as ``--option value`` or ``--option=value``."""
     parts = [(word.partition("="), after) for word, after in zip(words, [*words, ""][1:], strict=True)]
     return [value if given else after for (option, given, value), after in parts if option in options]
 

@@ -1,9 +1,9 @@
 """Everything in other libraries that lit_rlhf uses although it is private, undocumented, or the text of a message.
 
 The only exception is ``_ddp_params_and_buffers_to_ignore``, an attribute of `AlignmentModule` that DDP reads. An
-upgrade of a library may change any of this without notice. ``tests/test_compat.py`` has a test for each part; a test
-that fails names the library. Libraries are imported inside the functions, so that a part of lit_rlhf that uses one
-library does not import the others.
+upgrade of a library may change any of this without notice. ``tests/test_compat.py`` tests that the installed versions
+still behave as assumed here; a test that fails names the library. Libraries are imported inside the functions, so that
+a part of lit_rlhf that uses one library does not import the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def read_distributed_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read all of a ``torch.distributed.checkpoint`` folder in one process, without a process group.
+    """Read a whole ``torch.distributed.checkpoint`` folder in one process, without a process group.
 
     Uses ``_EmptyStateDictLoadPlanner``, which takes names and shapes from the folder, and ``_load_state_dict``, which
     fills a nested dictionary. The public ``dcp_to_torch_save`` does the same, but writes a second copy to disk.
@@ -65,11 +65,11 @@ def multiply_by_blocks(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Move a model to a device; its tensors on the meta device, which hold no values, get uninitialized memory on it.
+    """Move a model to a device; its meta tensors, which hold no values, get uninitialized memory on that device.
 
-    Uses ``Module._apply``, which FSDP2 overrides to follow the change; the public ``to_empty`` would also discard the
-    values of the tensors that are not on the meta device. Parameters are swapped rather than replaced, so that tied
-    parameters stay tied.
+    Uses ``Module._apply``, which FSDP2 overrides so that its shards follow the change; the public ``to_empty`` would
+    also discard the values of the tensors that are not on the meta device. Parameters are swapped rather than replaced,
+    so that tied parameters stay tied.
     """
     import torch
 
@@ -86,7 +86,7 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
     """Return a context in which a module computes with the weights that it holds, without FSDP2's hooks.
 
     Removes the hooks in ``_forward_pre_hooks`` and ``_forward_hooks`` that belong to the object that
-    ``_get_fsdp_state`` returns, and the versions of ``methods`` that ``register_fsdp_forward_method`` has set
+    ``_get_fsdp_state`` returns, and the wrappers of the named methods that ``register_fsdp_forward_method`` has set
     on the module; at the end of the context, puts everything back in the same order.
     """
     state, part = module._get_fsdp_state(), vars(module)
@@ -106,9 +106,10 @@ def without_forward_hooks(module: FSDPModule, methods: Iterable[str]) -> Iterato
 
 
 def allow_variants(count: int) -> None:
-    """Let ``torch.compile`` compile at least ``count`` variants of each function; further variants run uncompiled.
+    """Raise ``torch.compile``'s limit on the number of variants of each function to at least ``count``.
 
-    Sets ``torch._dynamo.config.recompile_limit``; only newer versions of ``torch.compile`` have such an option.
+    Further variants run uncompiled. Sets ``torch._dynamo.config.recompile_limit``, because only newer versions of
+    ``torch.compile`` have a public option for this.
     """
     import torch._dynamo.config as options
 
@@ -149,7 +150,7 @@ def watch_results(seen: Callable[[Tensor], None]) -> AbstractContextManager[Any]
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""Phrases of gloo, the operating system and NCCL in the RuntimeError of a collective when another process has ended."""
+"""Phrases with which gloo, the operating system and NCCL report a lost process in a collective's RuntimeError."""
 
 LEAF_SPEC_WARNING = r".*`isinstance\(treespec, LeafSpec\)`.*"
 """The pattern of torch's warning about a deprecated class that Lightning still uses."""
@@ -157,7 +158,7 @@ LEAF_SPEC_WARNING = r".*`isinstance\(treespec, LeafSpec\)`.*"
 # Lightning
 
 METADATA_FILE = "meta.pt"
-"""The file of a distributed checkpoint with everything except weights and optimizer state; Lightning writes it last."""
+"""The file in a distributed checkpoint that holds all but weights and optimizer state; Lightning writes it last."""
 
 
 def validation_is_due(trainer: lightning.Trainer) -> bool:
@@ -229,7 +230,7 @@ INAPPLICABLE_WARNINGS = (
 )
 """The patterns of Lightning's warnings about what is intended here, such as modules in eval mode or no validation set.
 
-The last warning concerns runs on several processes, where the modules log metrics that are reduced already.
+The last warning concerns runs on several processes, where the modules log metrics that are already reduced.
 """
 
 LONG_VAL_CHECK_INTERVAL = "`val_check_interval` ("
@@ -256,7 +257,7 @@ def option_names(parser: Any) -> list[str]:
 
 
 def prefer_integers(parser: Any) -> None:
-    """Make the options of a parser that accept an integer or a float read 1 as an integer.
+    """Make a parser read 1 as an integer for those options that accept an integer, a float or None.
 
     ``typing`` caches unions without regard to their order: if any library has used ``Union[float, int]`` before,
     Lightning's ``Union[int, float]`` is that union, too, and ``--trainer.limit_train_batches 1`` would mean 1.0, which
@@ -274,7 +275,7 @@ REFUSED_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 """The pattern of a class whose options are refused; a message may name several such classes, the innermost last."""
 
 REFUSED_CALLABLE = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
-"""The pattern of the class of an optimizer or a schedule whose options are refused; the option takes a callable."""
+"""The pattern of an optimizer class or a schedule class whose options are refused, where a callable is expected."""
 
 UNKNOWN_OPTION = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
@@ -359,7 +360,7 @@ def decoder_layer_names(model: PreTrainedModel) -> set[str]:
 
 
 def keep_4_bit_layout(layer: Any) -> None:
-    """Let a 4-bit layer keep its weight in the layout that has a backward pass.
+    """Keep the weight of a 4-bit layer in the layout that has a backward pass.
 
     Sets ``support_avx512bf16_for_cpu`` to False. Otherwise, on a CPU that multiplies in bfloat16, the first forward
     pass in eval mode would round the scales to bfloat16, and no gradient would pass through the layer from then on.
@@ -388,12 +389,12 @@ def select_adapters(layers: Iterable[LoraLayer], adapters: Iterable[str]) -> Non
 
 
 def share_inputs(layers: Iterable[LoraLayer]) -> None:
-    """Make adapters take their layers' inputs without a cast, so that the backward pass keeps a shared input only once.
+    """Make adapters take their layers' inputs without a cast, so that an input that layers share is saved only once.
 
     Otherwise, peft casts a bfloat16 input to float32, the data type of the adapter's weights, and autocast casts the
-    result to bfloat16 again, so that each layer has a copy of its own. Layers with DoRA still cast their inputs,
-    because they compute the norms of their weights in the input's precision. Sets ``cast_input_dtype_enabled``, as
-    peft's ``disable_input_dtype_casting`` does temporarily.
+    result back to bfloat16, so that each layer saves its own copy for the backward pass. Layers with DoRA still cast
+    their inputs, because they compute the norms of their weights in the input's precision. Sets
+    ``cast_input_dtype_enabled``, as peft's ``disable_input_dtype_casting`` does temporarily.
     """
     for layer in layers:
         layer.cast_input_dtype_enabled = bool(layer.lora_variant)

@@ -22,7 +22,7 @@ INTERNAL = (
     *("AlignmentModule", "OnPolicy", "OnPolicyCallback", "PreferenceModule", "ResumableData", "LRScheduler"),
     *("Parser", "Rollouts", "SaveConfig"),
 )
-"""Unlisted classes without abstract methods: bases of other classes, or classes that only the command line uses."""
+"""The names of unlisted classes without abstract methods: base classes, and classes that only the command line uses."""
 
 GIVEN = ("params", "optimizer")
 """The first arguments of optimizers and of schedules, which are not options."""
@@ -125,7 +125,7 @@ def _descriptions(component: type) -> dict[str, str]:
 
 
 def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
-    """Return the type of an annotation, which may be text; Any if it is missing or a name in it is undefined."""
+    """Return the type of an annotation, which may be a string; Any if it is missing or uses an undefined name."""
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):

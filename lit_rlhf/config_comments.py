@@ -41,7 +41,7 @@ class _Commented:
         return [line for key, part in value.items() for line in self.entry(key, part, schema)]
 
     def entry(self, key: str, value: Any, owner: dict[str, Any]) -> list[str]:
-        """Return the lines of an option with its comment; ``owner`` is the schema of the mapping with the option."""
+        """Return the lines of an option with its comment; ``owner`` is the schema of the mapping that has it."""
         schema = owner.get("properties", {}).get(key, {})
         comment = textwrap.wrap(self.comment(schema), WIDTH)
         found = self.matching(schema, value)

@@ -91,11 +91,11 @@ def _unknown_option(option: str, field: str, known: Sequence[str], owner: type |
 def _class_expected(field: str, mistake: str, name: str = "") -> str:
     known = _class_names(field)
     listed = f" {', '.join(known)}, or a class by its import path" if known else " a class by its import path"
-    return f"{field}{mistake}, it should be{listed}{_nearest(name, known)}"
+    return f"{field}{mistake}; it should be{listed}{_nearest(name, known)}"
 
 
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
-    """Return a suggestion of the known name closest to a word, or an empty string if no name is close.
+    """Return a suggestion with the known name that is closest to a word, or an empty string if no name is close.
 
     In a dotted word, a first part that is unknown is replaced by a known first part that is close. Otherwise the word
     is replaced by a name with the same last part, by a name that is close, or by a name whose last part is close.
@@ -176,12 +176,12 @@ def _class_names(field: str) -> list[str]:
 
 
 def chosen_options(base: type, group: str, name: str) -> list[str]:
-    """Return the names of the options of the class chosen for a group, each with the name of the group before it.
+    """Return the names of the options of the class chosen for a group, each prefixed with the group's name.
 
     Args:
         base: The base of the classes that can be chosen.
         group: The group, such as ``model``.
-        name: The name or the import path of the class; the result is empty if `components` does not list the class.
+        name: The name or the import path of the class. If `components` does not list this class, the result is empty.
 
     >>> import lightning
     >>> from lit_rlhf import SFT

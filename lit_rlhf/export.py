@@ -54,7 +54,7 @@ def export(
     merge: bool = False,
     towards_start: float = 1.0,
 ) -> Path:
-    """Export a model from a checkpoint as a Hugging Face folder, or as a peft folder if an adapter was trained.
+    """Export a model from a checkpoint as a Hugging Face folder or, for an adapter that is not merged, a peft folder.
 
     If the run averages the actor's weights (see `Averaging`), the exported actor has the averaged weights.
 
@@ -66,16 +66,17 @@ def export(
             ``_towards_start_SHARE`` if ``towards_start`` is not 1.
         role: ``actor``, ``critic`` or ``reward``; None for the run's main model: the reward model for reward modelling,
             the actor for all other runs.
-        merge: Whether to add a trained adapter to the weights of its base, and to export the result as a whole model.
-        towards_start: The share s in (0, 1] of the training's change that the actor keeps: its weights become
-            start + s (actor − start), where the start is the run's reference. An adapter's B A is multiplied by s.
+        merge: Whether to add a trained adapter to the weights of its base model, and to export the result as a whole
+            model.
+        towards_start: The share s in (0, 1] of the change made in training that the actor keeps: its weights become
+            start + s (actor − start), where start is the run's reference. An adapter's product B A is multiplied by s.
             Source: Ramé et al. 2024 (WARP, arXiv 2406.16768), equation LITI in section 3.3.
 
     Returns:
         The folder that was written.
 
     Raises:
-        UserError: if the run or the checkpoint does not exist, the run's configuration does not name its main model,
+        UserError: if the run or the checkpoint does not exist, the run's configuration does not name the main model,
             the checkpoint is incomplete or lacks the model, the tokenizer or the model that the run started from cannot
             be loaded, or transformers has no sequence classifier of the critic's or reward model's architecture; or if
             ``towards_start`` is out of range, or is less than 1 for a model other than an actor, for an adapter with
@@ -141,7 +142,7 @@ def _find(run: Path, checkpoint: str) -> tuple[dict[str, Any], Path]:
 
 
 def check_start(options: dict[str, Any], role: str) -> None:
-    """Check that a model can be moved towards what it started from.
+    """Check that a model can be moved towards the model that it started from.
 
     Args:
         options: The options of the run's module.
@@ -188,7 +189,7 @@ def move_towards(model: nn.Module, start: nn.Module, share: float) -> None:
 
 
 def _start(options: dict[str, Any], source: ModelSource) -> ModelSource:
-    """Return the source of the run's reference, which is the actor's source if the options name no reference."""
+    """Return the source of the run's reference: the actor's source, ``source``, if the options name no reference."""
     return _as_source(options["reference"]) if options.get("reference") else source
 
 
@@ -217,7 +218,7 @@ def _trained_adapter(
 
 
 def _scale(state: dict[str, Tensor]) -> tuple[float, float] | None:
-    """Return the mean and the standard deviation of a reward model's scores; None if they were not measured."""
+    """Return the mean and the standard deviation of a reward model's scores, or None if these are not known."""
     if "score_std" not in state or not torch.isfinite(state["score_std"]):
         return None
     return float(state["score_mean"]), float(state["score_std"])
@@ -231,7 +232,7 @@ def model_card(run: Path, role: str, iterations: int, base: str | None = None, s
         role: ``actor``, ``critic`` or ``reward``.
         iterations: The number of iterations that the model was trained for.
         base: The folder or the hub id of an adapter's base model; None for a whole model.
-        share: The share of the training's change that the model keeps; 1 for all of it.
+        share: The share of the change made in training that the model keeps; 1 for the whole change.
 
     Returns:
         The text of ``README.md``.

@@ -1,7 +1,7 @@
-"""The options of TRL, OpenRLHF and verl that have another name here, for the message about an unknown option.
+"""The options of TRL, OpenRLHF and verl whose names differ in lit-rlhf, for the message about an unknown option.
 
-The tables in ``docs/from-trl.md``, ``docs/from-openrlhf.md`` and ``docs/from-verl.md`` say more; a test compares them
-with this module.
+The tables in ``docs/from-trl.md``, ``docs/from-openrlhf.md`` and ``docs/from-verl.md`` say more about these options; a
+test compares the tables with this module.
 """
 
 from collections.abc import Collection
@@ -86,15 +86,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "val_files": ("data.validation",),
     "vf_coef": ("model.update.value_coef",),
 }
-"""The names that an option has here, at most one in each module, by its name in another trainer without groups."""
+"""An option's names in lit-rlhf, at most one in each module, by the option's name in another trainer without groups."""
 
 
 def own_name(option: str, known: Collection[str]) -> str:
-    """Return the name that an option of another trainer has here, or an empty string if it has none.
+    """Return lit-rlhf's name for an option of another trainer, or an empty string if none is known.
 
     Args:
-        option: The unknown option, with or without its groups.
-        known: The options that exist.
+        option: The option of the other trainer, with or without its groups.
+        known: The options that exist in lit-rlhf; only these can be returned.
 
     >>> own_name("model.learning_rate", ["model.optimizer.lr"])
     'model.optimizer.lr'

@@ -1,4 +1,4 @@
-"""A client of services that take and return JSON over HTTP: engines and rewards on other machines."""
+"""A client of services that take and return JSON over HTTP, such as engines and rewards on other machines."""
 
 import os
 import queue
@@ -36,7 +36,7 @@ def check_token_env(name: str | None, option: str) -> None:
         option: The option, for messages.
 
     Raises:
-        UserError: if the value cannot be the name of a variable; the message does not show it.
+        UserError: if the value cannot be the name of a variable; the message does not show the value.
 
     >>> check_token_env("sk-0123", "rewards.token_env")
     Traceback (most recent call last):
@@ -48,14 +48,14 @@ def check_token_env(name: str | None, option: str) -> None:
 
 
 def read_token(name: str | None, option: str) -> str | None:
-    """Return the token in an environment variable, or None if no variable is named.
+    """Return the token that an environment variable holds, or None if no variable is named.
 
     Args:
         name: The name of the variable; None for no token.
         option: The option that holds the name, for messages.
 
     Raises:
-        UserError: if the variable is not set, or if a header cannot carry its value.
+        UserError: if the variable is not set or is empty, or if an HTTP header cannot carry its value.
     """
     if name is None:
         return None
@@ -70,7 +70,7 @@ def read_token(name: str | None, option: str) -> str | None:
 
 
 class JSONClient:
-    """A client of one service; several threads may use it at once.
+    """A client of one service, which several threads can use at the same time.
 
     A request is repeated if the connection fails, if the answer is incomplete or does not come in time, or if its
     status code says that a later attempt may succeed. The pauses before the repetitions are 0, 1, 2, 4, … seconds, or
@@ -214,7 +214,7 @@ class JSONClient:
         return [answers[index] for index in range(len(bodies))]
 
     def close(self) -> None:
-        """Give up all requests: none is sent or repeated any more, and calls to `post_all` in all threads stop waiting.
+        """Give up all requests: from now on, none is sent or repeated, and no call to `post_all` waits for answers.
 
         >>> client = JSONClient("http://localhost:9", "model.engine.url")
         >>> client.close()
@@ -231,7 +231,7 @@ class JSONClient:
         return request
 
     def _shown(self, text: str) -> str:
-        """Return the beginning of an answer for a message: in one line, with ``***`` in place of the token."""
+        """Return the beginning of an answer as one line for a message, with ``***`` in place of the token."""
         return _one_line(text.replace(self._token, "***") if self._token else text)
 
     def _check_open(self) -> None:

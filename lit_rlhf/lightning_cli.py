@@ -59,7 +59,7 @@ PRINT_COMMENTS = "--print_config=comments"
 
 
 class Parser(LightningArgumentParser):
-    """A parser that accepts no abbreviations and reports a mistake in one line, with the closest valid name."""
+    """A parser that accepts no abbreviations, and reports a mistake in one line, with the closest valid name if any."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -124,9 +124,9 @@ class CLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the given subcommand, or all if none is given.
+        """Return the given subcommand, or all subcommands if none is given, with the arguments that each skips.
 
-        Adding the options of one subcommand takes a third of a second.
+        The other subcommands are left out because adding the options of each takes a third of a second.
         """
         commands = LightningCLI.subcommands()
         return {name: skipped for name, skipped in commands.items() if [name] == self.words[:1]} or commands
@@ -167,7 +167,7 @@ class CLI(LightningCLI):
         compat.prefer_integers(parser)
 
     def before_instantiate_classes(self) -> None:
-        """Place W&B's files in the run's folder, and check that the checkpoint that ``--ckpt_path`` names exists.
+        """Place W&B's files in the run's folder, and check that the checkpoint named by ``--ckpt_path`` exists.
 
         With ``fit --ckpt_path last``, a run that has no checkpoint yet starts anew, so that one command can start and
         resume a run.
@@ -208,7 +208,7 @@ class CLI(LightningCLI):
 
         The default precision depends on the device. It is stored in the configuration, so that a run that is resumed on
         another device keeps its precision. On GPUs, products of float32 matrices use TensorFloat-32, unless the user's
-        own code has set their precision.
+        own code has set the precision of these products.
 
         Raises:
             UserError: if the precision is not supported.
@@ -236,7 +236,7 @@ class CLI(LightningCLI):
         return trainer
 
     def _logged_runs(self) -> AbstractContextManager[None]:
-        """Return a context in which the loggers of a resumed run continue what they logged before."""
+        """Return a context in which the loggers that a resumed run makes continue its earlier logs."""
         if self.subcommand != "fit" or self.config["fit"].ckpt_path is None:
             return nullcontext()
         trainer = self.config["fit"].trainer
@@ -246,7 +246,7 @@ class CLI(LightningCLI):
         """Construct the model, the data module and the Trainer.
 
         Raises:
-            UserError: if one of the three refuses a value.
+            UserError: if one of the three refuses a value, or if the precision is not supported.
         """
         try:
             with self._logged_runs():
@@ -268,9 +268,9 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
 
     Raises:
         UserError: if the user made a mistake, such as naming a configuration file or a checkpoint that does not exist,
-            or a value that a class refuses; or if another process of the run has ended.
-        SystemExit: if an option does not exist, if a value has the wrong type, or if the words ask only for help or
-            for the configuration.
+            or giving a value that a class refuses; or if another process of the run has ended.
+        SystemExit: if an option does not exist, if a value has the wrong type, or if the command line asks only for
+            help or for the configuration.
     """
     # so that class_path finds my_module.MyReward in this folder; "" would stand for the folder of a configuration file
     # while jsonargparse reads the file, because it changes to that folder
@@ -319,7 +319,7 @@ def _refusals_as_user_errors() -> Iterator[None]:
 
 
 def _check_checkpoint(path: str | None, folder: Path) -> None:
-    """Check that the checkpoint that ``--ckpt_path`` names exists; ``last`` and ``best`` are looked for in ``folder``.
+    """Check that the checkpoint named by ``--ckpt_path`` exists; ``last`` and ``best`` are looked for in ``folder``.
 
     Raises:
         UserError: if the checkpoint does not exist.
@@ -363,7 +363,7 @@ def _one_or_more(value: Any) -> list[Any]:
 
 
 def _quieten() -> None:
-    """Hide advertisements, and warnings that do not apply to lit-rlhf."""
+    """Hide Lightning's advertisements, and libraries' warnings that do not apply to lit-rlhf."""
     for logger in compat.ADVERTISING_LOGGERS:
         logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(compat.ADVERTISEMENTS))
     compat.hide_inapplicable_warnings()

@@ -19,7 +19,7 @@ LAUNCHER = "LIT_RLHF_LAUNCHER"
 
 @contextmanager
 def exit_with_peers() -> Iterator[None]:
-    """Return a context in which this process ends when another process of the run dies.
+    """Return a context in which this process ends when any other process of the run dies.
 
     A process that waits in a collective operation gets an error from the communication library. A process that was
     started by the run's first process or by torchrun also watches its parent, and exits at most about a second

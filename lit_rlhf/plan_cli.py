@@ -21,7 +21,7 @@ from lit_rlhf.planning.setting import setting_of
 
 
 class PlanCLI(lightning_cli.CLI):
-    """A command line that has the options of ``fit`` and prints a plan instead of training.
+    """A command line that takes the options of ``fit``, but prints a plan instead of training.
 
     Neither weights nor data are read. For example::
 
@@ -34,7 +34,7 @@ class PlanCLI(lightning_cli.CLI):
         super().__init__(*args, **kwargs)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the plan before those of ``fit``."""
+        """Add the plan's own options, and then the options of ``fit``."""
         parser.add_argument("--gpu", type=str | None, help="h100, a100-80gb, … or cpu; by default, this machine's own")
         parser.add_argument("--gpus", type=int | None, help="the number of GPUs; by default, trainer.devices")
         parser.add_argument(

@@ -30,7 +30,7 @@ class Progress:
 
 
 Listener: TypeAlias = Callable[[Progress], None]
-"""A function that is called with every `Progress`, in the thread that does the work; it should return at once."""
+"""A function that is called with every `Progress`, in the thread that does the work; it should return quickly."""
 _listeners: list[Listener] = []
 
 
@@ -65,7 +65,7 @@ def tell(work: str, done: int = 0, total: int | None = None, unit: str = "", tok
 
 
 def track(items: Iterable[Item], work: str, unit: str, total: int | None = None) -> Iterable[Item]:
-    """Return the items, and report each one to the listeners when the next one is requested.
+    """Return the items, and report each one to the listeners as done when the next one is requested.
 
     Args:
         items: The items that the work processes one after the other.

@@ -41,7 +41,7 @@ LORA_LEARNING_RATES = {
     "ppo": {"actor_optimizer": 3e-4, "critic_optimizer": 5e-3},
     "dpo": {"optimizer": 3e-4},
 }
-"""The learning rates of adapters, by stage; those in ``configs/quickstart/`` are for whole models."""
+"""The learning rates for adapters, by stage; the learning rates in ``configs/quickstart/`` are for whole models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ def run_stage(stage: str, folder: Path, sft_iterations: int, ppo_iterations: int
         folder: The quickstart's folder, which contains a folder for each stage.
         sft_iterations: The number of iterations of SFT; with ``lora``, the first half of them train the base.
         ppo_iterations: The number of iterations of PPO.
-        lora: Whether to train adapters in all stages except ``base``.
+        lora: Whether to train adapters instead of whole models, except in the stage ``base``.
 
     Raises:
         UserError: if ``lit-rlhf fit`` fails.
@@ -163,7 +163,7 @@ def evaluate(folder: Path, stage: str) -> Evaluation:
         stage: ``base``, ``sft``, ``ppo`` or ``dpo``.
 
     Returns:
-        The responses with their true and learned scores, grammaticality, and KL to the SFT model.
+        The responses with their true and learned scores, their grammaticality, and their KL to the SFT model.
     """
     policy, sft, reward = (folder / name / "export" for name in (stage, "sft", "reward"))
     tokenizer = load_tokenizer(str(policy))
@@ -193,7 +193,7 @@ def evaluate(folder: Path, stage: str) -> Evaluation:
 
 
 def report_iterations(metrics: Path, console: Console) -> None:
-    """Print the learned and the true score over PPO's iterations; the learned score may rise without the true score.
+    """Print the learned and true scores over PPO's iterations; the learned score can rise without the true score.
 
     Args:
         metrics: The path of PPO's ``metrics.csv``.
@@ -213,7 +213,7 @@ def report_iterations(metrics: Path, console: Console) -> None:
 
 
 def report(evaluations: dict[str, Evaluation], console: Console) -> None:
-    """Print each model's mean scores, its share of the possible gain in true score over SFT, and samples.
+    """Print each model's mean scores and samples, and the share of the possible gain over SFT that PPO or DPO achieved.
 
     Args:
         evaluations: The evaluation of each stage's model, with ``sft`` among the stages.

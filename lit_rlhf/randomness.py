@@ -31,7 +31,7 @@ def global_seed() -> int:
 def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor:
     """Return ``width`` uniform random numbers for each row of a batch.
 
-    A row's numbers do not depend on the other rows, and its first numbers do not depend on ``width``.
+    A row's numbers do not depend on the other rows. A larger ``width`` only adds numbers at the end of a row.
 
     Args:
         stream: The purpose of the numbers.
@@ -57,7 +57,7 @@ def uniforms(stream: Stream, iteration: int, rows: Tensor, width: int) -> Tensor
 
 
 def row_seeds(stream: Stream, iteration: int, rows: Tensor) -> list[int]:
-    """Return a seed for each row of a batch, for a generator that is not this package's, such as a server's.
+    """Return a seed for each row of a batch, for a generator outside this package, such as a server's.
 
     Args:
         stream: The purpose of the numbers that are drawn with the seeds.
@@ -65,7 +65,7 @@ def row_seeds(stream: Stream, iteration: int, rows: Tensor) -> list[int]:
         rows: [B] int64, the index of each row in the global batch.
 
     Returns:
-        B integers in [0, 2⁶³), each of which is independent of the other rows.
+        B integers in [0, 2⁶³); the integer for a row does not depend on the other rows.
 
     >>> seeds = row_seeds(Stream.ROLLOUT, iteration=0, rows=torch.arange(8))
     >>> seeds[5:] == row_seeds(Stream.ROLLOUT, iteration=0, rows=torch.tensor([5, 6, 7])), len(set(seeds))
@@ -83,7 +83,7 @@ def generator(stream: Stream, *key: int) -> torch.Generator:
 
     Args:
         stream: The purpose of the numbers.
-        key: Integers that identify the generator, such as the iteration.
+        key: Integers that identify the generator within the stream, such as the iteration.
 
     Returns:
         A new generator.

@@ -1,6 +1,6 @@
 """The recipes: configurations that come with the package, found by name, and the command ``lit-rlhf recipes``.
 
-Neither torch nor Lightning is imported, so that the command answers at once.
+Neither torch nor Lightning is imported, so that the command answers quickly.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def _order(name: str) -> tuple[int, int, str]:
 def find(name: str | Path) -> Path:
     """Return the path of a configuration file or, if there is no such file, of the recipe with this name.
 
-    The name of a recipe may have ``configs/`` before it and ``.yaml`` after it, like a path in the project's folder. A
-    file NAME or NAME.yaml takes precedence over a recipe.
+    The name of a recipe may be given with ``configs/`` before it and ``.yaml`` after it, like the path of a file in the
+    repository. A file NAME or NAME.yaml takes precedence over the recipe NAME.
 
     Args:
         name: A path, or the name of a recipe, such as ``ppo`` or ``strategy/fsdp2``.
@@ -70,7 +70,7 @@ def find(name: str | Path) -> Path:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the path of the recipe with this name; see `find`.
+    """Return the path of the recipe with this name, which may have the forms that `find` accepts.
 
     Raises:
         UserError: if there is no recipe with this name.

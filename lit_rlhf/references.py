@@ -10,7 +10,7 @@ from lit_rlhf.errors import UserError
 
 
 def is_reference(text: str) -> bool:
-    """Return whether a text names a Python object, as ``module:name`` or ``path/to/file.py:name``.
+    """Return whether a string has the form of a reference, ``module:name`` or ``path/to/file.py:name``.
 
     >>> is_reference("rewards.py:happy"), is_reference("package.module:happy"), is_reference("data/prompts.jsonl")
     (True, True, False)
@@ -27,7 +27,7 @@ def load_reference(text: str, field: str) -> Any:
         field: The configuration field that contains the reference, for error messages.
 
     Raises:
-        UserError: if the text is not a reference, the module cannot be imported, or the module has no such function.
+        UserError: if the string is not a reference, the module cannot be imported, or the module has no such function.
 
     >>> load_reference("math:sqrt", "function")(9.0)
     3.0

@@ -36,7 +36,7 @@ def config_schema(groups: Mapping[str, tuple[type, bool]]) -> Json:
 
     Args:
         groups: For each top-level option, a class and a bool: True if ``class_path`` chooses one of the subclasses of
-            the class, False if the options are those of the class itself.
+            the class, False if the option is a group of the class's own options.
 
     >>> from lit_rlhf import Samples
     >>> schema = config_schema({"samples": (Samples, False)})
@@ -77,10 +77,10 @@ class _Schema:
         return {"$ref": f"#/definitions/{name}"}
 
     def choice(self, base: type) -> Json:
-        """Return a reference to the schema of a choice between the classes below a base class.
+        """Return a reference to the schema of a choice among the subclasses of a base class.
 
-        A class is given by its name, or as ``class_path`` with ``init_args``. A file that changes another one may have
-        ``init_args`` alone.
+        A class is given by its name, or as ``class_path`` with ``init_args``. A file that modifies an earlier file may
+        give ``init_args`` alone.
         """
         name = f"choice.{base.__name__}"
         if name not in self.definitions:
@@ -110,7 +110,7 @@ class _Schema:
         }
 
     def option(self, option: Option) -> Json:
-        """Return the schema of an option: type, description and, if it is plain data, default."""
+        """Return the schema of an option: its type, its description and, if JSON can express it, its default."""
         schema = self.hint(option.hint)
         if "$ref" in schema:
             schema = {"allOf": [schema]}  # in draft 7, nothing beside a reference counts
@@ -119,7 +119,7 @@ class _Schema:
         return schema | described | ({} if default is dataclasses.MISSING else {"default": default})
 
     def hint(self, hint: Any) -> Json:
-        """Return the schema of a type; for types that are not described, an empty schema, which every value fits."""
+        """Return the schema of a type, or an empty schema, which every value matches, if the type is not supported."""
         origin, arguments = get_origin(hint), get_args(hint)
         if hint in SIMPLE:
             return {"type": SIMPLE[hint]}
@@ -142,7 +142,7 @@ class _Schema:
 
 
 def _any_of(schemas: list[Json]) -> Json:
-    """Return the schema of the values that fit at least one of the schemas."""
+    """Return a schema of the values that match at least one of the given schemas."""
     if {} in schemas:
         return {}
     distinct = [schema for number, schema in enumerate(schemas) if schema not in schemas[:number]]
@@ -153,14 +153,14 @@ def _any_of(schemas: list[Json]) -> Json:
 
 
 def _for_yaml(text: str) -> str:
-    """Return a description without backquotes, and with constants written as in YAML."""
+    """Return a description without backquotes, and with None, True and False written as in YAML."""
     for word, name in {"None": "null", "True": "true", "False": "false"}.items():
         text = re.sub(rf"\b{word}\b", name, text)
     return text.replace("`", "")
 
 
 def _plain(value: Any) -> Any:
-    """Return a default as JSON data, or MISSING for one that JSON cannot express, such as a function."""
+    """Return a default value as JSON data, or MISSING if JSON cannot express the value, such as a function."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

@@ -14,14 +14,14 @@ class _Groups(Exception):  # noqa: N818 (it is not an error)
 
 
 class SchemaCLI(lightning_cli.CLI):
-    """A command line that ends when its options are known."""
+    """A command line that parses nothing: it raises an exception as soon as its options are known."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["run"] = False  # the parser then has no subcommands
         super().__init__(*args, **kwargs)
 
     def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
-        """Raise `_Groups` with the groups of options, and parse nothing."""
+        """Raise `_Groups` with the groups of options instead of parsing the arguments."""
         raise _Groups(parser.option_groups)
 
 

@@ -1,4 +1,4 @@
-"""The command ``lit-rlhf init``, which writes a folder to start from; its configuration runs as it is."""
+"""The command ``lit-rlhf init``, which writes a folder to start from, with a configuration that runs as it is."""
 
 import argparse
 import shutil
@@ -34,7 +34,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def write(folder: Path) -> None:
-    """Write the files of the starter, and the schema of its configuration, with which editors complete and check it.
+    """Write the starter's files, and the schema with which editors complete and check its configuration.
 
     Args:
         folder: The folder to write.

@@ -101,7 +101,7 @@ class FSDP2(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint folder, or a checkpoint file of any strategy, saved by any number of processes."""
+        """Load a checkpoint saved by any number of processes: a folder, or a file that any strategy wrote."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
@@ -119,7 +119,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 def _like(whole: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
-    """Return a full tensor sharded like another tensor, or unchanged if the other tensor is not sharded."""
+    """Shard a full tensor like another tensor; return it unchanged if the other tensor is not sharded."""
     if not isinstance(there, DTensor):
         return whole
     return distribute_tensor(whole.to(there.device), there.device_mesh, there.placements)
@@ -142,7 +142,7 @@ class FSDP(FSDPStrategy):
         super().__init__(state_dict_type="full")
 
     def setup_environment(self) -> None:
-        """Start the communication between the processes, and let batches and buffers keep their data types.
+        """Start the communication between the processes, and preserve the data types of batches and buffers.
 
         Lightning would cast the buffers, and would raise an error for the batches, which it cannot cast because they
         are frozen dataclasses. Autocast works as in Lightning's other strategies: on the device of the models, and

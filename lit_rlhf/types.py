@@ -74,7 +74,7 @@ class DemonstrationBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch:
-    """A batch of B rankings of at most K responses to a prompt, N responses in all; a pair is a ranking of two."""
+    """A batch of B rankings, each of at most K responses to one prompt, with N responses in all; a pair has K = 2."""
 
     tokens: Tensor  # [N, S] int64, the responses of all rankings: prompt, then response, right-padded
     prompt_lengths: Tensor  # [N] int64
@@ -213,7 +213,7 @@ class RewardInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:
-    """A rollout with the outputs of the actor, the reference model, the critic and the rewards for its responses."""
+    """A rollout with what the actor, the reference model, the critic and the rewards compute for its responses."""
 
     rollout: Rollout
     reward_inputs: RewardInputs

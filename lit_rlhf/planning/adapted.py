@@ -30,8 +30,9 @@ class AdaptedModels:
         lora: The options of the trained adapters.
 
     Raises:
-        UserError: if the base model's configuration cannot be loaded, or if a target module is not one of the base
-            model's linear layers.
+        UserError: if the configuration of the base model, or the tokenizer of random weights, cannot be loaded; if an
+            adapter does not name its base model; or if a target module is not a linear layer of the base model, or is
+            its language-model head.
     """
 
     def __init__(self, source: ModelSource, field: str, lora: LoRA) -> None:
@@ -84,7 +85,11 @@ class AdaptedModels:
         return self.role("actor", self.starts, outputs, max_tokens, stepping, own=tuple(self.starts))
 
     def shares(self, source: ModelSource) -> bool:
-        """Return whether a frozen model is the base model or an adapter of it, and not a separate whole model."""
+        """Return whether a frozen model is the base model or an adapter of it, and not a separate whole model.
+
+        Raises:
+            UserError: if an adapter does not name its base model.
+        """
         if not isinstance(self.source, str) or not isinstance(source, str):
             return source is self.source
         is_merged = find_adapter(self.source) is not None and not self.starts

@@ -46,8 +46,8 @@ class Shape:
     """
 
     rows: int
-    length: int  # tokens of each row
-    scored: int  # tokens of each row whose logits are computed
+    length: int  # the number of tokens in each row
+    scored: int  # the number of tokens in each row whose logits are computed
     half: bool  # whether products are computed in bfloat16
     gpu: bool  # whether to count the bytes that a GPU needs; its attention differs from a CPU's
 
@@ -61,7 +61,7 @@ class Footprint(NamedTuple):
     """The bytes that a pass takes besides the weights."""
 
     layer: int  # that each decoder layer keeps for the backward pass
-    rest: int  # at the peak, besides what the layers keep
+    rest: int  # at the peak, besides the bytes that the layers keep
     end: int  # at the end of the backward pass, when the layers no longer keep anything; excludes new gradients
 
 
@@ -82,7 +82,7 @@ class LiveBytes:
         self._known: set[int] = set()
 
     def see(self, tensor: Tensor, size: int | None = None) -> None:
-        """Count the storage of a tensor, unless that storage is counted already, as for a view.
+        """Count the storage of a tensor, unless it is already counted, as the storage of a view usually is.
 
         Args:
             tensor: The tensor.
@@ -109,11 +109,11 @@ class LiveBytes:
 Rounding: TypeAlias = Literal["none", "linear", "all"]
 """Which weights are held in bfloat16: none, those that autocast rounds in each pass (``linear``), or all."""
 Gradients: TypeAlias = Literal["new", "kept", "shards"]
-"""Whether a backward pass makes gradients, adds to those that earlier passes made, or reduces each to a shard."""
+"""How a backward pass treats gradients: it makes new ones, adds to those that are kept, or reduces each to a shard."""
 
 
 def held_in_half(model: nn.Module, rounding: Rounding) -> list[nn.Parameter]:
-    """Return the parameters of a model that are held in bfloat16; those of adapters only if ``rounding`` is ``all``."""
+    """Return the parameters of a model that are held in bfloat16; adapters are among them only if all weights are."""
     if rounding == "none":
         return []
     adapters = {id(weight) for name, weight in model.named_parameters() if ".lora_" in name and rounding == "linear"}
@@ -162,14 +162,14 @@ def footprint(
 
 @lru_cache(maxsize=256)
 def prefill(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
-    """Count the cached elements and the bytes that a forward pass over left-padded prompts takes.
+    """Count the elements that a forward pass over left-padded prompts caches, and the bytes that the pass takes.
 
     Args:
         model: The causal language model, on the meta device.
         shape: The number and the length of the prompts, and the precision of matrix products.
 
     Returns:
-        The number of elements (keys and values) that all layers together cache for a token, and the bytes that
+        The number of elements (keys and values) that all layers together cache for each token, and the bytes that
         the pass takes at its peak, without the weights and the cache.
 
     Raises:
@@ -231,7 +231,10 @@ def _run(
 
 
 class _Pass(nn.Module):
-    """The operations of `Actor` or `ScalarModel` and of a backward pass that do not depend on the values of tensors."""
+    """A stand-in for `Actor` or `ScalarModel` whose operations do not depend on the values of tensors.
+
+    If gradients are enabled, the forward pass also runs the backward pass.
+    """
 
     def __init__(self, model: PreTrainedModel, outputs: Outputs, unpadded: bool) -> None:
         super().__init__()
@@ -249,7 +252,7 @@ class _Pass(nn.Module):
             loss.backward()
 
     def hidden(self, shape: Shape) -> Tensor:
-        """Return the last hidden state, [rows, length, H], by the operations of `last_hidden_state`."""
+        """Return the last hidden state, [rows, length, H], with the same operations as `last_hidden_state`."""
         if not self.unpadded:
             tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
             return self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
@@ -261,7 +264,7 @@ class _Pass(nn.Module):
         return spread.masked_scatter(torch.ones(shape.rows, shape.length, 1, dtype=torch.bool), hidden)
 
     def logprobs(self, hidden: Tensor, shape: Shape) -> Tensor:
-        """Return the log-probabilities of the first chunks of scored tokens, by the operations of `Actor.forward`."""
+        """Return the log-probabilities of the first chunks of scored tokens, computed as in `Actor.forward`."""
         head: Any = self.head
         states = hidden.flatten(0, 1).index_select(0, torch.zeros(shape.rows * shape.scored, dtype=torch.long))
         weights = [x for x in (head.weight, getattr(head, "bias", None)) if x is not None]
@@ -321,7 +324,7 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 
 def _shortened(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model on the meta device, with its adapters but only those decoder layers that run."""
+    """Return a copy of a model on the meta device, with the model's adapters, but only the first decoder layers."""
     config = first_layers(model.config, min(model.config.num_hidden_layers, LAYERS))
     with torch.device("meta"):
         short = type(model)(config).eval()
@@ -338,7 +341,7 @@ def _shortened(model: PreTrainedModel) -> PreTrainedModel:
 def add_without_weights(model: PreTrainedModel, name: str, config: "LoraConfig") -> None:
     """Add an adapter to a model on the meta device, as `add_adapter` does, but without memory for the adapter.
 
-    All parameters of the model are frozen.
+    All parameters of the model, including the adapter's, are then frozen.
 
     Args:
         model: The model.
@@ -348,7 +351,7 @@ def add_without_weights(model: PreTrainedModel, name: str, config: "LoraConfig")
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # `add_adapter` names the reasons
+        warnings.simplefilter("ignore")  # for the reasons given in `add_adapter`
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
     share_inputs(adapted_layers(model))
     model.requires_grad_(False)

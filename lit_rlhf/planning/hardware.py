@@ -23,9 +23,9 @@ class Device:
 
     name: str
     memory: float  # bytes
-    bandwidth: float | None  # bytes a second, reading and writing together; None if it is not known
-    half: float | None  # FLOPs a second of products of dense bfloat16 matrices; None if it is not known
-    single: float | None  # FLOPs a second of products of float32 matrices, on GPUs in TF32; None if it is not known
+    bandwidth: float | None  # bytes per second, reading and writing together; None if it is not known
+    half: float | None  # FLOPs per second in products of dense bfloat16 matrices; None if it is not known
+    single: float | None  # FLOPs per second in products of float32 matrices (TF32 on GPUs); None if it is not known
 
     @property
     def is_cpu(self) -> bool:
@@ -53,7 +53,7 @@ def find_gpu(name: str) -> Device:
     """Return the GPU with this name, in upper or lower case, from the table `GPUS`.
 
     Raises:
-        UserError: if the table has no such GPU; the message names those that it has.
+        UserError: if the table has no such GPU; the message names the GPUs of the table.
     """
     for gpu in GPUS:
         if gpu.name == name.lower():
@@ -96,7 +96,7 @@ def this_cpu() -> Device:
 
 
 def memory_of_host() -> float:
-    """Return the bytes of this machine's memory."""
+    """Return the size of this machine's memory, in bytes."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 

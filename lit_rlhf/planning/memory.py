@@ -17,7 +17,7 @@ PROCESSES_ON_A_HOST = 8
 
 
 class Part(NamedTuple):
-    """A part of the memory that a process uses in a phase, such as that of the weights."""
+    """A part of the memory that a process uses in a phase, such as the weights."""
 
     name: str
     bytes: float
@@ -41,7 +41,7 @@ class Phase:
 
 
 def phases(setting: Setting) -> tuple[Phase, ...]:
-    """Return the phases of a run in their order, each with its memory.
+    """Return the phases of a run in their order, with the memory that a process uses in each phase.
 
     Raises:
         UserError: if a model cannot be run without the values of its tensors.
@@ -90,9 +90,10 @@ def host_bytes(setting: Setting) -> float:
 
 
 def _held(setting: Setting) -> tuple[Part, Part, Part]:
-    """Return the weights, the optimizer's state and the gradients that a process holds on its device between updates.
+    """Return the memory of the weights, optimizer states and gradients that a device holds between updates.
 
-    Only DDP holds gradients then, in its buckets. If the models are offloaded, the device holds none of the three.
+    Between updates, only DDP holds gradients, in its buckets. If the models are offloaded, the device holds none of the
+    three.
     """
     each = [] if setting.offload else [held(setting, role) for role in setting.models]
     buffers = [role.gradients for role in each] if setting.spread == "ddp" else []
@@ -101,9 +102,9 @@ def _held(setting: Setting) -> tuple[Part, Part, Part]:
 
 
 def _gathered(setting: Setting, role: Role) -> float:
-    """Return the bytes of a role's weights gathered to decode or to judge; FSDP1 also holds these weights in float32.
+    """Return the bytes of a role's weights that are gathered for decoding or judging.
 
-    A shared base model is gathered with the adapters of all roles.
+    FSDP1 also holds the gathered weights in float32. A shared base model is gathered with the adapters of all roles.
     """
     shared = [model for model in setting.models if model is setting.base or model.own is not None]
     parameters = role.parameters if role.own is None else sum(model.parameters for model in shared)
@@ -188,7 +189,7 @@ def _bytes_of_logits(setting: Setting) -> int:
 
 
 def _judging(setting: Setting) -> Iterator[Part]:
-    """Yield the memory that only judging uses, in the largest of its passes: gathered weights and activations."""
+    """Yield the memory that only judging uses, in its largest pass: gathered weights and activations."""
     judges = [role for role in setting.roles if role.name in setting.judged]
     passes = []
     for role in judges:
@@ -202,7 +203,7 @@ def _judging(setting: Setting) -> Iterator[Part]:
 
 
 class _Moment(NamedTuple):
-    """The bytes that a process holds at a moment of the update, besides weights and the optimizer's state."""
+    """The bytes that a process holds at a moment of the update, besides the weights and the optimizer's state."""
 
     gradients: float
     gathered: float

@@ -28,7 +28,8 @@ def models_of(module: AlignmentModule) -> Models:
 
     Raises:
         UserError: if runs with the module's class cannot be planned, if the configuration or the tokenizer of a model
-            or the configuration of an adapter cannot be loaded, or if a target module is not a linear layer.
+            or the configuration of an adapter cannot be loaded, if an adapter does not name its base model, or if a
+            target module is not a linear layer or is the language-model head.
     """
     steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
     if isinstance(module, TRPO) or not isinstance(module, SFT | RewardModeling | DPO | OnPolicy):
@@ -91,7 +92,7 @@ def _on_policy_adapted(module: OnPolicy, steps: dict[str, Stepping], models: Ada
 
 
 def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role:
-    """Return the critic: a new adapter on top of that of the initial actor, of the reward model, or of its own source.
+    """Return the critic: a new adapter on top of the adapter of the initial actor, the reward model or its own source.
 
     A critic that starts from the reward model is counted in the same way if the reward model is not an adapter, as in
     plans for random weights; ``fit`` refuses such a critic.
@@ -109,7 +110,7 @@ def _critic(module: OnPolicy, stepping: Stepping, models: AdaptedModels) -> Role
 def _frozen(name: str, source: Any, outputs: Outputs, max_tokens: int, models: AdaptedModels) -> Role:
     """Return a frozen role: the base model with or without a saved adapter, or a whole model.
 
-    If ``source`` is None, the role computes what the initial actor does.
+    If ``source`` is None, the role computes the same outputs as the initial actor.
     """
     if source is None:
         return models.role(name, models.starts, outputs, max_tokens)

@@ -156,7 +156,7 @@ def _changes(setting: Setting) -> Iterator[list[tuple[str, Setting]]]:
 
 
 def _halved(number: int, least: int) -> list[int]:
-    """Return the number halved once, twice, …, as long as the result is not below ``least``."""
+    """Return the results of halving a number once, twice, …, as long as they are not below ``least``."""
     found = []
     while number // 2 >= least:
         number //= 2

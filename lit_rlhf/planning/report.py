@@ -1,4 +1,4 @@
-"""A plan as tables, and in two lines."""
+"""Functions that show a plan as tables or in two lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_rlhf.planning.speed import BANDWIDTH, LAUNCH_SECONDS, UTILISATION
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print a plan: its models, phases and work, its assumptions, and the verdict."""
+    """Print a plan: its models, phases, work and assumptions, and the verdict."""
     console.print(f"{plan.setting.method} on {_place(plan.setting)}", style="bold", highlight=False)
     for table in (_models(plan), _phases(plan), _work(plan)):
         console.print(table)
@@ -36,7 +36,7 @@ def summary(plan: Plan) -> tuple[str, str]:
 
 
 def verdict(plan: Plan) -> str:
-    """Return as text whether the run fits and, if it does not, which change helps most."""
+    """Return a text that says whether the run fits and, if it does not, which change helps most."""
     numbers = f"{_size(plan.peak.bytes)} of {_size(available(plan.setting))} at the peak ({plan.peak.name})"
     if plan.checkpointing_added:
         numbers += " with ActivationCheckpointing, which fit turns on"
@@ -117,7 +117,7 @@ def _size(size: float) -> str:
 
 
 def _number(x: float, billion: str = "B") -> str:
-    """Return a number as text, with three significant digits and a prefix such as k or M; with two digits below 1."""
+    """Return a number as text: three significant digits and a prefix such as k or M, or two digits if it is below 1."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if x >= size:
             return f"{x / size:.3g} {prefix}"

@@ -29,9 +29,9 @@ Spread: TypeAlias = Literal["one", "ddp", "fsdp", "fsdp2"]
 class Generation:
     """How a training process generates the responses of an iteration."""
 
-    prompt_tokens: int  # in each prompt, at most
+    prompt_tokens: int  # the maximum in each prompt
     sampling: Sampling
-    cache_tokens: int | None  # in the key-value cache, at most, including padding; None for no limit
+    cache_tokens: int | None  # the maximum in the key-value cache, including padding; None for no limit
     compiled: bool  # whether the decoding step is compiled
 
 
@@ -41,7 +41,7 @@ class Setting:
 
     Args:
         method: The name of the module's class.
-        roles: The models.
+        roles: The models with their parts in the run, except a shared base model.
         device: The device of each process.
         processes: The number of processes; on GPUs, there is one process for each GPU.
         spread: How the models are distributed.
@@ -49,7 +49,7 @@ class Setting:
         half: Whether matrix products are computed in bfloat16.
         recompute: Whether the backward pass recomputes the activations of the trained layers.
         rows: The number of texts in an iteration, over all processes.
-        together: The number of rows that always share a micro-batch: 2 for pairs, otherwise 1.
+        together: The number of rows that always share a micro-batch: 2 for preference pairs, otherwise 1.
         length: The maximum number of tokens in a row.
         scored: The maximum number of tokens in a row whose log-probabilities are computed.
         max_tokens: The maximum number of tokens in a micro-batch of the update, including padding.
@@ -155,13 +155,14 @@ def setting_of(
         strategy: The Trainer's strategy, or its name.
         half: Whether matrix products are computed in bfloat16.
         recompute: Whether the backward pass recomputes the activations of the trained layers.
-        prompt_tokens: The number of tokens in each prompt; None for the maximum that the data module allows. Only
-            used for modules that generate responses.
+        prompt_tokens: The number of tokens in each prompt; None for the maximum that the data module allows. It
+            is only used for modules that generate responses.
 
     Raises:
         UserError: if runs with the module's class or the strategy cannot be planned, if the data module does not fit
             the module, if the configuration or the tokenizer of a model or the configuration of an adapter cannot be
-            loaded, or if a target module is not a linear layer.
+            loaded, if an adapter does not name its base model, or if a target module is not a linear layer or is the
+            language-model head.
     """
     spread, offload = _spread(strategy, processes)
     base, roles = models_of(module)

@@ -14,7 +14,7 @@ UTILISATION = 0.4
 BANDWIDTH = 0.6
 """The share of the peak bandwidth that decoding is assumed to reach."""
 LAUNCHES = 86
-"""The number of operations of a decoder layer in a decoding step, counted on a Llama: 2,060 in 24 layers."""
+"""The number of operations of a decoder layer in a decoding step, from a count on a Llama model: 2,060 in 24 layers."""
 LAUNCH_SECONDS = 5e-6
 """The number of seconds that a CPU is assumed to need for each operation that it launches on a GPU."""
 
@@ -28,7 +28,7 @@ class Work(NamedTuple):
 
 
 def iteration_tokens(setting: Setting) -> int:
-    """Return the number of tokens of an iteration over all processes, if all texts are as long as allowed."""
+    """Return the number of tokens in an iteration, over all processes, if all texts are as long as allowed."""
     return setting.rows * setting.length
 
 
@@ -53,9 +53,9 @@ def forward_flops(role: Role, rows: int, length: int, scored: int) -> float:
 def training_flops(role: Role, rows: int, length: int, scored: int, recompute: bool) -> float:
     """Return the FLOPs of a forward and a backward pass: those of 3 forward passes, or 4 if activations are recomputed.
 
-    For the head, the factor is always 4, since the backward pass always recomputes the logits. On a frozen base model,
-    each factor is lower by 1, because the base model's weights have no gradients. The arguments are those of
-    `forward_flops`; ``recompute`` says whether the backward pass recomputes the activations of the layers.
+    For the head, the factor is always 4, since the backward pass always recomputes the logits. With a frozen base
+    model, each factor is lower by 1, because the base model's weights have no gradients. ``recompute`` says whether the
+    backward pass recomputes the activations of the layers; the other arguments are those of `forward_flops`.
     """
     trunk, whole = forward_flops(role, rows, length, 0), forward_flops(role, rows, length, scored)
     less = 0 if role.own is None else 1
@@ -63,7 +63,7 @@ def training_flops(role: Role, rows: int, length: int, scored: int, recompute: b
 
 
 def work(setting: Setting) -> tuple[Work, ...]:
-    """Return the work of the phases of an iteration, in their order.
+    """Return the work of each phase of an iteration, in the order of the phases.
 
     Raises:
         UserError: if a model cannot be run without the values of its tensors.
@@ -87,9 +87,9 @@ def _at_peak(setting: Setting, phase: str, flops: float) -> Work:
 def _decoding(setting: Setting) -> Work:
     """Return the work of decoding, in which each step reads the weights and the cached keys and values.
 
-    On average, the cache holds the prompts and half of the responses. Decoding takes the longest of three times: to
-    read, to compute and, on a GPU, to launch the operations of the steps, unless they are compiled. If the cache does
-    not hold all rows, the steps are repeated for the rows that wait.
+    On average, the cache holds the prompts and half of the responses. Decoding takes the longest of three times: the
+    time to read, the time to compute and, on a GPU where the decoding step is not compiled, the time to launch its
+    operations. If the cache does not hold all rows, the steps are repeated for the rows that wait.
     """
     generation = setting.generation
     assert generation is not None
