@@ -65,12 +65,12 @@ class Correction:
         level: The level of the ratio that is the weight; None for a weight of 1.
         truncate_above: The largest weight, to which larger ratios are clipped; None for no bound.
         truncate_below: The smallest weight, to which smaller ratios are clipped; None for no bound.
-        mask_level: The level of the ratio by which tokens or whole responses get a weight of 0; None for no mask.
+        mask_level: The level of the ratio that decides which tokens or responses get a weight of 0; None for no mask.
         mask_above: The ratio above which the weight is 0; None for no bound.
         mask_below: The ratio below which the weight is 0; None for no bound.
-        bypass: Whether μ is the old policy in the objective, ``policy/kl_to_old`` and ``update.target_kl`` (with
-            `TRPO`, in the surrogate only). There is no importance weight then, so ``level`` and its bounds must be left
-            out; a mask still applies.
+        bypass: Whether μ is the old policy in the objective, in ``policy/kl_to_old`` and in ``update.target_kl`` (with
+            `TRPO`, in the surrogate only). With the bypass, there is no importance weight, so ``level`` and its bounds
+            must be left out; a mask still applies.
 
     Raises:
         ValueError: if a level is unknown, a bound is not positive and finite, a lower bound is not less than the upper
@@ -131,7 +131,7 @@ class Correction:
             raise ValueError("correction.level and mask_level are null, which corrects nothing: set one of them")
 
     def __call__(self, *, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> PolicyWeights:
-        """Return the weight of each token, and which weights are truncated and masked, each [B, T].
+        """Return the weight of each token, and two masks of the truncated and of the masked weights, each [B, T].
 
         Args:
             old_logprobs: [B, T], log π_old(aₜ|sₜ) of the actor at the start of the update.
