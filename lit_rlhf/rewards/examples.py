@@ -1,6 +1,6 @@
 """The reward function of the recipes, as an example for your own.
 
-The function receives those of the following keyword arguments that its parameters name: prompts, responses (text),
+The function receives the keyword arguments that its parameters name. Available are prompts, responses (text),
 terminated (whether a stop token ended each response), and all columns of the prompts' file. It returns one number per
 response.
 """

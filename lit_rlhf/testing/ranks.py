@@ -33,7 +33,7 @@ PRELOADED = [
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
 ]
-"""The modules that are imported by the process from which the others are forked."""
+"""The modules that the fork server imports, from which the test's processes are forked."""
 
 
 class Function(NamedTuple):
