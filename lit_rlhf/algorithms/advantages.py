@@ -45,7 +45,7 @@ class AdvantageEstimator(ABC):
     """
 
     needs_group: ClassVar[bool] = False
-    """Whether the estimator compares a prompt's responses, and so needs 2 or more for each prompt but no critic."""
+    """Whether the estimator compares the responses to a prompt, and thus needs 2 or more of them, but no critic."""
     weights_by_ratio: ClassVar[bool] = False
     """Whether the advantages include importance weights for responses drawn from a policy other than the actor's."""
 
@@ -277,7 +277,7 @@ def n_step_sum(x: Tensor, mask: Tensor, n: int, discount: float) -> Tensor:
     tensor([[2., 4., 4.]])
     """
     check_shapes(x=x, mask=mask)
-    x, end = torch.where(mask, x, 0.0), x.shape[1]  # ``pad`` adds zeros at column ``end``, which succeeds itself
+    x, end = torch.where(mask, x, 0.0), x.shape[1]  # ``pad`` adds column ``end``: zeros, and its own successor
     padded, successor = pad(x, (0, 1)), pad(_next_token(mask), (0, 1), value=end)
     index, total = torch.arange(end, device=x.device).expand_as(x), torch.zeros_like(x)
     for k in range(min(n, end)):
@@ -294,7 +294,10 @@ def _next_token(mask: Tensor) -> Tensor:
 
 
 def _estimates(advantages: Tensor, trajectory: Trajectory, critic_advantages: Tensor | None = None) -> Estimates:
-    """Return the advantages and the critic's targets: values plus ``critic_advantages`` (None: ``advantages``)."""
+    """Return the advantages, and the critic's targets: the values plus ``critic_advantages``.
+
+    None for ``critic_advantages`` stands for ``advantages``. Without values, V = 0.
+    """
     targets = advantages if critic_advantages is None else critic_advantages
     if trajectory.values is not None:
         targets = targets + torch.where(trajectory.mask, trajectory.values, 0.0)

@@ -5,8 +5,8 @@ Objectives do not average: the tokens are weighted once, for the whole optimizer
 In the first step of an update, all ratios are 1 (unless `Correction.bypass` makes π_old the engine's policy), and every
 objective with token-level ratios has the gradient −Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a
 policy that has moved since: `VanillaPG` does not; `Surrogate` uses importance weights; `KLPenalty` adds a KL penalty to
-these; and `Clip` removes the gradient of tokens whose weight is beyond a bound. The module `off_policy_objectives` has
-two more objectives, for responses from an older policy.
+the surrogate; and `Clip` removes the gradient of tokens whose weight is beyond a bound. The module
+`off_policy_objectives` has two more objectives, for responses from an older policy.
 """
 
 from abc import ABC, abstractmethod

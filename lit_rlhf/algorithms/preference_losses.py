@@ -54,9 +54,8 @@ class PreferenceLoss(ABC):
 class IPO(PreferenceLoss):
     """Identity preference optimization: (d / β − 1 / (2β))² for the score difference d = s_chosen − s_rejected.
 
-    The loss is smallest where d / β, the difference in log(π / π_ref) between the two responses, is 1 / (2β),
-    so that the policy stays at a finite distance from the reference even where one response is always
-    preferred.
+    The loss is smallest where d / β, the difference in log(π / π_ref) between the two responses, is 1 / (2β), so that
+    the policy stays at a finite distance from the reference even where one response is always preferred.
 
     Source: Azar et al. 2024 (arXiv 2310.12036), equation 17, with τ = β.
 

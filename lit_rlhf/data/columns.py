@@ -39,7 +39,7 @@ def filled(record: dict[str, Any], paths: Sequence[str]) -> list[str]:
 
 
 def filled_columns(record: dict[str, Any]) -> str:
-    """Return the sorted names of the columns of a record that have a value, as one string for messages.
+    """Return the names of a record's columns that have a value, sorted and joined into one string for messages.
 
     >>> filled_columns({"prompt": "Why?", "answer": None, "level": 1})
     'level, prompt'

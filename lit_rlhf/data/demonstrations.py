@@ -139,9 +139,9 @@ class DemonstrationEncoder:
 class Demonstrations(ResumableData):
     """Texts to imitate, or prompts with responses to imitate.
 
-    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function. A response to
-    a conversation is text or a list of further turns. In a whole conversation, the response is the assistant's
-    turns at the end.
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function. A response to a
+    conversation is text or a list of further turns. In a whole conversation, the response is the assistant's turns at
+    the end.
 
     Args:
         train: The source of the texts to imitate.
@@ -151,7 +151,7 @@ class Demonstrations(ResumableData):
         response: The column of the responses, or of the whole texts or conversations if ``prompt`` is None. If both
             are None, they are recognised: ``text``, ``messages``, or one of ``prompt``, ``question`` and
             ``instruction`` (with ``input``) beside one of ``completion``, ``response``, ``output`` and ``answer``. If
-            only ``response`` is None, it is the only one of these four columns and ``text``.
+            only ``response`` is None, it is recognised among these four columns and ``text``.
         loss_on: ``response`` to train on the tokens of the response only, ``all`` to train on all tokens.
         packing: Whether to put several short texts into one row of at most ``max_tokens`` tokens, which saves padding.
             The loss stays the same, since no text attends to another.

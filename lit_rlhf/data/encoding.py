@@ -203,8 +203,8 @@ def _processes(records: int) -> int | None:
 def _same_environment() -> Iterator[None]:
     """Restore ``os.environ`` and the thread setting of `tokenizers` at the end of the context.
 
-    With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and switches the threads of
-    `tokenizers` off.
+    With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and switches the threads of `tokenizers`
+    off.
     """
     environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     try:

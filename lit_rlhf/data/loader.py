@@ -18,7 +18,7 @@ class Fetchable(Protocol):
 
 
 class GlobalBatches:
-    """This rank's share of each global batch, as (index in the global batch, number of the row) pairs.
+    """This rank's share of each global batch, as (index in the global batch, row number) pairs.
 
     Args:
         size: The number of rows.
@@ -150,7 +150,7 @@ class ResumableLoader:
         return self._load(self._at(self.yielded + self.drawn - 1 + distance))
 
     def draw(self) -> Any:
-        """Return the next batch for the training step under way; a loader that shuffles gives it to no later step."""
+        """Return the next batch, for the current training step; a loader that shuffles gives it to no later step."""
         batch = self._at(self.yielded + self.drawn)
         self.drawn += 1
         return self._load(batch)

@@ -23,9 +23,9 @@ class ResumableData(lightning.LightningDataModule):
     variable ``HF_DATASETS_CACHE`` names, ``~/.cache/huggingface/datasets`` by default. The tokens of a split are made
     again only when the content of its source, the tokenizer, an option that affects tokens, the tokenizing code, or a
     library that this code uses has changed. The tokens of a CSV, JSON or Parquet file are also made again when its path
-    or modification time has changed, and if the chat template contains the date, all tokens are made again every day.
-    The records of a Python function and their tokens stay in memory. In a run with several processes, the first process
-    of each node fills the cache while the others wait.
+    or modification time has changed, and if the chat template contains the date, all tokens are made again on a new
+    day. The records of a Python function and their tokens stay in memory. In a run with several processes, the first
+    process of each node fills the cache while the others wait.
 
     Args:
         sources: The source of each split, by the split's name; None for a split without a source.

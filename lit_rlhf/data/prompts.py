@@ -169,9 +169,9 @@ class _Formatter(Formatter):
 class Prompts(ResumableData):
     """Prompts from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
-    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which the chat template renders; if the
-    last turn is the assistant's, the prompt is the conversation up to the user's last turn. The rewards
-    receive all columns of the records, and the correct answers as ``answer``.
+    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which the chat template renders; if the last
+    turn is the assistant's, the prompt is the conversation up to the user's last turn. The rewards receive all columns
+    of the records, and the correct answers as ``answer``.
 
     Args:
         train: The source of the prompts to train on.

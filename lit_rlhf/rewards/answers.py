@@ -51,7 +51,7 @@ class ExactAnswer(Reward):
 
 
 class NumericAnswer(Reward):
-    """A reward: 1 if the response's final number is correct, ``format_score`` if only the format is right, or else 0.
+    """A reward of 1 for a correct final number, ``format_score`` for a wrong one in the right format, and 0 otherwise.
 
     The final number is the number after the last marker (``#### 72``). Thousands separators and a dollar sign are
     ignored, and 72 equals 72.0.

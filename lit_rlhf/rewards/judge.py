@@ -256,7 +256,9 @@ class PairwiseJudge(_EndpointReward):
 
 
 def rating_in(answer: str, low: float, high: float) -> float | None:
-    """Return the rating at the end of a judge's answer, scaled to [0, 1]; None without a rating on the scale.
+    """Return the rating at the end of a judge's answer, scaled to [0, 1].
+
+    The result is None if the answer does not end with a rating from ``low`` to ``high``.
 
     >>> rating_in("The sum is right, but not explained. **[[7]]**", 1, 10)
     0.6666666666666666

@@ -20,8 +20,8 @@ class RewardModel(Reward):
 
     If a stop token ended the response, that token is the last one. A truncated response has no such token, but the
     texts from which a reward model learns end with the end-of-sequence token: the output at any other token is largely
-    noise. Therefore, a truncated response is scored with that token after it. A model with the actor's
-    vocabulary reads the actor's tokens; for any other model, the text is tokenized again.
+    noise. Therefore, a truncated response is scored with that token after it. A model with the actor's vocabulary reads
+    the actor's tokens; for any other model, the text is tokenized again.
 
     Args:
         model: A folder, a hub id, or a configuration for random weights.
