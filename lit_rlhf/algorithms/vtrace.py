@@ -18,8 +18,8 @@ class VTrace(AdvantageEstimator):
 
     where δₜ = rₜ + γ Vₜ₊₁ − Vₜ, and ρₜ = π_old(aₜ|sₜ) / μ(aₜ|sₜ), given in ``trajectory.ratios``, is the probability of
     the token under the actor at the start of the update, divided by its probability under the engine's policy; without
-    ``trajectory.ratios``, every ρₜ is 1. The critic's target is vₜ, and with λ = 1, Aₜ is min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ −
-    Vₜ). ρ̄ determines the policy whose values the targets estimate: π_old for ρ̄ = ∞, and one between μ and π_old for a
+    ``trajectory.ratios``, every ρₜ is 1. The critic's target is vₜ. With λ = 1, Aₜ is min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ − Vₜ).
+    ρ̄ determines the policy whose values the targets estimate: π_old for ρ̄ = ∞, and one between μ and π_old for a
     smaller ρ̄. c̄ determines how far the TD errors of later tokens reach back, and with it the variance. If all ratios
     are 1, and ρ̄ and c̄ are at least 1, the estimates equal those of `GAE`, which are those of `MonteCarlo` if λ = 1.
 

@@ -197,11 +197,11 @@ class Preferences(ResumableData):
     """Pairs (``prompt``, ``chosen``, ``rejected``) or rankings (``prompt``, ``responses`` best first).
 
     The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns of
-    a record determine whether it is a pair or a ranking. A prompt is text, or a conversation (``[{"role": …, "content":
-    …}]``), which the chat template renders; a response to a conversation is text or a list of further turns, with or
-    without the turns of the prompt before them. If the responses are lists without the turns of the prompt, a prompt
-    that is text becomes the user's turn. If the records have no prompts, each response is a whole text or a whole
-    conversation, and the beginning that the responses of a record share counts as the prompt.
+    a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
+    (``[{"role": …, "content": …}]``), which the chat template renders; a response to a conversation is text or a list
+    of further turns, with or without the turns of the prompt before them. If the responses are lists without the turns
+    of the prompt, a prompt that is text becomes the user's turn. If the records have no prompts, each response is a
+    whole text or a whole conversation, and the beginning that the responses of a record share counts as the prompt.
 
     Args:
         train: The source of the pairs or rankings to learn from.
@@ -361,8 +361,8 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
 
 
 def _begin(shared: int, whole: list[int]) -> int:
-    """Return the index of the response's first token, at most the index of the last token.
+    """Return the index of the response's first token.
 
-    The index is at least 1, because nothing predicts token 0.
+    The index is at least 1, because nothing predicts token 0, and at most the index of the last token.
     """
     return max(1, min(shared, len(whole) - 1))
