@@ -9,9 +9,9 @@ from lit_rlhf.types import check_shapes
 def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
     """Compute pass@k, the probability that at least one of k responses to a prompt is correct.
 
-    The unbiased estimate from n responses, c of which are correct, is 1 − C(n − c, k) / C(n, k): the share of all
-    subsets of k of these responses that contain a correct response. The quotient is Π_{j<k} (n − c − j) / (n − j), with
-    factors below 0 replaced by 0.
+    The unbiased estimate from n responses, c of which are correct, is 1 − C(n − c, k) / C(n, k): the share of the
+    subsets of k responses that contain a correct response. The quotient is Π_{j<k} (n − c − j) / (n − j), with factors
+    below 0 replaced by 0.
 
     Source: Chen et al. 2021 (arXiv 2107.03374), equation 1.
 

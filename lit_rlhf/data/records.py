@@ -66,7 +66,7 @@ class Records:
             yield from self.parse(part)
 
     def with_column(self, name: str, path: str) -> "Records":
-        """Return the records with one more column, whose values are those at ``path`` (see `value_at`)."""
+        """Return the records with one more column, which has the values at ``path`` (see `value_at`)."""
         return Records(self.table, partial(_parse_with_column, self.parse, name, path))
 
     @property

@@ -133,9 +133,10 @@ class Judge(_EndpointReward):
     once more, in the same conversation.
 
     The question to the judge is a text with placeholders: ``{prompt}``, ``{response}``, and the names of the prompts'
-    columns, such as ``{answer}`` for a reference answer. Each is replaced by the text that it stands for, between tags
-    that this text cannot close, because the tags' name contains the text's hash. After the question, the judge is told
-    that these texts are quotations, and how to answer. A judge can still be fooled: see ``docs/rewards.md``.
+    columns, such as ``{answer}`` for a reference answer. Each placeholder is replaced by the text that it stands for,
+    between tags that this text cannot close, because the tags' name contains the text's hash. After the question, the
+    judge is told that these texts are quotations, and how to answer. A judge can still be fooled: see
+    ``docs/rewards.md``.
 
     Source: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena" (arXiv 2306.05685), section 3.1,
     "single answer grading", and with a column for a reference answer, "reference-guided grading".

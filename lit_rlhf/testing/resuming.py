@@ -36,11 +36,11 @@ def assert_exact_resume(
     """Assert that a run that is resumed from a checkpoint ends with the same bits as one that was not interrupted.
 
     One run goes through all iterations and saves a checkpoint on the way; a second run, with new objects, starts from
-    this checkpoint. These must be equal: the metrics of the iterations after the checkpoint, except times, speeds and
-    memory (``time/*``, ``perf/*``); the weights and the states of optimizers and schedules at the end; and the state of
-    each callback, which is its ``state_dict`` and every public attribute that is a number, a string, a tensor,
-    None, or a collection of these. Both runs are in the same process, so state that is kept in a global variable is not
-    noticed. ::
+    this checkpoint. These must be equal in both runs: the metrics of the iterations after the checkpoint, except times,
+    speeds and memory (``time/*``, ``perf/*``); the weights and the states of optimizers and schedules at the end; and
+    the state of each callback, which is its ``state_dict`` and every public attribute that is a number, a string, a
+    tensor, None, or a collection of these. Both runs are in the same process, so state that is kept in a global
+    variable is not noticed. ::
 
         def test_my_callback():
             assert_exact_resume(tiny_ppo, callbacks=lambda: [MyCallback()])
