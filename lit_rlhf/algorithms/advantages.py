@@ -45,7 +45,7 @@ class AdvantageEstimator(ABC):
     """
 
     needs_group: ClassVar[bool] = False
-    """Whether the estimator compares the responses to a prompt; it then needs 2 or more of them, but no critic."""
+    """Whether the estimator compares the responses to a prompt, and thus needs 2 or more of them, but no critic."""
     weights_by_ratio: ClassVar[bool] = False
     """Whether the advantages include importance weights for responses drawn from a policy other than the actor's."""
 
@@ -252,7 +252,7 @@ def discounted_sum(x: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
     check_shapes(rows=mask.any(1), discount=discount if isinstance(discount, Tensor) else None)
     x = torch.where(mask, x, 0.0)
     total, sums = x.new_zeros(len(x)), torch.zeros_like(x)
-    for t in reversed(range(x.shape[1])):  # cheap: a few operations per token; decoding takes hundreds
+    for t in reversed(range(x.shape[1])):  # cheap: a few operations per step; a decoding step takes hundreds
         total = torch.where(mask[:, t], x[:, t] + discount * total, total)
         sums[:, t] = total
     return torch.where(mask, sums, 0.0)
@@ -277,7 +277,7 @@ def n_step_sum(x: Tensor, mask: Tensor, n: int, discount: float) -> Tensor:
     tensor([[2., 4., 4.]])
     """
     check_shapes(x=x, mask=mask)
-    x, end = torch.where(mask, x, 0.0), x.shape[1]  # ``pad`` adds a column of zeros, its own successor, at ``end``
+    x, end = torch.where(mask, x, 0.0), x.shape[1]  # ``pad`` adds column ``end``: zeros, and its own successor
     padded, successor = pad(x, (0, 1)), pad(_next_token(mask), (0, 1), value=end)
     index, total = torch.arange(end, device=x.device).expand_as(x), torch.zeros_like(x)
     for k in range(min(n, end)):
@@ -294,7 +294,10 @@ def _next_token(mask: Tensor) -> Tensor:
 
 
 def _estimates(advantages: Tensor, trajectory: Trajectory, critic_advantages: Tensor | None = None) -> Estimates:
-    """Return the advantages and the critic's targets Aₜ + Vₜ, in which Aₜ is ``critic_advantages``, if given."""
+    """Return the advantages, and the critic's targets: the values plus ``critic_advantages``.
+
+    None for ``critic_advantages`` stands for ``advantages``. Without values, V = 0.
+    """
     targets = advantages if critic_advantages is None else critic_advantages
     if trajectory.values is not None:
         targets = targets + torch.where(trajectory.mask, trajectory.values, 0.0)

@@ -44,7 +44,7 @@ class Correction:
     in the mean of the loss. The weight and the mask each use the ratio at one of three levels:
 
     - ``token``: ρₜ;
-    - ``sequence``: ρ(y) = Πₜ ρₜ for all tokens of a response, usually further from 1 the longer the response is;
+    - ``sequence``: ρ(y) = Πₜ ρₜ for all tokens of a response, which is usually further from 1 for longer responses;
     - ``geometric``: ρ(y)^{1/|y|}, the geometric mean of the ρₜ, for all tokens of a response.
 
     These are methods from the literature:
@@ -62,15 +62,15 @@ class Correction:
     - The bypass, ``{bypass: true}``: the objective's old policy is μ, so its ratio π / μ includes the correction.
 
     Args:
-        level: The level of the ratio that is the weight; None for a weight of 1.
+        level: The level of the ratio that serves as the weight; None for a weight of 1.
         truncate_above: The largest weight, to which larger ratios are clipped; None for no bound.
         truncate_below: The smallest weight, to which smaller ratios are clipped; None for no bound.
-        mask_level: The level of the ratio by which tokens or whole responses get a weight of 0; None for no mask.
+        mask_level: The level of the ratio that decides which tokens or responses get a weight of 0; None for no mask.
         mask_above: The ratio above which the weight is 0; None for no bound.
         mask_below: The ratio below which the weight is 0; None for no bound.
-        bypass: Whether μ is the old policy in the objective, ``policy/kl_to_old`` and ``update.target_kl`` (with
-            `TRPO`, in the surrogate only). There is no importance weight then, so ``level`` and its bounds must be left
-            out; a mask still applies.
+        bypass: Whether μ is the old policy in the objective, in ``policy/kl_to_old`` and in ``update.target_kl`` (with
+            `TRPO`, in the surrogate only). With the bypass, there is no importance weight, so ``level`` and its bounds
+            must be left out; a mask still applies.
 
     Raises:
         ValueError: if a level is unknown, a bound is not positive and finite, a lower bound is not less than the upper
@@ -131,7 +131,7 @@ class Correction:
             raise ValueError("correction.level and mask_level are null, which corrects nothing: set one of them")
 
     def __call__(self, *, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> PolicyWeights:
-        """Return the weight of each token, and which weights are truncated and masked, each [B, T].
+        """Return each token's weight, a mask of the truncated weights and a mask of the masked weights, each [B, T].
 
         Args:
             old_logprobs: [B, T], log π_old(aₜ|sₜ) of the actor at the start of the update.

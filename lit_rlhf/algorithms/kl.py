@@ -166,8 +166,8 @@ class FixedKL(KLController):
 class AdaptiveKL(nn.Module, KLController):
     """A coefficient that is adapted so that the KL to the reference model stays near a target.
 
-    An iteration of n responses multiplies the coefficient by 1 + e min(n / horizon, 1), where e is the relative error
-    of the KL, clipped: e = clip(KL / target − 1, −0.2, 0.2). The coefficient is saved in the checkpoint.
+    An iteration of n responses multiplies the coefficient by 1 + e min(n / horizon, 1), where e is the clipped relative
+    error of the KL: e = clip(KL / target − 1, −0.2, 0.2). The coefficient is saved in the checkpoint.
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
 

@@ -1,7 +1,7 @@
-"""Statistics of the elements of a tensor where a boolean mask is True, and the weights of the tokens in a loss.
+"""Statistics of the elements of a tensor inside a boolean mask, and the weights of the tokens in a loss.
 
 Elements outside the mask, NaN included, affect neither values nor gradients: they are replaced *before* any
-arithmetic, because ``NaN * 0`` is NaN, in the forward and in the backward pass.
+arithmetic, because ``NaN * 0`` is NaN in both the forward and the backward pass.
 """
 
 from collections.abc import Callable
@@ -126,7 +126,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
 
 
 def _moments(x: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return the mean and the population variance inside the mask, in two passes, to be accurate for a large mean."""
+    """Return the mean and the population variance inside the mask; two passes keep them accurate for a large mean."""
     x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype)).clamp(min=1)
     mean = reduce(masked_sum(x, mask)) / count
@@ -158,7 +158,7 @@ def token_weights(
         mask: Bool [B, T], True at the tokens that count.
         aggregation: ``token``, ``sequence`` or ``constant``, as in the table.
         total_tokens: The number of tokens inside the mask in the whole optimizer step, over all ranks.
-        total_sequences: The number of sequences with at least one such token, in the whole step, over all ranks.
+        total_sequences: The number of sequences with tokens inside the mask in the whole step, over all ranks.
         max_tokens: The fixed length by which ``constant`` divides, in tokens.
 
     Returns:

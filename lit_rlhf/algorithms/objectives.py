@@ -5,8 +5,8 @@ Objectives do not average: the tokens are weighted once, for the whole optimizer
 In the first step of an update, all ratios are 1 (unless `Correction.bypass` makes π_old the engine's policy), and every
 objective with token-level ratios has the gradient −Aₜ ∇log π(aₜ|sₜ). The objectives differ in how they correct for a
 policy that has moved since: `VanillaPG` does not; `Surrogate` uses importance weights; `KLPenalty` adds a KL penalty to
-these; and `Clip` removes the gradient of tokens whose weight is beyond a bound. The module `off_policy_objectives` has
-two more objectives, for responses from an older policy.
+the surrogate; and `Clip` removes the gradient of tokens whose weight is beyond a bound. The module
+`off_policy_objectives` has two more objectives, for responses from an older policy.
 """
 
 from abc import ABC, abstractmethod
@@ -37,7 +37,7 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor  # [B, T], 0 outside the mask; gradients flow into the log-probabilities only
     ratio: Tensor  # [B, T], π / π_old before any clipping, 1 outside the mask
-    clipped: Tensor  # bool [B, T], True where the objective removes the gradient of the token, or bounds its weight
+    clipped: Tensor  # bool [B, T], True where the objective removes the token's gradient or bounds the token's weight
 
 
 class Objective(ABC):
@@ -60,7 +60,7 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the probability ratio of each token, and which tokens are clipped, each [B, T].
+        """Return the loss and the probability ratio of each token, and a mask of the clipped tokens, each [B, T].
 
         Args:
             logprobs: [B, T], log π(aₜ|sₜ) of the current policy.
@@ -256,7 +256,10 @@ class KLPenalty(nn.Module, Objective):
         return surrogate._replace(loss=surrogate.loss + self.beta * kl_to_old)
 
     def update(self, measured_kl: float) -> None:
-        """Adapt β to the mean KL(π_old ‖ π), measured after an iteration's update, in nats per token."""
+        """Adapt β to the mean KL(π_old ‖ π), measured after an iteration's update, in nats per token.
+
+        Without ``adaptive``, β stays unchanged.
+        """
         if not self.adaptive:
             return
         if measured_kl > self.high * self.target:
@@ -314,10 +317,10 @@ class Clip(Objective):
         _check_level(self.ratio)
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the clipped loss and the ratio of each token, and which tokens are clipped, each [B, T].
+        """Return the clipped loss and the ratio of each token, and a mask of the clipped tokens, each [B, T].
 
         A token is clipped if its advantage is positive and its ratio is above the upper bound, or if its advantage is
-        negative and its ratio is below the lower bound or above ``dual``.
+        negative and its ratio is below the lower bound or, with a dual clip, above ``dual``.
         """
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         ratio = probability_ratio(logprobs, old_logprobs, mask, self.ratio)

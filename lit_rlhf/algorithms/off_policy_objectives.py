@@ -1,8 +1,8 @@
 """Policy objectives for responses that were drawn several updates ago, so that many ratios are far from 1.
 
 `Clip` removes the gradient of every token whose ratio is beyond a bound in the direction of its advantage. The
-objectives here do so less often: `CISPO` never does, because it bounds the weight of the gradient instead, and `DPPO`
-does so only where the probability itself has changed a lot.
+objectives in this module do so less often: `CISPO` never does, because it bounds the weight of the gradient instead,
+and `DPPO` does so only where the probability itself has changed a lot.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class CISPO(Objective):
     lossₜ = −sg(clip(ρₜ, 1 − ε_low, 1 + ε_high)) Aₜ log π(aₜ|sₜ), where sg is the stop-gradient: the weight is a
     constant, so that every token keeps a gradient.
 
-    Source: MiniMax 2025 (MiniMax-M1, arXiv 2506.13585), equations 4 and 5; as there, the defaults set no lower bound.
+    Source: MiniMax 2025 (MiniMax-M1, arXiv 2506.13585), equations 4 and 5. As in that paper, there is no lower
+    bound by default.
 
     Args:
         eps_low: ε_low, the distance of the lower bound from 1, in (0, 1]; 1 for no lower bound.
@@ -47,7 +48,7 @@ class CISPO(Objective):
             raise ValueError(f"objective.eps_high must be positive, not {self.eps_high}")
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the unclipped ratio of each token, and which weights are clipped, each [B, T]."""
+        """Return the loss and the unclipped ratio of each token, and a mask of the clipped weights, each [B, T]."""
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         ratio = probability_ratio(logprobs.detach(), old_logprobs, mask)
         weights = ratio.clamp(1.0 - self.eps_low, 1.0 + self.eps_high)
@@ -59,15 +60,15 @@ class CISPO(Objective):
 class DPPO(Objective):
     """The surrogate without the tokens whose probability has already changed a lot: lossₜ = −keepₜ ρₜ Aₜ + c (log ρₜ)².
 
-    keepₜ is 0 if Aₜ > 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) > δ, or if Aₜ < 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) < −δ, and otherwise
-    1. A bound on the difference between the probabilities lets the probability of a rare token change by a large
-    factor, and that of a common token only by a small one; a bound on the ratio allows the same factor for all tokens.
+    keepₜ is 0 if Aₜ > 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) > δ, or if Aₜ < 0 and π(aₜ|sₜ) − π_old(aₜ|sₜ) < −δ, and 1
+    otherwise. A bound on the difference between the probabilities allows a large factor of change for a rare token but
+    only a small one for a common token; a bound on the ratio allows the same factor for all tokens.
 
     The difference should be measured from the policy that drew the tokens: use ``correction: {bypass: true}``, so that
     π_old is the engine's policy.
 
-    Source: Qi et al. 2026 (arXiv 2602.04879), the binary approximation of the total variation; the penalty is that of
-    prime-rl's default loss.
+    Source: Qi et al. 2026 (arXiv 2602.04879), the binary approximation of the total variation; the penalty is from
+    the default loss of prime-rl.
 
     Args:
         delta: δ, in (0, 1); a token is dropped if its probability has changed by more than δ in the direction of its
@@ -93,7 +94,7 @@ class DPPO(Objective):
             raise ValueError(f"objective.coef must be 0 or more and finite, not {self.coef}")
 
     def __call__(self, *, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-        """Return the loss and the ratio of each token, and which tokens are dropped, each [B, T]."""
+        """Return the loss and the ratio of each token, and a mask of the dropped tokens, each [B, T]."""
         check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
         logs = log_ratio(logprobs, old_logprobs, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio, advantages = logs.exp(), torch.where(mask, advantages.detach(), 0.0)

@@ -9,9 +9,9 @@ from lit_rlhf.types import check_shapes
 def pass_at_k(correct: Tensor, total: int, k: int) -> Tensor:
     """Compute pass@k, the probability that at least one of k responses to a prompt is correct.
 
-    The unbiased estimate from n responses, c of which are correct, is 1 − C(n − c, k) / C(n, k): the share of all
-    subsets of k of these responses that contain a correct response. The quotient is Π_{j<k} (n − c − j) / (n − j), with
-    factors below 0 replaced by 0.
+    The unbiased estimate from n responses, c of which are correct, is 1 − C(n − c, k) / C(n, k): the share of the
+    subsets of k responses that contain a correct response. The quotient is Π_{j<k} (n − c − j) / (n − j), with factors
+    below 0 replaced by 0.
 
     Source: Chen et al. 2021 (arXiv 2107.03374), equation 1.
 
@@ -50,7 +50,7 @@ def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
         correct: Bool [P, n], True for each response whose answer is correct.
 
     Returns:
-        The share of the most frequent answers that are correct, [P] float64, which is 0 or 1 without ties.
+        The share of correct answers among the most frequent ones, [P] float64; it is 0 or 1 without ties.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -62,5 +62,5 @@ def majority_correct(answers: Tensor, correct: Tensor) -> Tensor:
     check_shapes(answers=answers, correct=correct)
     votes = (answers[:, :, None] == answers[:, None, :]).sum(2)
     votes = torch.where(answers >= 0, votes, 0)
-    most = (votes == votes.amax(1, keepdim=True)) & (votes > 0)  # equally many rows for each of the tied answers
+    most = (votes == votes.amax(1, keepdim=True)) & (votes > 0)  # tied answers have equally many responses
     return (most & correct).sum(1).double() / most.sum(1).clamp(min=1)

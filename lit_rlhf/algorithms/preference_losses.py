@@ -11,8 +11,8 @@ class        loss of a pair                 score of a response y to x          
 `SimPO`      −log σ(d − γ)                  (β / |y|) log π(y|x)                  no
 ===========  =============================  ====================================  ==============
 
-The gradient of the Bradley–Terry loss is 0 at no finite d, so the loss never stops pushing two responses apart. IPO and
-the hinge loss stop at a margin.
+The gradient of the Bradley–Terry loss is not 0 at any finite d, so this loss never stops pushing two responses apart.
+IPO and the hinge loss stop at a margin.
 """
 
 from abc import ABC, abstractmethod
@@ -54,9 +54,8 @@ class PreferenceLoss(ABC):
 class IPO(PreferenceLoss):
     """Identity preference optimization: (d / β − 1 / (2β))² for the score difference d = s_chosen − s_rejected.
 
-    With h = d / β, which is the difference between the two responses in log(π / π_ref), the loss is smallest at
-    h = 1 / (2β), so that the policy stays at a finite distance from the reference even where one response is always
-    preferred.
+    The loss is smallest where d / β, the difference in log(π / π_ref) between the two responses, is 1 / (2β), so that
+    the policy stays at a finite distance from the reference even where one response is always preferred.
 
     Source: Azar et al. 2024 (arXiv 2310.12036), equation 17, with τ = β.
 

@@ -48,8 +48,8 @@ def bradley_terry(
 def plackett_luce(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the Plackett–Luce loss of each ranking, −log P with P = Π_k exp(s_k) / Σ_{j≥k} exp(s_j).
 
-    P is the probability of the ranking if the best response is drawn from a softmax over the scores, then the best of
-    the remaining responses, and so on. For K = 2, this is the Bradley–Terry loss.
+    P is the probability of the ranking if the responses are drawn one after another, the best first, each from a
+    softmax over the scores of the responses that remain. For K = 2, this is the Bradley–Terry loss.
 
     Source: Plackett 1975; Rafailov et al. 2023 (DPO, arXiv 2305.18290), equation 18 with scores as rewards.
 

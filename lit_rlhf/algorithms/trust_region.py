@@ -1,4 +1,4 @@
-"""The natural-gradient step of trust region policy optimization (TRPO) on flat vectors of parameters.
+"""The natural-gradient step of trust region policy optimization (TRPO), on flat parameter vectors.
 
 Among all steps s with a mean KL of at most δ from the old policy (½ sᵀ F s ≤ δ to second order), the step with the
 largest first-order improvement of the surrogate L is along the natural gradient x = F⁻¹ ∇L:

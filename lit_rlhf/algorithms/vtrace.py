@@ -17,16 +17,16 @@ class VTrace(AdvantageEstimator):
     vₜ − Vₜ = min(ρ̄, ρₜ) δₜ + γλ min(c̄, ρₜ) (vₜ₊₁ − Vₜ₊₁) and Aₜ = min(ρ̄, ρₜ) (δₜ + γλ (vₜ₊₁ − Vₜ₊₁)),
 
     where δₜ = rₜ + γ Vₜ₊₁ − Vₜ, and ρₜ = π_old(aₜ|sₜ) / μ(aₜ|sₜ), given in ``trajectory.ratios``, is the probability of
-    the token under the actor at the start of the update, divided by that under the engine's policy. The critic's target
-    is vₜ, and with λ = 1, Aₜ is min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ − Vₜ). ρ̄ determines the policy whose values the targets
-    estimate: π_old for ρ̄ = ∞, and one between μ and π_old for a smaller ρ̄. c̄ determines how far the TD errors of
-    later tokens reach back, and with it the variance. If all ratios are 1, and ρ̄ and c̄ are at least 1, the estimates
-    are those of `GAE`, and with λ = 1 those of `MonteCarlo`.
+    the token under the actor at the start of the update, divided by its probability under the engine's policy; without
+    ``trajectory.ratios``, every ρₜ is 1. The critic's target is vₜ. With λ = 1, Aₜ is min(ρ̄, ρₜ) (rₜ + γ vₜ₊₁ − Vₜ).
+    ρ̄ determines the policy whose values the targets estimate: π_old for ρ̄ = ∞, and one between μ and π_old for a
+    smaller ρ̄. c̄ determines how far the TD errors of later tokens reach back, and with it the variance. If all ratios
+    are 1, and ρ̄ and c̄ are at least 1, the estimates equal those of `GAE`, which are those of `MonteCarlo` if λ = 1.
 
-    The advantages already hold the importance weight min(ρ̄, ρₜ), so a `Correction` may only add a mask.
+    The advantages already contain the importance weight min(ρ̄, ρₜ), so a `Correction` may only add a mask.
 
-    Source: Espeholt et al. 2018 (IMPALA, arXiv 1802.01561), equation 1 and section 4.2; λ: remark 2 there and, in the
-    advantages, rlax's ``vtrace_td_error_and_advantage``.
+    Source: Espeholt et al. 2018 (IMPALA, arXiv 1802.01561), equation 1 and section 4.2. λ is from its remark 2 and, in
+    the advantages, from ``vtrace_td_error_and_advantage`` of rlax.
 
     Args:
         rho_bar: ρ̄, the largest weight of a TD error; positive, or ``.inf`` for no bound.

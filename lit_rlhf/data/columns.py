@@ -30,7 +30,7 @@ def value_at(record: dict[str, Any], path: str) -> Any:
 
 
 def filled(record: dict[str, Any], paths: Sequence[str]) -> list[str]:
-    """Return those of the columns ``paths`` that have a value in the record.
+    """Return the columns in ``paths`` that have a value in the record.
 
     >>> filled({"question": "Why?", "input": None}, PROMPTS)
     ['question']
@@ -39,7 +39,7 @@ def filled(record: dict[str, Any], paths: Sequence[str]) -> list[str]:
 
 
 def filled_columns(record: dict[str, Any]) -> str:
-    """List the columns of a record that have a value, for messages.
+    """Return the names of a record's columns that have a value, sorted and joined into one string for messages.
 
     >>> filled_columns({"prompt": "Why?", "answer": None, "level": 1})
     'level, prompt'
@@ -50,7 +50,8 @@ def filled_columns(record: dict[str, Any]) -> str:
 def prompt_column(record: dict[str, Any], names: Sequence[str], where: str, option: str) -> str | None:
     """Return the column that holds the prompt of a record, or None if there is none.
 
-    This is ``prompt`` if the record has it. An ``input`` beside an ``instruction`` belongs to the instruction.
+    The column is ``prompt`` if it has a value. An ``input`` beside an ``instruction`` does not count, since it is the
+    input to the instruction.
 
     Args:
         record: The record.
@@ -59,7 +60,7 @@ def prompt_column(record: dict[str, Any], names: Sequence[str], where: str, opti
         option: The option that names the column, for the message.
 
     Raises:
-        UserError: if several columns may hold the prompt.
+        UserError: if there is no ``prompt``, and several of the columns have a value.
 
     >>> prompt_column({"instruction": "Add.", "input": "1 and 2", "output": "3"}, PROMPTS, "record 1", "data.column")
     'instruction'
@@ -81,8 +82,8 @@ def only(found: Sequence[str], beginning: str, option: str) -> str | None:
     """Return the only element of ``found``, or None if it is empty.
 
     Raises:
-        UserError: if there are several elements; the message is ``beginning``, the elements, and the option that
-            chooses one.
+        UserError: if there are several elements; the message consists of ``beginning``, the elements, and the
+            option that chooses one.
     """
     if len(found) > 1:
         raise UserError(f"{beginning} {' or '.join(found)}; choose with {option}")
@@ -114,10 +115,10 @@ def is_conversation(value: Any) -> bool:
 
 
 def until_last_user(conversation: Conversation, where: str) -> Conversation:
-    """Return the turns up to the user's last one if the assistant has the last word; otherwise, return all turns.
+    """Return a conversation up to the user's last turn if the last turn is the assistant's, otherwise all of it.
 
     Raises:
-        UserError: if the assistant has the last word and no turn is the user's.
+        UserError: if the last turn is the assistant's, and no turn is the user's.
 
     >>> until_last_user([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], "record 1")
     [{'role': 'user', 'content': 'Why?'}]
@@ -126,7 +127,7 @@ def until_last_user(conversation: Conversation, where: str) -> Conversation:
         return conversation
     places = [place for place, turn in enumerate(conversation) if turn["role"] == "user"]
     if not places:
-        raise UserError(f"{where}: the conversation has no user's turn to answer")
+        raise UserError(f"{where}: the conversation has no user turn to answer")
     return conversation[: places[-1] + 1]
 
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class DemonstrationEncoder:
     """An encoder that makes one row from each record: the record's tokens, and the number of its prompt's tokens.
 
-    Prompt and response are tokenized as one text, so that a text gets the same tokens whether or not it was split into
-    the two. The tokens of the prompt are those that the prompt alone and the whole text have in common at the start.
+    A prompt and its response are tokenized as one text, so that the tokens do not depend on where the text was split.
+    The prompt's tokens are the longest common prefix of the whole text's tokens and the tokens of the prompt alone.
     The fields, except ``context``, are arguments of `Demonstrations`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
@@ -65,10 +65,11 @@ class DemonstrationEncoder:
         return f"prompts from {prompts}, responses from `{self.response}`"
 
     def recognised(self, record: Record, where: str) -> "DemonstrationEncoder":
-        """Return this encoder with the columns of the prompts and the responses, unless ``response`` is set.
+        """Return this encoder with the recognised columns, or unchanged if ``response`` is set.
 
         Raises:
-            UserError: if the record has no columns that are known to hold demonstrations, or several choices of them.
+            UserError: if the record has no columns that are known to hold demonstrations, or if several
+                choices of columns are possible.
 
         >>> DemonstrationEncoder().recognised({"prompt": "6 x 7?", "completion": "42"}, "record 1").columns
         'prompts from `prompt`, responses from `completion`'
@@ -138,9 +139,9 @@ class DemonstrationEncoder:
 class Demonstrations(ResumableData):
     """Texts to imitate, or prompts with responses to imitate.
 
-    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function. A response to
-    a conversation is text or a list of further turns. The response in a whole conversation is the assistant's turns at
-    its end.
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function. A response to a
+    conversation is text or a list of further turns. In a whole conversation, the response is the assistant's turns at
+    the end.
 
     Args:
         train: The source of the texts to imitate.
@@ -149,19 +150,21 @@ class Demonstrations(ResumableData):
             record is one text or one conversation.
         response: The column of the responses, or of the whole texts or conversations if ``prompt`` is None. If both
             are None, they are recognised: ``text``, ``messages``, or one of ``prompt``, ``question`` and
-            ``instruction`` (with ``input``) beside one of ``completion``, ``response``, ``output`` and ``answer``.
+            ``instruction`` (with ``input``) beside one of ``completion``, ``response``, ``output`` and ``answer``. If
+            only ``response`` is None, it is recognised among these four columns and ``text``.
         loss_on: ``response`` to train on the tokens of the response only, ``all`` to train on all tokens.
-        packing: Whether to put several short texts into one row of at most ``max_tokens``, which saves padding. The
-            loss stays the same, since no text attends to another.
+        packing: Whether to put several short texts into one row of at most ``max_tokens`` tokens, which saves padding.
+            The loss stays the same, since no text attends to another.
         max_tokens: The largest number of tokens in a text, or in a prompt and its response together; longer texts are
             cut at the end, and counted.
         batch_size: The number of texts in a batch, over all processes.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read, a column is missing or could be one of several, a prompt is
-            neither text nor a conversation that the chat template accepts, a whole conversation does not end with the
-            assistant's answer, or the response to a text is neither text nor a list of turns.
+        UserError: in ``setup``, if a source that is needed is None or cannot be read, a column is missing or could be
+            one of several, a prompt is neither text nor a conversation that the chat template accepts, a whole
+            conversation does not end with the assistant's answer, or the response to a text is neither text nor a list
+            of turns.
 
     >>> data = Demonstrations(train="lit_rlhf.data.reviews:demonstrations", prompt="prompt", response="response")
     >>> Demonstrations(max_tokens=0)
@@ -192,15 +195,27 @@ class Demonstrations(ResumableData):
         self.cut: dict[str, int] = {}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the shuffled training loader, whose order depends only on the seed and the epoch."""
+        """Return the shuffled training loader, whose order depends only on the seed and the epoch.
+
+        Raises:
+            UserError: if the split has fewer records than a batch, or a batch fewer records than there are processes.
+        """
         return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the loader of the validation texts in the file's order, or an empty list if there are none."""
+        """Return the loader of the validation texts in the source's order, or an empty list if there are none.
+
+        Raises:
+            UserError: if a batch has fewer records than there are processes.
+        """
         return self.held_out_loader("validation", self.batch_size, "data.batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation loader, since the validation texts are also used for testing."""
+        """Return the validation loader, since the validation texts are also used for testing.
+
+        Raises:
+            UserError: if a batch has fewer records than there are processes.
+        """
         return self.val_dataloader()
 
     def rows_of(self, split: str, encoder: DemonstrationEncoder, records: Records, table: "datasets.Dataset") -> Rows:
@@ -234,7 +249,10 @@ class Demonstrations(ResumableData):
 
 
 def _fill(lengths: list[int], width: int) -> list[list[int]]:
-    """Assign texts to rows of ``width`` tokens: the longest text first, each text to the first row with enough room."""
+    """Return the indices of the texts in each row of ``width`` tokens.
+
+    The longest text is placed first, and each text goes into the first row with enough room.
+    """
     rows: list[list[int]] = []
     left: list[int] = []
     for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = dict[str, Any]
 LARGE_SPLIT = 20_000
-"""The number of records above which tokenizing shows a progress bar, and the minimum for each of several processes."""
+"""The number of records above which tokenizing shows a progress bar; also the minimum for each of several processes."""
 TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
 """The settings in a saved tokenizer's files that only say how it was last called or where it was loaded from."""
 
@@ -63,7 +63,7 @@ class Encoder(Protocol):
         Args:
             tokenizer: The trained model's tokenizer.
             records: The records to tokenize.
-            where: For each record, a text with its field, number and source, for messages.
+            where: For each record, a string with its field, number and source, for messages.
 
         Raises:
             UserError: if a record cannot be used.
@@ -71,7 +71,7 @@ class Encoder(Protocol):
 
 
 class Rows:
-    """The rows of a split that are kept; each batch of rows is read from the memory-mapped table when it is needed.
+    """The rows of a split whose ``kept`` is True; each batch of them is read from the memory-mapped table when needed.
 
     Args:
         table: All rows of the split, as a data set whose format is Arrow.
@@ -144,7 +144,7 @@ def encode(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all that determines a tokenizer's output: vocabulary, rules, special tokens, chat template.
+    """Return a hash of everything that determines a tokenizer's output, such as its vocabulary and chat template.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> one, same, other = tokenizer(), tokenizer(), tokenizer()
@@ -166,10 +166,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fingerprint(key: list[str], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the name of the rows in the cache: a hash of everything that they depend on.
+    """Return the name under which the cache stores the rows: a hash of everything that the rows depend on.
 
     The rows depend on the key of the records, the encoder's options, the tokenizer, the tokenizing code, the versions
-    of its libraries and, if the chat template contains the date, today's date.
+    of the libraries that this code uses and, if the chat template contains the date, today's date.
     """
     parts_of_code = (encode, token_rows, Records, value_at, *type(encoder).__mro__[:-1])  # the last one is object
     code = [inspect.getsource(module) for module in map(inspect.getmodule, parts_of_code) if module]
@@ -201,9 +201,10 @@ def _processes(records: int) -> int | None:
 
 @contextmanager
 def _same_environment() -> Iterator[None]:
-    """Restore ``os.environ`` and the setting for the threads of `tokenizers` at the end of the context.
+    """Restore ``os.environ`` and the thread setting of `tokenizers` at the end of the context.
 
-    With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and switches the threads off.
+    With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and switches the threads of `tokenizers`
+    off.
     """
     environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     try:

@@ -18,7 +18,7 @@ class Fetchable(Protocol):
 
 
 class GlobalBatches:
-    """This rank's share of each global batch, as (index in the global batch, number of the row) pairs.
+    """This rank's share of each global batch, as (index in the global batch, row number) pairs.
 
     Args:
         size: The number of rows.
@@ -39,7 +39,7 @@ class GlobalBatches:
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
-        self._shuffled = -1, torch.empty(0)  # an epoch, and the numbers of the rows in its order
+        self._shuffled = -1, torch.empty(0)  # an epoch, and the row numbers in the order of that epoch
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.batch_size)
@@ -54,7 +54,7 @@ class GlobalBatches:
             yield rows[first_row:next_rank]
 
     def _order(self, epoch: int) -> torch.Tensor:
-        """Return the numbers of the rows in the shuffled order of an epoch; the order returned last is kept."""
+        """Return the row numbers in the shuffled order of an epoch; the order of the last epoch asked for is kept."""
         if self._shuffled[0] != epoch:
             self._shuffled = epoch, torch.randperm(self.size, generator=generator(Stream.DATA_ORDER, epoch))
         return self._shuffled[1]
@@ -89,7 +89,7 @@ def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, 
 class ResumableLoader:
     """A loader that can resume after the last batch that it gave out; Lightning saves and restores its state.
 
-    Only a loader that shuffles resumes; any other begins every pass with the first batch.
+    Only a loader that shuffles resumes; a loader that does not shuffle begins every pass with the first batch.
 
     A training step may `draw` further batches from a loader that shuffles. They advance the position in the order of
     the rows, but are not part of the pass: a complete pass yields ``len(loader)`` batches besides them. An epoch, which
@@ -102,7 +102,7 @@ class ResumableLoader:
     Args:
         records: The rows, which are read a batch at a time.
         collate: The function that makes a batch from a list of (index in the global batch, row) pairs.
-        batches: The order of the rows, which gives the numbers of the rows of each batch.
+        batches: This rank's share of the row numbers of each global batch, in order.
 
     >>> import datasets
     >>> rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
@@ -150,13 +150,13 @@ class ResumableLoader:
         return self._load(self._at(self.yielded + self.drawn - 1 + distance))
 
     def draw(self) -> Any:
-        """Return the next batch for the training step under way; if the loader shuffles, later steps do not get it."""
+        """Return the next batch, for the current training step; a loader that shuffles gives it to no later step."""
         batch = self._at(self.yielded + self.drawn)
         self.drawn += 1
         return self._load(batch)
 
     def once(self, whole: bool = False) -> Iterator[Any]:
-        """Yield the batches of one pass over all rows, in the file's order, without changing the loader's position.
+        """Yield the batches of one pass over all rows, in the source's order, without changing the loader's position.
 
         Args:
             whole: Whether to yield whole batches instead of this rank's share of each batch.

@@ -21,11 +21,11 @@ class ResumableData(lightning.LightningDataModule):
 
     Records and tokens are memory-mapped Arrow files in the cache of `datasets`: the folder that the environment
     variable ``HF_DATASETS_CACHE`` names, ``~/.cache/huggingface/datasets`` by default. The tokens of a split are made
-    again only when the content of its file, the tokenizer, an option that affects tokens, the tokenizing code, or a
-    library that this code uses has changed; for a CSV, JSON or Parquet file, also when its path or modification time
-    has changed; and if the chat template contains the date, once a day. The records of a Python function and their
-    tokens stay in memory. In a run with several processes, the first process of each node fills the cache while the
-    others wait.
+    again only when the content of its source, the tokenizer, an option that affects tokens, the tokenizing code, or a
+    library that this code uses has changed. The tokens of a CSV, JSON or Parquet file are also made again when its path
+    or modification time has changed, and if the chat template contains the date, all tokens are made again on a new
+    day. The records of a Python function and their tokens stay in memory. In a run with several processes, the first
+    process of each node fills the cache while the others wait.
 
     Args:
         sources: The source of each split, by the split's name; None for a split without a source.
@@ -111,7 +111,7 @@ class ResumableData(lightning.LightningDataModule):
         return self._train_loader
 
     def held_out_loader(self, split: str, batch_size: int, option: str) -> ResumableLoader | list[Any]:
-        """Return the loader of a split in the file's order, or an empty list if the split has no source.
+        """Return the loader of a split in the source's order, or an empty list if the split has no source.
 
         Args:
             split: The name of the split.
@@ -175,7 +175,7 @@ class ResumableData(lightning.LightningDataModule):
 
 
 def check_positive(**numbers: int | None) -> None:
-    """Check that all numbers are 1 or more, or None.
+    """Check that each number is None or at least 1.
 
     Raises:
         ValueError: if a number is less than 1; the message names the option.

@@ -38,8 +38,8 @@ class _Ranking:
 class PreferenceEncoder:
     """An encoder that makes one row from each record or, with ``as_pairs``, from each pair of a record's responses.
 
-    In a row, ``tokens`` has one list of tokens for the prompt with each response, best response first, and ``begin``
-    has the index of each response's first token. The fields, except ``context``, are arguments of `Preferences`.
+    For each response, best first, a row has the tokens of the prompt with that response in ``tokens``, and the index of
+    the response's first token in ``begin``. The fields, except ``context``, are arguments of `Preferences`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> record = {"prompt": "the soup", "chosen": " was cold .", "rejected": " was"}
@@ -75,7 +75,7 @@ class PreferenceEncoder:
         return "prompts from " + " and ".join(f"`{name}`" for name in (self.prompt or "prompt", self.context) if name)
 
     def recognised(self, record: Record, where: str) -> "PreferenceEncoder":
-        """Return this encoder with the column of the prompts, if no option names the column and the record has one.
+        """Return this encoder with the column of the prompts, if no option names it and the record has one.
 
         Raises:
             UserError: if the record has several columns that are known to hold prompts.
@@ -91,7 +91,7 @@ class PreferenceEncoder:
     def __call__(
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], where: Sequence[str]
     ) -> list[Row]:
-        """Return the rows of the records; ``kept`` is False for equal responses and for responses that are too long.
+        """Return the rows of the records; ``kept`` is False if two responses are equal or a response is too long.
 
         Raises:
             UserError: if a record cannot be used (see `Preferences`).
@@ -196,19 +196,19 @@ class PreferenceEncoder:
 class Preferences(ResumableData):
     """Pairs (``prompt``, ``chosen``, ``rejected``) or rankings (``prompt``, ``responses`` best first).
 
-    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns
-    of a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
-    (``[{"role": …, "content": …}]``), which goes through the chat template; a response to a conversation is text or a
-    list of further turns, with or without the turns of the prompt before them. If the responses are lists without the
-    turns of the prompt, a prompt that is text becomes the user's turn. If the records have no prompts, each response is
-    a whole text or a whole conversation, and the beginning that the responses of a record share counts as the prompt.
+    The records come from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function; the columns of
+    a record determine whether it is a pair or a ranking. A prompt is text, or a conversation
+    (``[{"role": …, "content": …}]``), which the chat template renders; a response to a conversation is text or a list
+    of further turns, with or without the turns of the prompt before them. If the responses are lists without the turns
+    of the prompt, a prompt that is text becomes the user's turn. If the records have no prompts, each response is a
+    whole text or a whole conversation, and the beginning that the responses of a record share counts as the prompt.
 
     Args:
         train: The source of the pairs or rankings to learn from.
         validation: The source of the held-out pairs or rankings.
         prompt: The column of the prompts. If None, it is recognised: ``prompt``, or the only one of ``question``,
-            ``instruction`` (with ``input``) and ``context_messages``; there may also be none. All records must have the
-            column, unless it is ``prompt`` and no record has it.
+            ``instruction`` (with ``input``) and ``context_messages``; the records may also have none of these. All
+            records must have the column, unless it is ``prompt`` and no record has it.
         chosen: The column of the better response of a pair.
         rejected: The column of the worse response of a pair.
         responses: The column of a ranking's responses, best first.
@@ -218,16 +218,17 @@ class Preferences(ResumableData):
         ties: What to do with a record that has two equal responses, neither of which can be better: ``refuse`` raises
             an error, ``drop`` leaves the record out and counts it.
         max_tokens: The largest number of tokens in a prompt and a response together; a pair or ranking is
-            dropped, and counted, if its prompt and one of its responses have more.
+            dropped, and counted, if its prompt and one of its responses together have more.
         batch_size: The number of pairs or rankings in a batch, over all processes.
         validation_batch_size: The number of pairs or rankings in a validation batch, over all processes.
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read, a column is missing or could be one of several, a ranking
-            has fewer than two responses or contains a tie, two responses are equal and ``ties`` is ``refuse``, a
-            prompt or a response has the wrong type or is refused by the chat template, a margin is not a finite number
-            or does not belong to a pair, only some records have prompts, or no record is left.
+        UserError: in ``setup``, if a source that is needed is None or cannot be read, a column is missing or could be
+            one of several, a ranking has fewer than two responses or contains a tie, two responses are equal and
+            ``ties`` is ``refuse``, a prompt or a response has the wrong type or is refused by the chat template, a
+            margin is not a finite number or does not belong to a pair, only some records have prompts, or no record is
+            left.
 
     >>> data = Preferences(train="lit_rlhf.data.reviews:pairs", ties="drop")
     >>> Preferences(validation_batch_size=0)
@@ -271,15 +272,27 @@ class Preferences(ResumableData):
         self.tied: dict[str, int] = {}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the shuffled training loader, whose order depends only on the seed and the epoch."""
+        """Return the shuffled training loader, whose order depends only on the seed and the epoch.
+
+        Raises:
+            UserError: if the split has fewer records than a batch, or a batch fewer records than there are processes.
+        """
         return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the loader of the validation preferences in the file's order, or an empty list if there are none."""
+        """Return the loader of the validation preferences in the source's order, or an empty list if there are none.
+
+        Raises:
+            UserError: if a batch has fewer records than there are processes.
+        """
         return self.held_out_loader("validation", self.validation_batch_size, "data.validation_batch_size")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation loader, since the validation preferences are also used for testing."""
+        """Return the validation loader, since the validation preferences are also used for testing.
+
+        Raises:
+            UserError: if a batch has fewer records than there are processes.
+        """
         return self.val_dataloader()
 
     def rows_of(self, split: str, encoder: PreferenceEncoder, records: Records, table: "datasets.Dataset") -> Rows:
@@ -348,5 +361,8 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
 
 
 def _begin(shared: int, whole: list[int]) -> int:
-    """Return the index of the response's first token: at least 1, as nothing predicts token 0, and at most the last."""
+    """Return the index of the response's first token.
+
+    The index is at least 1, because nothing predicts token 0, and at most the index of the last token.
+    """
     return max(1, min(shared, len(whole) - 1))

@@ -47,7 +47,7 @@ class PromptEncoder:
 
     column: str | None = None
     context: str | None = None  # the column of the input to a recognised `instruction`
-    answer: str | None = field(default=None, repr=False)  # the repr decides the rows' name in the cache
+    answer: str | None = field(default=None, repr=False)  # not in the repr, which identifies the cached rows
     template: str | None = None
     chat: bool = False
     first_tokens: int | None = None
@@ -71,7 +71,7 @@ class PromptEncoder:
         return prompts + (f", answers from `{self.answer}`" if self.answer else "")
 
     def recognised(self, record: Record, where: str) -> "PromptEncoder":
-        """Return this encoder with the columns of the prompts and the answers that no option names.
+        """Return this encoder with the recognised columns of the prompts and the answers, where no option names them.
 
         Raises:
             UserError: if the record has no column or several columns that are known to hold prompts, or several columns
@@ -111,11 +111,12 @@ class PromptEncoder:
     def prompt(self, record: Record, where: str) -> Prompt:
         """Return the prompt of a record, as text or as a conversation.
 
-        If the assistant has the last word in a conversation, the prompt is the turns up to the user's last one.
+        If the last turn of a conversation is the assistant's, the prompt is the conversation up to the user's last
+        turn.
 
         Raises:
             UserError: if the record has no value in the prompts' column or in a column of the template, the template is
-                not valid, or a conversation has no turn to answer.
+                not valid, or a conversation has no user turn to answer.
 
         >>> PromptEncoder(template="{question} Think.", chat=True).prompt({"question": "Why?"}, "record 1")
         [{'role': 'user', 'content': 'Why? Think.'}]
@@ -168,13 +169,13 @@ class _Formatter(Formatter):
 class Prompts(ResumableData):
     """Prompts from JSONL, JSON, CSV or Parquet files, the Hugging Face hub, or a Python function.
 
-    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which goes through the chat template; if
-    the assistant has the last word in a conversation, the prompt is the turns up to the user's last one. The rewards
-    receive all columns of the records, and the correct answers as ``answer``.
+    A prompt is text, or a conversation (``[{"role": …, "content": …}]``), which the chat template renders; if the last
+    turn is the assistant's, the prompt is the conversation up to the user's last turn. The rewards receive all columns
+    of the records, and the correct answers as ``answer``.
 
     Args:
         train: The source of the prompts to train on.
-        validation: The source of the held-out prompts for ``validate``, and for ``fit`` at each validation.
+        validation: The source of the held-out prompts for ``validate`` and for the validations during ``fit``.
         test: The source of the prompts for ``test``.
         predict: The source of the prompts for ``predict``.
         column: The column of the prompts. If None, it is recognised: ``prompt``, or the only one of ``question``,
@@ -183,9 +184,9 @@ class Prompts(ResumableData):
             dictionaries.
         answer: The column of the correct answers, which the rewards receive as ``answer``. If None, it is recognised:
             ``answer``, or the only one of ``reward_model.ground_truth`` and ``ground_truth``; it may be missing.
-        template: A text with columns in braces, such as ``"{question} Think step by step."``, from which to make each
-            prompt. If None, the prompt is the value of ``column``.
-        chat: Whether to make each text the user's turn of a conversation.
+        template: A text with column names in braces, such as ``"{question} Think step by step."``, from which each
+            prompt is made. If None, the prompt is the value of ``column``.
+        chat: Whether to make each prompt that is text the user's turn of a conversation.
         first_tokens: The number of tokens to keep at the start of each prompt, for the actor to continue. If None, the
             whole prompt is kept.
         max_tokens: The largest number of tokens in a prompt.
@@ -196,9 +197,9 @@ class Prompts(ResumableData):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: in ``setup``, if a source cannot be read, a column is missing or could be one of several, the
-            template is not valid, a prompt is neither text nor a conversation that the chat template accepts, or no
-            prompt is short enough.
+        UserError: in ``setup``, if a source that is needed is None or cannot be read, a column is missing or could be
+            one of several, the template is not valid, a prompt is neither text nor a conversation that the chat
+            template accepts, a conversation has no user turn to answer, or no prompt is short enough.
 
     >>> data = Prompts(train="prompts.jsonl", template="{question} Think step by step.", max_tokens=1024)
     >>> Prompts(train="prompts.jsonl", batch_size=0)
@@ -249,19 +250,35 @@ class Prompts(ResumableData):
         self.cut: dict[str, int] = {}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the shuffled training loader, whose order depends only on the seed and the epoch."""
+        """Return the shuffled training loader, whose order depends only on the seed and the epoch.
+
+        Raises:
+            UserError: if the split has fewer records than a batch, or a batch fewer records than there are processes.
+        """
         return self.train_loader(self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the loader of the validation prompts in the file's order, or an empty list if there are none."""
+        """Return the loader of the validation prompts in the source's order, or an empty list if there are none.
+
+        Raises:
+            UserError: if a batch has fewer records than there are processes.
+        """
         return self._held_out("validation")
 
     def test_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the loader of the test prompts in the file's order, or an empty list if there are none."""
+        """Return the loader of the test prompts in the source's order, or an empty list if there are none.
+
+        Raises:
+            UserError: if a batch has fewer records than there are processes.
+        """
         return self._held_out("test")
 
     def predict_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the loader of the prompts for ``predict`` in the file's order, or an empty list if there are none."""
+        """Return the loader of the prompts for ``predict`` in the source's order, or an empty list if there are none.
+
+        Raises:
+            UserError: if a batch has fewer records than there are processes.
+        """
         return self._held_out("predict")
 
     def _held_out(self, split: str) -> ResumableLoader | list[Any]:

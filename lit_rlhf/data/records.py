@@ -66,7 +66,7 @@ class Records:
             yield from self.parse(part)
 
     def with_column(self, name: str, path: str) -> "Records":
-        """Return the records with one more column, whose values are those at ``path`` (see `value_at`)."""
+        """Return the records with one more column, which has the values at ``path`` (see `value_at`)."""
         return Records(self.table, partial(_parse_with_column, self.parse, name, path))
 
     @property
@@ -143,7 +143,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def cache_access(field: str) -> Iterator[None]:
-    """Turn a failure of the cache inside this context into a one-line error; any other error passes unchanged.
+    """Turn a cache failure inside this context into a one-line error, and unwrap a `UserError`; pass other errors on.
 
     Raises:
         UserError: if a `UserError` was raised inside the context, even if `datasets` wrapped it in another error, or if
@@ -210,7 +210,7 @@ def _read_file(path: Path, field: str) -> Records:
         return _read_jsonl(path, field)
     import datasets
 
-    # named after the content of the file, because datasets compares only its path and modification time
+    # the folder is named after the file's content, because datasets compares only the path and modification time
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, f"lit-rlhf-{_digest(path, field)}")
     with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE):
         try:
@@ -226,7 +226,7 @@ def _read_file(path: Path, field: str) -> Records:
 
 
 def _read_jsonl(path: Path, field: str) -> Records:
-    """Open a JSONL file, storing its lines unparsed, because a single Arrow type per column could change values.
+    """Open a JSONL file; its lines are stored unparsed, because a single Arrow type per column could change values.
 
     Raises:
         UserError: if the file cannot be read, has no records or changes while it is read, if a line is not a JSON
@@ -262,7 +262,7 @@ def _digest(path: Path, field: str) -> str:
 
 
 def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
-    """Yield the lines that are not blank, each after checking that it is a JSON object, so that errors name the line.
+    """Check that each line that is not blank is a JSON object, and yield the line; an error names the line's number.
 
     Raises:
         UserError: if a line is not a JSON object, all lines are blank, or the file's content does not have the hash

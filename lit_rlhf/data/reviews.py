@@ -94,7 +94,7 @@ def grammatical(text: str) -> bool:
 
 
 def positivity(text: str) -> float:
-    """Return (praises − complaints) / (praises + complaints) of adjectives and verdicts, in [−1, 1]; 0 without any.
+    """Return (p − c) / (p + c) for p praising and c complaining adjectives and verdicts; 0 if there are none.
 
     >>> positivity("the soup was tasty . the fish was stale . the bread was fresh .")
     0.3333333333333333

@@ -1,4 +1,4 @@
-"""The conversion of texts and conversations to token ids, many at a time; all data is tokenized here."""
+"""The conversion of texts and conversations to token ids, in batches; all data is tokenized by this module."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,9 +108,9 @@ def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]
 def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
     """Return the tokens of a prompt and its truncated response, without an end-of-sequence token at the end.
 
-    The tokens that a chat template writes after a response are left out. If they cannot be separated, because the
-    template changes the text of the response, the last end-of-sequence token and the tokens after it are left out. The
-    arguments are those of `finished`.
+    The tokens that a chat template writes after a response are left out. If these tokens cannot be separated, because
+    the template changes the text of the response, the last end-of-sequence token and the tokens after it are left out.
+    The arguments are the same as for `finished`.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> unfinished(tokenizer(), "the soup was cold .", [60, 54, 68, 16, 3])
@@ -125,7 +125,7 @@ def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[in
 
 
 def ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
-    """Return the tokens of a conversation up to the last end-of-sequence token, which is added if there is none.
+    """Return a conversation's tokens up to and including the last end-of-sequence token, added if there is none.
 
     The first token does not count, since some tokenizers open every text with the end-of-sequence token.
 
@@ -148,7 +148,7 @@ def shared_prefix(*rows: list[int]) -> int:
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize texts with the tokens that the tokenizer adds at the start, but no EOS token that it adds at the end.
+    """Tokenize texts with the tokens that the tokenizer adds at the start, but without an EOS token added at the end.
 
     An end-of-sequence (EOS) token that is part of a text is kept. An empty text keeps all tokens that the tokenizer
     adds; if there are none, it becomes the beginning-of-sequence token or, if the tokenizer has no such token, the EOS
@@ -179,7 +179,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Turns], opene
     try:
         return rows(talks)
     except Exception:
-        for talk in talks:  # one at a time, to name the one that the template refuses
+        for talk in talks:  # one at a time, to name the refused conversation
             try:
                 rows([talk])
             except Exception as error:

@@ -33,7 +33,7 @@ class ExactAnswer(Reward):
         self.ignore_case = ignore_case
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """Return 1 for each response that equals its answer, and 0 for each of the others, [B].
+        """Return 1 for each response that equals its answer, and 0 for every other response, [B].
 
         Raises:
             UserError: if the prompts do not have the column.
@@ -51,7 +51,7 @@ class ExactAnswer(Reward):
 
 
 class NumericAnswer(Reward):
-    """A reward of 1 if the response's final number is correct, ``format_score`` if only the format is, and 0 otherwise.
+    """A reward of 1 for a correct final number, ``format_score`` for a wrong one in the right format, and 0 otherwise.
 
     The final number is the number after the last marker (``#### 72``). Thousands separators and a dollar sign are
     ignored, and 72 equals 72.0.

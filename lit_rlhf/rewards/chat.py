@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint, which answers messages."""
+"""OpenAI-compatible endpoints, through which a language model answers messages."""
 
 import json
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ class ChatEndpoint:
         connections: The maximum number of requests that a process sends at the same time.
         timeout: The maximum number of seconds to wait for an answer, in each attempt.
         retries: The maximum number of times that a request is sent again.
-        extra_body: Further fields of each request, which replace the fields above; a field whose value is None is left
-            out. These fields are stored with the configuration, so they must not contain a key.
+        extra_body: Further fields of each request, which take precedence over the fields above; a field whose value is
+            None is left out. These fields are stored with the configuration, so they must not contain a key.
 
     Raises:
         ValueError: if a number is out of range.

@@ -1,8 +1,7 @@
 """The reward function of the recipes, as an example for your own.
 
-The function receives those of the following keyword arguments that its parameters name: prompts, responses (text),
-terminated (whether a stop token ended each response), and all columns of the prompts' file. It returns one number per
-response.
+The function receives the keyword arguments that its parameters name, out of prompts, responses (text), terminated
+(whether a stop token ended each response) and all columns of the prompts' file. It returns one number per response.
 """
 
 import re

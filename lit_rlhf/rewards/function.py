@@ -20,8 +20,8 @@ class RewardFunction(Reward):
 
     These keyword arguments are available, each a list with one entry per response: ``prompts`` (text or conversations),
     ``responses`` (text), ``terminated`` (bools, True if a stop token ended the response), and every column of the
-    prompts. The function receives those that its signature names, or all of them if it accepts ``**columns``. It
-    returns one finite number per response::
+    prompts. The function receives the arguments that its signature names, or all of them if it accepts ``**columns``.
+    It returns one finite number per response::
 
         def brevity(prompts, responses, **columns):
             return [-len(response.split()) / 100 for response in responses]
@@ -30,15 +30,15 @@ class RewardFunction(Reward):
     as that trainer calls it:
 
     - TRL, ``f(completions, **columns)``, also with ``prompts``, ``completion_ids`` and ``trainer_state`` (whose
-      ``global_step`` counts iterations): a completion is text, or ``[{"role": "assistant", "content": …}]`` for a
-      conversation. A score of None counts as 0.
+      ``global_step`` counts iterations): a completion is text, or ``[{"role": "assistant", "content": …}]`` if
+      the prompt is a conversation. A score of None counts as 0.
     - verl, ``f(data_source, solution_str, ground_truth, extra_info)``, one call per response: the ground truth is the
       entry ``reward_model.ground_truth``, or the column ``ground_truth`` or ``answer``. The score is a number, or the
       entry ``"score"`` of a dictionary. A function with the parameter ``solution_strs`` is called once, with lists:
       ``f(data_sources, solution_strs, ground_truths, extra_infos)``.
     - OpenRLHF, ``f(queries, prompts, labels)``, one call per response, with lists of one element: the prompt with the
-      response as text, the prompt as text, and the column ``answer`` or ``label``. The score is a tensor, or the entry
-      ``"rewards"`` of a dictionary.
+      response as text, the prompt as text, and the value of the column ``answer`` or ``label``. The score is a tensor,
+      or the entry ``"rewards"`` of a dictionary.
 
     Args:
         function: The location of the function: ``path/to/file.py:name`` or ``package.module:name``; in Python, also the
@@ -72,11 +72,11 @@ class RewardFunction(Reward):
 
     @property
     def description(self) -> str:
-        """The word ``function`` with the function's location."""
+        """The word ``function``, followed by the function's location."""
         return f"function {self.function}"
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Import the function, and keep the tokenizer for functions of OpenRLHF's form, which receive rendered prompts.
+        """Import the function, and keep the tokenizer for OpenRLHF's signature, in which prompts are rendered as text.
 
         Raises:
             UserError: if the function cannot be imported.
@@ -112,7 +112,7 @@ def _location(function: Callable[..., Any]) -> str:
 
 
 def _error_location(function: Callable[..., Any], error: Exception) -> str:
-    """Return the file and line of the innermost frame in the function's file, or else of the innermost frame."""
+    """Return the file and line of the innermost frame in the function's file, or of the innermost of all."""
     frames = traceback.extract_tb(error.__traceback__)
     user_frames = [frame for frame in frames if frame.filename == inspect.getsourcefile(function)]
     frame = (user_frames or frames)[-1]

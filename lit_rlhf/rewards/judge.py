@@ -117,7 +117,7 @@ class _EndpointReward(Reward):
             raise UserError(
                 f"rewards.endpoint.model: {self.endpoint.model} was asked twice to '{form}', but answered "
                 f"{answers[failed[0]][:80]!r}; if the answer was cut off, raise rewards.endpoint.max_tokens; "
-                "rewards.unparsed continues with a fixed number"
+                "set rewards.unparsed to continue with a fixed number"
             )
         if failed:
             count = f"{len(failed)} of {len(questions)} questions to the judge"
@@ -133,9 +133,10 @@ class Judge(_EndpointReward):
     once more, in the same conversation.
 
     The question to the judge is a text with placeholders: ``{prompt}``, ``{response}``, and the names of the prompts'
-    columns, such as ``{answer}`` for a reference answer. Each is replaced by the text that it stands for, between tags
-    that this text cannot close, because the tags' name contains the text's hash. After the question, the judge is told
-    that these texts are quotations, and how to answer. A judge can still be fooled: see ``docs/rewards.md``.
+    columns, such as ``{answer}`` for a reference answer. Each placeholder is replaced by the text that it stands for,
+    between tags that this text cannot close, because the tags' name contains the text's hash. After the question, the
+    judge is told that these texts are quotations, and how to answer. A judge can still be fooled: see
+    ``docs/rewards.md``.
 
     Source: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena" (arXiv 2306.05685), section 3.1,
     "single answer grading", and with a column for a reference answer, "reference-guided grading".
@@ -145,8 +146,8 @@ class Judge(_EndpointReward):
         template: The question, with the placeholder ``{response}`` and possibly others; an instruction on the form of
             the answer is added to it.
         scale: The lowest and the highest rating, a and b.
-        unparsed: The reward, from 0 to 1, of a response if the judge twice fails to give a rating in the right form,
-            which also causes a warning; None to end the run in this case.
+        unparsed: The reward, from 0 to 1, of a response for which the judge twice fails to give a rating in the right
+            form, in which case a warning is shown; None to end the run with an error instead.
         weight: The factor of this reward in the score.
         name: The name of this reward in metrics and samples; None for the class's name.
 
@@ -199,8 +200,8 @@ class PairwiseJudge(_EndpointReward):
 
     The judge sees the two responses in both orders, and says each time which is better. The reward is 1 if it chooses
     this response both times, 0 if it chooses the other one both times, and ½ if its two verdicts differ. A judge that
-    always prefers the first (or always the second) response therefore gives ½ to all of them. The judge cannot declare
-    a tie: one that sees no difference is expected to choose by position.
+    always prefers the first (or always the second) response therefore gives ½ to all responses. The judge cannot
+    declare a tie: a judge that sees no difference is expected to choose by position.
 
     The judge gives its reasons and ends its answer with ``[[A]]`` or ``[[B]]``. Everything else is as in `Judge`.
 
@@ -210,8 +211,8 @@ class PairwiseJudge(_EndpointReward):
         endpoint: The endpoint of the language model.
         column: The column of the prompts with the other response: text, or a conversation.
         template: The question, with the placeholders ``{response_a}`` and ``{response_b}`` and possibly others.
-        unparsed: The result, from 0 to 1, of a comparison in one order if the judge twice fails to give a verdict in
-            the right form, which also causes a warning; None to end the run in this case.
+        unparsed: The result, from 0 to 1, of a comparison in one order for which the judge twice fails to give a
+            verdict in the right form, in which case a warning is shown; None to end the run with an error instead.
         weight: The factor of this reward in the score.
         name: The name of this reward in metrics and samples; None for the class's name.
 
@@ -256,7 +257,9 @@ class PairwiseJudge(_EndpointReward):
 
 
 def rating_in(answer: str, low: float, high: float) -> float | None:
-    """Return the rating at the end of a judge's answer, scaled to [0, 1]; None if there is none on the scale.
+    """Return the rating at the end of a judge's answer, scaled to [0, 1].
+
+    The result is None if the answer does not end with a rating from ``low`` to ``high``.
 
     >>> rating_in("The sum is right, but not explained. **[[7]]**", 1, 10)
     0.6666666666666666
@@ -270,7 +273,7 @@ def rating_in(answer: str, low: float, high: float) -> float | None:
 
 
 def win_in(answer: str, letter: str) -> float | None:
-    """Return 1 if the verdict at the end of a judge's answer is ``letter``, 0 if it is the other letter, or else None.
+    """Return 1 if the verdict at the end of a judge's answer is ``letter``, 0 if it is the other letter, else None.
 
     >>> win_in("Only A is right: [[A]]", "A"), win_in("[[A]]", "B"), win_in("Either [[A]] or [[C]]", "A")
     (1.0, 0.0, None)
@@ -287,7 +290,7 @@ def _quoted(text: str, name: str) -> str:
 
 
 def _questions(template: str, texts: Mapping[str, Sequence[Any]], reward_inputs: RewardInputs, form: str) -> list[str]:
-    """Return the question about each response: the template with all its placeholders replaced at once.
+    """Return the question about each response: the template with all placeholders replaced in one pass.
 
     Raises:
         UserError: if a column that the template names is missing or lacks a value.
@@ -313,7 +316,7 @@ def _text(value: Any, name: str) -> str:
         UserError: if the value is None.
     """
     if value is None:
-        raise UserError(f"the prompts' column {name!r} has no value in one of the rows, which the judge needs")
+        raise UserError(f"the judge needs the prompts' column {name!r}, which has no value in one of the rows")
     if isinstance(value, list) and all(isinstance(message, dict) and "content" in message for message in value):
         return "\n\n".join(f"{message.get('role', '')}: {message['content']}" for message in value)
     return str(value)

@@ -19,14 +19,15 @@ class RewardModel(Reward):
     """A Hugging Face sequence classifier with one label, whose output at the last token of a response is the reward.
 
     If a stop token ended the response, that token is the last one. A truncated response has no such token, but the
-    texts from which a reward model learns end with the end-of-sequence token: the output at any other token is noise to
-    a large part. Therefore, a truncated response is scored with that token after it. A model with the actor's
-    vocabulary reads the actor's tokens; for any other model, the text is tokenized again.
+    texts from which a reward model learns end with the end-of-sequence token: the output at any other token is largely
+    noise. Therefore, a truncated response is scored with that token after it. A model with the actor's vocabulary reads
+    the actor's tokens; for any other model, the text is tokenized again.
 
     Args:
         model: A folder, a hub id, or a configuration for random weights.
         weight: The factor of this reward in the score.
-        max_tokens: The maximum number of tokens in a forward pass, including padding; a longer row is passed alone.
+        max_tokens: The maximum number of tokens in a forward pass, including padding; a longer sequence is passed
+            alone.
         normalize: Whether to subtract the mean and divide by the standard deviation of the scores on the reward model's
             training set, both of which `RewardModeling` stores in the model's configuration.
         end_truncated: Whether to score a truncated response with the end-of-sequence token after it; if False, it is
@@ -102,7 +103,12 @@ class RewardModel(Reward):
 
     @torch.no_grad()
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """Compute the score of each response, given its prompt, [B]."""
+        """Compute the score of each response, given its prompt, [B].
+
+        Raises:
+            UserError: if the text is tokenized again, and the chat template of the model's tokenizer is missing or
+                refuses a conversation.
+        """
         assert self.model is not None, "call prepare() first"
         rollout = reward_inputs.rollout
         tokens, lengths = rollout.tokens, rollout.lengths

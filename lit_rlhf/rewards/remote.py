@@ -47,7 +47,7 @@ class RemoteReward(Reward):
         retries: The maximum number of times that a request is sent again.
         token_env: The name of the environment variable with a token, which is sent as ``Authorization: Bearer TOKEN``;
             None to send no token. The token itself is stored nowhere.
-        columns: The columns of the prompts to send; None for all of them.
+        columns: The columns of the prompts that are sent; None for all of them.
         name: The name of this reward in metrics and samples; None for the last part of the address's path.
 
     Raises:
@@ -100,7 +100,7 @@ class RemoteReward(Reward):
 
     @property
     def description(self) -> str:
-        """The address of the service, without a user's name, a password or a query."""
+        """The address of the service, without a user name, a password or a query."""
         parts = urlsplit(self.url)
         return f"service {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 

@@ -60,7 +60,7 @@ class Reward(nn.Module, ABC):
 
         Returns:
             B answers, in a form in which equivalent answers compare equal; None for a response without an answer.
-            None in place of the list, which is the default, if the reward does not check answers.
+            If the reward does not check answers (the default), None in place of the list.
         """
         return None
 
@@ -167,5 +167,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return the beginning of a value, in one line."""
+    """Return the beginning of a value's repr, on one line."""
     return repr(value[:80]) if isinstance(value, str) else " ".join(repr(value).split())[:80]

@@ -47,7 +47,7 @@ class ScoreShaping:
 
 
 class CheckedAnswers(NamedTuple):
-    """The answers that responses give, and which of them are correct."""
+    """The answer of each response, and whether that answer is correct."""
 
     answers: Sequence[Hashable]  # B answers, equal if they mean the same; None for a response without an answer
     correct: Tensor  # [B] bool
@@ -142,7 +142,7 @@ class Scores(nn.Module):
             rewards: The unweighted rewards of these responses by name, as `judge` returns them.
 
         Raises:
-            UserError: if the reward does not give one answer for each response.
+            UserError: if that reward does not give one answer for each response.
         """
         for reward, values in zip(self._iterate(), rewards.values(), strict=True):
             answers = reward.extract_answers(reward_inputs)

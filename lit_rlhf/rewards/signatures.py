@@ -64,7 +64,7 @@ def scores_of(
 
 
 def _results(function: Callable[..., Any], name: str, calls: Sequence[dict[str, Any]]) -> list[Any]:
-    """Call the function once for each dictionary of available arguments; the calls of an async function overlap."""
+    """Call the function once for each dictionary of available arguments; an async function's calls run concurrently."""
     results = [function(**_arguments(function, name, available)) for available in calls]
     if not all(map(inspect.isawaitable, results)):
         return results
@@ -127,7 +127,7 @@ def _verl(inputs: RewardInputs) -> list[dict[str, Any]]:
 
 
 def _openrlhf(inputs: RewardInputs, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, Any]]:
-    """Return the arguments of a call for each response: lists of one element, as OpenRLHF passes them."""
+    """Return the arguments of one call per response: lists of one element, as OpenRLHF passes them."""
     column = next((inputs.columns[name] for name in LABELS if name in inputs.columns), [""] * len(inputs.responses))
     end = str(tokenizer.eos_token) if tokenizer is not None else ""
     rows = zip(inputs.prompts, inputs.responses, inputs.rollout.terminated.tolist(), column, strict=True)
@@ -146,7 +146,7 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> str
 
 
 def _value(result: Any, key: str) -> Any:
-    """Return the score in a result, or in the entry ``key`` of a dictionary; a list or tensor of one is unpacked."""
+    """Return a result or, if it is a dictionary, its entry ``key``; unpack a list or a tensor with one element."""
     score: Any = result.get(key) if isinstance(result, dict) else result
     shape = (len(score),) if isinstance(score, list) else tuple(getattr(score, "shape", ()))
     return score[0] if shape == (1,) else score

@@ -75,19 +75,22 @@ def tiny_tokenizer(tiny_model: MakeModel) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a JSONL file of 48 prompts of one to six words, for `Prompts`."""
+    """Return the path of a JSONL file with 48 prompts of one to six words, for `Prompts`."""
     return _write(tmp_path_factory, "prompts")
 
 
 @pytest.fixture(scope="session")
 def tiny_preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a JSONL file of 32 pairs of responses, for `Preferences`; the better response has more of w0 … w7."""
+    """Return the path of a JSONL file with 32 pairs of responses, for `Preferences`.
+
+    The better response of a pair has more of the words w0 … w7.
+    """
     return _write(tmp_path_factory, "preferences")
 
 
 @pytest.fixture(scope="session")
 def tiny_demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a JSONL file of 32 texts, for `Demonstrations`."""
+    """Return the path of a JSONL file with 32 texts, for `Demonstrations`."""
     return _write(tmp_path_factory, "demonstrations")
 
 

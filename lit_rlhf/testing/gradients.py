@@ -15,13 +15,13 @@ from lit_rlhf.types import Trajectory
 
 Tensors = dict[str, Tensor]
 LENGTHS = (5, 2, 4, 1)
-"""The numbers of tokens of the four responses on which objectives and estimators are tested."""
+"""The numbers of tokens in the four responses on which objectives and estimators are tested."""
 
 
 def assert_gradient_matches(
     part: Objective | AdvantageEstimator | Callable[..., Any], *inputs: Tensor, mask: Tensor | None = None
 ) -> None:
-    """Assert that gradients are those of finite differences, and that garbage outside the mask changes nothing.
+    """Assert that gradients match finite differences, and that garbage outside the mask changes nothing.
 
     The gradients of automatic differentiation are compared with finite differences in float64 by
     ``torch.autograd.gradcheck``. Then each input in turn is set to NaN, to infinity and to −10³⁰ outside the mask.
@@ -48,7 +48,7 @@ def assert_gradient_matches(
         part: An objective, an advantage estimator, or a function of tensors.
         inputs: For a function, tensors of numbers; they are converted to float64.
         mask: For an objective or an estimator, a bool tensor, [B, T], True at the tokens that count; None for responses
-            of 5, 2, 4 and 1 tokens. For a function, its mask, whose shape is that of the inputs; None for no mask.
+            of 5, 2, 4 and 1 tokens. For a function, a mask with the shape of its inputs; None for no mask.
 
     Raises:
         AssertionError: if a gradient is wrong, or garbage changes something; the message has the numbers.
@@ -78,7 +78,7 @@ class _Case:
 def _case(part: Any, inputs: tuple[Tensor, ...], mask: Tensor | None) -> _Case:
     is_function = not isinstance(part, Objective | AdvantageEstimator)
     if is_function != bool(inputs):
-        raise TypeError("assert_gradient_matches takes tensors after a function, and none after another part")
+        raise TypeError("assert_gradient_matches takes tensors with a function, and none with any other part")
     ragged = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     if isinstance(part, Objective):
         return _of_objective(part, ragged if mask is None else mask)

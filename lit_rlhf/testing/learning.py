@@ -23,16 +23,16 @@ def assert_learns(
 ) -> None:
     """Assert that a run raises its mean score, or another measure of its responses, by a given amount.
 
-    The first and the last fifth of the iterations are compared. The score is the one that the module's rewards give. It
-    also rises if a reward has the wrong sign, because a run maximises any reward; a ``goal`` that does not depend on
-    the reward's code finds such mistakes. ::
+    The first and the last fifth of the iterations are compared. The score is the one that the module's rewards give.
+    The score also rises if a reward has the wrong sign, because a run maximises any reward; a ``goal`` that does not
+    depend on the reward's code finds such mistakes. ::
 
         def test_my_reward():
             assert_learns(tiny_ppo([MyReward()]), by=0.3, goal=lambda response: response.split().count("w3"))
 
     Args:
         module: An untrained module, such as one from `tiny_ppo`; it is trained for its own number of iterations.
-        by: The smallest rise of the mean that passes, in the units of the score or the goal.
+        by: The smallest rise in the mean that passes, in the units of the score or the goal.
         goal: A function that measures one response; None to measure by the score.
         data: The prompts; None for 48 prompts of the words w0 … w31.
         seed: The seed of the run.
@@ -52,7 +52,8 @@ def assert_learns(
     if end - start >= by:
         return
     name, fifth = "score" if goal is None else "goal", max(1, len(measured) // 5)
-    moved = f"rose by {end - start:.3g}" if end > start else f"fell by {start - end:.3g}" if end < start else "stayed"
+    fell = f"fell by {start - end:.3g}" if end < start else "did not change"
+    moved = f"rose by {end - start:.3g}" if end > start else fell
     lines = [
         f"the {name} {moved}, but should rise by {by:g} or more: the mean was {start:.4g} in the first {fifth} of "
         f"{len(measured)} iterations, and {end:.4g} in the last {fifth}"

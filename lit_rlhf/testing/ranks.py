@@ -33,7 +33,7 @@ PRELOADED = [
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
 ]
-"""The modules that are imported by the process from which the others are forked."""
+"""The modules that the fork server imports before it forks the processes."""
 
 
 class Function(NamedTuple):
@@ -60,9 +60,9 @@ def assert_same_on_ranks(
 ) -> None:
     """Assert that a run on several processes ends with the weights and the metrics of a run on one process.
 
-    Real processes run on this machine's CPU and communicate by Gloo. On each process, the metrics of every iteration,
-    except times and speeds (``time/*``, ``perf/*``), and the final weights must be those of the run on one process, up
-    to rounding. ::
+    Real processes run on this machine's CPU and communicate through Gloo. On each process, the metrics of every
+    iteration, except times and speeds (``time/*``, ``perf/*``), and the final weights must be those of the run on one
+    process, up to rounding. ::
 
         def make():
             return tiny_ppo([MyReward()])

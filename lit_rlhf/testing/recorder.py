@@ -24,7 +24,7 @@ class Recorder(lightning.Callback):
         self.outputs.append(outputs)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep a copy of the full weights, without those of frozen models."""
+        """Keep an unsharded copy of the weights, except the weights of frozen models."""
         self.weights = {
             name: value.full_tensor() if isinstance(value, DTensor) else torch.clone(value)
             for name, value in pl_module.state_dict().items()

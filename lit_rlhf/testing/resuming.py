@@ -18,7 +18,7 @@ from lit_rlhf.testing.recorder import Recorder
 from lit_rlhf.testing.runs import tiny_data, train
 
 MEASURED = ("time/", "perf/")
-"""The beginnings of the names of metrics that differ from run to run."""
+"""The prefixes of the names of metrics that differ from run to run."""
 SHOWN = 3
 """The number of differences that a message names."""
 
@@ -36,11 +36,11 @@ def assert_exact_resume(
     """Assert that a run that is resumed from a checkpoint ends with the same bits as one that was not interrupted.
 
     One run goes through all iterations and saves a checkpoint on the way; a second run, with new objects, starts from
-    this checkpoint. These must be equal: the metrics of the iterations after the checkpoint, except times, speeds and
-    memory (``time/*``, ``perf/*``); the weights and the states of optimizers and schedules at the end; and the state of
-    each callback, which is its ``state_dict`` and those of its public attributes that are numbers, strings, tensors,
-    None, or collections of these. Both runs are in the same process, so state that is kept in a global variable is not
-    noticed. ::
+    this checkpoint. These must be equal in both runs: the metrics of the iterations after the checkpoint, except times,
+    speeds and memory (``time/*``, ``perf/*``); the weights and the states of optimizers and schedules at the end; and
+    the state of each callback, which is its ``state_dict`` and every public attribute that is a number, a string, a
+    tensor, None, or a collection of these. Both runs are in the same process, so state that is kept in a global
+    variable is not noticed. ::
 
         def test_my_callback():
             assert_exact_resume(tiny_ppo, callbacks=lambda: [MyCallback()])
@@ -91,7 +91,7 @@ def assert_exact_resume(
 
 
 def _comparable(metrics: Mapping[str, float], ignore: Sequence[str]) -> dict[str, float]:
-    """Return the metrics to compare, with those of rewards first, since other differences follow from theirs."""
+    """Return the metrics to compare, with the metrics of rewards first, since differences in these cause the others."""
     names = sorted(metrics, key=lambda name: not name.startswith("rewards/"))
     return {name: metrics[name] for name in names if not name.startswith(MEASURED) and name not in ignore}
 
@@ -102,7 +102,7 @@ def _state_of(callback: lightning.Callback, ignore: Sequence[str]) -> dict[str, 
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value consists of numbers, strings, tensors and None."""
+    """Return whether a value consists only of numbers, strings, bytes, tensors, None, and collections of these."""
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):

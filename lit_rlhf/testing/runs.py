@@ -32,13 +32,14 @@ RewardOrFunction = Reward | Callable[..., Sequence[float]]
 def tiny_ppo(
     rewards: Sequence[RewardOrFunction] | None = None, *, words: Sequence[str] = (), **options: Any
 ) -> PolicyGradient:
-    """Return PPO on a tiny random Llama, for 10 iterations with two responses of at most 8 tokens to each prompt.
+    """Return a PPO module whose actor is a tiny Llama with random weights.
 
-    A run takes seconds on a CPU. No KL to the reference enters the reward.
+    It trains for 10 iterations, with two responses of at most 8 tokens to each prompt. A run takes seconds on a CPU. No
+    KL to the reference enters the reward.
 
     Args:
-        rewards: Rewards, or functions as `RewardFunction` calls them; by default the share of the words w0 … w7.
-        words: Words that the model can say besides w0 … w31; they are one token each.
+        rewards: Rewards, or functions as `RewardFunction` calls them; None for the share of the words w0 … w7.
+        words: Words that the model can say besides w0 … w31; each is one token.
         options: Options of `PolicyGradient`, in place of the defaults of this function.
 
     Raises:
@@ -123,7 +124,7 @@ def train(
         callbacks: The callbacks; checkpoints are saved only if one of the callbacks saves them.
         folder: The folder of the run.
         ckpt_path: A checkpoint to resume from.
-        seed: The seed of the run; the caller's environment and random states, except CUDA's, are restored.
+        seed: The seed of the run; the caller's environment and random states, except CUDA's, are restored afterwards.
         options: Options of the Trainer, in place of the defaults of this function.
     """
     recorder = Recorder()

@@ -210,7 +210,7 @@ def test_pairs_of_texts(make, chat_tokenizer, capsys):
     [
         (Prompts, {"question": "w1", "messages": [USER]}, "the prompt may be in question or messages; .* data.column$"),
         (Prompts, {"text": "w1"}, "has no column 'prompt'; it has: text; name another with data.column$"),
-        (Prompts, {"messages": [says("w1")]}, "the conversation has no user's turn to answer$"),
+        (Prompts, {"messages": [says("w1")]}, "the conversation has no user turn to answer$"),
         (
             Prompts,
             {**VERL, "ground_truth": "7"},

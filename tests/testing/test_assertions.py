@@ -55,7 +55,7 @@ def test_a_reward_of_the_wrong_sign_does_not_reach_its_goal():
 
 def test_a_constant_reward():
     with pytest.raises(
-        AssertionError, match=r"the score stayed, .* every score was 0.5, so there was nothing to learn"
+        AssertionError, match=r"the score did not change, .* every score was 0.5, so there was nothing to learn"
     ):
         assert_learns(tiny_ppo([lambda responses: [0.5 for _ in responses]], iterations=2), by=0.1)
 
@@ -262,5 +262,5 @@ def test_holes_in_the_mask_and_empty_rows():
 
 def test_tensors_belong_to_functions():
     for given in ((Clip(0.2), torch.ones(2)), (torch.exp,)):
-        with pytest.raises(TypeError, match="takes tensors after a function, and none after another part"):
+        with pytest.raises(TypeError, match="takes tensors with a function, and none with any other part"):
             assert_gradient_matches(*given)
