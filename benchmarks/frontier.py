@@ -64,31 +64,17 @@ class Variant(NamedTuple):
 
     recipe: str
     options: dict[str, Any]
-    decays: bool = False  # whether the actor's learning rate falls to 0 over the run
 
 
 VARIANTS = {
     **{f"{name}.yaml": Variant(name, {}) for name in ("ppo", "ppo_penalty", "a2c", "reinforce", "reinforce_pp")},
     **{f"{name}.yaml": Variant(name, {}) for name in ("grpo", "dr_grpo", "rloo", "trpo")},
-    "ppo, decayed": Variant("ppo", {}, decays=True),
+    "ppo, λ = 0.7": Variant("ppo", {"model.advantages.lam": 0.7}),
+    "ppo, λ = 0.95": Variant("ppo", {"model.advantages.lam": 0.95}),
+    "ppo, 4 × 4 steps": Variant("ppo", {"model.update.epochs": 4, "model.update.minibatches": 4}),
+    "ppo, constant rate": Variant("ppo", {"model.actor_scheduler": "null"}),
     "ppo, full KL": Variant("ppo", {"model.reference_kl.estimator": "full"}),
-    "ppo, full KL, decayed": Variant("ppo", {"model.reference_kl.estimator": "full"}, decays=True),
-    "ppo, kl 0.1, full KL, decayed": Variant(
-        "ppo", {"model.kl.coef": 0.1, "model.reference_kl.estimator": "full"}, decays=True
-    ),
-    "ppo, kl 0.1, full KL, decayed, λ = 0.7, 4 steps": Variant(
-        "ppo",
-        {
-            "model.kl.coef": 0.1,
-            "model.reference_kl.estimator": "full",
-            "model.advantages.lam": 0.7,
-            "model.update.epochs": 2,
-            "model.update.minibatches": 2,
-        },
-        decays=True,
-    ),
-    "ppo, λ = 1": Variant("ppo", {"model.advantages.lam": 1.0}),
-    "ppo, 1 epoch": Variant("ppo", {"model.update.epochs": 1}),
+    "ppo, critic warmed up": Variant("ppo", {"model.update.critic_warmup": 5}),
     "ppo, batches of 256": Variant("ppo", {"data.batch_size": 256}),
 }
 
@@ -153,8 +139,6 @@ def options(variant: Variant, task: Task, seed: int, responses: int, folder: str
     }
     if variant.recipe != "trpo":
         values["model.actor_optimizer.lr"] = rate
-    if variant.decays:
-        values["model.actor_scheduler"] = "LinearDecay"
     if config["model"]["init_args"].get("critic") is not None:
         values["model.critic_optimizer.lr"] = task.critic_rate
         values["model.critic"] = "actor" if task.reward_model is None else "reward"  # as in TRL
