@@ -139,7 +139,8 @@ def test_the_judge_in_trls_process_gives_the_same_scores(tiny_model, tmp_path):
     inputs = make_reward_inputs(["", ""])
     rows = torch.tensor([[6, 7, 9, 10, 11], [8, 9, tokenizer.eos_token_id, 0, 0]])
     lengths = torch.tensor([2, 1]), torch.tensor([3, 2])
-    rollout = replace(inputs.rollout, tokens=rows, prompt_lengths=lengths[0], response_lengths=lengths[1])
+    changes = {"prompt_lengths": lengths[0], "response_lengths": lengths[1], "terminated": torch.tensor([False, True])}
+    rollout = replace(inputs.rollout, tokens=rows, **changes)
     expected = reward(replace(inputs, rollout=rollout)).tolist()
     options = {"reward": str(folder), "function": None, "truncation_penalty": 1.0}
     judge = trl_train.Judge(argparse.Namespace(**options), tokenizer)
