@@ -456,7 +456,7 @@ def test_adapters(adapters, capsys, changes, patterns):
     ("record", "patterns"),
     [
         ({"prompt": "w1", "chosen": " w2", "rejected": " w2"}, ["record 2", "equal"]),
-        ({"prompt": "w1", "responses": [" w2"]}, ["record 2", "2 responses or more", "one of 1"]),
+        ({"prompt": "w1", "responses": [" w2"]}, ["record 2", "2 responses or more", "it ranks 1"]),
         ({"prompt": "w1", "responses": [" w2", [" w3", " w4"]]}, ["record 2", "tie"]),
         ({"prompt": "w1", "chosen": " w2"}, ["record 2", "'rejected'", "chosen, prompt"]),
     ],

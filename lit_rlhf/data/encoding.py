@@ -201,10 +201,10 @@ def _processes(records: int) -> int | None:
 
 @contextmanager
 def _same_environment() -> Iterator[None]:
-    """Restore ``os.environ`` and the thread setting of `tokenizers` at the end of the context.
+    """Restore ``os.environ`` and the parallelism setting of `tokenizers` at the end of the context.
 
-    With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and switches the threads of `tokenizers`
-    off.
+    With several processes, ``Dataset.map`` replaces ``os.environ`` with a copy and turns off the parallelism of
+    `tokenizers`.
     """
     environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     try:

@@ -10,7 +10,7 @@ from lit_rlhf.randomness import Stream, generator
 
 
 class Fetchable(Protocol):
-    """A sequence of rows that are read many at a time, through the same two methods that torch's DataLoader uses."""
+    """A sequence of rows that are read in batches, through the same two methods that torch's DataLoader uses."""
 
     def __len__(self) -> int: ...
 

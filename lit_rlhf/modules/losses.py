@@ -117,7 +117,7 @@ class Losses:
         return StepLoss(loss, torch.zeros_like(mean), {"value_loss": mean})
 
     def policy(self, micro_batch: Experience, metrics: Metrics) -> PolicyTerms:
-        """Compute the policy loss of each token, [b, t], and record the weighted objective and the entropy."""
+        """Compute the policy loss of each token, [b, t], and record the objective's weighted loss and the entropy."""
         rollout, mask, kl = micro_batch.rollout, micro_batch.rollout.response_mask, self.reference_kl
         stats = self.actor(rollout.tokens, rollout.response_tokens_mask, self.reference if kl.is_full else None)
         logprobs, entropy = rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy)

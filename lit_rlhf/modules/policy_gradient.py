@@ -38,7 +38,7 @@ class PolicyGradient(OnPolicy):
         critic: ``actor`` or ``reward`` to start from the weights of the actor or the first reward model; ``shared`` for
             a head on the actor's trunk; otherwise a model to start from (``./actor`` for a folder of that name); None
             for no critic.
-        reference: The frozen model to which the actor's KL is measured; None for the initial actor.
+        reference: The frozen reference model for the actor's KL; None for the initial actor.
         adapter: The options of the low-rank adapters that the actor and the critic train on one frozen base, which
             the roles share; None to train whole models.
         sampling: How responses are sampled.
@@ -58,7 +58,7 @@ class PolicyGradient(OnPolicy):
         update: The options of the update: epochs, minibatches, clipping, and the other terms of the loss.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
         averaging: How the actor's weights are averaged over the iterations; validation and exports then use the
-            average. None to use the actor's last weights.
+            average. None to use the actor's current weights.
         iterations: The number of iterations; None to leave the limit to the Trainer's max_epochs.
         actor_optimizer: The optimizer of the actor.
         critic_optimizer: The optimizer of the critic.

@@ -44,7 +44,7 @@ class SFT(AlignmentModule):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if the actor is not named or iterations is less than 1; in ``configure_model``, if the actor cannot
+        UserError: if no actor is given or iterations is less than 1; in ``configure_model``, if the actor cannot
             be loaded.
 
     >>> SFT(actor="Qwen/Qwen2.5-0.5B", iterations=100).iterations

@@ -39,7 +39,7 @@ class Run:
         return {name for row in self.rows for name in row}
 
     def values(self, column: str) -> list[float]:
-        """Return the numbers of a metric, in the order of the rows."""
+        """Return the values of a metric, in the order of the rows."""
         return [row[column] for row in self.rows if column in row]
 
 

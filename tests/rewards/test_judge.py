@@ -214,9 +214,9 @@ def test_answers_of_something_else(service, endpoint, answer):
             {"answer": [1, 2]},
             "rewards.template has the placeholder {anwser}",
         ),
-        (lambda e: Judge(e, "{response} {answer}"), {"answer": [1, None]}, "'answer' has no value"),
+        (lambda e: Judge(e, "{response} {answer}"), {"answer": [1, None]}, "'answer', which has no value"),
         (PairwiseJudge, {"reference": [1, 2]}, "the prompts have no column 'answer'; they have: reference"),
-        (PairwiseJudge, {"answer": [None, 2]}, "'answer' has no value"),
+        (PairwiseJudge, {"answer": [None, 2]}, "'answer', which has no value"),
     ],
 )
 def test_columns_that_are_missing(service, endpoint, make, columns, text):
