@@ -99,7 +99,8 @@ class SimPO(PreferenceLoss):
     Source: Meng et al. 2024 (arXiv 2405.14734), equation 6.
 
     Args:
-        gamma: γ, the margin by which the score of the chosen response should exceed that of the rejected one; 0 or more. About β / 2 is usual.
+        gamma: γ, the margin by which the score of the chosen response should exceed that of the rejected one; 0
+            or more. About β / 2 is usual.
 
     Raises:
         ValueError: if gamma is negative or not finite.
