@@ -54,7 +54,7 @@ class FSDP2(ModelParallelStrategy):
         self.saves_folders = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
-        """Start the communication between the processes, with a device mesh of one shard per process."""
+        """Start the communication between the processes, with a device mesh that spans all of them."""
         shard_over_all_processes(self)
         super().setup_environment()
 

@@ -107,7 +107,7 @@ class BestOfN(AdvantageEstimator):
 
 
 class _Group:
-    """The return of each response, and this return minus the mean return of the non-empty responses to the same prompt.
+    """The returns of the tokens, and each response's return minus the mean return of the prompt's non-empty responses.
 
     The mean is taken in float64, so that the mean of equal float32 returns is exact and the differences are 0.
 

@@ -51,8 +51,8 @@ class OlderRun(lightning.Callback):
     ) -> None:
         """Give the older run's folder its name back, if the new run has completed no iteration.
 
-        If there is an older run, the new run's folder is removed. Otherwise, only the ``config.yaml`` in the new run's
-        folder is removed, and the folder itself if nothing else is in it.
+        In that case, if there is an older run, the new run's folder is removed. Otherwise, only the ``config.yaml`` in
+        the new run's folder is removed, and the folder itself if nothing else is in it.
         """
         if self.folder is None:
             return

@@ -36,7 +36,7 @@ class ProgressBar(LightningProgressBar):
     the last iteration, for every validation, and from time to time for other iterations. Only process 0 prints.
 
     Args:
-        every: The minimum number of seconds between two lines for iterations; the bars in a terminal ignore it.
+        every: The minimum number of seconds between two lines for other iterations; the bars in a terminal ignore it.
 
     Raises:
         ValueError: if ``every`` is negative.

@@ -132,7 +132,7 @@ class Server:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Close the keeper's input, so that the keeper ends the server; kill the keeper after ``GIVE_UP_SECONDS``."""
+    """Close the keeper's input, so that it ends the server; kill it if it still runs after ``GIVE_UP_SECONDS``."""
     assert process.stdin is not None
     process.stdin.close()
     try:

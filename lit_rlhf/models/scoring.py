@@ -97,7 +97,7 @@ def from_classifier(model: PreTrainedModel, field: str) -> ScalarModel:
 
 
 def scale_of(settings: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the mean and standard deviation of the scores from a reward model's configuration; None if one is missing.
+    """Return the mean and standard deviation of the scores, read from a reward model's configuration; None if missing.
 
     >>> scale_of({"score_mean": 0.5, "score_std": 2.0})
     (0.5, 2.0)

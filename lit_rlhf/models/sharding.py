@@ -117,7 +117,7 @@ def _held(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: Any) -> Iterator[None]:
-    """Hold an FSDP2 model's full weights inside this context, in which the model's forward hooks are removed.
+    """Hold an FSDP2 model's full weights inside this context, in which FSDP2's own forward hooks are removed.
 
     These hooks take longer than the forward pass of a small layer.
     """

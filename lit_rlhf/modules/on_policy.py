@@ -307,7 +307,7 @@ class OnPolicy(AlignmentModule):
             kl_coef=self.kl.coef,
             update=self.update,
             max_tokens=self.sampling.max_tokens,
-            only_critic=int(self.iteration) < self.update.critic_warmup,
+            only_critic=self.update.critic_warmup > 0 and int(self.iteration) < self.update.critic_warmup,
         )
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:

@@ -253,7 +253,7 @@ def _moments(setting: Setting) -> Iterator[_Moment]:
 
 
 def _gathered_in_training(setting: Setting, role: Role) -> tuple[float, float]:
-    """Return the bytes of gathered weights and gradients in a backward pass: within the layers, and at its end.
+    """Return the bytes of gathered weights and full gradients in a backward pass: within the layers, and at its end.
 
     The weights outside the layers stay gathered during the whole pass, and two layers are gathered at a time, one of
     them in advance, as under FSDP2; FSDP1 is counted in the same way. A gradient that is not reduced yet is held whole,
