@@ -124,7 +124,10 @@ def _in_close_group(word: str, known: Sequence[str]) -> str:
 
 
 def _with_close_name(word: str, known: Sequence[str]) -> str:
-    """Return a known name that has the same last part as a word or else is close to it; an empty string if none is."""
+    """Return a known name with the same last part as a dotted word, or else one that is close to the word.
+
+    If no name is close to it, the result is a name whose last part is close; if there is none, an empty string.
+    """
     ending = word.rpartition(".")[2]
     shortest_first = sorted(known, key=lambda name: name.count("."))
     last = {name.rpartition(".")[2]: name for name in reversed(shortest_first)}

@@ -160,7 +160,7 @@ def following(trainer: lightning.Trainer, module: AlignmentModule, export: Path)
     """Return the commands that usually follow a run, except those that need a configuration that was not saved.
 
     Args:
-        trainer: The Trainer, which has the callback that saves the configuration if the command line started the run.
+        trainer: The Trainer; if the command line started the run, it has the callback that saves the configuration.
         module: The module that was trained.
         export: The folder of the exported model or adapter.
     """

@@ -57,7 +57,7 @@ class RoleSources:
         adapter: The options of the adapters of the actor and the critic; None to train whole models.
         rewards: The rewards that are reward models.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
-        copies: The names of further new adapters with the same options, which are not trained.
+        copies: The names of further new, untrained adapters with the same options.
     """
 
     actor: ModelSource

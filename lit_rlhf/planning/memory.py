@@ -130,7 +130,7 @@ def _rounding(setting: Setting, role: Role, used: bool) -> Rounding:
 
 
 def _decoding(setting: Setting) -> Iterator[Part]:
-    """Yield the memory that only decoding uses: gathered and copied weights, keys and values, logits or a prefill."""
+    """Yield the memory that only decoding uses: gathered or copied weights, the cache, logits or a prefill."""
     actor, gpu = setting.role("actor"), not setting.device.is_cpu
     yield Part("gathered weights", _gathered(setting, actor))
     yield Part("copies of weights", _copied_weights(setting, actor))
