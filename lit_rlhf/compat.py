@@ -362,9 +362,8 @@ def decoder_layer_names(model: PreTrainedModel) -> set[str]:
 def keep_4_bit_layout(layer: Any) -> None:
     """Keep the weight of a 4-bit layer in the layout for which bitsandbytes has a backward pass.
 
-    Sets ``support_avx512bf16_for_cpu`` to False. Otherwise, on a CPU with instructions for bfloat16, the first forward
-    pass in eval mode would repack the weight and round its scales to bfloat16, and no gradient would pass through the
-    layer from then on.
+    Sets ``support_avx512bf16_for_cpu`` to False. Otherwise, on a CPU with bfloat16 instructions, the first forward pass
+    in eval mode would repack the weight and round its scales to bfloat16, and no gradient would pass through it again.
     """
     layer.support_avx512bf16_for_cpu = False
 
