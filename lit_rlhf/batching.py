@@ -1,78 +1,106 @@
 """Functions that cut batches into minibatches and micro-batches, and divide rows among processes or gather them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.progress import track
-from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, Rollout
+from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, Rollout, shared_beginnings
 
 Outputs = TypeVar("Outputs", bound=tuple[Tensor | None, ...])
 
 
-def pack(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[Tensor]:
-    """Group items of similar length so that a group's padded size, rows × longest length, is at most ``max_tokens``.
+class Item(NamedTuple):
+    """Rows of a batch that belong together, such as those with the responses to one prompt."""
+
+    rows: list[int]
+    tokens: int  # in all rows, their common beginning counted once
+    longest: int  # the number of tokens in the longest row
+
+
+def pack(items: Sequence[Item], max_tokens: int, padded: bool) -> list[Tensor]:
+    """Divide items among micro-batches of at most ``max_tokens`` tokens.
 
     Args:
-        lengths: [B] int64, the number of tokens in the longest row of each item.
-        max_tokens: The largest padded size of a group; an item that is larger becomes a group of its own.
-        rows: [B] int64, the number of rows in each item; None if every item is one row.
+        items: The items.
+        max_tokens: The maximum number of tokens in a micro-batch; a larger item becomes a micro-batch by itself.
+        padded: Whether the model processes padding and every row alone, so that the number of tokens is the number of
+            rows × that of tokens in the longest one. The micro-batches then have rows of similar length.
 
     Returns:
-        One tensor of item indices for each group; every index from 0 to B − 1 occurs once.
+        The rows of each micro-batch, [b] int64 each; rows of an item follow one another.
 
-    >>> pack(torch.tensor([5, 1, 4, 2]), max_tokens=8)
-    [tensor([0]), tensor([2, 3]), tensor([1])]
+    >>> items = [Item([0, 1], tokens=5, longest=4), Item([2], tokens=1, longest=1), Item([3], tokens=2, longest=2)]
+    >>> pack(items, max_tokens=8, padded=False), pack(items, max_tokens=8, padded=True)
+    ([tensor([0, 1, 3, 2])], [tensor([0, 1]), tensor([3, 2])])
     """
     groups: list[list[int]] = []
-    longest = size = 0
-    for item in torch.argsort(lengths, descending=True, stable=True).tolist():
-        count = 1 if rows is None else int(rows[item])
-        if groups and longest * (size + count) <= max_tokens:
-            groups[-1].append(item)
-            size += count
+    room = longest = 0
+    for item in sorted(items, key=lambda item: -(item.longest if padded else item.tokens)):
+        size = longest * len(item.rows) if padded else item.tokens
+        if groups and size <= room:
+            groups[-1] += item.rows
+            room -= size
         else:
-            groups.append([item])
-            longest, size = int(lengths[item]), count
+            longest = item.longest
+            groups.append(list(item.rows))
+            room = max_tokens - (longest * len(item.rows) if padded else item.tokens)
     return [torch.tensor(group) for group in groups]
 
 
-def balance(lengths: Tensor, max_tokens: int, world_size: int) -> list[list[Tensor]]:
-    """Distribute items over processes, so that all get equally many groups and about the same number of tokens.
-
-    The longest remaining item always goes to the process with the fewest tokens (greedy number partitioning; Graham
-    1969). Then `pack` groups the items of each process. If a process has fewer groups than another, its groups are
-    halved, or empty groups are added, until it has as many.
+def items_of(tokens: Tensor, lengths: Tensor, group: Tensor, max_tokens: int, padded: bool) -> list[Item]:
+    """Return the rows of each group as an item, or as several if they have more than ``max_tokens`` tokens together.
 
     Args:
-        lengths: [B] int64, the number of tokens in each item, which is one row.
-        max_tokens: The largest padded size of a group; an item that is larger becomes a group of its own.
+        tokens: Token ids, [B, S] int64, right-padded.
+        lengths: The number of tokens in each row, [B] int64.
+        group: The group of each row, [B] int64, such as the prompt that it answers.
+        max_tokens: The maximum number of tokens in an item of several rows, their common beginning counted once.
+        padded: Whether the model processes every row alone; each row is then an item.
+    """
+    order = group.argsort(stable=True)
+    shared = shared_beginnings(tokens[order], lengths[order], group[order])
+    items: list[Item] = []
+    for row, length, beginning in torch.stack([order, lengths[order], shared], 1).tolist():
+        if beginning and not padded and items[-1].tokens + length - beginning <= max_tokens:
+            rows, size, longest = items[-1]
+            items[-1] = Item([*rows, row], size + length - beginning, max(longest, length))
+        else:
+            items.append(Item([row], length, length))
+    return items
+
+
+def balance(items: Sequence[Item], max_tokens: int, world_size: int, padded: bool) -> list[list[Tensor]]:
+    """Distribute items over processes, so that all get equally many micro-batches and about the same number of tokens.
+
+    The largest remaining item always goes to the process with the fewest tokens (greedy number partitioning; Graham
+    1969). Then `pack` makes the micro-batches of each process. If a process has fewer than another, its micro-batches
+    are halved, or empty ones are added, until it has as many.
+
+    Args:
+        items: The items.
+        max_tokens: As for `pack`.
         world_size: The number of processes.
+        padded: As for `pack`.
 
     Returns:
-        For each process, the item indices of each group; some groups are empty if there are too few items.
+        For each process, the rows of each micro-batch; some micro-batches are empty if there are too few items.
 
-    >>> balance(torch.tensor([5, 1, 4, 2]), max_tokens=8, world_size=2)
+    >>> balance([Item([row], size, size) for row, size in enumerate([5, 1, 4, 2])], 8, world_size=2, padded=True)
     [[tensor([0]), tensor([1])], [tensor([2]), tensor([3])]]
     """
-    items: list[list[int]] = [[] for _ in range(world_size)]
-    tokens = [0] * world_size
-    for item in torch.argsort(lengths, descending=True, stable=True).tolist():
-        rank = tokens.index(min(tokens))
-        items[rank].append(item)
-        tokens[rank] += int(lengths[item])
-    groups_by_rank = []
-    for indices in items:
-        rows = torch.tensor(indices, dtype=torch.long)
-        groups_by_rank.append([rows[group] for group in pack(lengths[rows], max_tokens)])
-    count = max(len(groups) for groups in groups_by_rank)
-    for groups in groups_by_rank:
+    parts: list[list[Item]] = [[] for _ in range(world_size)]
+    for item in sorted(items, key=lambda item: -item.tokens):
+        min(parts, key=lambda part: sum(item.tokens for item in part)).append(item)
+    by_rank = [pack(part, max_tokens, padded) for part in parts]
+    count = max(len(groups) for groups in by_rank)
+    for groups in by_rank:
         _split_until(groups, count)
-    return groups_by_rank
+    return by_rank
 
 
 def _split_until(groups: list[Tensor], count: int) -> None:
@@ -93,8 +121,8 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
     Args:
         experience: The rows of all processes, the same on every process.
         count: The number of minibatches, each for one optimizer step; their sizes differ by one row at most.
-        generator: The CPU generator that shuffles the rows, the only source of randomness here; None to keep the order
-            of the rows, so that each minibatch has consecutive rows.
+        generator: The CPU generator that shuffles the prompts, the only source of randomness here: the responses to a
+            prompt stay together. None to keep the order of the rows, so that each minibatch has consecutive rows.
 
     Raises:
         UserError: if there are fewer rows than ``count``, the value of the option ``model.update.minibatches``.
@@ -102,20 +130,26 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
     rows_in_all = len(experience.advantages)
     if count > rows_in_all:
         raise UserError(f"model.update.minibatches is {count}, but an iteration has only {rows_in_all} responses")
-    order = torch.arange(rows_in_all) if generator is None else torch.randperm(rows_in_all, generator=generator)
+    order = torch.arange(rows_in_all)
+    if generator is not None:
+        prompts, prompt = experience.rollout.group.cpu().unique(return_inverse=True)
+        order = torch.randperm(len(prompts), generator=generator).argsort()[prompt].argsort(stable=True)
     for rows in order.tensor_split(count):
         yield experience.select(rows.to(experience.advantages.device))
 
 
-def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, world_size: int = 1) -> list[Experience]:
-    """Return this process's share of the rows, cut into micro-batches of rows of similar length.
+def micro_batches(
+    experience: Experience, max_tokens: int, *, padded: bool, rank: int = 0, world_size: int = 1
+) -> list[Experience]:
+    """Return this process's share of the rows, cut into micro-batches.
 
-    Every process gets the same number of micro-batches.
+    Every process gets the same number of micro-batches. The responses to a prompt stay together, unless they are too
+    many for a micro-batch or for half the share of a process.
 
     Args:
         experience: The rows of all processes, the same on every process.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
-            micro-batch by itself.
+        max_tokens: As for `pack`.
+        padded: As for `pack`.
         rank: The rank of this process.
         world_size: The number of processes.
 
@@ -123,11 +157,17 @@ def micro_batches(experience: Experience, max_tokens: int, *, rank: int = 0, wor
         The micro-batches. A micro-batch whose ``rollout.response_mask`` is False everywhere only keeps this process in
         step with the others.
     """
-    lengths, device = experience.rollout.lengths.cpu(), experience.advantages.device
-    shortest = lengths.argmin()[None]
+    rollout, device = experience.rollout, experience.advantages.device
+    tokens, lengths, group = rollout.tokens.cpu(), rollout.lengths.cpu(), rollout.group.cpu()
+    items, shortest = items_of(tokens, lengths, group, max_tokens, padded), lengths.argmin()[None]
+    if world_size > 1:
+        share = sum(item.tokens for item in items) // (2 * world_size)
+        items = items_of(tokens, lengths, group, min(max_tokens, share), padded)
     return [
-        experience.select(rows.to(device)) if len(rows) else _uncounted(experience.select(shortest.to(device)))
-        for rows in balance(lengths, max_tokens, world_size)[rank]
+        experience.select(rows[group[rows].argsort(stable=True)].to(device))
+        if len(rows)
+        else _uncounted(experience.select(shortest.to(device)))
+        for rows in balance(items, max_tokens, world_size, padded)[rank]
     ]
 
 
@@ -136,38 +176,43 @@ def _uncounted(experience: Experience) -> Experience:
     return replace(experience, rollout=replace(rollout, response_mask=torch.zeros_like(rollout.response_mask)))
 
 
-def preference_micro_batches(batch: PreferenceBatch, max_tokens: int) -> list[PreferenceBatch]:
-    """Cut a batch into micro-batches of rankings of similar length; the responses of a ranking stay together.
+def preference_micro_batches(batch: PreferenceBatch, max_tokens: int, padded: bool) -> list[PreferenceBatch]:
+    """Cut a batch into micro-batches of rankings; the responses of a ranking stay together.
 
     Args:
         batch: The rankings.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding; a larger ranking becomes a
-            micro-batch by itself.
+        max_tokens: As for `pack`.
+        padded: As for `pack`.
     """
-    longest = batch.by_ranking(batch.lengths).amax(1).cpu()
-    groups = pack(longest, max_tokens, batch.mask.sum(1).cpu())
+    own, longest = batch.by_ranking(batch.lengths - batch.shared).sum(1), batch.by_ranking(batch.lengths).amax(1)
+    counts, own, longest = torch.stack([batch.mask.sum(1), own, longest]).long().cpu()
+    ranking, row = torch.repeat_interleave(counts), torch.arange(len(batch.lengths))
+    of_rankings = zip(row.split(counts.tolist()), own.tolist(), longest.tolist(), strict=True)
+    items = [Item(rows.tolist(), tokens, most) for rows, tokens, most in of_rankings]
+    groups = [ranking[rows].unique_consecutive() for rows in pack(items, max_tokens, padded)]
     return [batch.select(group.to(batch.tokens.device)) for group in groups]
 
 
-def demonstration_micro_batches(batch: DemonstrationBatch, max_tokens: int) -> list[DemonstrationBatch]:
-    """Cut a batch into micro-batches of rows of similar length; each micro-batch keeps its rows in the batch's order.
+def demonstration_micro_batches(batch: DemonstrationBatch, max_tokens: int, padded: bool) -> list[DemonstrationBatch]:
+    """Cut a batch into micro-batches; each micro-batch keeps its rows in the batch's order.
 
     Args:
         batch: The rows.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
-            micro-batch by itself.
+        max_tokens: As for `pack`.
+        padded: As for `pack`.
     """
-    groups = pack(batch.lengths.cpu(), max_tokens)
+    items = [Item([row], length, length) for row, length in enumerate(batch.lengths.tolist())]
+    groups = pack(items, max_tokens, padded)
     return [batch.select(group.sort().values.to(batch.tokens.device)) for group in groups]
 
 
-def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout], Outputs]) -> Outputs:
-    """Apply a function to a rollout in micro-batches of rows of similar length; return the results in row order.
+def by_micro_batch(rollout: Rollout, max_tokens: int, padded: bool, compute: Callable[[Rollout], Outputs]) -> Outputs:
+    """Apply a function to a rollout in micro-batches, and return the results in the order of the rows.
 
     Args:
         rollout: The rollout, of B rows.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding; a longer row becomes a
-            micro-batch by itself.
+        max_tokens: As for `pack`.
+        padded: As for `pack`.
         compute: A function of a rollout of b rows. It returns a named tuple whose fields are [b, t] or [b] tensors or
             None, where t is the length of the longest response in these rows.
 
@@ -176,7 +221,8 @@ def by_micro_batch(rollout: Rollout, max_tokens: int, compute: Callable[[Rollout
         float32 tensors, padded with 0 on the right, or None.
     """
     results: list[Tensor | None] = []
-    for indices in track(pack(rollout.lengths.cpu(), max_tokens), "judge", "micro-batches"):
+    texts = rollout.tokens.cpu(), rollout.lengths.cpu(), rollout.group.cpu()
+    for indices in track(pack(items_of(*texts, max_tokens, padded), max_tokens, padded), "judge", "micro-batches"):
         rows = indices.to(rollout.tokens.device)
         outputs = compute(rollout.select(rows))
         if not results:

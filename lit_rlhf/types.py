@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Conversation: TypeAlias = list[dict[str, str]]
 """A list of messages, oldest first: ``[{"role": "user", "content": "…"}, …]``."""
@@ -76,7 +77,7 @@ class DemonstrationBatch:
 class PreferenceBatch:
     """A batch of B rankings, each of at most K responses to one prompt, with N responses in all; a pair has K = 2."""
 
-    tokens: Tensor  # [N, S] int64, the responses of all rankings: prompt, then response, right-padded
+    tokens: Tensor  # [N, S] int64, the responses of all rankings, in their order: prompt, then response, right-padded
     prompt_lengths: Tensor  # [N] int64
     lengths: Tensor  # [N] int64, tokens of prompt and response
     ranking: Tensor  # [B, K] int64, rows of ``tokens``, best first; 0 where the ranking has fewer than K responses
@@ -89,6 +90,11 @@ class PreferenceBatch:
     def response_tokens_mask(self) -> Tensor:
         """A bool mask [N, S] that is True at the tokens of the responses."""
         return _response_tokens_mask(self.tokens, self.prompt_lengths, self.lengths)
+
+    @property
+    def shared(self) -> Tensor:
+        """The number of leading tokens that each response with its prompt shares with the one before, [N] int64."""
+        return shared_beginnings(self.tokens, self.lengths, self.mask.nonzero()[:, 0])
 
     def to(self, device: torch.device) -> "PreferenceBatch":
         """Return the batch with its tensors on ``device``; Lightning calls this method."""
@@ -156,6 +162,13 @@ class Rollout:
     def response_tokens_mask(self) -> Tensor:
         """A bool mask [B, S] that is True at the tokens of the responses; ``response_mask`` marks them in [B, T]."""
         return _response_tokens_mask(self.tokens, self.prompt_lengths, self.lengths)
+
+    @property
+    def shared(self) -> Tensor:
+        """The number of leading tokens that each row shares with the row before it, [B] int64; see the function
+        `shared_beginnings`.
+        """
+        return shared_beginnings(self.tokens, self.lengths, self.group)
 
     def at_responses(self, x: Tensor) -> Tensor:
         """Return ``x`` [B, S] at the response tokens, as [B, T]; elements outside ``response_mask`` are undefined."""
@@ -284,6 +297,28 @@ class Experience:
         others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollout"}
         cut: dict[str, Any] = {k: None if v is None else v[rows][:, :time] for k, v in others.items()}
         return Experience(rollout=rollout, **cut)
+
+
+def shared_beginnings(tokens: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
+    """Return how many leading tokens each text shares with the text before it, [B] int64.
+
+    All texts of a group share their longest common beginning; a text that follows one of another group shares nothing.
+
+    Args:
+        tokens: Token ids, [B, S] int64, right-padded.
+        lengths: The number of tokens in each text, [B] int64.
+        group: The group of each text, [B] int64; the texts of a group follow one another.
+
+    >>> tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [5, 6, 7, 0], [5, 6, 7, 8]])
+    >>> shared_beginnings(tokens, torch.tensor([4, 3, 3, 4]), group=torch.tensor([0, 0, 0, 1]))
+    tensor([0, 2, 2, 0])
+    """
+    follows = pad(group[1:] == group[:-1], (1, 0))  # with False
+    alike = pad((tokens[1:] == tokens[:-1]).long().cumprod(1).sum(1), (1, 0))
+    alike = torch.minimum(alike, torch.minimum(lengths, lengths.roll(1))).masked_fill(~follows, tokens.shape[1])
+    number = (~follows).cumsum(0) - 1  # of each text's group
+    least = torch.full_like(alike, tokens.shape[1]).scatter_reduce(0, number, alike, "amin")
+    return torch.where(follows, least[number], 0)
 
 
 def check_shapes(**tensors: Tensor | None) -> None:

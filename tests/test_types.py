@@ -1,10 +1,11 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from lit_rlhf import batching
-from lit_rlhf.batching import demonstration_micro_batches, pack, preference_micro_batches
+from lit_rlhf.batching import Item, demonstration_micro_batches, pack, preference_micro_batches
 from lit_rlhf.types import DemonstrationBatch, Experience, PreferenceBatch, PromptBatch, Rollout
 
 PROMPTS = [2, 4, 1, 3]
@@ -45,9 +46,14 @@ def rows_of(experience):
     return experience.advantages[:, 0].long().tolist()
 
 
-def minibatches(experience, count, max_tokens, seed=0):
+def minibatches(experience, count, max_tokens, seed=0, padded=True):
     cut = batching.minibatches(experience, count, torch.Generator().manual_seed(seed))
-    return [batching.micro_batches(minibatch, max_tokens) for minibatch in cut]
+    return [batching.micro_batches(minibatch, max_tokens, padded=padded) for minibatch in cut]
+
+
+def size_of(tokens, lengths, shared, padded):
+    """Return the number of tokens that a model computes."""
+    return tokens.numel() if padded else int((lengths - shared).sum())
 
 
 def test_positions_of_a_rollout():
@@ -83,9 +89,10 @@ def test_select_cuts_to_the_longest():
 
 @pytest.mark.parametrize("with_values", [True, False])
 @pytest.mark.parametrize(("count", "max_tokens"), [(1, 10**6), (4, 40), (5, 1), (13, 20)])
-def test_minibatches_hold_every_row_once(count, max_tokens, with_values):
+@pytest.mark.parametrize("padded", [True, False])
+def test_minibatches_hold_every_row_once(count, max_tokens, with_values, padded):
     experience = make_experience(count, with_values=with_values)
-    cut = minibatches(experience, count, max_tokens)
+    cut = minibatches(experience, count, max_tokens, padded=padded)
     assert len(cut) == count
     sizes = [sum(len(micro_batch.advantages) for micro_batch in minibatch) for minibatch in cut]
     assert max(sizes) - min(sizes) <= 1
@@ -93,7 +100,8 @@ def test_minibatches_hold_every_row_once(count, max_tokens, with_values):
     assert sorted(row for micro_batch in micro_batches for row in rows_of(micro_batch)) == list(range(13))
     for micro_batch in micro_batches:
         rollout = micro_batch.rollout
-        assert rollout.tokens.numel() <= max_tokens or len(rollout.tokens) == 1
+        size = size_of(rollout.tokens, rollout.lengths, rollout.shared, padded)
+        assert size <= max_tokens or len(rollout.tokens) == 1
         assert rollout.tokens.shape[1] == rollout.lengths.max()
         assert rollout.response_mask.shape[1] == rollout.response_lengths.max()
         whole = experience.rollout.select(torch.tensor(rows_of(micro_batch)))
@@ -132,43 +140,120 @@ def test_minibatches_are_shuffled():
     assert ((frequencies > 0.4) & (frequencies < 0.6)).all()
 
 
-@pytest.mark.parametrize("max_tokens", [1, 10, 37, 1000])
-@pytest.mark.parametrize("seed", range(3))
-def test_pack(seed, max_tokens):
-    lengths = torch.randint(1, 30, (25,), generator=torch.Generator().manual_seed(seed))
-    groups = pack(lengths, max_tokens)
-    assert sorted(torch.cat(groups).tolist()) == list(range(25))
-    for group in groups:
-        assert len(group) * lengths[group].max() <= max_tokens or len(group) == 1
-    for longer, shorter in pairwise(groups):  # groups have similar lengths, and none was closed too early
-        assert lengths[longer].min() >= lengths[shorter].max()
-        assert (len(longer) + 1) * lengths[longer].max() > max_tokens
+def make_items(lengths, rows=None):
+    """Return items whose rows are numbered in order, have the given length, and share half of it, rounded down."""
+    rows = [1] * len(lengths) if rows is None else rows
+    numbers = torch.arange(sum(rows)).split(rows)
+    return [
+        Item(own.tolist(), tokens=length * count - (count - 1) * (length // 2), longest=length)
+        for own, length, count in zip(numbers, lengths, rows, strict=True)
+    ]
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("max_tokens", [1, 40, 150, 1000])
 @pytest.mark.parametrize("seed", range(3))
-def test_pack_items_of_several_rows(seed, max_tokens):
+def test_pack(seed, max_tokens, padded):
     g = torch.Generator().manual_seed(seed)
-    lengths, rows = torch.randint(1, 30, (25,), generator=g), torch.randint(1, 6, (25,), generator=g)
-    groups = pack(lengths, max_tokens, rows)
-    assert sorted(torch.cat(groups).tolist()) == list(range(25))
-    for group in groups:
-        assert rows[group].sum() * lengths[group].max() <= max_tokens or len(group) == 1
-    for longer, shorter in pairwise(groups):
-        assert lengths[longer].min() >= lengths[shorter].max()
-        assert (rows[longer].sum() + rows[shorter[0]]) * lengths[longer].max() > max_tokens
-    ones = pack(lengths, max_tokens, torch.ones(25, dtype=torch.long))
-    assert [group.tolist() for group in ones] == [group.tolist() for group in pack(lengths, max_tokens)]
+    items = make_items(
+        torch.randint(1, 30, (25,), generator=g).tolist(), torch.randint(1, 6, (25,), generator=g).tolist()
+    )
+    of_row = {row: number for number, item in enumerate(items) for row in item.rows}
+    packed = [
+        list(dict.fromkeys(of_row[row] for row in rows))
+        for rows in (r.tolist() for r in pack(items, max_tokens, padded))
+    ]
+    assert sorted(number for group in packed for number in group) == list(range(25))
 
+    def size(group):
+        rows, longest = sum(len(items[i].rows) for i in group), max(items[i].longest for i in group)
+        return rows * longest if padded else sum(items[i].tokens for i in group)
 
-def test_pack_items_of_several_rows_by_hand():
-    groups = pack(torch.tensor([2, 9, 3, 2, 1]), max_tokens=12, rows=torch.tensor([2, 2, 2, 1, 9]))
-    assert [group.tolist() for group in groups] == [[1], [2, 0], [3], [4]]
+    assert all(size(group) <= max_tokens or len(group) == 1 for group in packed)
+    for larger, smaller in pairwise(packed):  # groups have similar items, and none was closed too early
+        key = (lambda i: items[i].longest) if padded else (lambda i: items[i].tokens)
+        assert min(map(key, larger)) >= max(map(key, smaller))
+        assert size([*larger, smaller[0]]) > max_tokens
 
 
 def test_pack_by_hand():
-    groups = pack(torch.tensor([2, 9, 3, 2, 1]), max_tokens=6)
-    assert [group.tolist() for group in groups] == [[1], [2, 0], [3, 4]]
+    found = pack(make_items([2, 9, 3, 2, 1], rows=[2, 2, 2, 1, 9]), max_tokens=12, padded=True)
+    assert [rows.tolist() for rows in found] == [[2, 3], [4, 5, 0, 1], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
+    found = pack(make_items([2, 9, 3, 2, 1], rows=[2, 2, 2, 1, 9]), max_tokens=15, padded=False)  # 3, 14, 5, 2, 9
+    assert [rows.tolist() for rows in found] == [[2, 3], [7, 8, 9, 10, 11, 12, 13, 14, 15, 4, 5], [0, 1, 6]]
+    found = pack(make_items([2, 9, 3, 2, 1]), max_tokens=6, padded=True)
+    assert [rows.tolist() for rows in found] == [[1], [2, 0], [3, 4]]
+
+
+def make_groups(prompts, responses, seed=0):
+    """Return experience of several responses to each prompt, whose rows are numbered in the order of the prompts."""
+    experience = make_experience(seed, rows=prompts * responses)
+    rollout, group = experience.rollout, torch.arange(prompts).repeat_interleave(responses)
+    starts = torch.where(torch.arange(rollout.tokens.shape[1]) < rollout.prompt_lengths[:, None], 1, rollout.tokens)
+    prompt_lengths = torch.full_like(rollout.prompt_lengths, int(rollout.prompt_lengths.min()))
+    lengths = rollout.lengths - prompt_lengths
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    numbers = torch.arange(len(group))[:, None].expand(mask.shape).float()
+    rollout = replace(
+        rollout, tokens=starts, prompt_lengths=prompt_lengths, response_lengths=lengths, group=group,
+        response_mask=mask, rollout_logprobs=numbers, rollout_entropy=numbers,
+    )  # fmt: skip
+    return Experience(rollout=rollout, values=None, **dict.fromkeys(NUMBERS, numbers))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [12, 10**6])
+def test_responses_to_a_prompt_stay_together(max_tokens, world_size):
+    experience = make_groups(prompts=6, responses=4)
+    ranks = [
+        batching.micro_batches(experience, max_tokens, padded=False, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert len({len(micro_batches) for micro_batches in ranks}) == 1
+    rows = [
+        row
+        for micro_batches in ranks
+        for micro_batch in micro_batches
+        if micro_batch.rollout.response_mask.any()
+        for row in rows_of(micro_batch)
+    ]
+    assert sorted(rows) == list(range(24))
+    for micro_batch in (micro_batch for micro_batches in ranks for micro_batch in micro_batches):
+        group = micro_batch.rollout.group
+        assert len(group.unique_consecutive()) == len(group.unique())
+        size = size_of(None, micro_batch.rollout.lengths, micro_batch.rollout.shared, padded=False)
+        assert size <= max_tokens or len(group) == 1
+    tokens = [sum(int((m.rollout.lengths - m.rollout.shared).sum()) for m in rank) for rank in ranks]
+    assert max(tokens) <= 1.5 * min(tokens)
+    if max_tokens == 10**6 and world_size == 1:
+        assert len(ranks[0]) == 1
+        assert (ranks[0][0].rollout.shared > 0).sum() == 18
+
+
+def test_a_group_with_more_tokens_than_a_micro_batch_is_divided():
+    rollout = make_groups(prompts=1, responses=6).rollout
+    items = batching.items_of(rollout.tokens, rollout.lengths, rollout.group, 20, padded=False)
+    assert len(items) > 1
+    assert [row for item in items for row in item.rows] == list(range(6))
+    assert all(item.tokens <= 20 or len(item.rows) == 1 for item in items)
+    alone = batching.items_of(rollout.tokens, rollout.lengths, rollout.group, 20, padded=True)
+    assert [item.rows for item in alone] == [[row] for row in range(6)]
+
+
+def test_minibatches_keep_the_responses_to_a_prompt_together():
+    experience = make_groups(prompts=6, responses=4)
+    cut = list(batching.minibatches(experience, 3, torch.Generator().manual_seed(0)))
+    assert [len(minibatch.rollout.group.unique()) for minibatch in cut] == [2, 2, 2]
+    prompts = [int(prompt) for minibatch in cut for prompt in minibatch.rollout.group.unique_consecutive()]
+    assert sorted(prompts) == list(range(6))
+    assert prompts != list(range(6))
+    one_each = make_experience(0)
+    order = [
+        row
+        for minibatch in batching.minibatches(one_each, 1, torch.Generator().manual_seed(3))
+        for row in rows_of(minibatch)
+    ]
+    assert order == torch.randperm(13, generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def test_prompt_batch_moves():
@@ -248,14 +333,17 @@ def test_select_preferences(with_margin):
 @pytest.mark.parametrize("max_tokens", [1, 60, 150, 10**6])
 @pytest.mark.parametrize("counts", [[2] * 11, [2, 5, 3, 2, 4, 2, 3, 3, 2]])
 @pytest.mark.parametrize("seed", range(2))
-def test_micro_batches_of_preferences_hold_every_ranking_once(counts, max_tokens, seed):
+@pytest.mark.parametrize("padded", [True, False])
+def test_micro_batches_of_preferences_hold_every_ranking_once(counts, max_tokens, seed, padded):
     batch = make_preferences(counts, seed)
-    micro_batches = preference_micro_batches(batch, max_tokens)
+    batch.tokens[:, :2] = batch.tokens[:, :2] % 100  # every text begins alike
+    micro_batches = preference_micro_batches(batch, max_tokens, padded)
     assert sum(len(micro_batch.mask) for micro_batch in micro_batches) == len(counts)
     merged = {number: rows for micro_batch in micro_batches for number, rows in rankings_of(micro_batch).items()}
     assert merged == rankings_of(batch)
     for micro_batch in micro_batches:
-        assert micro_batch.tokens.numel() <= max_tokens or len(micro_batch.mask) == 1
+        size = size_of(micro_batch.tokens, micro_batch.lengths, micro_batch.shared, padded)
+        assert size <= max_tokens or len(micro_batch.mask) == 1
         assert micro_batch.tokens.shape[1] == micro_batch.lengths.max()
         assert micro_batch.mask.shape[1] == micro_batch.mask.sum(1).max()
         assert len(micro_batch.tokens) == micro_batch.mask.sum()
@@ -278,8 +366,8 @@ def test_demonstrations_keep_their_order_and_are_cut_after_the_last_trained_toke
     mask = torch.arange(5) == ends[:, None] - 1
     batch = DemonstrationBatch(tokens=tokens, mask=mask, positions=tokens % 5)
     assert batch.lengths.tolist() == ends.tolist()
-    (whole,) = demonstration_micro_batches(batch, 16)
+    (whole,) = demonstration_micro_batches(batch, 16, padded=True)
     assert torch.equal(whole.tokens, tokens[:, :4])
-    first, second = demonstration_micro_batches(batch, 8)
+    first, second = demonstration_micro_batches(batch, 8, padded=True)
     assert (first.tokens.tolist(), first.positions.tolist()) == ([[5, 6, 7, 8], [15, 16, 17, 18]], [[0, 1, 2, 3]] * 2)
     assert (second.tokens.tolist(), second.mask.tolist()) == ([[0, 1], [10, 11]], [[False, True], [True, False]])

@@ -10,8 +10,8 @@ from transformers import Cache, PreTrainedModel
 from lit_rlhf.algorithms.kl import full_kl
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import AdapterView, adapter_parameters, whole_model
-from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
+from lit_rlhf.models.unpadded import HiddenStates, last_hidden_state, shares_beginnings
 from lit_rlhf.models.weights import with_weights
 
 
@@ -56,7 +56,7 @@ class Actor(nn.Module):
     >>> with TemporaryDirectory() as folder:
     ...     actor = Actor(load_model(str(make_tiny_model(Path(folder)))), temperature=0.7)
     >>> tokens, mask = torch.tensor([[2, 6, 7]]), torch.tensor([[False, False, True]])
-    >>> logits = actor.logits(actor.hidden(tokens, torch.ones_like(mask)))[0, 1] / 0.7
+    >>> logits = actor.logits(actor.hidden(tokens, torch.ones_like(mask)).states)[1] / 0.7
     >>> bool(torch.isclose(actor(tokens, mask).logprobs[0, 2], logits.log_softmax(-1)[7], atol=1e-5))
     True
     """
@@ -78,12 +78,18 @@ class Actor(nn.Module):
         if isinstance(model, PreTrainedModel):
             _check_head(model)
 
+    @property
+    def pads(self) -> bool:
+        """Whether the model processes padding, and each beginning that several texts share for every one of them."""
+        return not shares_beginnings(self.model.base_model)
+
     def forward(
         self,
         tokens: Tensor,
         response_tokens_mask: Tensor,
         other: "Actor | None" = None,
         positions: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> TokenStats:
         """Compute the log-probabilities and entropies of the response tokens.
 
@@ -96,15 +102,16 @@ class Actor(nn.Module):
                 matrix.
             positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text; None if
                 each row is one text.
+            shared: As in `last_hidden_state`.
 
         Returns:
             Log-probabilities and entropies, values if there is a value head, and the full KL if ``other`` is given.
         """
         context = response_tokens_mask.flip(1).cummax(1).values.flip(1)  # True up to the last scored token of a row
         context[:, 0] = True
-        hidden = last_hidden_state(self.model.base_model, tokens, context, positions)
+        hidden = self.hidden(tokens, context, positions, shared)
         target_mask = response_tokens_mask[:, 1:]
-        states, targets, kl = hidden[:, :-1][target_mask], tokens[:, 1:][target_mask], None
+        states, targets, kl = hidden.before(target_mask), tokens[:, 1:][target_mask], None
         if other is None:
             rows = chunk_rows(self.model.config.vocab_size, tokens.device)
             head = self.model.get_output_embeddings()
@@ -112,11 +119,13 @@ class Actor(nn.Module):
             logprobs, entropy = logprobs_and_entropy(self._scaled_logits, weights, states, targets, rows)
         else:
             with torch.no_grad():
-                other_hidden = hidden.detach() if other is self else other.hidden(tokens, context, positions)
-            logprobs, entropy, kl = self._compare(states, targets, other, other_hidden[:, :-1][target_mask])
+                other_hidden = hidden if other is self else other.hidden(tokens, context, positions, shared)
+                other_states = other_hidden.before(target_mask)
+            logprobs, entropy, kl = self._compare(states, targets, other, other_states)
         values = None
         if self.value_head is not None:
-            values = self.value_head(_scale_gradient(hidden, self.value_grad_scale)).squeeze(-1).float()
+            values = self.value_head(_scale_gradient(hidden.states, self.value_grad_scale)).squeeze(-1).float()
+            values = hidden.spread(values)
         return TokenStats(
             logprobs=_scatter(logprobs, response_tokens_mask),
             entropy=_scatter(entropy, response_tokens_mask),
@@ -124,9 +133,11 @@ class Actor(nn.Module):
             full_kl=None if kl is None else _scatter(kl, response_tokens_mask),
         )
 
-    def hidden(self, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return the trunk's last hidden state, [B, S, H]; the arguments are those of `last_hidden_state`."""
-        return last_hidden_state(self.model.base_model, tokens, real, positions)
+    def hidden(
+        self, tokens: Tensor, real: Tensor, positions: Tensor | None = None, shared: Tensor | None = None
+    ) -> HiddenStates:
+        """Return the trunk's last hidden states; the arguments are those of `last_hidden_state`."""
+        return last_hidden_state(self.model.base_model, tokens, real, positions, shared)
 
     def run_trunk(self, **inputs: Any) -> Any:
         """Return the trunk's output, with the selected adapters, for the other roles; the arguments are the trunk's."""

@@ -1,7 +1,8 @@
 """Attention without padding: the texts follow one another in a single row, and each attends only to itself.
 
-The trunk then processes real tokens only. The attention is registered with transformers' attention interface, which
-passes the texts' bounds under the argument names of flash attention (``cu_seq_lens_q``, …).
+A segment of the row may also continue another one, the beginning that several texts share (unpadded.py). The attention
+is registered with transformers' attention interface, which passes the bounds of the segments under the argument names
+of flash attention (``cu_seq_lens_q``, …).
 """
 
 import inspect
@@ -12,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from lit_rlhf.compat import attention_can_be_set, attention_of
-from lit_rlhf.models.weights import with_weights
 
 try:  # flash attention over texts of different lengths; its options differ between versions of torch
     from torch.nn.attention.varlen import varlen_attn
@@ -26,86 +24,6 @@ except ImportError:  # pragma: no cover
 
 UNPADDED = "lit_rlhf_unpadded"
 """The name under which this module's attention is registered with transformers."""
-
-
-def last_hidden_state(trunk: nn.Module, tokens: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return the trunk's last hidden state, [B, S, H]; it is undefined at padding.
-
-    Args:
-        trunk: A transformers decoder without its head.
-        tokens: Token ids, [B, S] int64.
-        real: Bool [B, S], True at the tokens to process, which come before all others in each row.
-        positions: The positions of the tokens, [B, S] int64, for packed rows: 0, 1, … within each text; the texts of a
-            row do not attend to each other. None if each row is one text.
-    """
-    if not is_unpadded(trunk):
-        return trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
-    places = (real.cumsum(1) - 1 if positions is None else positions)[real]
-    starts = (places == 0).nonzero().squeeze(1)
-    bounds = F.pad(starts, (0, 1), value=len(places)).int()
-    longest = int(bounds.diff().max())
-    hidden = trunk(
-        input_ids=tokens[real][None],
-        position_ids=places[None],
-        use_cache=False,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=longest,
-        max_length_k=longest,
-    ).last_hidden_state[0]
-    spread = torch.zeros(*tokens.shape, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
-    return spread.masked_scatter(real[..., None], hidden)
-
-
-def is_unpadded(trunk: nn.Module) -> bool:
-    """Return whether `last_hidden_state` skips padding for this trunk."""
-    config: Any = trunk.config
-    return attention_of(config) == UNPADDED or attention_of(config).startswith("flash_attention")
-
-
-def may_be_unpadded(model: PreTrainedModel) -> bool:
-    """Return whether a model's attention can be replaced.
-
-    Chunked attention cannot be replaced, because only the attention mask contains the bounds of the chunks of a text.
-    """
-    chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
-    return attention_can_be_set(model) and not chunked
-
-
-@torch.no_grad()
-def use_unpadded_attention(model: PreTrainedModel) -> None:
-    """Make a model use this module's attention if that leaves the model's output unchanged.
-
-    The output would change for models that add something to causal or sliding-window softmax attention (ALiBi, soft
-    caps, attention sinks), and for state-space models.
-    """
-    if not may_be_unpadded(model):
-        return
-    before = attention_of(model.config)
-    tried = with_weights(model)
-    model.set_attn_implementation(UNPADDED if keeps_texts_apart(tried, UNPADDED) else before)
-
-
-@torch.no_grad()
-def keeps_texts_apart(model: PreTrainedModel, attention: str | None = None) -> bool:
-    """Return whether a model computes the same hidden states for two texts in one row as for each text alone.
-
-    Args:
-        model: A causal language model or a sequence classifier.
-        attention: The name of the attention with which the model processes the packed row; the model keeps this
-            attention afterwards. None for the model's own attention.
-    """
-    tokens = torch.arange(7, device=model.device)[None] % model.config.vocab_size
-    places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=model.device)
-    try:
-        pieces = [model.base_model(input_ids=text, use_cache=False) for text in (tokens[:, :3], tokens[:, 3:])]
-        apart = torch.cat([piece.last_hidden_state for piece in pieces], 1)
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        together = last_hidden_state(model.base_model, tokens, torch.ones_like(tokens, dtype=torch.bool), places)
-    except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # not supported
-        return False
-    return torch.allclose(together.float(), apart.float(), rtol=1e-3, atol=1e-3)
 
 
 def _attend(
@@ -118,7 +36,10 @@ def _attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int = 0,
+    max_length_k: int = 0,
+    keys_of_texts: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention with the signature that transformers requires: query [B, heads, N, D] → [B, N, heads, D].
@@ -128,14 +49,15 @@ def _attend(
     """
     if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError
-    if cu_seq_lens_q is None:  # decoding: the mask also contains the sliding window
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:  # decoding: the mask also contains the sliding window
         if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # a single query is faster in float32
             with torch.autocast("cpu", enabled=False):
                 query, key, value = query.float(), key.float(), value.float()
                 return _attend_to_cache(module, query, key, value, attention_mask, scaling=scaling, **others)
         return _attend_to_cache(module, query, key, value, attention_mask, scaling=scaling, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _attend_within(query, key, value, scale, sliding_window, cu_seq_lens_q, max_length_q), None
+    bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+    return _attend_within(query, key, value, scale, sliding_window, bounds, longest, keys_of_texts), None
 
 
 def _attend_to_cache(
@@ -156,18 +78,59 @@ def _attend_to_cache(
 
 @torch.compiler.disable  # otherwise there would be a graph for every number of texts
 def _attend_within(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sliding_window: int | None, bounds: Tensor, longest: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    keys: Tensor | None,
 ) -> Tensor:
-    """Compute causal attention within each text of a row, [1, heads, N, D] → [1, N, heads, D]."""
+    """Compute causal attention within each segment of a row, and to the beginning that the segment continues, if any.
+
+    A segment that has more keys than queries continues the last segment before it that has not.
+
+    Args:
+        query: [1, heads, N, D].
+        key: [1, groups of heads, N, D].
+        value: [1, groups of heads, N, D].
+        scale: The factor of the products of queries and keys.
+        sliding_window: The number of tokens to which a token attends, itself included; None for all before it.
+        bounds: The bounds of the segments' queries and of their keys, [segments + 1] int32 each.
+        longest: The largest number of queries and the largest number of keys of a segment.
+        keys: The indices of the segments' keys in the row, [K] int64; None if no segment continues another one.
+
+    Returns:
+        [1, N, heads, D].
+    """
     if query.is_cuda and _has_varlen(query):
-        return _by_varlen(query, key, value, scale, sliding_window, bounds, longest)
+        return _by_varlen(query, key, value, scale, sliding_window, bounds, longest, keys)
     groups = query.shape[1] // key.shape[1]
-    lengths = bounds.diff().tolist()
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    lengths = bounds[0].diff().tolist()
+    before = [0] * len(lengths) if keys is None else (bounds[1].diff() - bounds[0].diff()).tolist()
     if query.device.type == "cpu" and _computes_in_half(query):
-        return _by_products(query[0] * scale, key[0], value[0], lengths, sliding_window).transpose(0, 1)[None]
-    texts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([_by_sdpa(q, k, v, scale, sliding_window) for q, k, v in texts], 2).transpose(1, 2)
+        return _by_products(query * scale, key, value, lengths, before, sliding_window).transpose(1, 2)
+    segments = zip(query.split(lengths, 2), _keys(key, lengths, before), _keys(value, lengths, before), strict=True)
+    return torch.cat([_by_sdpa(q, k, v, scale, sliding_window) for q, k, v in segments], 2).transpose(1, 2)
+
+
+def _keys(x: Tensor, lengths: list[int], before: list[int]) -> list[Tensor]:
+    """Return the keys or values of each segment, [1, heads, n, D], from those of the whole row, [1, heads, N, D].
+
+    Args:
+        x: The keys or values.
+        lengths: The number of tokens in each segment.
+        before: The number of keys of each segment that belong to the beginning that it continues.
+    """
+    segments, beginning = list(x.split(lengths, 2)), x[:, :, :0]
+    for number, count in enumerate(before):
+        if count:
+            segments[number] = torch.cat([beginning, segments[number]], 2)
+        else:
+            beginning = segments[number]
+    return segments
 
 
 def _has_varlen(query: Tensor) -> bool:
@@ -185,10 +148,23 @@ def _options_of(function: Callable[..., Any] | None) -> frozenset[str]:
 
 
 def _by_varlen(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, bounds: Tensor, longest: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    keys: Tensor | None,
 ) -> Tensor:
-    """Compute causal attention within each text by flash attention, [1, heads, N, D] → [1, N, heads, D]."""
+    """Compute the same as `_attend_within` by flash attention.
+
+    Flash attention aligns the last query of a segment with its last key, so that a window works in segments that
+    continue others, too.
+    """
     half, groups = _dtype(query), query.shape[1] // key.shape[1]
+    if keys is not None:
+        key, value = key.index_select(2, keys), value.index_select(2, keys)
     options: dict[str, Any] = {}
     if "enable_gqa" in _options_of(varlen_attn):
         options["enable_gqa"] = groups > 1
@@ -196,41 +172,47 @@ def _by_varlen(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     q, k, v = (x[0].transpose(0, 1).to(half).contiguous() for x in (query, key, value))
     sides = (-1 if window is None else window - 1, 0)
-    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides, **options)
+    out: Any = varlen_attn(q, k, v, *bounds, *longest, scale=scale, window_size=sides, **options)
     return out.unsqueeze(0)
 
 
 def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    length = query.shape[2]
-    if window is None or length <= window:
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys and (window is None or keys <= window):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    mask = _visible(length, window, query.device)
+    mask = _visible(queries, keys, window, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def _by_products(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    """Compute causal attention within each text by matrix products, from a query that is already scaled.
+def _by_products(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], before: list[int], window: int | None
+) -> Tensor:
+    """Compute causal attention within each segment by matrix products, from a query that is already scaled.
 
-    All tensors are [heads, N, D]. The function is for CPUs, where the backward pass of half-precision flash attention
-    is several times slower.
+    All tensors are [1, heads, N, D]; the other arguments are those of `_keys` and `_by_sdpa`. The function is for CPUs,
+    where the backward pass of half-precision flash attention is several times slower.
     """
-    half, longest = _dtype(query), max(lengths)
+    half, longest = _dtype(query), max(map(sum, zip(lengths, before, strict=True)))
     unseen = torch.zeros(longest, longest, dtype=half, device=query.device)
-    unseen.masked_fill_(~_visible(longest, window, query.device), -torch.inf)
+    unseen.masked_fill_(~_visible(longest, longest, window, query.device), -torch.inf)
     outputs = []
     with torch.autocast(query.device.type, enabled=False):
-        queries, keys, values = (x.to(half).split(lengths, 1) for x in (query, key, value))
-        for q, k, v in zip(queries, keys, values, strict=True):
-            hidden = unseen[: q.shape[1], : q.shape[1]].expand(len(q), -1, -1)
+        query, key, value = (x.to(half) for x in (query, key, value))
+        segments = zip(query.split(lengths, 2), _keys(key, lengths, before), _keys(value, lengths, before), strict=True)
+        for q, k, v in ((q[0], k[0], v[0]) for q, k, v in segments):
+            hidden = unseen[k.shape[1] - q.shape[1] : k.shape[1], : k.shape[1]].expand(len(q), -1, -1)
             outputs.append(torch.baddbmm(hidden, q, k.transpose(1, 2)).softmax(-1) @ v)
-    return torch.cat(outputs, 1)
+    return torch.cat(outputs, 1)[None]
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a bool mask [length, length], True where the token of the row attends to the token of the column."""
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place
-    return (distance >= 0) & (distance < (length if window is None else window))
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return a bool mask [queries, keys], True where the token of the row attends to the token of the column.
+
+    The queries are those of the last tokens.
+    """
+    place = torch.arange(keys, device=device)
+    distance = place[keys - queries :, None] - place
+    return (distance >= 0) & (distance < (keys if window is None else window))
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -22,8 +22,8 @@ from transformers import (
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_folders import base_of, find_adapter, merge_adapter, read_adapter
-from lit_rlhf.models.attention import use_unpadded_attention
 from lit_rlhf.models.quantization import Quantization, prepare_quantized, quantization_config
+from lit_rlhf.models.unpadded import use_unpadded_attention
 from lit_rlhf.models.weights import (
     current_unread_weights,
     local_folder,

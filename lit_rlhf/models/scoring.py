@@ -12,9 +12,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import new_value_head
 from lit_rlhf.models.adapter_folders import SavedAdapter, find_adapter, read_adapter
 from lit_rlhf.models.adapters import AdaptedTrunk, adapter_parameters
-from lit_rlhf.models.attention import last_hidden_state
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, read_config
 from lit_rlhf.models.quantization import check_whole
+from lit_rlhf.models.unpadded import last_hidden_state, shares_beginnings
 
 
 class ScalarModel(nn.Module):
@@ -46,12 +46,18 @@ class ScalarModel(nn.Module):
         self.head = head
         self.adapter = adapter
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    @property
+    def pads(self) -> bool:
+        """Whether the trunk processes padding, and each beginning that several texts share for every one of them."""
+        return not shares_beginnings(self.trunk)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
         """Compute the value or score after each token.
 
         Args:
             tokens: Token ids, [B, S] int64, right-padded.
             lengths: The number of tokens in each row, not counting padding, [B] int64; None if there is no padding.
+            shared: As in `last_hidden_state`.
 
         Returns:
             The values or scores, [B, S] float32; undefined at padding.
@@ -59,8 +65,8 @@ class ScalarModel(nn.Module):
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if lengths is not None:
             mask &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        hidden = last_hidden_state(self.trunk, tokens, mask)
-        return self.head(hidden).squeeze(-1).float().clone()  # not a view, because FSDP registers a hook on it
+        hidden = last_hidden_state(self.trunk, tokens, mask, shared=shared)
+        return hidden.spread(self.head(hidden.states).squeeze(-1).float())
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's own parameters by name: its adapter's and head's, or all if it has no adapter."""

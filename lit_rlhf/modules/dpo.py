@@ -14,7 +14,6 @@ from lit_rlhf.algorithms.kl import k1
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.preference_losses import PreferenceLoss
 from lit_rlhf.algorithms.preferences import implicit_reward
-from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.prompts import left_pad
 from lit_rlhf.errors import UserError
@@ -156,7 +155,7 @@ class DPO(PreferenceModule):
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """Return the score of each response, [N]: its implicit reward or, for `SimPO`, (β / |y|) log π(y|x)."""
-        logprobs = self.actor(batch.tokens, batch.response_tokens_mask).logprobs.sum(1)
+        logprobs = self.actor(batch.tokens, batch.response_tokens_mask, shared=batch.shared).logprobs.sum(1)
         if self.uses_reference:
             return implicit_reward(logprobs, self._reference_logprobs(batch), self.beta)
         return self.beta * logprobs / (batch.lengths - batch.prompt_lengths)
@@ -188,7 +187,7 @@ class DPO(PreferenceModule):
         return self._reference_forward(batch)
 
     def _reference_forward(self, batch: PreferenceBatch) -> Tensor:
-        return self.reference(batch.tokens, batch.response_tokens_mask).logprobs.sum(1)
+        return self.reference(batch.tokens, batch.response_tokens_mask, shared=batch.shared).logprobs.sum(1)
 
     @torch.no_grad()
     def on_train_start(self) -> None:
@@ -219,7 +218,7 @@ class DPO(PreferenceModule):
                 table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
                 if number % self.trainer.world_size != self.trainer.global_rank:
                     continue
-                for micro_batch in preference_micro_batches(batch.to(self.device), self.max_tokens):
+                for micro_batch in self.micro_batches(batch.to(self.device)):
                     logprobs = micro_batch.by_ranking(self._reference_forward(micro_batch))
                     table[micro_batch.number, : logprobs.shape[1]] = logprobs
         self._cached = self.sum_over_ranks(table)

@@ -55,7 +55,7 @@ def actor_outputs(actor: Actor, rollout: Rollout, max_tokens: int, other: Actor 
         other: The actor to which the KL over the vocabulary (the full KL) is computed; None to leave out this KL.
     """
     with unsharded(actor, other):
-        return by_micro_batch(rollout, max_tokens, partial(_actor_outputs, actor, other))
+        return by_micro_batch(rollout, max_tokens, actor.pads, partial(_actor_outputs, actor, other))
 
 
 @torch.no_grad()
@@ -69,14 +69,14 @@ def critic_values(critic: ScalarModel, rollout: Rollout, max_tokens: int) -> Sta
     """Compute the critic's values for a rollout; the other arguments are as in `actor_outputs`."""
 
     def values(rows: Rollout) -> StateValues:
-        return _state_values(rows, critic(rows.tokens, rows.lengths))
+        return _state_values(rows, critic(rows.tokens, rows.lengths, rows.shared))
 
     with unsharded(critic):
-        return by_micro_batch(rollout, max_tokens, values)
+        return by_micro_batch(rollout, max_tokens, critic.pads, values)
 
 
 def _actor_outputs(actor: Actor, other: Actor | None, rollout: Rollout) -> ActorOutputs:
-    stats = actor(rollout.tokens, rollout.response_tokens_mask, other)
+    stats = actor(rollout.tokens, rollout.response_tokens_mask, other, shared=rollout.shared)
     outputs = ActorOutputs(rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy))
     if stats.full_kl is not None:
         outputs = outputs._replace(full_kl=rollout.at_responses(stats.full_kl))

@@ -119,7 +119,8 @@ class Losses:
     def policy(self, micro_batch: Experience, metrics: Metrics) -> PolicyTerms:
         """Compute the policy loss of each token, [b, t], and record the objective's weighted loss and the entropy."""
         rollout, mask, kl = micro_batch.rollout, micro_batch.rollout.response_mask, self.reference_kl
-        stats = self.actor(rollout.tokens, rollout.response_tokens_mask, self.reference if kl.is_full else None)
+        other = self.reference if kl.is_full else None
+        stats = self.actor(rollout.tokens, rollout.response_tokens_mask, other, shared=rollout.shared)
         logprobs, entropy = rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy)
         objective = self.objective(
             logprobs=logprobs, old_logprobs=micro_batch.old_logprobs, advantages=micro_batch.advantages, mask=mask
@@ -145,7 +146,7 @@ class Losses:
         """
         rollout, mask, clip = micro_batch.rollout, micro_batch.rollout.response_mask, self.update.value_clip
         if self.critic is not None:
-            after_tokens = self.critic(rollout.tokens, rollout.lengths)
+            after_tokens = self.critic(rollout.tokens, rollout.lengths, rollout.shared)
         else:
             after_tokens = cast(TokenStats, stats).values
         values, old_values = rollout.before_responses(after_tokens), cast(Tensor, micro_batch.values)

@@ -168,7 +168,8 @@ class PolicyGradient(OnPolicy):
         with unsharded(self.actor):
             for micro_batch in self.micro_batches(experience):
                 rollout, mask = micro_batch.rollout, micro_batch.rollout.response_mask
-                logprobs = rollout.at_responses(self.actor(rollout.tokens, rollout.response_tokens_mask).logprobs)
+                stats = self.actor(rollout.tokens, rollout.response_tokens_mask, shared=rollout.shared)
+                logprobs = rollout.at_responses(stats.logprobs)
                 total += torch.stack([masked_sum(k3(micro_batch.old_logprobs, logprobs), mask), mask.sum()])
         summed_kl, tokens = self.sum_over_ranks(total)
         metrics.add("policy/kl_to_old_end", summed_kl / tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -105,7 +105,12 @@ class PreferenceModule(AlignmentModule):
                 self.measure(scores.detach(), loss.detach(), micro_batch, metrics)
             return loss.sum() / rankings
 
-        return add_gradients(self, preference_micro_batches(batch, self.max_tokens), loss_of)
+        return add_gradients(self, self.micro_batches(batch), loss_of)
+
+    def micro_batches(self, batch: PreferenceBatch) -> list[PreferenceBatch]:
+        """Return the micro-batches of a batch, of at most ``max_tokens`` tokens each."""
+        model: Any = self.get_submodule(self.role)
+        return preference_micro_batches(batch, self.max_tokens, model.pads)
 
     def after_step(self) -> None:
         """Update any other state that this iteration's checkpoint must hold; by default, do nothing."""
@@ -162,7 +167,7 @@ class PreferenceModule(AlignmentModule):
         probability that the response with the higher score is the better one.
         """
         with unsharded(*self.children()):
-            for micro_batch in preference_micro_batches(batch, self.max_tokens):
+            for micro_batch in self.micro_batches(batch):
                 self._validate(micro_batch)
 
     def _validate(self, micro_batch: PreferenceBatch) -> None:

@@ -9,7 +9,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_rlhf.batching import preference_micro_batches
 from lit_rlhf.models.adapted import load_adapted_reward_model
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
@@ -126,7 +125,8 @@ class RewardModeling(PreferenceModule):
 
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """Return the score at the last token of each response, [N]."""
-        return self.reward(batch.tokens, batch.lengths).gather(1, batch.lengths[:, None] - 1).squeeze(1)
+        after_tokens = self.reward(batch.tokens, batch.lengths, batch.shared)
+        return after_tokens.gather(1, batch.lengths[:, None] - 1).squeeze(1)
 
     def after_step(self) -> None:
         """After the last step, measure the mean and the standard deviation of the scores of the training set."""
@@ -139,7 +139,7 @@ class RewardModeling(PreferenceModule):
         with unsharded(self.reward):
             loader: Any = self.trainer.train_dataloader
             for batch in track(loader.once(), "measure the scores", "batches", loader.batches_in_once):
-                for micro_batch in preference_micro_batches(batch.to(self.device), self.max_tokens):
+                for micro_batch in self.micro_batches(batch.to(self.device)):
                     scores = self.scores(micro_batch).double()
                     sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
         count, total, squares = self.sum_over_ranks(sums)

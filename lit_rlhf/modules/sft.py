@@ -15,9 +15,9 @@ from lit_rlhf.batching import demonstration_micro_batches
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapters import LoRA
-from lit_rlhf.models.attention import keeps_texts_apart
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.models.unpadded import keeps_texts_apart
 from lit_rlhf.models.weights import with_weights
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.roles import load_actor
@@ -126,7 +126,7 @@ class SFT(AlignmentModule):
         def loss_of(micro_batch: DemonstrationBatch, counts: bool) -> Tensor:
             return -self._logprobs(micro_batch).sum() / tokens
 
-        return add_gradients(self, demonstration_micro_batches(batch, self.max_tokens), loss_of)
+        return add_gradients(self, demonstration_micro_batches(batch, self.max_tokens, self.actor.pads), loss_of)
 
     def _logprobs(self, batch: DemonstrationBatch) -> Tensor:
         return self.actor(batch.tokens, batch.mask, positions=batch.positions).logprobs
@@ -135,7 +135,7 @@ class SFT(AlignmentModule):
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Add the loss of a batch to the held-out metrics."""
         with unsharded(self.actor):
-            for micro_batch in demonstration_micro_batches(batch, self.max_tokens):
+            for micro_batch in demonstration_micro_batches(batch, self.max_tokens, self.actor.pads):
                 loss = masked_mean(-self._logprobs(micro_batch), micro_batch.mask)
                 self.held_out.add("loss", loss, micro_batch.mask.sum())
 

@@ -311,7 +311,7 @@ class TRPO(OnPolicy):
             with sdpa_kernel(SDPBackend.MATH):
                 for micro_batch in batches:
                     rollout = micro_batch.rollout
-                    stats = self.actor(rollout.tokens, rollout.response_tokens_mask, self.actor)
+                    stats = self.actor(rollout.tokens, rollout.response_tokens_mask, self.actor, shared=rollout.shared)
                     kl = masked_sum(rollout.at_responses(stats.full_kl), rollout.response_mask)
                     total += hessian_product(kl / tokens, parameters, vector)
             return self.sum_over_ranks(total) + self.region.damping * vector
@@ -334,13 +334,15 @@ class TRPO(OnPolicy):
         for micro_batch in batches:
             rollout, mask = micro_batch.rollout, micro_batch.rollout.response_mask
             metrics.add_masked("policy/kl_to_old", self._kl_to_old(micro_batch), mask)
-            logprobs = rollout.at_responses(self.actor(rollout.tokens, rollout.response_tokens_mask).logprobs)
+            stats = self.actor(rollout.tokens, rollout.response_tokens_mask, shared=rollout.shared)
+            logprobs = rollout.at_responses(stats.logprobs)
             metrics.maximum("policy/ratio_max", probability_ratio(logprobs, micro_batch.old_logprobs, mask).max())
 
     def _kl_to_old(self, micro_batch: Experience) -> Tensor:
         """Return KL(π_old ‖ π) over the vocabulary, [b, t], in nats."""
         rollout = micro_batch.rollout
-        return rollout.at_responses(self.old(rollout.tokens, rollout.response_tokens_mask, self.actor).full_kl)
+        stats = self.old(rollout.tokens, rollout.response_tokens_mask, self.actor, shared=rollout.shared)
+        return rollout.at_responses(stats.full_kl)
 
     # ------------------------------------------------------------------ critic
 

@@ -22,10 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from lit_rlhf.compat import select_adapters, selected_adapters, share_inputs, tensors_without_memory, watch_results
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_layers
-from lit_rlhf.models.attention import UNPADDED, may_be_unpadded
+from lit_rlhf.models.attention import UNPADDED
 from lit_rlhf.models.head import chunk_rows, logprobs_and_entropy
 from lit_rlhf.models.precision import rounded_weights
 from lit_rlhf.models.sharding import decoder_layers
+from lit_rlhf.models.unpadded import may_be_unpadded
 from lit_rlhf.models.weights import first_layers
 
 if TYPE_CHECKING:
@@ -252,21 +253,19 @@ class _Pass(nn.Module):
             loss.backward()
 
     def hidden(self, shape: Shape) -> Tensor:
-        """Return the last hidden state, [rows, length, H], with the same operations as `last_hidden_state`."""
+        """Return the last hidden states, [tokens, H], with the same operations as `last_hidden_state`."""
         if not self.unpadded:
             tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
-            return self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+            return self.trunk(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         tokens = torch.zeros(1, shape.tokens, dtype=torch.long)
         bounds, longest = _Bounds([shape.length] * shape.rows), shape.length
         texts = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-        hidden = self.trunk(input_ids=tokens, position_ids=tokens, use_cache=False, **texts).last_hidden_state[0]
-        spread = torch.zeros(shape.rows, shape.length, hidden.shape[-1], dtype=hidden.dtype)
-        return spread.masked_scatter(torch.ones(shape.rows, shape.length, 1, dtype=torch.bool), hidden)
+        return self.trunk(input_ids=tokens, position_ids=tokens, use_cache=False, **texts).last_hidden_state[0]
 
     def logprobs(self, hidden: Tensor, shape: Shape) -> Tensor:
         """Return the log-probabilities of the first chunks of scored tokens, computed as in `Actor.forward`."""
         head: Any = self.head
-        states = hidden.flatten(0, 1).index_select(0, torch.zeros(shape.rows * shape.scored, dtype=torch.long))
+        states = hidden.index_select(0, torch.zeros(shape.rows * shape.scored, dtype=torch.long))
         weights = [x for x in (head.weight, getattr(head, "bias", None)) if x is not None]
         rows = chunk_rows(head.weight.shape[0], torch.device("cuda" if shape.gpu else "cpu"))
         states = states[: CHUNKS * rows]  # a view; further chunks would take time, but no more bytes

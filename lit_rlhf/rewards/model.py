@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.batching import pack
+from lit_rlhf.batching import items_of, pack
 from lit_rlhf.data.tokenize import Piece, finished, token_rows, turns, unfinished
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import ModelSource, load_tokenizer
@@ -12,7 +12,7 @@ from lit_rlhf.models.scoring import ScalarModel, freeze, load_reward_model
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.progress import track
 from lit_rlhf.rewards.reward import Reward
-from lit_rlhf.types import Prompt, RewardInputs, Rollout
+from lit_rlhf.types import Prompt, RewardInputs, Rollout, shared_beginnings
 
 
 class RewardModel(Reward):
@@ -119,10 +119,13 @@ class RewardModel(Reward):
             tokens, lengths = _end_truncated(rollout, self.end_token)
         scores = torch.empty(len(tokens), device=tokens.device)
         with unsharded(self.model):
-            for rows in track(pack(lengths.cpu(), self.max_tokens), "judge", "micro-batches"):
+            padded, limit, group = self.model.pads, self.max_tokens, rollout.group
+            items = items_of(tokens.cpu(), lengths.cpu(), group.cpu(), limit, padded)
+            for rows in track(pack(items, limit, padded), "judge", "micro-batches"):
                 rows = rows.to(tokens.device)
-                batch = tokens[rows, : int(lengths[rows].max())]
-                scores[rows] = self.model(batch, lengths[rows]).gather(1, lengths[rows, None] - 1).squeeze(1)
+                batch, ends = tokens[rows, : int(lengths[rows].max())], lengths[rows]
+                after_tokens = self.model(batch, ends, shared_beginnings(batch, ends, group[rows]))
+                scores[rows] = after_tokens.gather(1, ends[:, None] - 1).squeeze(1)
         mean, std = self.scale
         return (scores - mean) / std
 

@@ -207,7 +207,7 @@ def test_the_kl_to_itself_has_the_fisher_matrix_as_its_hessian(tiny_model, archi
         assert kl.abs().max() < 1e-12
         product = hessian_product(kl.sum(), parameters, v)
     expected = torch.zeros_like(v)
-    states = actor.hidden(tokens, torch.ones_like(chosen))[:, :-1][chosen[:, 1:]]
+    states = actor.hidden(tokens, torch.ones_like(chosen)).before(chosen[:, 1:])
     for logprobs in torch.log_softmax(actor.logits(states), -1):
         for logprob in logprobs:
             gradient = flatten(torch.autograd.grad(logprob, parameters, retain_graph=True, materialize_grads=True))

@@ -21,7 +21,7 @@ def outputs(model: nn.Module) -> list[torch.Tensor]:
     with torch.no_grad(), torch.autocast("cpu", **BFLOAT16):
         if isinstance(model, Actor):
             scored = torch.arange(9).expand(3, 9) > 3
-            return [*model(tokens, scored)[:2], model.logits(model.hidden(tokens, torch.ones_like(scored)))]
+            return [*model(tokens, scored)[:2], model.logits(model.hidden(tokens, torch.ones_like(scored)).states)]
         return [model(tokens, torch.tensor([9, 5, 7]))]
 
 

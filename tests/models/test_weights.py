@@ -11,9 +11,9 @@ from lit_rlhf.models import weights
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapted import load_adapted
 from lit_rlhf.models.adapters import LoRA
-from lit_rlhf.models.attention import is_unpadded
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.models.scoring import load_critic, load_reward_model
+from lit_rlhf.models.unpadded import is_unpadded
 from lit_rlhf.models.weights import unread_weights, with_weights
 
 CPU = torch.device("cpu")
