@@ -22,37 +22,37 @@ class Item(NamedTuple):
     longest: int  # the number of tokens in the longest row
 
 
-def pack(items: Sequence[Item], max_tokens: int, padded: bool) -> list[Tensor]:
+def pack(items: Sequence[Item], max_tokens: int, pads: bool) -> list[Tensor]:
     """Divide items among micro-batches of at most ``max_tokens`` tokens.
 
     Args:
         items: The items.
         max_tokens: The maximum number of tokens in a micro-batch; a larger item becomes a micro-batch by itself.
-        padded: Whether the model processes padding and every row alone, so that the number of tokens is the number of
+        pads: Whether the model processes padding and every row alone, so that the number of tokens is the number of
             rows × that of tokens in the longest one. The micro-batches then have rows of similar length.
 
     Returns:
         The rows of each micro-batch, [b] int64 each; rows of an item follow one another.
 
     >>> items = [Item([0, 1], tokens=5, longest=4), Item([2], tokens=1, longest=1), Item([3], tokens=2, longest=2)]
-    >>> pack(items, max_tokens=8, padded=False), pack(items, max_tokens=8, padded=True)
+    >>> pack(items, max_tokens=8, pads=False), pack(items, max_tokens=8, pads=True)
     ([tensor([0, 1, 3, 2])], [tensor([0, 1]), tensor([3, 2])])
     """
     groups: list[list[int]] = []
     room = longest = 0
-    for item in sorted(items, key=lambda item: -(item.longest if padded else item.tokens)):
-        size = longest * len(item.rows) if padded else item.tokens
+    for item in sorted(items, key=lambda item: -(item.longest if pads else item.tokens)):
+        size = longest * len(item.rows) if pads else item.tokens
         if groups and size <= room:
             groups[-1] += item.rows
             room -= size
         else:
             longest = item.longest
             groups.append(list(item.rows))
-            room = max_tokens - (longest * len(item.rows) if padded else item.tokens)
+            room = max_tokens - (longest * len(item.rows) if pads else item.tokens)
     return [torch.tensor(group) for group in groups]
 
 
-def items_of(tokens: Tensor, lengths: Tensor, group: Tensor, max_tokens: int, padded: bool) -> list[Item]:
+def items_of(tokens: Tensor, lengths: Tensor, group: Tensor, max_tokens: int, pads: bool) -> list[Item]:
     """Return the rows of each group as an item, or as several if they have more than ``max_tokens`` tokens together.
 
     Args:
@@ -60,13 +60,13 @@ def items_of(tokens: Tensor, lengths: Tensor, group: Tensor, max_tokens: int, pa
         lengths: The number of tokens in each row, [B] int64.
         group: The group of each row, [B] int64, such as the prompt that it answers.
         max_tokens: The maximum number of tokens in an item of several rows, their common beginning counted once.
-        padded: Whether the model processes every row alone; each row is then an item.
+        pads: Whether the model processes every row alone; each row is then an item.
     """
     order = group.argsort(stable=True)
     shared = shared_beginnings(tokens[order], lengths[order], group[order])
     items: list[Item] = []
     for row, length, beginning in torch.stack([order, lengths[order], shared], 1).tolist():
-        if beginning and not padded and items[-1].tokens + length - beginning <= max_tokens:
+        if beginning and not pads and items[-1].tokens + length - beginning <= max_tokens:
             rows, size, longest = items[-1]
             items[-1] = Item([*rows, row], size + length - beginning, max(longest, length))
         else:
@@ -74,7 +74,7 @@ def items_of(tokens: Tensor, lengths: Tensor, group: Tensor, max_tokens: int, pa
     return items
 
 
-def balance(items: Sequence[Item], max_tokens: int, world_size: int, padded: bool) -> list[list[Tensor]]:
+def balance(items: Sequence[Item], max_tokens: int, world_size: int, pads: bool) -> list[list[Tensor]]:
     """Distribute items over processes, so that all get equally many micro-batches and about the same number of tokens.
 
     The largest remaining item always goes to the process with the fewest tokens (greedy number partitioning; Graham
@@ -85,18 +85,18 @@ def balance(items: Sequence[Item], max_tokens: int, world_size: int, padded: boo
         items: The items.
         max_tokens: As for `pack`.
         world_size: The number of processes.
-        padded: As for `pack`.
+        pads: As for `pack`.
 
     Returns:
         For each process, the rows of each micro-batch; some micro-batches are empty if there are too few items.
 
-    >>> balance([Item([row], size, size) for row, size in enumerate([5, 1, 4, 2])], 8, world_size=2, padded=True)
+    >>> balance([Item([row], size, size) for row, size in enumerate([5, 1, 4, 2])], 8, world_size=2, pads=True)
     [[tensor([0]), tensor([1])], [tensor([2]), tensor([3])]]
     """
     parts: list[list[Item]] = [[] for _ in range(world_size)]
     for item in sorted(items, key=lambda item: -item.tokens):
         min(parts, key=lambda part: sum(item.tokens for item in part)).append(item)
-    by_rank = [pack(part, max_tokens, padded) for part in parts]
+    by_rank = [pack(part, max_tokens, pads) for part in parts]
     count = max(len(groups) for groups in by_rank)
     for groups in by_rank:
         _split_until(groups, count)
@@ -139,7 +139,7 @@ def minibatches(experience: Experience, count: int, generator: torch.Generator |
 
 
 def micro_batches(
-    experience: Experience, max_tokens: int, *, padded: bool, rank: int = 0, world_size: int = 1
+    experience: Experience, max_tokens: int, *, pads: bool, rank: int = 0, world_size: int = 1
 ) -> list[Experience]:
     """Return this process's share of the rows, cut into micro-batches.
 
@@ -149,7 +149,7 @@ def micro_batches(
     Args:
         experience: The rows of all processes, the same on every process.
         max_tokens: As for `pack`.
-        padded: As for `pack`.
+        pads: As for `pack`.
         rank: The rank of this process.
         world_size: The number of processes.
 
@@ -159,15 +159,15 @@ def micro_batches(
     """
     rollout, device = experience.rollout, experience.advantages.device
     tokens, lengths, group = rollout.tokens.cpu(), rollout.lengths.cpu(), rollout.group.cpu()
-    items, shortest = items_of(tokens, lengths, group, max_tokens, padded), lengths.argmin()[None]
+    items, shortest = items_of(tokens, lengths, group, max_tokens, pads), lengths.argmin()[None]
     if world_size > 1:
         share = sum(item.tokens for item in items) // (2 * world_size)
-        items = items_of(tokens, lengths, group, min(max_tokens, share), padded)
+        items = items_of(tokens, lengths, group, min(max_tokens, share), pads)
     return [
         experience.select(rows[group[rows].argsort(stable=True)].to(device))
         if len(rows)
         else _uncounted(experience.select(shortest.to(device)))
-        for rows in balance(items, max_tokens, world_size, padded)[rank]
+        for rows in balance(items, max_tokens, world_size, pads)[rank]
     ]
 
 
@@ -176,43 +176,43 @@ def _uncounted(experience: Experience) -> Experience:
     return replace(experience, rollout=replace(rollout, response_mask=torch.zeros_like(rollout.response_mask)))
 
 
-def preference_micro_batches(batch: PreferenceBatch, max_tokens: int, padded: bool) -> list[PreferenceBatch]:
+def preference_micro_batches(batch: PreferenceBatch, max_tokens: int, pads: bool) -> list[PreferenceBatch]:
     """Cut a batch into micro-batches of rankings; the responses of a ranking stay together.
 
     Args:
         batch: The rankings.
         max_tokens: As for `pack`.
-        padded: As for `pack`.
+        pads: As for `pack`.
     """
     own, longest = batch.by_ranking(batch.lengths - batch.shared).sum(1), batch.by_ranking(batch.lengths).amax(1)
     counts, own, longest = torch.stack([batch.mask.sum(1), own, longest]).long().cpu()
     ranking, row = torch.repeat_interleave(counts), torch.arange(len(batch.lengths))
     of_rankings = zip(row.split(counts.tolist()), own.tolist(), longest.tolist(), strict=True)
     items = [Item(rows.tolist(), tokens, most) for rows, tokens, most in of_rankings]
-    groups = [ranking[rows].unique_consecutive() for rows in pack(items, max_tokens, padded)]
+    groups = [ranking[rows].unique_consecutive() for rows in pack(items, max_tokens, pads)]
     return [batch.select(group.to(batch.tokens.device)) for group in groups]
 
 
-def demonstration_micro_batches(batch: DemonstrationBatch, max_tokens: int, padded: bool) -> list[DemonstrationBatch]:
+def demonstration_micro_batches(batch: DemonstrationBatch, max_tokens: int, pads: bool) -> list[DemonstrationBatch]:
     """Cut a batch into micro-batches; each micro-batch keeps its rows in the batch's order.
 
     Args:
         batch: The rows.
         max_tokens: As for `pack`.
-        padded: As for `pack`.
+        pads: As for `pack`.
     """
     items = [Item([row], length, length) for row, length in enumerate(batch.lengths.tolist())]
-    groups = pack(items, max_tokens, padded)
+    groups = pack(items, max_tokens, pads)
     return [batch.select(group.sort().values.to(batch.tokens.device)) for group in groups]
 
 
-def by_micro_batch(rollout: Rollout, max_tokens: int, padded: bool, compute: Callable[[Rollout], Outputs]) -> Outputs:
+def by_micro_batch(rollout: Rollout, max_tokens: int, pads: bool, compute: Callable[[Rollout], Outputs]) -> Outputs:
     """Apply a function to a rollout in micro-batches, and return the results in the order of the rows.
 
     Args:
         rollout: The rollout, of B rows.
         max_tokens: As for `pack`.
-        padded: As for `pack`.
+        pads: As for `pack`.
         compute: A function of a rollout of b rows. It returns a named tuple whose fields are [b, t] or [b] tensors or
             None, where t is the length of the longest response in these rows.
 
@@ -222,7 +222,7 @@ def by_micro_batch(rollout: Rollout, max_tokens: int, padded: bool, compute: Cal
     """
     results: list[Tensor | None] = []
     texts = rollout.tokens.cpu(), rollout.lengths.cpu(), rollout.group.cpu()
-    for indices in track(pack(items_of(*texts, max_tokens, padded), max_tokens, padded), "judge", "micro-batches"):
+    for indices in track(pack(items_of(*texts, max_tokens, pads), max_tokens, pads), "judge", "micro-batches"):
         rows = indices.to(rollout.tokens.device)
         outputs = compute(rollout.select(rows))
         if not results:

@@ -46,14 +46,14 @@ def rows_of(experience):
     return experience.advantages[:, 0].long().tolist()
 
 
-def minibatches(experience, count, max_tokens, seed=0, padded=True):
+def minibatches(experience, count, max_tokens, seed=0, pads=True):
     cut = batching.minibatches(experience, count, torch.Generator().manual_seed(seed))
-    return [batching.micro_batches(minibatch, max_tokens, padded=padded) for minibatch in cut]
+    return [batching.micro_batches(minibatch, max_tokens, pads=pads) for minibatch in cut]
 
 
-def size_of(tokens, lengths, shared, padded):
+def size_of(tokens, lengths, shared, pads):
     """Return the number of tokens that a model computes."""
-    return tokens.numel() if padded else int((lengths - shared).sum())
+    return tokens.numel() if pads else int((lengths - shared).sum())
 
 
 def test_positions_of_a_rollout():
@@ -89,10 +89,10 @@ def test_select_cuts_to_the_longest():
 
 @pytest.mark.parametrize("with_values", [True, False])
 @pytest.mark.parametrize(("count", "max_tokens"), [(1, 10**6), (4, 40), (5, 1), (13, 20)])
-@pytest.mark.parametrize("padded", [True, False])
-def test_minibatches_hold_every_row_once(count, max_tokens, with_values, padded):
+@pytest.mark.parametrize("pads", [True, False])
+def test_minibatches_hold_every_row_once(count, max_tokens, with_values, pads):
     experience = make_experience(count, with_values=with_values)
-    cut = minibatches(experience, count, max_tokens, padded=padded)
+    cut = minibatches(experience, count, max_tokens, pads=pads)
     assert len(cut) == count
     sizes = [sum(len(micro_batch.advantages) for micro_batch in minibatch) for minibatch in cut]
     assert max(sizes) - min(sizes) <= 1
@@ -100,7 +100,7 @@ def test_minibatches_hold_every_row_once(count, max_tokens, with_values, padded)
     assert sorted(row for micro_batch in micro_batches for row in rows_of(micro_batch)) == list(range(13))
     for micro_batch in micro_batches:
         rollout = micro_batch.rollout
-        size = size_of(rollout.tokens, rollout.lengths, rollout.shared, padded)
+        size = size_of(rollout.tokens, rollout.lengths, rollout.shared, pads)
         assert size <= max_tokens or len(rollout.tokens) == 1
         assert rollout.tokens.shape[1] == rollout.lengths.max()
         assert rollout.response_mask.shape[1] == rollout.response_lengths.max()
@@ -150,38 +150,37 @@ def make_items(lengths, rows=None):
     ]
 
 
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("pads", [True, False])
 @pytest.mark.parametrize("max_tokens", [1, 40, 150, 1000])
 @pytest.mark.parametrize("seed", range(3))
-def test_pack(seed, max_tokens, padded):
+def test_pack(seed, max_tokens, pads):
     g = torch.Generator().manual_seed(seed)
     items = make_items(
         torch.randint(1, 30, (25,), generator=g).tolist(), torch.randint(1, 6, (25,), generator=g).tolist()
     )
     of_row = {row: number for number, item in enumerate(items) for row in item.rows}
     packed = [
-        list(dict.fromkeys(of_row[row] for row in rows))
-        for rows in (r.tolist() for r in pack(items, max_tokens, padded))
+        list(dict.fromkeys(of_row[row] for row in rows)) for rows in (r.tolist() for r in pack(items, max_tokens, pads))
     ]
     assert sorted(number for group in packed for number in group) == list(range(25))
 
     def size(group):
         rows, longest = sum(len(items[i].rows) for i in group), max(items[i].longest for i in group)
-        return rows * longest if padded else sum(items[i].tokens for i in group)
+        return rows * longest if pads else sum(items[i].tokens for i in group)
 
     assert all(size(group) <= max_tokens or len(group) == 1 for group in packed)
     for larger, smaller in pairwise(packed):  # groups have similar items, and none was closed too early
-        key = (lambda i: items[i].longest) if padded else (lambda i: items[i].tokens)
+        key = (lambda i: items[i].longest) if pads else (lambda i: items[i].tokens)
         assert min(map(key, larger)) >= max(map(key, smaller))
         assert size([*larger, smaller[0]]) > max_tokens
 
 
 def test_pack_by_hand():
-    found = pack(make_items([2, 9, 3, 2, 1], rows=[2, 2, 2, 1, 9]), max_tokens=12, padded=True)
+    found = pack(make_items([2, 9, 3, 2, 1], rows=[2, 2, 2, 1, 9]), max_tokens=12, pads=True)
     assert [rows.tolist() for rows in found] == [[2, 3], [4, 5, 0, 1], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
-    found = pack(make_items([2, 9, 3, 2, 1], rows=[2, 2, 2, 1, 9]), max_tokens=15, padded=False)  # 3, 14, 5, 2, 9
+    found = pack(make_items([2, 9, 3, 2, 1], rows=[2, 2, 2, 1, 9]), max_tokens=15, pads=False)  # 3, 14, 5, 2, 9
     assert [rows.tolist() for rows in found] == [[2, 3], [7, 8, 9, 10, 11, 12, 13, 14, 15, 4, 5], [0, 1, 6]]
-    found = pack(make_items([2, 9, 3, 2, 1]), max_tokens=6, padded=True)
+    found = pack(make_items([2, 9, 3, 2, 1]), max_tokens=6, pads=True)
     assert [rows.tolist() for rows in found] == [[1], [2, 0], [3, 4]]
 
 
@@ -206,7 +205,7 @@ def make_groups(prompts, responses, seed=0):
 def test_responses_to_a_prompt_stay_together(max_tokens, world_size):
     experience = make_groups(prompts=6, responses=4)
     ranks = [
-        batching.micro_batches(experience, max_tokens, padded=False, rank=rank, world_size=world_size)
+        batching.micro_batches(experience, max_tokens, pads=False, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     assert len({len(micro_batches) for micro_batches in ranks}) == 1
@@ -221,7 +220,7 @@ def test_responses_to_a_prompt_stay_together(max_tokens, world_size):
     for micro_batch in (micro_batch for micro_batches in ranks for micro_batch in micro_batches):
         group = micro_batch.rollout.group
         assert len(group.unique_consecutive()) == len(group.unique())
-        size = size_of(None, micro_batch.rollout.lengths, micro_batch.rollout.shared, padded=False)
+        size = size_of(None, micro_batch.rollout.lengths, micro_batch.rollout.shared, pads=False)
         assert size <= max_tokens or len(group) == 1
     tokens = [sum(int((m.rollout.lengths - m.rollout.shared).sum()) for m in rank) for rank in ranks]
     assert max(tokens) <= 1.5 * min(tokens)
@@ -232,11 +231,11 @@ def test_responses_to_a_prompt_stay_together(max_tokens, world_size):
 
 def test_a_group_with_more_tokens_than_a_micro_batch_is_divided():
     rollout = make_groups(prompts=1, responses=6).rollout
-    items = batching.items_of(rollout.tokens, rollout.lengths, rollout.group, 20, padded=False)
+    items = batching.items_of(rollout.tokens, rollout.lengths, rollout.group, 20, pads=False)
     assert len(items) > 1
     assert [row for item in items for row in item.rows] == list(range(6))
     assert all(item.tokens <= 20 or len(item.rows) == 1 for item in items)
-    alone = batching.items_of(rollout.tokens, rollout.lengths, rollout.group, 20, padded=True)
+    alone = batching.items_of(rollout.tokens, rollout.lengths, rollout.group, 20, pads=True)
     assert [item.rows for item in alone] == [[row] for row in range(6)]
 
 
@@ -333,16 +332,16 @@ def test_select_preferences(with_margin):
 @pytest.mark.parametrize("max_tokens", [1, 60, 150, 10**6])
 @pytest.mark.parametrize("counts", [[2] * 11, [2, 5, 3, 2, 4, 2, 3, 3, 2]])
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("padded", [True, False])
-def test_micro_batches_of_preferences_hold_every_ranking_once(counts, max_tokens, seed, padded):
+@pytest.mark.parametrize("pads", [True, False])
+def test_micro_batches_of_preferences_hold_every_ranking_once(counts, max_tokens, seed, pads):
     batch = make_preferences(counts, seed)
     batch.tokens[:, :2] = batch.tokens[:, :2] % 100  # every text begins alike
-    micro_batches = preference_micro_batches(batch, max_tokens, padded)
+    micro_batches = preference_micro_batches(batch, max_tokens, pads)
     assert sum(len(micro_batch.mask) for micro_batch in micro_batches) == len(counts)
     merged = {number: rows for micro_batch in micro_batches for number, rows in rankings_of(micro_batch).items()}
     assert merged == rankings_of(batch)
     for micro_batch in micro_batches:
-        size = size_of(micro_batch.tokens, micro_batch.lengths, micro_batch.shared, padded)
+        size = size_of(micro_batch.tokens, micro_batch.lengths, micro_batch.shared, pads)
         assert size <= max_tokens or len(micro_batch.mask) == 1
         assert micro_batch.tokens.shape[1] == micro_batch.lengths.max()
         assert micro_batch.mask.shape[1] == micro_batch.mask.sum(1).max()
@@ -366,8 +365,8 @@ def test_demonstrations_keep_their_order_and_are_cut_after_the_last_trained_toke
     mask = torch.arange(5) == ends[:, None] - 1
     batch = DemonstrationBatch(tokens=tokens, mask=mask, positions=tokens % 5)
     assert batch.lengths.tolist() == ends.tolist()
-    (whole,) = demonstration_micro_batches(batch, 16, padded=True)
+    (whole,) = demonstration_micro_batches(batch, 16, pads=True)
     assert torch.equal(whole.tokens, tokens[:, :4])
-    first, second = demonstration_micro_batches(batch, 8, padded=True)
+    first, second = demonstration_micro_batches(batch, 8, pads=True)
     assert (first.tokens.tolist(), first.positions.tolist()) == ([[5, 6, 7, 8], [15, 16, 17, 18]], [[0, 1, 2, 3]] * 2)
     assert (second.tokens.tolist(), second.mask.tolist()) == ([[0, 1], [10, 11]], [[False, True], [True, False]])

@@ -6,9 +6,9 @@ of flash attention (``cu_seq_lens_q``, …).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ try:  # flash attention over texts of different lengths; its options differ betw
 except ImportError:  # pragma: no cover
     varlen_attn = None  # type: ignore[assignment]
 
+Segment: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""The queries of a segment, [1, heads, n, D], and the keys and the values to which they attend, [1, heads, k, D]."""
 UNPADDED = "lit_rlhf_unpadded"
 """The name under which this module's attention is registered with transformers."""
 
@@ -110,10 +112,9 @@ def _attend_within(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = bounds[0].diff().tolist()
     before = [0] * len(lengths) if keys is None else (bounds[1].diff() - bounds[0].diff()).tolist()
-    if query.device.type == "cpu" and _computes_in_half(query):
-        return _by_products(query * scale, key, value, lengths, before, sliding_window).transpose(1, 2)
     segments = zip(query.split(lengths, 2), _keys(key, lengths, before), _keys(value, lengths, before), strict=True)
-    return torch.cat([_by_sdpa(q, k, v, scale, sliding_window) for q, k, v in segments], 2).transpose(1, 2)
+    compute = _by_products if query.device.type == "cpu" and _computes_in_half(query) else _by_sdpa
+    return compute(segments, scale, sliding_window, longest[1]).transpose(1, 2)
 
 
 def _keys(x: Tensor, lengths: list[int], before: list[int]) -> list[Tensor]:
@@ -176,43 +177,44 @@ def _by_varlen(
     return out.unsqueeze(0)
 
 
-def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    queries, keys = query.shape[2], key.shape[2]
-    if queries == keys and (window is None or keys <= window):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    mask = _visible(queries, keys, window, query.device)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+def _by_sdpa(segments: Iterable[Segment], scale: float, window: int | None, longest: int) -> Tensor:
+    """Compute causal attention of segments by torch's function, [1, heads, n, D] each → [1, heads, N, D]."""
+    outputs: list[Tensor] = []
+    unseen: Tensor | None = None
+    for query, key, value in segments:
+        queries, keys = query.shape[2], key.shape[2]
+        if queries == keys and (window is None or keys <= window):
+            outputs.append(F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale))
+            continue
+        unseen = _unseen(longest, window, query) if unseen is None else unseen
+        mask = unseen[keys - queries : keys, :keys]
+        outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale))
+    return torch.cat(outputs, 2)
 
 
-def _by_products(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], before: list[int], window: int | None
-) -> Tensor:
-    """Compute causal attention within each segment by matrix products, from a query that is already scaled.
+def _by_products(segments: Iterable[Segment], scale: float, window: int | None, longest: int) -> Tensor:
+    """Compute the same as `_by_sdpa` by matrix products.
 
-    All tensors are [1, heads, N, D]; the other arguments are those of `_keys` and `_by_sdpa`. The function is for CPUs,
-    where the backward pass of half-precision flash attention is several times slower.
+    The function is for CPUs, where the backward pass of half-precision flash attention is several times slower.
     """
-    half, longest = _dtype(query), max(map(sum, zip(lengths, before, strict=True)))
-    unseen = torch.zeros(longest, longest, dtype=half, device=query.device)
-    unseen.masked_fill_(~_visible(longest, longest, window, query.device), -torch.inf)
-    outputs = []
-    with torch.autocast(query.device.type, enabled=False):
-        query, key, value = (x.to(half) for x in (query, key, value))
-        segments = zip(query.split(lengths, 2), _keys(key, lengths, before), _keys(value, lengths, before), strict=True)
-        for q, k, v in ((q[0], k[0], v[0]) for q, k, v in segments):
-            hidden = unseen[k.shape[1] - q.shape[1] : k.shape[1], : k.shape[1]].expand(len(q), -1, -1)
-            outputs.append(torch.baddbmm(hidden, q, k.transpose(1, 2)).softmax(-1) @ v)
+    outputs: list[Tensor] = []
+    unseen: Tensor | None = None
+    for segment in segments:
+        query, key, value = (x[0].to(_dtype(x)) for x in segment)
+        queries, keys = query.shape[1], key.shape[1]
+        unseen = _unseen(longest, window, query) if unseen is None else unseen
+        hidden = unseen[keys - queries : keys, :keys].expand(len(query), -1, -1)
+        with torch.autocast(query.device.type, enabled=False):
+            outputs.append(torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=scale).softmax(-1) @ value)
     return torch.cat(outputs, 1)[None]
 
 
-def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a bool mask [queries, keys], True where the token of the row attends to the token of the column.
-
-    The queries are those of the last tokens.
-    """
-    place = torch.arange(keys, device=device)
-    distance = place[keys - queries :, None] - place
-    return (distance >= 0) & (distance < (keys if window is None else window))
+def _unseen(length: int, window: int | None, like: Tensor) -> Tensor:
+    """Return a mask [length, length], −∞ where the token of the row does not attend to the token of the column."""
+    place = torch.arange(length, device=like.device)
+    distance = place[:, None] - place
+    hidden = (distance < 0) | (distance >= (length if window is None else window))
+    return torch.zeros(length, length, dtype=_dtype(like), device=like.device).masked_fill_(hidden, -torch.inf)
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -294,8 +294,8 @@ class OnPolicy(AlignmentModule):
     def micro_batches(self, experience: Experience) -> list[Experience]:
         """Return this process's micro-batches, given the rows of all processes."""
         rank, world_size = self.on_rank()
-        padded = self.actor.pads or (self.critic is not None and self.critic.pads)
-        return micro_batches(experience, self.max_tokens, padded=padded, rank=rank, world_size=world_size)
+        pads = self.actor.pads or (self.critic is not None and self.critic.pads)
+        return micro_batches(experience, self.max_tokens, pads=pads, rank=rank, world_size=world_size)
 
     def losses(self) -> Losses:
         """Return the losses of the actor and the critic, with the current coefficient of the KL to the reference."""

@@ -119,9 +119,9 @@ class RewardModel(Reward):
             tokens, lengths = _end_truncated(rollout, self.end_token)
         scores = torch.empty(len(tokens), device=tokens.device)
         with unsharded(self.model):
-            padded, limit, group = self.model.pads, self.max_tokens, rollout.group
-            items = items_of(tokens.cpu(), lengths.cpu(), group.cpu(), limit, padded)
-            for rows in track(pack(items, limit, padded), "judge", "micro-batches"):
+            pads, limit, group = self.model.pads, self.max_tokens, rollout.group
+            items = items_of(tokens.cpu(), lengths.cpu(), group.cpu(), limit, pads)
+            for rows in track(pack(items, limit, pads), "judge", "micro-batches"):
                 rows = rows.to(tokens.device)
                 batch, ends = tokens[rows, : int(lengths[rows].max())], lengths[rows]
                 after_tokens = self.model(batch, ends, shared_beginnings(batch, ends, group[rows]))

@@ -7,6 +7,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models import actor as actor_module
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import RandomWeights, load_model
+from lit_rlhf.types import shared_beginnings
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -142,6 +143,28 @@ def test_shared_critic(tiny_model, architecture):
     expected = hidden @ actor.value_head.weight[0] + 1
     seen = chosen.flip(1).cummax(1).values.flip(1)  # up to the last chosen token
     torch.testing.assert_close(actor(tokens, chosen).values[seen], expected[seen], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_shared_beginning_changes_nothing(tiny_model, architecture):
+    """Four responses to one prompt and one to another have the same outputs and gradients as each text alone."""
+    actor = Actor(load_model(str(tiny_model(architecture))), temperature=0.8, shared_critic=True)
+    torch.nn.init.normal_(actor.value_head.weight)
+    other = Actor(load_model(str(tiny_model(architecture, seed=1))))
+    tokens = torch.randint(6, 38, (5, 12), generator=torch.Generator().manual_seed(0))
+    tokens[1:4, :7] = tokens[0, :7]
+    ends = torch.tensor([12, 9, 8, 11, 10])
+    chosen = (torch.arange(12) >= 7) & (torch.arange(12) < ends[:, None])
+    shared = shared_beginnings(tokens, ends, torch.tensor([0, 0, 0, 0, 1]))
+    assert shared.tolist() == [0, 7, 7, 7, 0]
+    results = []
+    for once in (None, shared):
+        stats = actor(tokens, chosen, other, shared=once)
+        outputs = stats.logprobs, stats.entropy, stats.full_kl, torch.where(chosen, stats.values, 0.0)
+        (sum((output * (1 + torch.arange(60).view(5, 12) / 60)).sum() for output in outputs) / 60).backward()
+        results.append(([output.detach() for output in outputs], gradients(actor)))
+        actor.zero_grad()
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])

@@ -5,6 +5,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.models.scoring import freeze, load_critic, load_reward_model, to_classifier
+from lit_rlhf.types import shared_beginnings
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"]
 TOKENS = torch.randint(6, 38, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -47,6 +48,22 @@ def test_the_result_does_not_depend_on_the_padding(tiny_model, architecture):
     real = torch.arange(7) < LENGTHS[:, None]
     first, second = (model(torch.where(real, TOKENS, padding))[real] for padding in (0, 37))
     torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_shared_beginning_changes_no_score(tiny_model, architecture):
+    tokens = torch.randint(6, 38, (4, 12), generator=torch.Generator().manual_seed(0))
+    tokens[1:3, :7] = tokens[0, :7]
+    ends = torch.tensor([12, 9, 7, 10])  # the third text is the beginning alone
+    shared = shared_beginnings(tokens, ends, torch.tensor([0, 0, 0, 1]))
+    assert shared.tolist() == [0, 7, 7, 0]
+    results = []
+    for once in (None, shared):
+        model = load_reward_model(str(tiny_model(architecture, task="score")))
+        scores = torch.where(torch.arange(12) < ends[:, None], model(tokens, ends, once), 0.0)
+        (scores * (1 + torch.arange(48).view(4, 12) / 48)).mean().backward()
+        results.append((scores.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

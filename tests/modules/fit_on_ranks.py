@@ -3,7 +3,7 @@
 python -m torch.distributed.run --nproc-per-node 2 tests/modules/fit_on_ranks.py STRATEGY ACTOR REFERENCE REWARD \
     ADAPTER REWARD_ADAPTER PROMPTS OUT CASES
 
-CASES is a regular expression.
+CASES is a regular expression. With APART=1 in the environment, nothing is computed once for several texts.
 """
 
 import os
@@ -18,6 +18,9 @@ import lightning
 import torch
 from torch.distributed.tensor import DTensor
 
+import lit_rlhf.batching
+import lit_rlhf.rewards.model
+import lit_rlhf.types
 from lit_rlhf import (
     DPO,
     GAE,
@@ -167,6 +170,10 @@ def cases(strategy, actor, reference, scorer, *adapters):
         update=one_step(), bootstrap_truncated=True,
     )  # fmt: skip
     yield "trpo", lambda: TRPO(**common, critic_optimizer=sgd, sampling=Sampling(max_tokens=12), update=one_step())
+    yield "several", lambda: PolicyGradient(
+        **{**common, "rewards": [RewardModel(scorer, max_tokens=64)]}, **steps, critic="reward", sampling=several,
+        reference_kl=ReferenceKL(where="loss", estimator="full"), update=one_step(),
+    )  # fmt: skip
 
     yield "three", lambda: PolicyGradient(
         **{**common, "iterations": 3, "rewards": [RewardModel(scorer, max_tokens=64)]},
@@ -292,6 +299,14 @@ def main(strategy, *folders, prompts, out, only):
     torch.distributed.destroy_process_group()
 
 
+def share_nothing(tokens, lengths, group):
+    """Do as `shared_beginnings` does for texts that have nothing in common."""
+    return torch.zeros_like(lengths)
+
+
 if __name__ == "__main__":
+    if "APART" in os.environ:
+        for module in (lit_rlhf.types, lit_rlhf.batching, lit_rlhf.rewards.model):
+            module.shared_beginnings = share_nothing
     *words, prompts, out, only = sys.argv[1:]
     main(*words, prompts=prompts, out=out, only=only)

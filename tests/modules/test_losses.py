@@ -70,7 +70,7 @@ def make_experience(seed=0) -> Experience:
 
 def run(losses, experience, max_tokens=10**6):
     """Return the loss of a step, its KL to the old policy, and its metrics."""
-    batches = micro_batches(experience, max_tokens, padded=False)
+    batches = micro_batches(experience, max_tokens, pads=False)
     metrics, totals = Metrics(torch.device("cpu")), step_totals(batches)
     parts = [part(micro_batch, totals, metrics) for micro_batch in batches for part in losses.parts.values()]
     check_finite(**{name: mean for part in parts for name, mean in part.means.items()})

@@ -1,6 +1,7 @@
 """Weights and metrics do not depend on the number of processes or on the models' sharding (real processes, gloo)."""
 
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-CASES = ("ppo", "stopped", "penalty", "grpo", "rloo", "trpo", "three", "ahead", "reward", "sft", "packed", "dpo")
+CASES = (
+    *(
+        "ppo",
+        "several",
+        "stopped",
+        "penalty",
+        "grpo",
+        "rloo",
+        "trpo",
+        "three",
+        "ahead",
+        "reward",
+        "sft",
+        "packed",
+        "dpo",
+    ),
+)
+SHARED = ("several", "grpo", "rloo", "reward", "dpo")
+"""The cases with several texts that begin alike."""
 ADAPTERS = ("lora ppo", "lora stacked", "lora shared", "lora ahead", "lora trpo", "lora sft", "lora reward", "lora dpo")
 WHOLE = "(?!lora).*"
 """A regular expression for the cases without adapters."""
@@ -55,7 +74,7 @@ def results(tiny_model, exported_adapter, prompt_file, tmp_path_factory):
 
     @functools.cache
     def run(strategy, count, cases=".*"):
-        out = folder / f"{strategy}-{count}.pt"
+        out = folder / f"{strategy}-{count}{'-apart' * ('APART' in os.environ)}.pt"
         script = str(Path(__file__).with_name("fit_on_ranks.py"))
         for done in preloaded.torchrun(
             count, script, strategy, *models, str(prompt_file), str(out), cases, timeout=300
@@ -83,6 +102,25 @@ def test_same_averages_and_draws_on_several_processes(results, run):
     assert any((x - alone["weights"][name]).abs().max() > 1e-4 for name, x in averages.items())
     assert alone["metrics"]["dynamic_sampling/draws"] > 1
     assert 0 < alone["metrics"]["dynamic_sampling/uninformative_fraction"] < 1
+
+
+@pytest.fixture(scope="module")
+def apart(results):
+    """Return the results of one process that computes shared beginnings for each text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APART", "1")
+        return results("ddp", 1, "|".join(SHARED))
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("run", [("ddp", 1), *RUNS], ids=lambda run: f"{run[0]}-{run[1]}")
+def test_shared_beginnings_change_nothing(results, apart, case, run):
+    """Each step has the learning rate 1, so that the weights differ as the gradients do."""
+    alone, shared = apart[case], results(*run)[case]
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(shared["weights"][name], weight, rtol=0, atol=1e-5, msg=name)
+    rounding = {name: value for name, value in shared["metrics"].items() if name == "engine/mismatch_max"}
+    assert shared["metrics"] == pytest.approx(alone["metrics"] | rounding, rel=1e-4, abs=1e-5)
 
 
 def assert_same(alone, spread):
