@@ -55,7 +55,8 @@ class DPO(PreferenceModule):
             first step, instead of in every epoch.
         sampling: How responses to held-out prompts are sampled. The temperature divides the logits in training too.
         engine: The engine that samples the responses to held-out prompts.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+        max_tokens: The maximum number of tokens in a micro-batch. A prompt counts once for all its responses, and
+            padding only if the model processes it. The number affects memory and speed only.
             On a single GPU, a step that runs out of memory halves this number for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the actor.

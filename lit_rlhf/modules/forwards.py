@@ -51,7 +51,7 @@ def actor_outputs(actor: Actor, rollout: Rollout, max_tokens: int, other: Actor 
     Args:
         actor: The actor, whose value head gives the values if it has one.
         rollout: The rollout, with B rows.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding.
+        max_tokens: The maximum number of tokens in a micro-batch, as for `pack`.
         other: The actor to which the KL over the vocabulary (the full KL) is computed; None to leave out this KL.
     """
     with unsharded(actor, other):

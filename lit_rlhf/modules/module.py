@@ -59,7 +59,7 @@ class AlignmentModule(lightning.LightningModule):
     """The name of the option that sets ``max_tokens``."""
 
     actor: Actor
-    max_tokens: int  # the maximum number of tokens in a micro-batch, including padding; halved if memory runs out
+    max_tokens: int  # the maximum number of tokens in a micro-batch; halved if memory runs out
     iteration: Tensor  # [] int64, saved in the checkpoint
 
     def __init__(

@@ -86,8 +86,8 @@ class PreferenceModule(AlignmentModule):
         self.log_iteration(logged, shown=("train/loss", "train/accuracy"))
 
     def _step(self, batch: PreferenceBatch, metrics: Metrics) -> None:
-        longest = batch.by_ranking(batch.lengths).amax(1) * batch.mask.sum(1)  # padded tokens of each ranking
-        loss = within_memory(self, partial(self._add_gradients, batch, metrics), longest, metrics)
+        sizes = batch.by_ranking(batch.lengths).amax(1) * batch.mask.sum(1)  # of each ranking, with padding
+        loss = within_memory(self, partial(self._add_gradients, batch, metrics), sizes, metrics)
         (norm,) = step_optimizers(self, self.clip_grad_norm, loss=loss).values()
         (optimizer,) = self.optimizers_by_name().values()
         metrics.add("grad_norm", norm)

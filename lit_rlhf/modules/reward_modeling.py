@@ -32,7 +32,8 @@ class RewardModeling(PreferenceModule):
         reward: The initial model: a folder, a hub id, or a configuration for random weights. It is a language model
             (such as the export of an SFT run), which gets a new head, or a sequence classifier with one label.
         label_smoothing: ε in [0, 0.5), the assumed fraction of pairs that are in the wrong order.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+        max_tokens: The maximum number of tokens in a micro-batch. A prompt counts once for all its responses, and
+            padding only if the model processes it. The number affects memory and speed only.
             On a single GPU, a step that runs out of memory halves this number for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the model.

@@ -34,7 +34,8 @@ class SFT(AlignmentModule):
 
     Args:
         actor: The model to train: a folder, a hub id, or a configuration for random weights.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+        max_tokens: The maximum number of tokens in a micro-batch; padding counts only if the model processes it. The
+            number affects memory and speed only.
             On a single GPU, a step that runs out of memory halves this number for the rest of the run.
         clip_grad_norm: The maximum gradient norm, to which a larger gradient is scaled down; None for no clipping.
         optimizer: The optimizer of the model.
@@ -57,7 +58,7 @@ class SFT(AlignmentModule):
         self,
         actor: ModelSource = "",
         max_tokens: int = 8192,
-        clip_grad_norm: float | None = None,
+        clip_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         iterations: int | None = None,

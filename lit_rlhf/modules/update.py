@@ -16,7 +16,8 @@ class Update:
         minibatches: The number of minibatches in each pass; each takes one optimizer step.
         shuffle: Whether the rows are shuffled before they are cut into minibatches. If not, each minibatch has
             consecutive rows, such as the responses that one worker process of `Ahead` drew.
-        max_tokens: The maximum number of tokens in a micro-batch, including padding. It affects memory and speed only.
+        max_tokens: The maximum number of tokens in a micro-batch. A prompt counts once for all its responses, and
+            padding only if the model processes it. The number affects memory and speed only.
             On a single GPU, an update that runs out of memory halves this number for the rest of the run.
         aggregation: How the losses of the tokens are averaged: ``token``, ``sequence`` or ``constant``.
         whiten_advantages: Whether to normalise the iteration's advantages to mean 0 and variance 1, over all ranks.
@@ -77,7 +78,7 @@ def check_limits(max_tokens: int, clip_grad_norm: float | None) -> None:
     """Check the options of the optimizer step that SFT, reward modelling and DPO share.
 
     Args:
-        max_tokens: The maximum number of tokens in a micro-batch, including padding.
+        max_tokens: The maximum number of tokens in a micro-batch.
         clip_grad_norm: The maximum gradient norm; None for no clipping.
 
     Raises:

@@ -28,12 +28,12 @@ from lit_rlhf.testing.runs import tiny_data, train
 PROMPTS, BATCH, N = 48, 16, 2
 
 
-def says_w3_or_w7(responses):
+def says_w3_w7_or_w9(responses):
     """Return 1 for few responses, so that most prompts have equal scores."""
-    return [float(not {"w3", "w7"}.isdisjoint(response.split())) for response in responses]
+    return [float(not {"w3", "w7", "w9"}.isdisjoint(response.split())) for response in responses]
 
 
-def make(reward=says_w3_or_w7, draws=3, **options):
+def make(reward=says_w3_w7_or_w9, draws=3, **options):
     defaults = {"critic": None, "advantages": GroupNormalized(), "update": Update(epochs=1, minibatches=2)}
     return tiny_ppo([reward], dynamic_sampling=DynamicSampling(draws), **defaults | options)
 
@@ -167,7 +167,7 @@ def test_trpo(tmp_path):
     options = {"region": TrustRegion(fisher_every=2, cg_iterations=2), "sampling": Sampling(max_tokens=8, responses=N)}
     watch, plain = Watch(), tiny_ppo()
     module = TRPO(
-        plain.source, [RewardFunction(says_w3_or_w7)], critic=None, advantages=GroupNormalized(), iterations=1,
+        plain.source, [RewardFunction(says_w3_w7_or_w9)], critic=None, advantages=GroupNormalized(), iterations=1,
         dynamic_sampling=DynamicSampling(2), **options,
     )  # fmt: skip
     train(module, tiny_data(module), [watch], folder=tmp_path)

@@ -1,5 +1,6 @@
 """What is in memory in an update and between updates, and what happens when the memory does not suffice."""
 
+import inspect
 import weakref
 
 import lightning
@@ -154,15 +155,19 @@ def test_ddp_holds_one_copy_of_the_gradients(one_process, make_module, fit):
 
 @pytest.fixture
 def limit(monkeypatch):
-    """Return a function that lets forwards of a class with gradient run out of memory above so many tokens."""
+    """Return a function that lets forwards of a class with gradient run out of memory above so many tokens, without
+    padding (token 0), each shared beginning counted once."""
 
     def limit(model, most):
         forward = model.forward
+        names = inspect.signature(forward)
 
-        def limited(self, tokens, *args, **others):
-            if torch.is_grad_enabled() and tokens.numel() > most:
+        def limited(*args, **others):
+            given = names.bind(*args, **others).arguments
+            computed = int((given["tokens"] != 0).sum()) - int(given.get("shared", torch.zeros(1)).sum())
+            if torch.is_grad_enabled() and computed > most:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return forward(self, tokens, *args, **others)
+            return forward(*args, **others)
 
         monkeypatch.setattr(model, "forward", limited)
 
