@@ -49,6 +49,8 @@ class Setting:
         half: Whether matrix products are computed in bfloat16.
         recompute: Whether the backward pass recomputes the activations of the trained layers.
         rows: The number of texts in an iteration, over all processes.
+        responses: The number of responses to each prompt, which models that skip padding process once for all of them;
+            1 for texts from a data set, although the texts of a pair may share a prompt.
         together: The number of rows that always share a micro-batch: 2 for preference pairs, otherwise 1.
         length: The maximum number of tokens in a row.
         scored: The maximum number of tokens in a row whose log-probabilities are computed.
@@ -73,6 +75,7 @@ class Setting:
     half: bool
     recompute: bool
     rows: int
+    responses: int
     together: int
     length: int
     scored: int
@@ -178,6 +181,7 @@ def setting_of(
     length = data.encoder.max_tokens
     return Setting(
         rows=data.batch_size * together,
+        responses=1,
         together=together,
         length=length,
         scored=length,
@@ -203,6 +207,7 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
     needed = not exact or module.reference_kl.is_full or module.critic_source == "shared"
     return Setting(
         rows=data.batch_size * sampling.responses,
+        responses=sampling.responses,
         together=1,
         length=prompt + sampling.max_tokens,
         scored=sampling.max_tokens,

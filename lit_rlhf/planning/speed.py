@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+from lit_rlhf.models.unpadded import may_be_unpadded
 from lit_rlhf.planning.dry_run import prefill
 from lit_rlhf.planning.memory import cache_size
 from lit_rlhf.planning.roles import FLOAT, HALF, Role
@@ -69,14 +72,23 @@ def work(setting: Setting) -> tuple[Work, ...]:
         UserError: if a model cannot be run without the values of its tensors.
     """
     found = [] if setting.generation is None else [_decoding(setting)]
-    rows, length, scored = setting.rows, setting.length, setting.scored
     judges = [role for role in setting.roles if role.name in setting.judged]
     if judges:
-        found.append(_at_peak(setting, "judge", sum(forward_flops(role, rows, length, scored) for role in judges)))
-    learning = sum(training_flops(role, rows, length, scored, setting.recompute) for role in setting.trained())
+        found.append(_at_peak(setting, "judge", sum(_of_texts(setting, role, forward_flops) for role in judges)))
+    train = partial(training_flops, recompute=setting.recompute)
+    learning = sum(_of_texts(setting, role, train) for role in setting.trained())
     beside = [role for role in setting.roles if not role.is_trained and role.name not in setting.judged]
-    learning += sum(forward_flops(role, rows, length, scored) for role in beside)  # DPO's reference without a cache
+    learning += sum(_of_texts(setting, role, forward_flops) for role in beside)  # DPO's reference without a cache
     return (*found, _at_peak(setting, "update", setting.epochs * learning))
+
+
+def _of_texts(setting: Setting, role: Role, flops: Callable[[Role, int, int, int], float]) -> float:
+    """Return the FLOPs for all texts of an iteration, of which models that skip padding process each prompt once."""
+    whole = flops(role, setting.rows, setting.length, setting.scored)
+    if not may_be_unpadded(role.model):
+        return whole
+    repeated = setting.rows - setting.rows // setting.responses
+    return whole - flops(role, repeated, setting.length - setting.scored, 0)
 
 
 def _at_peak(setting: Setting, phase: str, flops: float) -> Work:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from lit_rlhf.algorithms.advantages import MonteCarlo
 from lit_rlhf.data import Demonstrations, Preferences, Prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import NativeEngine, Sampling
@@ -187,6 +188,28 @@ def test_seconds(ppo):
     assert judge.seconds > 0
     unknown = replace(ppo(QWEN_05B), device=Device("unknown", 80 * GB, None, None, None))
     assert [phase.seconds for phase in work(unknown)] == [None] * 3
+
+
+def test_the_prompt_of_several_responses_is_computed_once(tiny_model):
+    """Eight responses of 8 tokens to a prompt of 100 need about the FLOPs of 164 tokens; one of each prompt, of 108."""
+    flops = []
+    for responses in (1, 8):
+        sampling = Sampling(max_tokens=8, responses=responses)
+        module = PolicyGradient(
+            str(tiny_model()),
+            [RewardModel(str(tiny_model(task="score")))],
+            critic=None,
+            sampling=sampling,
+            advantages=MonteCarlo(),
+        )
+        setting = setting_of(
+            module, Prompts(batch_size=16), device=find_gpu("h100"), processes=1, strategy="auto", half=True,
+            recompute=False, prompt_tokens=100,
+        )  # fmt: skip
+        flops.append([phase.flops for phase in work(setting)[1:]])
+    ratios = [several / one for one, several in zip(*flops, strict=True)]
+    assert len(ratios) == 2
+    assert all(1.4 < ratio < 2 for ratio in ratios)
 
 
 def test_a_host_reads_shards_under_fsdp2_and_whole_models_otherwise(ppo):
