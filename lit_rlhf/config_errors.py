@@ -15,6 +15,14 @@ from lit_rlhf import compat
 from lit_rlhf.components import components, option_names
 from lit_rlhf.foreign_options import own_name
 
+NOT_IMPORTED = re.compile(r"[Nn]o module named '[^']+'|module '[^']+' has no attribute '([^']+)'")
+"""The pattern of the reason why a class cannot be imported, with the class's name if only the name is wrong."""
+
+BESIDE_INIT_ARGS = re.compile(
+    r"Not a valid subclass of [^{]*\{'class_path': '[^']+', (?:'init_args': .*\}, )?'(?!init_args')(\w+)'"
+)
+"""The pattern of an option that a file gives beside ``init_args`` instead of inside."""
+
 
 def explain(message: str, known: Sequence[str] = ()) -> str:
     """Return one line that names the option that is wrong, the value or name found, and what would be right.
@@ -27,7 +35,10 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
     known = [name for name in known if not name.endswith(".help")]
-    field, owner = ".".join(compat.PARSER_KEY.findall(message)), _owner(message)
+    field = ".".join(compat.PARSER_KEY.findall(message))
+    if matched := NOT_IMPORTED.search(message):
+        return _class_expected(field, f": {matched[0]}", matched[1] or "")
+    owner = _owner(message)
     option = next(filter(None, (pattern.search(message) for pattern in compat.UNKNOWN_OPTION)), None)
     if owner is not None and owner.__module__.startswith("lightning."):
         return _class_expected(field, " is not set")
@@ -49,6 +60,8 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if matched := compat.UNKNOWN_COMMAND.search(message):
         choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
         return f"there is no command {matched[1]!r}{_nearest(matched[1], choices)}; there are: {', '.join(choices)}"
+    if beside := BESIDE_INIT_ARGS.search(message):
+        return f"{field}.{beside[1]} should be inside {field}.init_args"
     return _wrong_value(field, message)
 
 
@@ -78,6 +91,8 @@ def _type(name: str) -> str:
 
 
 def _unknown_option(option: str, field: str, known: Sequence[str], owner: type | None, others: Sequence[str]) -> str:
+    if option.partition(".")[0] not in known:
+        option = option.partition(".init_args.")[0]  # the first name in a file that does not exist
     whole = ".".join(filter(None, [field, option]))
     own = own_name(whole, {*others, *(".".join(filter(None, [field, name])) for name in known)})
     meant = f", did you mean {own!r}?" if own else _nearest(option, known, field)
@@ -95,11 +110,11 @@ def _class_expected(field: str, mistake: str, name: str = "") -> str:
 
 
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
-    """Return a suggestion with the known name that is closest to a word, or an empty string if no name is close.
+    """Return a suggestion with the known names that are closest to a word, or an empty string if no name is close.
 
     In a dotted word, a first part that is unknown is replaced by a known first part that is close. Otherwise the word
-    is replaced by a name with the same last part, by a name that is close, or by a name whose last part is close.
-    ``field`` is put before the name that is suggested.
+    is replaced by the names with the same last part, by a name that is close, or by a name whose last part is close.
+    ``field`` is put before the names that are suggested.
 
     >>> _nearest("max_epoch", ["trainer.max_epochs"])
     ", did you mean 'trainer.max_epochs'?"
@@ -107,9 +122,12 @@ def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
     ", did you mean 'model.update.epochs'?"
     >>> _nearest("update.max_tokens", ["adapter", "adapter.rank", "max_tokens"], field="model")
     ", did you mean 'model.max_tokens'?"
+    >>> _nearest("max_tokens", ["sampling.max_tokens", "update.max_tokens"], field="model")
+    ", did you mean 'model.update.max_tokens' or 'model.sampling.max_tokens'?"
     """
-    nearest = _in_close_group(word, known) or _with_close_name(word, known)
-    return f", did you mean {'.'.join(filter(None, [field, nearest]))!r}?" if nearest else ""
+    group = _in_close_group(word, known)
+    nearest = [".".join(filter(None, [field, name])) for name in ([group] if group else _with_close_name(word, known))]
+    return f", did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
 def _in_close_group(word: str, known: Sequence[str]) -> str:
@@ -123,19 +141,21 @@ def _in_close_group(word: str, known: Sequence[str]) -> str:
     return whole if whole in known else next(iter(difflib.get_close_matches(whole, inside, n=1)), whole)
 
 
-def _with_close_name(word: str, known: Sequence[str]) -> str:
-    """Return a known name with the same last part as a dotted word, or else one that is close to the word.
+def _with_close_name(word: str, known: Sequence[str]) -> list[str]:
+    """Return the known names with the same last part as a word, the closest first, at most three.
 
-    If no name is close to it, the result is a name whose last part is close; if there is none, an empty string.
+    If there are none, the result is a name that is close to the word, or else a name whose last part is close, if any.
     """
     ending = word.rpartition(".")[2]
     shortest_first = sorted(known, key=lambda name: name.count("."))
     last = {name.rpartition(".")[2]: name for name in reversed(shortest_first)}
-    if "." in word and ending in last:
-        return last[ending]
+    if ending in last:
+        depth = last[ending].count(".")
+        same = [name for name in known if name.rpartition(".")[2] == ending and name.count(".") == depth]
+        return difflib.get_close_matches(word, same, n=3, cutoff=0.0)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    close = close or difflib.get_close_matches(ending, list(last), n=1, cutoff=0.5)
-    return last.get(close[0], close[0]) if close else ""
+    close = close or difflib.get_close_matches(ending, list(last), n=1, cutoff=0.6)
+    return [last.get(name, name) for name in close]
 
 
 def _owner(text: str) -> type | None:

@@ -7,6 +7,7 @@ import preloaded
 import pytest
 import torch
 
+from lit_rlhf import recipes
 from lit_rlhf.cli import main
 
 pytestmark = pytest.mark.usefixtures("without_plans")
@@ -308,12 +309,50 @@ def test_a_word_that_belongs_to_no_option(folder, capsys):
         ("dpo", "model.learning_rate", "model.optimizer.lr"),
         ("ppo", "model.update.kl_coef", "model.kl.coef"),
         ("grpo", "trainer.num_train_epochs", "trainer.max_epochs"),
+        ("sft", "model.optimiser.lr", "model.optimizer.lr"),
+        ("reward", "model.update.clip_grad_norm", "model.clip_grad_norm"),
+        ("ppo", "model.clip_grad_norm", "model.update.clip_grad_norm"),
+        ("ppo", "model.responses", "model.guard.responses' or 'model.sampling.responses"),
+        ("ppo", "model.optimizer", "model.actor_optimizer"),
     ],
 )
 def test_the_nearest_option_is_among_all_of_a_module(capsys, recipe, option, nearest):
     message = refusal(capsys, ["fit", "--config", recipe, f"--{option}", "3"])
-    check(message, rf"'{re.escape(option)}'", f"did you mean '{re.escape(nearest)}'")
+    check(message, rf"'{re.escape(option)}'", f"did you mean '{re.escape(nearest)}'\\?")
     assert "optimizer" in message or recipe != "dpo"  # in the list of DPO's options
+
+
+@pytest.mark.parametrize(
+    ("recipe", "right", "wrong", "message"),
+    [
+        ("dpo", "    optimizer:", "    optimzer:", "no option 'model.optimzer', did you mean 'model.optimizer'?"),
+        ("ppo", "    actor_optimizer:", "    optimizer:", "'model.optimizer', did you mean 'model.actor_optimizer'?"),
+        ("dpo", "    actor:", "    update: {max_tokens: 9}\n    actor:", "did you mean 'model.max_tokens'?"),
+        ("ppo", "  init_args:", "  seeds: 3\n  init_args:", "model.seeds should be inside model.init_args"),
+        ("ppo", "class_path: GAE", "class_path: lit_rlhf.GEA", "has no attribute 'GEA'; it should be BestOfN, GAE, "),
+        ("ppo", "class_path: Clip", "class_path: lit_rlhf.Clop", "did you mean 'Clip'?"),
+        ("ppo", "class_path: AdamW", "class_path: torch.optim.AdmW", "did you mean 'AdamW'?"),
+        ("ppo", "class_path: GAE", "class_path: nowhere.Mine", "advantages: No module named 'nowhere'; it should be"),
+        (
+            "ppo",
+            "class_path: PolicyGradient",
+            "class_path: nowhere.Mine",
+            "model: No module named 'nowhere'; it should",
+        ),
+    ],
+)
+def test_a_mistake_in_a_recipe(tmp_path, capsys, recipe, right, wrong, message):
+    text = recipes.find_recipe(recipe).read_text()
+    assert right in text
+    (tmp_path / "wrong.yaml").write_text(text.replace(right, wrong, 1))
+    assert message in refusal(capsys, ["fit", "--config", str(tmp_path / "wrong.yaml")])
+
+
+def test_all_options_with_the_last_name_are_suggested(capsys):
+    message = refusal(capsys, ["fit", "--config", "ppo", "--model.max_tokens", "3"])
+    suggested = message.partition("did you mean ")[2].partition("?")[0].split(" or ")
+    assert suggested[0] == "'model.update.max_tokens'"  # the same in the other modules
+    assert "'model.sampling.max_tokens'" in suggested
 
 
 def test_a_misspelt_recipe(capsys):
