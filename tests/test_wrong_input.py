@@ -216,6 +216,7 @@ def test_a_misspelt_option_in_a_file(folder, capsys, right, wrong, name):
     check(message, "no option", mistake, "|".join(meant(n) for n in name.split("|")))
 
 
+ACCUMULATION = "[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]"
 MODULES = "DPO, PolicyGradient, RewardModeling, SFT, TRPO"
 DATA = "Demonstrations, Preferences, Prompts"
 
@@ -256,8 +257,9 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"trainer__precision": "bf16-true"}, [r"trainer\.precision", "32-true or bf16-mixed", "'bf16-true'"]),
         ({"trainer__precision": "16-mixed", "trainer__strategy": "fsdp2"}, [r"trainer\.precision", "'16-mixed'"]),
         ({"trainer__precision": "transformer-engine"}, [r"trainer\.precision", "'transformer-engine'"]),
-        ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"model\.update\.clip_grad_norm"]),
+        ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"by model\.update\.clip_grad_norm$"]),
         ({"trainer__accumulate_grad_batches": 2}, [r"trainer\.accumulate_grad_batches", "micro-batches", "batch_size"]),
+        ({"trainer__callbacks": ACCUMULATION}, [r"trainer\.callbacks must not", "GradientAccumulationScheduler"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):
@@ -508,6 +510,20 @@ def test_preferences(tmp_path, tiny_model, capsys, module, record, patterns):
     words = ["fit", "--model", module, f"--model.{role}", str(tiny_model("llama")), "--data", "Preferences"]
     words += ["--data.train", str(path), "--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path / "run")]
     check(refusal(capsys, [*words, "--trainer.accelerator", "cpu"]), r"data\.train", *patterns)
+
+
+@pytest.mark.parametrize(("module", "role"), [("SFT", "actor"), ("RewardModeling", "reward"), ("DPO", "actor")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("gradient_clip_val=1.0", r"trainer\.gradient_clip_val must be null: .* by model\.clip_grad_norm$"),
+        ("accumulate_grad_batches=2", r"trainer\.accumulate_grad_batches must be 1: .*data\.batch_size"),
+    ],
+)
+def test_options_of_automatic_optimization(folder, capsys, module, role, option, message):
+    words = ["fit", "--model", module, f"--model.{role}=./model", "--data=Preferences", "--data.train=prompts.jsonl"]
+    check(refusal(capsys, [*words, f"--trainer.{option}", "--trainer.accelerator=cpu"]), message)
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize(
