@@ -345,13 +345,11 @@ def _check_gradient_options(trainer: lightning.Trainer, module: lightning.Lightn
     if trainer.gradient_clip_val is not None:
         own = "model.update.clip_grad_norm" if isinstance(module, OnPolicy) else "model.clip_grad_norm"
         raise UserError(f"trainer.gradient_clip_val must be null: gradients are clipped by {own}")
-    accumulating = [type(c).__name__ for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
-    if trainer.accumulate_grad_batches != 1 or accumulating:
-        mistake = f"must not contain {accumulating[0]}" if accumulating else "must be 1"
-        raise UserError(
-            f"trainer.{'callbacks' if accumulating else 'accumulate_grad_batches'} {mistake}: every batch is already cut "
-            "into micro-batches; a larger data.batch_size takes no more memory in the update"
-        )
+    cut = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(f"trainer.accumulate_grad_batches must be 1: {cut}")
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise UserError(f"trainer.callbacks must not contain GradientAccumulationScheduler: {cut}")
 
 
 def _uses_gpus(accelerator: Any) -> bool:
