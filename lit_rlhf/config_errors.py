@@ -15,8 +15,11 @@ from lit_rlhf import compat
 from lit_rlhf.components import components, option_names
 from lit_rlhf.foreign_options import own_name
 
-NOT_IMPORTED = re.compile(r"[Nn]o module named '[^']+'|module '[^']+' has no attribute '([^']+)'")
-"""The pattern of the reason why a class cannot be imported, with the class's name if only the name is wrong."""
+NOT_IN_MODULE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
+"""The pattern of a class that does not exist in a module that does."""
+
+NO_MODULE = re.compile(r"No module named '([^']+)'")
+"""The pattern of a module that does not exist."""
 
 BESIDE_INIT_ARGS = re.compile(
     r"Not a valid subclass of [^{]*\{'class_path': '[^']+', (?:'init_args': .*\}, )?'(?!init_args')(\w+)'"
@@ -36,21 +39,25 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     """
     known = [name for name in known if not name.endswith(".help")]
     field = ".".join(compat.PARSER_KEY.findall(message))
-    if matched := NOT_IMPORTED.search(message):
-        return _class_expected(field, f": {matched[0]}", matched[1] or "")
+    if matched := NOT_IN_MODULE.search(message):
+        return unknown_class(field, f"{matched[1]}.{matched[2]}", _class_names(field))
+    if matched := NO_MODULE.search(message):
+        return _class_expected(field, f": there is no module {matched[1]!r}")
     owner = _owner(message)
     option = next(filter(None, (pattern.search(message) for pattern in compat.UNKNOWN_OPTION)), None)
     if owner is not None and owner.__module__.startswith("lightning."):
         return _class_expected(field, " is not set")
     if option:
         name = ".".join(filter(None, option.group("group", "name")))
-        return _unknown_option(name, field, option_names(owner) if owner else known, owner, known)
+        return unknown_option(
+            name, field, option_names(owner) if owner else known, owner.__name__ if owner else "", known
+        )
     matched = compat.UNKNOWN_CLASS.search(message)
     if matched and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
         if paths := compat.OPTIONS_OR_NULL.findall(message):
             options = ", ".join(option_names(_class(paths[-1])))
             return f"{field}: should be null or have options ({options}), not {matched[1]!r}"
-        return _class_expected(field, f": there is no class {matched[1]!r}", matched[1])
+        return unknown_class(field, matched[1], _class_names(field))
     if matched := compat.ABSTRACT_CLASS.search(message):
         return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
     if matched := compat.MISSING_OPTION.search(message):
@@ -90,7 +97,19 @@ def _type(name: str) -> str:
     return words.get(name, name.rpartition(".")[2])
 
 
-def _unknown_option(option: str, field: str, known: Sequence[str], owner: type | None, others: Sequence[str]) -> str:
+def unknown_option(option: str, field: str, known: Sequence[str], owner: str, others: Sequence[str]) -> str:
+    """Return a message about an option that does not exist, with the closest that do.
+
+    Args:
+        option: The name of the option inside ``field``.
+        field: The option that the class is given for; empty if the option belongs to no class.
+        known: The options of the class, or else all options.
+        owner: The name of the class, or an empty string.
+        others: All options of the command.
+
+    >>> unknown_option("lamm", "model.advantages", ["gamma", "lam"], "GAE", [])
+    "there is no option 'model.advantages.lamm', did you mean 'model.advantages.lam'?; GAE has: gamma, lam"
+    """
     if option.partition(".")[0] not in known:
         option = option.partition(".init_args.")[0]  # the first name in a file that does not exist
     whole = ".".join(filter(None, [field, option]))
@@ -98,13 +117,22 @@ def _unknown_option(option: str, field: str, known: Sequence[str], owner: type |
     meant = f", did you mean {own!r}?" if own else _nearest(option, known, field)
     group = option.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == (group if f"{group}." in " ".join(known) else "")]
-    who = owner.__name__ if owner else group if f"{group}." in " ".join(known) else ""
+    who = owner or (group if f"{group}." in " ".join(known) else "")
     listed = f"; {f'{who} has' if who else 'there are'}: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
     return f"there is no option {whole!r}{meant}{listed}"
 
 
-def _class_expected(field: str, mistake: str, name: str = "") -> str:
-    known = _class_names(field)
+def unknown_class(field: str, name: str, known: Sequence[str]) -> str:
+    """Return a message about a class that does not exist, with the classes that do and the closest of them.
+
+    >>> unknown_class("model.kl", "FixdKL", ["FixedKL"])
+    "model.kl: there is no class 'FixdKL'; it should be FixedKL, or a class by its import path, did you mean 'FixedKL'?"
+    """
+    return _class_expected(field, f": there is no class {name!r}", name, known)
+
+
+def _class_expected(field: str, mistake: str, name: str = "", known: Sequence[str] = ()) -> str:
+    known = known or _class_names(field)
     listed = f" {', '.join(known)}, or a class by its import path" if known else " a class by its import path"
     return f"{field}{mistake}; it should be{listed}{_nearest(name, known)}"
 

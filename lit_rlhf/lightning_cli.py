@@ -35,9 +35,11 @@ from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.command_words import check_config_files, chosen_class, help_words
+from lit_rlhf.components import class_names
 from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import chosen_options, explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
+from lit_rlhf.early_check import store, stored
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
@@ -147,6 +149,8 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, and print the configuration with comments if ``--print_config=comments`` is given."""
+        if type(self) is CLI and stored() is None:
+            store(config_schema(self.command_parser.option_groups), class_names())
         if PRINT_COMMENTS not in self.words:
             super().parse_arguments(parser, args)
             return

@@ -331,15 +331,25 @@ def test_the_nearest_option_is_among_all_of_a_module(capsys, recipe, option, nea
         ("ppo", "    actor_optimizer:", "    optimizer:", "'model.optimizer', did you mean 'model.actor_optimizer'?"),
         ("dpo", "    actor:", "    update: {max_tokens: 9}\n    actor:", "did you mean 'model.max_tokens'?"),
         ("ppo", "  init_args:", "  seeds: 3\n  init_args:", "model.seeds should be inside model.init_args"),
-        ("ppo", "class_path: GAE", "class_path: lit_rlhf.GEA", "has no attribute 'GEA'; it should be BestOfN, GAE, "),
+        (
+            "ppo",
+            "class_path: GAE",
+            "class_path: lit_rlhf.GEA",
+            "there is no class 'lit_rlhf.GEA'; it should be BestOfN, GAE, ",
+        ),
         ("ppo", "class_path: Clip", "class_path: lit_rlhf.Clop", "did you mean 'Clip'?"),
         ("ppo", "class_path: AdamW", "class_path: torch.optim.AdmW", "did you mean 'AdamW'?"),
-        ("ppo", "class_path: GAE", "class_path: nowhere.Mine", "advantages: No module named 'nowhere'; it should be"),
+        (
+            "ppo",
+            "class_path: GAE",
+            "class_path: nowhere.Mine",
+            "advantages: there is no module 'nowhere'; it should be",
+        ),
         (
             "ppo",
             "class_path: PolicyGradient",
             "class_path: nowhere.Mine",
-            "model: No module named 'nowhere'; it should",
+            "model: there is no module 'nowhere'; it should",
         ),
     ],
 )
