@@ -105,7 +105,7 @@ def mistake_in(words: Sequence[str]) -> str:
     files = [yaml.safe_load(recipes.find(name).read_text(encoding="utf-8")) for name in config_names(words)]
     try:
         return _Check(found["schema"], found["classes"]).mistake([*files, *_assignments(words[1:])])
-    except (_Undecided, yaml.YAMLError):
+    except (_Undecided, yaml.YAMLError, ValueError):  # the last for an impossible date
         return ""
 
 
@@ -114,7 +114,7 @@ def _assignments(words: Sequence[str]) -> Iterator[Json]:
     rest = list(words)
     while rest:
         word, separator, value = rest.pop(0).partition("=")
-        if not word.startswith("--"):
+        if not re.match("--[a-z]", word):
             continue
         if not separator and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
@@ -199,7 +199,7 @@ class _Check:
     def _choose(self, name: str, schemas: Sequence[Json], path: Names, alone: bool) -> str:
         parts = list(self._parts([*schemas, *self._items(schemas)]))
         choices = self._choices(parts)
-        if not choices or (alone and any("string" in p.get("type", "") and "pattern" not in p for p in parts)):
+        if not choices or (alone and any(_takes_text(part) or _is_group(part) for part in parts)):
             return ""
         if any(name in paths for paths, _ in choices.values()):
             self.chosen.setdefault(path, set()).add(name)
@@ -256,13 +256,22 @@ class _Check:
         return names
 
 
+def _takes_text(schema: Json) -> bool:
+    return "string" in schema.get("type", "") and "pattern" not in schema
+
+
+def _is_group(schema: Json) -> bool:
+    return "class_path" not in schema.get("properties", {"class_path": {}})
+
+
 def _inner(value: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the options inside an option; those beside the ``init_args`` of a class are left to the parser."""
-    if not all(isinstance(name, str) and "." not in name for name in value):
-        raise _Undecided
     arguments = value.get("init_args") or {}
     beside = {} if "class_path" in value else {name: part for name, part in value.items() if name not in OF_CLASSES}
-    return {**beside, **(arguments if isinstance(arguments, Mapping) else {})}
+    inner = {**beside, **(arguments if isinstance(arguments, Mapping) else {})}
+    if not all(isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name) for name in inner):
+        raise _Undecided
+    return inner
 
 
 def _rest(value: Any) -> Names:

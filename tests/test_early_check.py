@@ -115,6 +115,7 @@ def test_a_configuration_with_every_option_has_no_mistake(folder, capsys, recipe
         ("--trainer.callbacks", "null", "--print_config=comments"),
         ("--gpu", "h100", "--gpus", "8", "--prompt_tokens=9"),
         ("--model.actor_optimizer", "Adafactor", "--model.actor_optimizer.lr", "1"),  # from transformers
+        ("--model.correction", "TIS"),  # the parser names the options
         ("--model", "OnPolicy"),  # an imported class
         ("--model", "config_of_the_model"),
         ("--model", "my_parts.Mine", "--model.wings", "2"),
@@ -122,7 +123,10 @@ def test_a_configuration_with_every_option_has_no_mistake(folder, capsys, recipe
         ("--model.advantages.lamm.help",),
         ("--model.help=Mine", "--model.wings"),
         ("--model", "{unclosed"),
-        ("stray", "-3"),
+        ("stray", "-3", "--", "word"),
+        ("--data.train", "2026-99-99"),
+        ("--model.rewards.0.weight", "2"),
+        ("--model", '{"class_path": "SFT", "init_args": {"update.epochs": 3}}'),
     ],
 )
 def test_what_may_be_right_is_left_to_the_parser(folder, words):
