@@ -140,7 +140,7 @@ class _Check:
     def mistake(self, configs: Sequence[Json]) -> str:
         """Return a message about the first mistake in configurations, or an empty string."""
         found = [self._classes_in(config, [self.schema], ()) for config in configs]
-        return next(filter(None, [*found, *(self._unknown(config, [self.schema], (), ()) for config in configs)]), "")
+        return _first([*found, *[self._unknown(config, [self.schema], (), ()) for config in configs]])
 
     def _parts(self, schemas: Sequence[Json]) -> Iterator[Json]:
         """Yield the alternatives of schemas without references."""
@@ -187,14 +187,14 @@ class _Check:
     def _classes_in(self, value: Any, schemas: Sequence[Json], path: Names) -> str:
         """Collect the classes that a value chooses, and return a message about an unknown one, or an empty string."""
         if isinstance(value, list):
-            return next(filter(None, (self._classes_in(item, self._items(schemas), path) for item in value)), "")
+            return _first([self._classes_in(item, self._items(schemas), path) for item in value])
         given = value.get("class_path") if isinstance(value, Mapping) else value
-        if isinstance(given, str) and (mistake := self._choose(given, schemas, path, isinstance(value, str))):
-            return mistake
+        mistake = self._choose(given, schemas, path, isinstance(value, str)) if isinstance(given, str) else ""
         options = self._options([*schemas, *self._items(schemas)]) or {}
         inner = _inner(value).items() if isinstance(value, Mapping) else ()
-        found = (self._classes_in(part, options.get(name, ()), (*path, name)) for name, part in inner)
-        return next(filter(None, found), "")
+        return _first(
+            [mistake, *[self._classes_in(part, options.get(name, ()), (*path, name)) for name, part in inner]]
+        )
 
     def _choose(self, name: str, schemas: Sequence[Json], path: Names, alone: bool) -> str:
         parts = list(self._parts([*schemas, *self._items(schemas)]))
@@ -220,7 +220,7 @@ class _Check:
             owner: The path of the innermost option around it for which a class is chosen.
         """
         if isinstance(value, list):
-            return next(filter(None, (self._unknown(item, self._items(schemas), path, owner) for item in value)), "")
+            return _first([self._unknown(item, self._items(schemas), path, owner) for item in value])
         schemas = [*schemas, *self._items(schemas)]
         options = self._options(schemas, self.chosen.get(path))
         if not isinstance(value, Mapping) or options is None:
@@ -254,6 +254,11 @@ class _Check:
         for name, inner in (self._options(schemas, chosen) or {}).items():
             names += [name, *(f"{name}.{option}" for option in self._options([*inner, *self._items(inner)]) or {})]
         return names
+
+
+def _first(messages: Sequence[str]) -> str:
+    """Return the first message that is not empty; all are made, because any may leave the decision to the parser."""
+    return next(filter(None, messages), "")
 
 
 def _takes_text(schema: Json) -> bool:

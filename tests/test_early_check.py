@@ -120,6 +120,7 @@ def test_a_configuration_with_every_option_has_no_mistake(folder, capsys, recipe
         ("--model", "config_of_the_model"),
         ("--model", "my_parts.Mine", "--model.wings", "2"),
         ("--model.rewards=[{class_path: my_parts.Mine, init_args: {wings: 2}}]", "--model.advantages=AlsoMine"),
+        ("--model.init_args={advantages: AlsoMine, rewards: [{class_path: my_parts.Mine}]}",),  # read as a whole
         ("--model.advantages.lamm.help",),
         ("--model.help=Mine", "--model.wings"),
         ("--model", "{unclosed"),
