@@ -25,6 +25,9 @@ COMMANDS = {
 }
 """The name of the module that runs each command; LightningCLI runs the commands that are not listed here."""
 
+CHECKED = ("fit", "validate", "test", "predict", "plan")
+"""The commands whose options are checked before torch and Lightning are imported."""
+
 HELP = """usage: lit-rlhf COMMAND [options]
 
 Align language models with human preferences by reinforcement learning.
@@ -63,6 +66,8 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     _configure_allocator()
     try:
+        if words and words[0] in CHECKED:
+            importlib.import_module("lit_rlhf.early_check").check(words)
         if not words or words[0] in ("-h", "--help"):
             print(HELP, end="")
         elif words[0] in ("-V", "--version"):

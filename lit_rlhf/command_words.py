@@ -56,7 +56,7 @@ def chosen_class(words: Sequence[str], group: str) -> str:
     """
     chosen = _given(words, f"--{group}.help") or _given(words, f"--{group}")
     if not chosen:
-        configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in map(recipes.find, _configs(words))]
+        configs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in map(recipes.find, config_names(words))]
         groups = [part for config in configs if isinstance(part := config.get(group), dict)]
         chosen = [str(name) for part in groups if (name := part.get("class_path"))]
     return chosen[-1] if chosen else ""
@@ -68,7 +68,12 @@ def _given(words: Sequence[str], *options: str) -> list[str]:
     return [value if given else after for (option, given, value), after in parts if option in options]
 
 
-def _configs(words: Sequence[str]) -> list[str]:
+def config_names(words: Sequence[str]) -> list[str]:
+    """Return the files and recipes that a command line gives to ``--config``.
+
+    >>> config_names(["fit", "--config", "ppo", "-c=more.yaml"])
+    ['ppo', 'more.yaml']
+    """
     return _given(words, "-c", "--config")
 
 
@@ -82,7 +87,7 @@ def check_config_files(words: Sequence[str]) -> None:
         UserError: if there is no such file or recipe, or if a file is not a YAML mapping; the message names the file
             and, if the YAML is invalid, the line.
     """
-    for name in _configs(words):
+    for name in config_names(words):
         _check_config_file(recipes.find(name))
 
 

@@ -60,6 +60,15 @@ def _subclasses(base: type) -> Iterator[type]:
         yield from _subclasses(direct)
 
 
+def class_names() -> list[str]:
+    """Return the sorted names of all imported classes.
+
+    >>> {"FixedKL", "dict"} <= set(class_names())
+    True
+    """
+    return sorted({component.__name__ for component in _subclasses(object)})
+
+
 def _is_component(candidate: type) -> bool:
     """Return whether a class is listed: whether it is in one of `PACKAGES`, and not abstract, private or internal."""
     listed = candidate.__module__.startswith(tuple(f"{package}." for package in PACKAGES))
@@ -94,6 +103,16 @@ def option_names(component: type) -> list[str]:
         groups = [owner for owner in inner if is_options_group(owner) or _is_component(owner)]
         names += [name, *(f"{name}.{option}" for owner in groups for option in _signature(owner))]
     return list(dict.fromkeys(names))
+
+
+def takes_any_option(component: type) -> bool:
+    """Return whether a class takes more options than its signature names, because it passes them on (``**kwargs``).
+
+    >>> from lightning.pytorch.loggers import CSVLogger, WandbLogger
+    >>> takes_any_option(WandbLogger), takes_any_option(CSVLogger)
+    (True, False)
+    """
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(component).parameters.values())
 
 
 def _signature(component: type) -> dict[str, tuple[Any, Any]]:

@@ -15,6 +15,17 @@ from lit_rlhf import compat
 from lit_rlhf.components import components, option_names
 from lit_rlhf.foreign_options import own_name
 
+NOT_IN_MODULE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
+"""The pattern of a class that does not exist in a module that does."""
+
+NO_MODULE = re.compile(r"No module named '([^']+)'")
+"""The pattern of a module that does not exist."""
+
+BESIDE_INIT_ARGS = re.compile(
+    r"Not a valid subclass of [^{]*\{'class_path': '[^']+', (?:'init_args': .*\}, )?'(?!init_args')(\w+)'"
+)
+"""The pattern of an option that a file gives beside ``init_args`` instead of inside."""
+
 
 def explain(message: str, known: Sequence[str] = ()) -> str:
     """Return one line that names the option that is wrong, the value or name found, and what would be right.
@@ -27,19 +38,26 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
     known = [name for name in known if not name.endswith(".help")]
-    field, owner = ".".join(compat.PARSER_KEY.findall(message)), _owner(message)
+    field = ".".join(compat.PARSER_KEY.findall(message))
+    if matched := NOT_IN_MODULE.search(message):
+        return unknown_class(field, f"{matched[1]}.{matched[2]}", _class_names(field))
+    if matched := NO_MODULE.search(message):
+        return _class_expected(field, f": there is no module {matched[1]!r}")
+    owner = _owner(message)
     option = next(filter(None, (pattern.search(message) for pattern in compat.UNKNOWN_OPTION)), None)
     if owner is not None and owner.__module__.startswith("lightning."):
         return _class_expected(field, " is not set")
     if option:
         name = ".".join(filter(None, option.group("group", "name")))
-        return _unknown_option(name, field, option_names(owner) if owner else known, owner, known)
+        return unknown_option(
+            name, field, option_names(owner) if owner else known, owner.__name__ if owner else "", known
+        )
     matched = compat.UNKNOWN_CLASS.search(message)
     if matched and not {"int", "float"} & set(compat.UNION_MEMBER.findall(message)):
         if paths := compat.OPTIONS_OR_NULL.findall(message):
             options = ", ".join(option_names(_class(paths[-1])))
             return f"{field}: should be null or have options ({options}), not {matched[1]!r}"
-        return _class_expected(field, f": there is no class {matched[1]!r}", matched[1])
+        return unknown_class(field, matched[1], _class_names(field))
     if matched := compat.ABSTRACT_CLASS.search(message):
         return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
     if matched := compat.MISSING_OPTION.search(message):
@@ -49,6 +67,8 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if matched := compat.UNKNOWN_COMMAND.search(message):
         choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
         return f"there is no command {matched[1]!r}{_nearest(matched[1], choices)}; there are: {', '.join(choices)}"
+    if beside := BESIDE_INIT_ARGS.search(message):
+        return f"{field}.{beside[1]} should be inside {field}.init_args"
     return _wrong_value(field, message)
 
 
@@ -77,29 +97,52 @@ def _type(name: str) -> str:
     return words.get(name, name.rpartition(".")[2])
 
 
-def _unknown_option(option: str, field: str, known: Sequence[str], owner: type | None, others: Sequence[str]) -> str:
+def unknown_option(option: str, field: str, known: Sequence[str], owner: str, others: Sequence[str]) -> str:
+    """Return a message about an option that does not exist, with the closest that do.
+
+    Args:
+        option: The name of the option inside ``field``.
+        field: The option that the class is given for; empty if the option belongs to no class.
+        known: The options of the class, or else all options.
+        owner: The name of the class, or an empty string.
+        others: All options of the command.
+
+    >>> unknown_option("lamm", "model.advantages", ["gamma", "lam"], "GAE", [])
+    "there is no option 'model.advantages.lamm', did you mean 'model.advantages.lam'?; GAE has: gamma, lam"
+    """
+    if option.partition(".")[0] not in known:
+        option = option.partition(".init_args.")[0]  # the first name in a file that does not exist
     whole = ".".join(filter(None, [field, option]))
     own = own_name(whole, {*others, *(".".join(filter(None, [field, name])) for name in known)})
     meant = f", did you mean {own!r}?" if own else _nearest(option, known, field)
     group = option.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == (group if f"{group}." in " ".join(known) else "")]
-    who = owner.__name__ if owner else group if f"{group}." in " ".join(known) else ""
+    who = owner or (group if f"{group}." in " ".join(known) else "")
     listed = f"; {f'{who} has' if who else 'there are'}: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
     return f"there is no option {whole!r}{meant}{listed}"
 
 
-def _class_expected(field: str, mistake: str, name: str = "") -> str:
-    known = _class_names(field)
+def unknown_class(field: str, name: str, known: Sequence[str]) -> str:
+    """Return a message about a class that does not exist, with the classes that do and the closest of them.
+
+    >>> unknown_class("model.kl", "FixdKL", ["FixedKL"])
+    "model.kl: there is no class 'FixdKL'; it should be FixedKL, or a class by its import path, did you mean 'FixedKL'?"
+    """
+    return _class_expected(field, f": there is no class {name!r}", name, known)
+
+
+def _class_expected(field: str, mistake: str, name: str = "", known: Sequence[str] = ()) -> str:
+    known = known or _class_names(field)
     listed = f" {', '.join(known)}, or a class by its import path" if known else " a class by its import path"
     return f"{field}{mistake}; it should be{listed}{_nearest(name, known)}"
 
 
 def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
-    """Return a suggestion with the known name that is closest to a word, or an empty string if no name is close.
+    """Return a suggestion with the known names that are closest to a word, or an empty string if no name is close.
 
     In a dotted word, a first part that is unknown is replaced by a known first part that is close. Otherwise the word
-    is replaced by a name with the same last part, by a name that is close, or by a name whose last part is close.
-    ``field`` is put before the name that is suggested.
+    is replaced by the names with the same last part, by a name that is close, or by a name whose last part is close.
+    ``field`` is put before the names that are suggested.
 
     >>> _nearest("max_epoch", ["trainer.max_epochs"])
     ", did you mean 'trainer.max_epochs'?"
@@ -107,9 +150,12 @@ def _nearest(word: str, known: Sequence[str], field: str = "") -> str:
     ", did you mean 'model.update.epochs'?"
     >>> _nearest("update.max_tokens", ["adapter", "adapter.rank", "max_tokens"], field="model")
     ", did you mean 'model.max_tokens'?"
+    >>> _nearest("max_tokens", ["sampling.max_tokens", "update.max_tokens"], field="model")
+    ", did you mean 'model.update.max_tokens' or 'model.sampling.max_tokens'?"
     """
-    nearest = _in_close_group(word, known) or _with_close_name(word, known)
-    return f", did you mean {'.'.join(filter(None, [field, nearest]))!r}?" if nearest else ""
+    group = _in_close_group(word, known)
+    nearest = [".".join(filter(None, [field, name])) for name in ([group] if group else _with_close_name(word, known))]
+    return f", did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
 def _in_close_group(word: str, known: Sequence[str]) -> str:
@@ -123,19 +169,21 @@ def _in_close_group(word: str, known: Sequence[str]) -> str:
     return whole if whole in known else next(iter(difflib.get_close_matches(whole, inside, n=1)), whole)
 
 
-def _with_close_name(word: str, known: Sequence[str]) -> str:
-    """Return a known name with the same last part as a dotted word, or else one that is close to the word.
+def _with_close_name(word: str, known: Sequence[str]) -> list[str]:
+    """Return the known names with the same last part as a word, the closest first, at most three.
 
-    If no name is close to it, the result is a name whose last part is close; if there is none, an empty string.
+    If there are none, the result is a name that is close to the word, or else a name whose last part is close, if any.
     """
     ending = word.rpartition(".")[2]
     shortest_first = sorted(known, key=lambda name: name.count("."))
     last = {name.rpartition(".")[2]: name for name in reversed(shortest_first)}
-    if "." in word and ending in last:
-        return last[ending]
+    if ending in last:
+        depth = last[ending].count(".")
+        same = [name for name in known if name.rpartition(".")[2] == ending and name.count(".") == depth]
+        return difflib.get_close_matches(word, same, n=3, cutoff=0.0)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    close = close or difflib.get_close_matches(ending, list(last), n=1, cutoff=0.5)
-    return last.get(close[0], close[0]) if close else ""
+    close = close or difflib.get_close_matches(ending, list(last), n=1, cutoff=0.6)
+    return [last.get(name, name) for name in close]
 
 
 def _owner(text: str) -> type | None:

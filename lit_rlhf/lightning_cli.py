@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -34,12 +35,15 @@ from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.checkpoints import AnyCheckpoint
 from lit_rlhf.command_words import check_config_files, chosen_class, help_words
+from lit_rlhf.components import class_names
 from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import chosen_options, explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
+from lit_rlhf.early_check import store, stored
 from lit_rlhf.errors import UserError
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
+from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.schema import config_schema
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -145,6 +149,8 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, and print the configuration with comments if ``--print_config=comments`` is given."""
+        if type(self) is CLI and stored() is None:
+            store(config_schema(self.command_parser.option_groups), class_names())
         if PRINT_COMMENTS not in self.words:
             super().parse_arguments(parser, args)
             return
@@ -196,7 +202,7 @@ class CLI(LightningCLI):
         Raises:
             UserError: if the Trainer's options clip or accumulate gradients.
         """
-        _check_gradient_options(self.trainer)
+        _check_gradient_options(self.trainer, self.model)
         folder = Path(self.trainer.default_root_dir)
         if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -333,22 +339,21 @@ def _check_checkpoint(path: str | None, folder: Path) -> None:
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
 
 
-def _check_gradient_options(trainer: lightning.Trainer) -> None:
+def _check_gradient_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
     """Check that no option is set that Lightning applies only in automatic optimization.
 
     Raises:
         UserError: if the Trainer's options clip or accumulate gradients.
     """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if trainer.gradient_clip_val is not None:
-        raise UserError(
-            "trainer.gradient_clip_val must be null: gradients are clipped by model.update.clip_grad_norm or, "
-            "in SFT, DPO and RewardModeling, by model.clip_grad_norm"
-        )
+        own = "model.update.clip_grad_norm" if isinstance(module, OnPolicy) else "model.clip_grad_norm"
+        raise UserError(f"trainer.gradient_clip_val must be null: gradients are clipped by {own}")
+    cut = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
     if trainer.accumulate_grad_batches != 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches must be 1: every batch is already cut into micro-batches; "
-            "a larger data.batch_size takes no more memory in the update"
-        )
+        raise UserError(f"trainer.accumulate_grad_batches must be 1: {cut}")
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise UserError(f"trainer.callbacks must not contain GradientAccumulationScheduler: {cut}")
 
 
 def _uses_gpus(accelerator: Any) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lit_rlhf.components import Option, components, import_paths, is_options_group, options, summary
+from lit_rlhf.components import Option, components, import_paths, is_options_group, options, summary, takes_any_option
 
 Json = dict[str, Any]
 
@@ -72,7 +72,7 @@ class _Schema:
                 "type": "object",
                 "description": _for_yaml(summary(component)),
                 "properties": {option.name: self.option(option) for option in options(component)},
-                "additionalProperties": False,
+                **({} if takes_any_option(component) else {"additionalProperties": False}),
             }
         return {"$ref": f"#/definitions/{name}"}
 

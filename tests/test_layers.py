@@ -23,6 +23,7 @@ LAYERS = [
     ("export", "planning", "report"),
     ("callbacks",),
     ("command_words", "config_comments", "config_errors", "lost_processes", "schema", "testing"),
+    ("early_check",),
     ("lightning_cli",),
     ("plan_cli", "quickstart", "report_cli", "schema_cli"),
     ("starter",),

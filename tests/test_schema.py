@@ -69,6 +69,7 @@ def changed(option, value):
         ("trainer.devices", [0, 1], {"all": True}),
         ("trainer.callbacks", ["CompileLayers", "my_parts.PrintBest"], ["CompileLayer"]),
         ("trainer.logger", {"class_path": "WandbLogger", "init_args": {"project": "p"}}, "Wandb"),
+        ("trainer.logger", {"class_path": "WandbLogger", "init_args": {"entity": "me"}}, {"class_path": "WandB"}),
         ("data.init_args.batch_size", 4, "4"),
         ("checkpoint.mode", "min", "least"),
     ],

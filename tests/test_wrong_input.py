@@ -7,6 +7,7 @@ import preloaded
 import pytest
 import torch
 
+from lit_rlhf import recipes
 from lit_rlhf.cli import main
 
 pytestmark = pytest.mark.usefixtures("without_plans")
@@ -215,6 +216,7 @@ def test_a_misspelt_option_in_a_file(folder, capsys, right, wrong, name):
     check(message, "no option", mistake, "|".join(meant(n) for n in name.split("|")))
 
 
+ACCUMULATION = "[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]"
 MODULES = "DPO, PolicyGradient, RewardModeling, SFT, TRPO"
 DATA = "Demonstrations, Preferences, Prompts"
 
@@ -255,8 +257,9 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"trainer__precision": "bf16-true"}, [r"trainer\.precision", "32-true or bf16-mixed", "'bf16-true'"]),
         ({"trainer__precision": "16-mixed", "trainer__strategy": "fsdp2"}, [r"trainer\.precision", "'16-mixed'"]),
         ({"trainer__precision": "transformer-engine"}, [r"trainer\.precision", "'transformer-engine'"]),
-        ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"model\.update\.clip_grad_norm"]),
+        ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"by model\.update\.clip_grad_norm$"]),
         ({"trainer__accumulate_grad_batches": 2}, [r"trainer\.accumulate_grad_batches", "micro-batches", "batch_size"]),
+        ({"trainer__callbacks": ACCUMULATION}, [r"trainer\.callbacks must not", "GradientAccumulationScheduler"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):
@@ -308,12 +311,60 @@ def test_a_word_that_belongs_to_no_option(folder, capsys):
         ("dpo", "model.learning_rate", "model.optimizer.lr"),
         ("ppo", "model.update.kl_coef", "model.kl.coef"),
         ("grpo", "trainer.num_train_epochs", "trainer.max_epochs"),
+        ("sft", "model.optimiser.lr", "model.optimizer.lr"),
+        ("reward", "model.update.clip_grad_norm", "model.clip_grad_norm"),
+        ("ppo", "model.clip_grad_norm", "model.update.clip_grad_norm"),
+        ("ppo", "model.responses", "model.guard.responses' or 'model.sampling.responses"),
+        ("ppo", "model.optimizer", "model.actor_optimizer"),
     ],
 )
 def test_the_nearest_option_is_among_all_of_a_module(capsys, recipe, option, nearest):
     message = refusal(capsys, ["fit", "--config", recipe, f"--{option}", "3"])
-    check(message, rf"'{re.escape(option)}'", f"did you mean '{re.escape(nearest)}'")
+    check(message, rf"'{re.escape(option)}'", f"did you mean '{re.escape(nearest)}'\\?")
     assert "optimizer" in message or recipe != "dpo"  # in the list of DPO's options
+
+
+@pytest.mark.parametrize(
+    ("recipe", "right", "wrong", "message"),
+    [
+        ("dpo", "    optimizer:", "    optimzer:", "no option 'model.optimzer', did you mean 'model.optimizer'?"),
+        ("ppo", "    actor_optimizer:", "    optimizer:", "'model.optimizer', did you mean 'model.actor_optimizer'?"),
+        ("dpo", "    actor:", "    update: {max_tokens: 9}\n    actor:", "did you mean 'model.max_tokens'?"),
+        ("ppo", "  init_args:", "  seeds: 3\n  init_args:", "model.seeds should be inside model.init_args"),
+        (
+            "ppo",
+            "class_path: GAE",
+            "class_path: lit_rlhf.GEA",
+            "there is no class 'lit_rlhf.GEA'; it should be BestOfN, GAE, ",
+        ),
+        ("ppo", "class_path: Clip", "class_path: lit_rlhf.Clop", "did you mean 'Clip'?"),
+        ("ppo", "class_path: AdamW", "class_path: torch.optim.AdmW", "did you mean 'AdamW'?"),
+        (
+            "ppo",
+            "class_path: GAE",
+            "class_path: nowhere.Mine",
+            "advantages: there is no module 'nowhere'; it should be",
+        ),
+        (
+            "ppo",
+            "class_path: PolicyGradient",
+            "class_path: nowhere.Mine",
+            "model: there is no module 'nowhere'; it should",
+        ),
+    ],
+)
+def test_a_mistake_in_a_recipe(tmp_path, capsys, recipe, right, wrong, message):
+    text = recipes.find_recipe(recipe).read_text()
+    assert right in text
+    (tmp_path / "wrong.yaml").write_text(text.replace(right, wrong, 1))
+    assert message in refusal(capsys, ["fit", "--config", str(tmp_path / "wrong.yaml")])
+
+
+def test_all_options_with_the_last_name_are_suggested(capsys):
+    message = refusal(capsys, ["fit", "--config", "ppo", "--model.max_tokens", "3"])
+    suggested = message.partition("did you mean ")[2].partition("?")[0].split(" or ")
+    assert suggested[0] == "'model.update.max_tokens'"  # the same in the other modules
+    assert "'model.sampling.max_tokens'" in suggested
 
 
 def test_a_misspelt_recipe(capsys):
@@ -469,6 +520,20 @@ def test_preferences(tmp_path, tiny_model, capsys, module, record, patterns):
     words = ["fit", "--model", module, f"--model.{role}", str(tiny_model("llama")), "--data", "Preferences"]
     words += ["--data.train", str(path), "--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path / "run")]
     check(refusal(capsys, [*words, "--trainer.accelerator", "cpu"]), r"data\.train", *patterns)
+
+
+@pytest.mark.parametrize(("module", "role"), [("SFT", "actor"), ("RewardModeling", "reward"), ("DPO", "actor")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("gradient_clip_val=1.0", r"trainer\.gradient_clip_val must be null: .* by model\.clip_grad_norm$"),
+        ("accumulate_grad_batches=2", r"trainer\.accumulate_grad_batches must be 1: .*data\.batch_size"),
+    ],
+)
+def test_options_of_automatic_optimization(folder, capsys, module, role, option, message):
+    words = ["fit", "--model", module, f"--model.{role}=./model", "--data=Preferences", "--data.train=prompts.jsonl"]
+    check(refusal(capsys, [*words, f"--trainer.{option}", "--trainer.accelerator=cpu"]), message)
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize(

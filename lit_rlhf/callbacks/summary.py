@@ -50,7 +50,7 @@ class Summary(lightning.Callback):
     def __init__(self, next: bool = True) -> None:  # noqa: A002 (the name of the option)
         self.next = next
         self.first: dict[str, float] = {}
-        self._start, self._from = 0.0, 0
+        self._start, self._from = time.monotonic(), 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Store the time and the iteration at which this part of the run begins."""

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     import datasets
 
 Row: TypeAlias = dict[str, Any]
+SHOWN_SPLIT = 2_000
+"""The number of records above which tokenizing shows a progress bar."""
 LARGE_SPLIT = 20_000
-"""The number of records above which tokenizing shows a progress bar; also the minimum for each of several processes."""
+"""The minimum number of records for each of several processes."""
 TRANSIENT = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
 """The settings in a saved tokenizer's files that only say how it was last called or where it was loaded from."""
 
@@ -129,8 +131,7 @@ def encode(
     """
     from datasets import Features
 
-    large = len(records) > LARGE_SPLIT
-    with progress_bars(large), cache_access(field), _same_environment():
+    with progress_bars(len(records) > SHOWN_SPLIT), cache_access(field), _same_environment():
         return records.table.map(
             partial(_encode_batch, records.parse, encoder, tokenizer, field, str(source)),
             batched=True,

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lit_rlhf import ProgressBar, Summary
+from lit_rlhf import DPO, ProgressBar, RewardModeling, Summary
 from lit_rlhf.callbacks.terminal import Bars, Course, Lines, clock
 from lit_rlhf.generation import NativeEngine
 from lit_rlhf.modules import Update
@@ -95,6 +95,23 @@ def test_bars_in_a_terminal(terminal, make_module, fit, tmp_path, monkeypatch):
     labels = [line.split()[0] for line in left]  # nothing of the bars
     assert labels == ["done", "score", "KL", "length", "win"]
     assert _listeners == []
+
+
+@pytest.mark.parametrize(
+    ("module", "role", "label"),
+    [(DPO, "actor", "cache the reference"), (RewardModeling, "reward", "measure the scores")],
+)
+def test_bars_of_work_before_and_after_the_iterations(
+    terminal, tiny_model, fit_preferences, monkeypatch, module, role, label
+):
+    file, columns, written = terminal
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr("lit_rlhf.callbacks.terminal.REFRESH_PER_SECOND", 60)
+    pairs = [{"prompt": "w1", "chosen": f" w{n % 9 + 3}", "rejected": " w2 w2"} for n in range(96)]
+    made = module(**{role: str(tiny_model("llama"))}, iterations=1)
+    fit_preferences(made, pairs, None, [ProgressBar()], enable_progress_bar=True)
+    shown, _ = screens(written(), columns)
+    assert any(re.match(rf"{label} +━+ \d+/12 batches", line) for line in shown)
 
 
 def test_lines_where_there_is_no_terminal(make_module, fit, capsys):

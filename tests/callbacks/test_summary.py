@@ -4,11 +4,19 @@ import re
 
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lit_rlhf import IterationCheckpoint, RewardFunction, default_callbacks
+from lit_rlhf import IterationCheckpoint, RewardFunction, Summary, default_callbacks
 from lit_rlhf.callbacks.progress import number
 from lit_rlhf.callbacks.summary import following, initial
 
 LOW_WORDS = "lit_rlhf.testing.runs:low_words"
+
+
+def test_a_run_without_an_iteration(make_module, fit, capsys):
+    fit(make_module(iterations=2), [Summary()], limit_train_batches=0)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("done ")]
+    assert re.match(
+        r"done      PolicyGradient, 0 iterations in 0:\d\d$", line
+    )  # not the time since the computer started
 
 
 def test_a_run_in_python_says_what_it_did(make_module, fit, tmp_path, capsys, recwarn):

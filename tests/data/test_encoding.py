@@ -225,9 +225,8 @@ def test_a_cache_that_is_not_writable(make, cache):
 @pytest.mark.parametrize(("rank", "large", "shown"), [(0, False, False), (0, True, True), (1, True, False)])
 def test_the_first_process_shows_a_progress_bar_for_large_files(make, monkeypatch, capsys, rank, large, shown):
     if large:
-        monkeypatch.setattr(encoding, "LARGE_SPLIT", 1)
+        monkeypatch.setattr(encoding, "SHOWN_SPLIT", 1)
         monkeypatch.setattr(records, "LARGE_FILE", 1)
-        monkeypatch.setattr(encoding, "_processes", lambda records: None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     make(rank=rank, world_size=2)
     assert ("tokenizing" in capsys.readouterr().err) is shown
