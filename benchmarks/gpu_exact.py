@@ -15,7 +15,7 @@ from models import PAD, WORDS
 from same_numbers import largest_difference, weights
 from torch import Tensor
 
-from lit_rlhf import Engine, PromptBatch, Rollout, ScoredRollout, Update
+from lit_rlhf import Engine, Guard, PromptBatch, Rollout, Sampling, ScoredRollout, Update
 from lit_rlhf.generation.engine import join_responses
 from lit_rlhf.rewards import RewardModel
 from lit_rlhf.testing import Recorder
@@ -51,8 +51,8 @@ class Replay(Engine):
     def generate(
         self, actor: Any, prompts: PromptBatch, sampling: Any, special_tokens: Any, *, stream: Any, iteration: int
     ) -> Rollout:
-        """Return one random response to each prompt."""
-        count, device = len(prompts.tokens), prompts.tokens.device
+        """Return random responses to each prompt."""
+        count, device = len(prompts.tokens) * sampling.responses, prompts.tokens.device
         drawn = torch.Generator().manual_seed(2)
         tokens = torch.randint(WORDS, VOCABULARY, (count, self.longest), generator=drawn)
         lengths = torch.randint(1, self.longest + 1, (count,), generator=drawn)
@@ -71,7 +71,10 @@ class Replay(Engine):
 
 
 def logprobs(setting: Setting) -> Iterator[Number]:
-    """Compare an iteration on given responses: on the CPU, on the device, in bf16, and with one text at a time."""
+    """Compare an iteration on given responses: on the CPU, on the device, in bf16, and with one text at a time.
+
+    Each prompt has two responses and is computed once for both, except with one text at a time.
+    """
     torch.set_float32_matmul_precision("highest")
     cpu, single = _replayed(setting, device="cpu"), _replayed(setting)
     half = _replayed(setting, precision="bf16-mixed")
@@ -91,9 +94,11 @@ def logprobs(setting: Setting) -> Iterator[Number]:
 def _replayed(
     setting: Setting, device: str | None = None, precision: str = "32-true", max_tokens: int = 8192
 ) -> Recorder:
-    recorder, models = Recorder(), write_models(setting, setting.exact)
+    recorder, models, longest = Recorder(), write_models(setting, setting.exact), 24 if setting.small else 64
     options = {
-        "engine": Replay(24 if setting.small else 64),
+        "engine": Replay(longest),
+        "guard": Guard(responses=0),
+        "sampling": Sampling(max_tokens=longest, stop=STOP, responses=2),
         "rewards": [RewardModel(f"{models}/reward")],
         "update": Update(epochs=1, minibatches=1, max_tokens=max_tokens),
     }

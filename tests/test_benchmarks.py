@@ -39,6 +39,12 @@ def test_the_first_iteration_in_miniature(setting):
     assert abs(numbers["ratio_max − 1, 32-true"].value) < 1e-5
 
 
+def test_given_responses_in_miniature(setting):
+    numbers = {number.name: number for number in gpu_exact.logprobs(setting)}
+    assert len(numbers) == 11
+    assert {name for name, number in numbers.items() if number.holds is not True} == set()
+
+
 def test_a_step_too_many_breaks_the_bound_on_the_ratio(setting, monkeypatch):
     """The weights change before the second minibatch, whose ratios are then not 1."""
     sgd = torch.optim.SGD
