@@ -14,8 +14,9 @@ options, gradients clipped to a norm of 1, float32, and no dropout; both save th
   of the scores of the training set.
 
 A ratio is the median of the ratios of the repeats. Packed rows differ between the two, so the ratio of SFT's steps is
-that of the seconds per token. Choices that do not change TRL's results are those that make it fast: no gradient
-checkpointing, and small micro-batches where its batches have much padding.
+that of the seconds per token. TRL runs without gradient checkpointing, and with the micro-batches that made it fastest
+on a CPU (``--trl-micro-batch`` sets another size): those of one pair have the least padding. lit-rlhf's micro-batches
+have at most ``--max-tokens`` tokens.
 
 Then DPO and reward modelling are run for 16 steps of 4 pairs each, and the losses of each step are compared: they are
 those of the same batches, so the exit status is 1 if a difference is larger than 1e-5. ``--repeats 0`` does only this.
@@ -28,14 +29,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-HERE = Path(__file__).resolve().parent
-WARMUP = 2  # steps that are not counted
+from against_trl_runs import HERE, WARMUP, Measured, environment, measure
+
 CHECK_STEPS = 16
 CHECK_BATCH = 4  # pairs
 TOLERANCE = 1e-5  # of a loss, between lit-rlhf and TRL
@@ -54,28 +54,19 @@ class Task:
     prompt: int = 0  # tokens of each prompt (GRPO)
     response: int = 0  # tokens of each response (GRPO)
     group: int = 8  # responses to a prompt (GRPO)
-    micro_batch: int | None = None  # pairs or rows in a micro-batch of TRL's; None for the whole batch
+    micro_batch: int | None = None  # pairs, rows or responses in a micro-batch of TRL's; None for the whole batch
     times: int = 1  # how many times as many steps as other tasks
 
 
 TASKS = {
-    "dpo": Task("DPO, 32 pairs", "dpo", "7.2M", batch=32, rate=1e-5),
-    "reward": Task("reward modelling, 32 pairs", "reward", "7.2M", batch=32, rate=1e-5),
-    "grpo": Task(
-        "GRPO, 8 × 8 responses of 64 to prompts of 16",
-        "grpo",
-        "260K",
-        batch=64,
-        rate=1e-4,
-        prompt=16,
-        response=64,
-        times=4,
-    ),
+    "dpo": Task("DPO, 32 pairs", "dpo", "7.2M", batch=32, rate=1e-5, micro_batch=1),
+    "reward": Task("reward modelling, 32 pairs", "reward", "7.2M", batch=32, rate=1e-5, micro_batch=1),
+    "grpo": Task("GRPO, 64 responses of 64, prompts of 16", "grpo", "260K", 64, 1e-4, prompt=16, response=64, times=4),
     "grpo_long": Task(
-        "GRPO, 8 × 8 responses of 32 to prompts of 256", "grpo", "260K", 64, 1e-4, prompt=256, response=32, times=2
+        "GRPO, 64 responses of 32, prompts of 256", "grpo", "260K", 64, 1e-4, 256, response=32, micro_batch=8, times=2
     ),
     "grpo_large": Task(
-        "GRPO, 8 × 8 responses of 32 to prompts of 256", "grpo", "7.2M", 64, 1e-5, prompt=256, response=32
+        "GRPO, 64 responses of 32, prompts of 256", "grpo", "7.2M", 64, 1e-5, 256, response=32, micro_batch=8
     ),
     "sft": Task("SFT, 32 texts in packed rows of 512", "sft", "7.2M", batch=32, rate=1e-5, micro_batch=1),
 }
@@ -97,28 +88,20 @@ COLUMNS = [
 ]
 
 
-class Measured(NamedTuple):
-    """What was measured of one run."""
-
-    step: float  # the median seconds of a step
-    peak: float  # GiB
-    process: float  # seconds
-    losses: list[float]  # of each step
-    tokens: float  # the mean of a step, as TRL counts them; 0 if not counted
-
-
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line; exit with a message if one is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", type=Path, required=True, help="the Python of an environment with trl 1.16")
-    parser.add_argument("--pairs", type=Path, help="a file of JSON lines with prompt, chosen and rejected")
+    parser.add_argument("--pairs", type=Path, required=True, help="JSON lines with prompt, chosen and rejected")
     parser.add_argument("--stories", type=Path, help="the folder of a small pretrained language model")
     parser.add_argument(
         "--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
+    parser.add_argument("--steps", type=int, default=4, help="the first two are not counted")
     parser.add_argument("--repeats", type=int, default=2, help="0 only compares the losses")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="the limit of lit-rlhf's micro-batches")
+    parser.add_argument("--trl-micro-batch", type=int, help="pairs, rows or responses in a micro-batch of TRL's")
     parser.add_argument("--json", type=Path, help="a file for the measurements of all runs")
     options = parser.parse_args(words)
     if options.steps <= WARMUP:
@@ -126,81 +109,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name in options.tasks:
         if options.stories is None and TASKS[name].model == "260K":
             parser.error(f"--stories is missing: {name} needs it")
-    if options.pairs is None:  # the tokenizer of the larger model is trained on them
-        parser.error("--pairs is missing: the models' tokenizer is trained on them")
     for name in ("trl_python", "pairs", "stories"):
         if getattr(options, name) is not None and not getattr(options, name).exists():
             parser.error(f"--{name.replace('_', '-')}: there is no {getattr(options, name)}")
     return options
-
-
-def our_config(job: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Return the configuration of ``lit-rlhf fit``.
-
-    Args:
-        job: The description of the run that against_trl_files.py wrote.
-        run: The folder of the run.
-    """
-    data = {"train": job["ours"], "batch_size": job["batch"], "max_tokens": MAX_TOKENS}
-    optimizer = {
-        "class_path": "torch.optim.AdamW",
-        "init_args": {"lr": job["rate"], "weight_decay": 0.0, "fused": True},
-    }
-    common = {"iterations": job["steps"], "optimizer": optimizer, "clip_grad_norm": 1.0}
-    model: dict[str, Any]
-    if job["method"] == "dpo":  # TRL's default is to compute the reference in every step, too
-        model = {"class_path": "DPO", "init_args": {"actor": job["model"], "cache_reference": False, **common}}
-        chosen = "Preferences"
-    elif job["method"] == "reward":
-        model = {"class_path": "RewardModeling", "init_args": {"reward": job["model"], **common}}
-        chosen = "Preferences"
-    elif job["method"] == "sft":
-        model = {"class_path": "SFT", "init_args": {"actor": job["model"], **common}}
-        chosen, data = "Demonstrations", data | {"packing": True}
-    else:
-        model = _our_grpo(job, optimizer)
-        chosen, data = "Prompts", data | {"batch_size": job["batch"] // job["group"]}
-    clock = {"class_path": "step_clock.StepClock", "init_args": {"file": str(run / "steps.json")}}
-    return {
-        "seed_everything": 42,
-        "model": model,
-        "data": {"class_path": chosen, "init_args": data},
-        "trainer": {
-            "default_root_dir": str(run / "run"),
-            "accelerator": "cpu",
-            "devices": 1,
-            "precision": "32-true",
-            "enable_progress_bar": False,
-            "callbacks": [clock],
-        },
-        "checkpoint": {"every_n": 10**6},
-        "samples": {"count": 0},
-        "report": {"at_end": False},
-        "summary": {"next": False},
-        "plan": {"checkpointing": False},
-    }
-
-
-def _our_grpo(job: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of GRPO with one optimizer step in an iteration and the KL to the reference in the loss."""
-    reward = {"class_path": "RewardFunction", "init_args": {"function": f"{HERE / 'trl_steps.py'}:score"}}
-    length = job["response"]
-    return {
-        "class_path": "PolicyGradient",
-        "init_args": {
-            "actor": job["model"],
-            "critic": None,
-            "rewards": [reward],
-            "sampling": {"max_tokens": length, "min_tokens": length, "responses": job["group"]},
-            "kl": {"class_path": "FixedKL", "init_args": {"coef": job["kl_coef"]}},
-            "reference_kl": {"where": "loss", "estimator": "k3"},
-            "advantages": {"class_path": "GroupNormalized"},
-            "objective": {"class_path": "Clip", "init_args": {"eps": 0.2}},
-            "update": {"epochs": 1, "minibatches": 1, "aggregation": "sequence", "whiten_advantages": False},
-            "iterations": job["steps"],
-            "actor_optimizer": optimizer,
-        },
-    }
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -208,56 +120,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     words = [str(folder), "--pairs", options.pairs, "--steps", str(options.steps), "--tasks", *options.tasks]
     words += ["--stories", options.stories] if options.stories else []
     subprocess.run(
-        [sys.executable, HERE / "against_trl_files.py", *words], check=True, env=_environment(options, folder)
+        [sys.executable, HERE / "against_trl_files.py", *words], check=True, env=environment(options, folder)
     )
     return json.loads((folder / "jobs.json").read_text())
-
-
-def measure(job: dict[str, Any], side: str, options: argparse.Namespace, run: Path) -> Measured:
-    """Run lit-rlhf ("ours") or TRL ("trl") in a process, and return what was measured.
-
-    Raises:
-        SystemExit: if the process fails.
-    """
-    run.mkdir(parents=True)
-    command: list[Any]
-    if side == "ours":
-        (run / "config.yaml").write_text(json.dumps(our_config(job, run)))  # JSON is YAML
-        command = [sys.executable, "-m", "lit_rlhf.cli", "fit", "--config", run / "config.yaml"]
-    else:
-        (run / "job.json").write_text(json.dumps(job | {"output": str(run)}))
-        command = [options.trl_python.absolute(), HERE / "trl_steps.py", run / "job.json"]
-    began = time.perf_counter()
-    with (run / "log.txt").open("w") as log:
-        child = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=run, env=_environment(options, run, ours=side == "ours")
-        )
-        _, status, usage = os.wait4(child.pid, 0)  # of this process alone, unlike RUSAGE_CHILDREN
-    seconds = time.perf_counter() - began
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{side} failed in {job['method']}:\n{(run / 'log.txt').read_text()[-3000:]}")
-    steps = json.loads((run / "steps.json").read_text())
-    unit = 1 if sys.platform == "darwin" else 1024
-    tokens = statistics.mean(steps["tokens"]) if steps["tokens"] else 0.0
-    return Measured(
-        statistics.median(steps["seconds"][WARMUP:]), usage.ru_maxrss * unit / 2**30, seconds, steps["losses"], tokens
-    )
-
-
-def _environment(options: argparse.Namespace, folder: Path, ours: bool = True) -> dict[str, str]:
-    """Return the environment of a process: its threads, no caches of earlier runs, no network."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    chosen = {
-        "OMP_NUM_THREADS": str(options.threads),
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | chosen | ({"PYTHONPATH": path} if ours else {})
 
 
 def table(jobs: dict[str, Any], runs: dict[str, list[tuple[Measured, Measured]]]) -> str:

@@ -45,9 +45,9 @@ def byte_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
 
 
 def write_llama(folder: Path, texts: Sequence[str], **shape: int) -> Path:
-    """Write FOLDER/policy and FOLDER/reward; the policy's probability of the end of sequence is about 0."""
+    """Write FOLDER/policy and FOLDER/reward, with one tokenizer, which is trained on the texts."""
     vocabulary = shape.pop("vocabulary", VOCABULARY)
-    write_models(folder, vocabulary=vocabulary, mean_length=1e9, prompts=1, **shape)
+    write_models(folder, vocabulary=vocabulary, prompts=1, **shape)
     tokenizer = byte_tokenizer(texts, vocabulary)
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
