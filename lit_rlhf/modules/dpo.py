@@ -214,7 +214,7 @@ class DPO(PreferenceModule):
         table = torch.zeros(len(loader.records), 2, device=self.device)
         with self.trainer.precision_plugin.forward_context(), unsharded(self.reference):
             batches = loader.once(whole=True)
-            for number, batch in enumerate(track(batches, "cache the reference", "batches", loader.batches_in_once)):
+            for number, batch in enumerate(track(batches, "cache the reference", "batches", loader.batches_in_once())):
                 self.check_batch(batch)
                 table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
                 if number % self.trainer.world_size != self.trainer.global_rank:
