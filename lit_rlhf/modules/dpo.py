@@ -137,6 +137,7 @@ class DPO(PreferenceModule):
             adapter=self.adapter,
         )
         roles = (load_roles if self.adapter is None else load_adapted_roles)(sources, place=self.place)
+        assert roles.reference is not None
         self.actor, self.reference = roles.actor, roles.reference
         self.train(self.training)
 

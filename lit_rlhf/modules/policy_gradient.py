@@ -48,7 +48,9 @@ class PolicyGradient(OnPolicy):
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
-        reference_kl: Where the KL to the reference enters the training, and how it is estimated.
+        reference_kl: Where the KL to the reference enters the training, and how it is estimated. None to do without a
+            reference: it is not loaded, its KL is not measured, held-out responses are not compared with its responses,
+            and ``kl``, which must be a ``FixedKL``, has no effect.
         advantages: The advantage estimator.
         objective: The loss of the policy.
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
@@ -94,7 +96,7 @@ class PolicyGradient(OnPolicy):
         guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
-        reference_kl: ReferenceKL = ReferenceKL(),
+        reference_kl: ReferenceKL | None = ReferenceKL(),
         advantages: AdvantageEstimator = GAE(),
         objective: Objective = Clip(),
         correction: Correction | None = None,

@@ -70,8 +70,7 @@ def work(setting: Setting) -> tuple[Work, ...]:
     """
     found = [] if setting.generation is None else [_decoding(setting)]
     rows, length, scored = setting.rows, setting.length, setting.scored
-    judges = [role for role in setting.roles if role.name in setting.judged]
-    if judges:
+    if judges := setting.judges():
         found.append(_at_peak(setting, "judge", sum(forward_flops(role, rows, length, scored) for role in judges)))
     learning = sum(training_flops(role, rows, length, scored, setting.recompute) for role in setting.trained())
     beside = [role for role in setting.roles if not role.is_trained and role.name not in setting.judged]
