@@ -21,6 +21,7 @@ class Stream(IntEnum):
     VALIDATION = 3
     PREDICTION = 4
     ADAPTERS = 5
+    TRAINING_SAMPLE = 6
 
 
 def global_seed() -> int:

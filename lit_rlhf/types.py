@@ -232,7 +232,7 @@ class ScoredRollout:
     reward_inputs: RewardInputs
     old_logprobs: Tensor  # [B, T], the actor's at the start of the update
     entropy: Tensor  # [B, T], of the actor's next-token distribution, in nats
-    ref_logprobs: Tensor  # [B, T]
+    ref_logprobs: Tensor | None  # [B, T]; None without a reference
     full_kl: Tensor | None  # [B, T], KL(π ‖ π_ref) over the vocabulary, in nats; None if the reward does not use it
     values: Tensor | None  # [B, T]; None without a critic
     bootstrap: Tensor | None  # [B], the value after a truncated response, 0 for the others; None for all 0
@@ -283,7 +283,7 @@ class Experience:
 
     rollout: Rollout
     old_logprobs: Tensor  # [B, T], the actor's at the start of the update or, if a correction says so, the engine's
-    ref_logprobs: Tensor  # [B, T]
+    ref_logprobs: Tensor | None  # [B, T]; None without a reference
     values: Tensor | None  # [B, T], the critic's at the start of the update
     policy_weights: Tensor  # [B, T], the factor of the objective's loss; 1 without a correction
     advantages: Tensor  # [B, T]

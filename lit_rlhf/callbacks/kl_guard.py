@@ -10,6 +10,7 @@ import lightning
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.modules.hooks import OnPolicyCallback
+from lit_rlhf.modules.on_policy import OnPolicy
 
 
 class KLGuard(OnPolicyCallback):
@@ -30,7 +31,7 @@ class KLGuard(OnPolicyCallback):
 
     Raises:
         ValueError: if ``bound`` is not positive, ``iterations`` is less than 1, or ``per`` or ``action`` is unknown.
-        UserError: at the end of training, if the guard has stopped the run.
+        UserError: at the start, if there is no reference; at the end of training, if the guard has stopped the run.
 
     >>> KLGuard(bound=0.2, per="token").iterations
     3
@@ -58,6 +59,17 @@ class KLGuard(OnPolicyCallback):
         self.above: list[float] = []  # the KL in the last iterations, all of which were above the bound
         self.warned = False
         self._error: str | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Check that the run measures the KL to a reference.
+
+        Raises:
+            UserError: if it does not.
+        """
+        if stage == "fit" and isinstance(pl_module, OnPolicy) and pl_module.reference_kl is None:
+            raise UserError(
+                "KLGuard needs the KL to the reference, but model.reference_kl is null: set it, or remove KLGuard"
+            )
 
     def on_update_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]

@@ -34,7 +34,7 @@ class LogDetails(OnPolicyCallback):
     MLflow          a table, as a Markdown file   no                               no
     ==============  ============================  ===============================  ==================
 
-    Each sample has its score, every reward, and the KL to the reference. The samples are the responses of process 0
+    Each sample has its score, every reward, and the KL to any reference. The samples are the responses of process 0
     that the callback `Samples` writes. The histograms show the scores, the lengths, the advantages and, if they are
     computed, the ratios π_actor / π_engine of the responses on all processes. The x-axis is the iteration.
 
@@ -167,13 +167,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
     >>> columns[5:], rows[0][5:]
     (['score', 'rewards/exact', 'kl_to_ref'], [1.0, 1.0, 0.5])
     """
-    names = list(records[0]["rewards"])
-    columns = [*COLUMNS, *(f"rewards/{name}" for name in names), "kl_to_ref"]
+    names, kl = list(records[0]["rewards"]), [name for name in ("kl_to_ref",) if name in records[0]]
+    columns = [*COLUMNS, *(f"rewards/{name}" for name in names), *kl]
     rows = [
         [
             *(record[column] if column != "prompt" else str(record[column]) for column in COLUMNS),
             *(record["rewards"][name] for name in names),
-            record["kl_to_ref"],
+            *(record[name] for name in kl),
         ]
         for record in records
     ]

@@ -26,7 +26,7 @@ class Samples(OnPolicyCallback):
     each token of the response and, rounded to four decimals, the token's ``kl_to_ref`` (k1). In training, this entry
     also has the token's ``advantage`` as the update uses it and, with a critic, the ``value`` of the text before the
     token. In a validation's line, the entry ``reference`` has the reference's ``response`` to the prompt, and the
-    ``score`` of that response.
+    ``score`` of that response. Without a reference, there is neither a KL nor the entry ``reference``.
 
     When a run is resumed, the file is first truncated to the checkpoint's lines. Any callback with a method
     ``on_samples`` gets the same records. In training, only process 0 calls this method; in a validation, every process
@@ -72,14 +72,14 @@ class Samples(OnPolicyCallback):
         scored = outputs.get("scored_rollout") if isinstance(outputs, dict) else None
         if not trainer.is_global_zero or not isinstance(scored, ScoredRollout):
             return
-        kl = k1(scored.old_logprobs, scored.ref_logprobs)
+        kl = None if scored.ref_logprobs is None else k1(scored.old_logprobs, scored.ref_logprobs)
         records = self._records(
             pl_module,
             "train",
             reward_inputs=scored.reward_inputs,
             scores=scored.scores,
             rewards=scored.rewards,
-            kl_to_ref=masked_sum(kl, scored.rollout.response_mask, 1),
+            kl_to_ref=None if kl is None else masked_sum(kl, scored.rollout.response_mask, 1),
             kl_of_tokens=kl,
             advantage=self._advantages,
             value=scored.values,
@@ -119,8 +119,8 @@ class Samples(OnPolicyCallback):
         reward_inputs: RewardInputs,
         scores: Tensor,
         rewards: Mapping[str, Tensor],
-        kl_to_ref: Tensor,
-        kl_of_tokens: Tensor,
+        kl_to_ref: Tensor | None = None,
+        kl_of_tokens: Tensor | None = None,
         reference: tuple[Sequence[str], Tensor] | None = None,
         **of_tokens: Tensor | None,
     ) -> list[dict[str, Any]]:
@@ -129,7 +129,8 @@ class Samples(OnPolicyCallback):
         The keyword arguments ``of_tokens`` are further numbers for each token, [B, T]; None leaves a number out.
         """
         assert isinstance(module, AlignmentModule)
-        numbers = {"kl_to_ref": kl_of_tokens} | {name: x for name, x in of_tokens.items() if x is not None}
+        given = {"kl_to_ref": kl_of_tokens} | of_tokens
+        numbers = {name: x for name, x in given.items() if x is not None}
         rollout, records = reward_inputs.rollout, []
         for i in range(min(self.count, len(reward_inputs.responses))):
             start, length = int(rollout.prompt_lengths[i]), int(rollout.response_lengths[i])
@@ -142,7 +143,7 @@ class Samples(OnPolicyCallback):
                 "terminated": bool(rollout.terminated[i]),
                 "score": float(scores[i]),
                 "rewards": {name: float(value[i]) for name, value in rewards.items()},
-                "kl_to_ref": float(kl_to_ref[i]),
+                **({} if kl_to_ref is None else {"kl_to_ref": float(kl_to_ref[i])}),
                 "tokens": {"text": token_texts(module.tokenizer, tokens)}
                 | {name: [round(value, 4) for value in x[i, :length].tolist()] for name, x in numbers.items()},
             }

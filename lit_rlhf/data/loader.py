@@ -136,11 +136,6 @@ class ResumableLoader:
             self.yielded += 1
             yield self._load(batch)
 
-    @property
-    def batches_in_once(self) -> int:
-        """The maximum number of batches that `once` yields, including an incomplete last batch."""
-        return -(-self.batches.size // self.batches.batch_size)
-
     def upcoming(self, distance: int) -> Any:
         """Return the batch ``distance`` places after the last batch given out, without changing the loader's position.
 
@@ -155,17 +150,26 @@ class ResumableLoader:
         self.drawn += 1
         return self._load(batch)
 
-    def once(self, whole: bool = False) -> Iterator[Any]:
-        """Yield the batches of one pass over all rows, in the source's order, without changing the loader's position.
+    def once(self, rows: int | None = None, whole: bool = False) -> Iterator[Any]:
+        """Yield batches of all rows or of a sample, in the source's order, without changing the loader's position.
+
+        The sample is drawn without replacement; it depends only on the seed, and not on the number of processes.
 
         Args:
+            rows: The size of the sample, which has all rows if there are no more; None for all rows.
             whole: Whether to yield whole batches instead of this rank's share of each batch.
         """
         size, rank, world_size = self.batches.batch_size, self.batches.rank, self.batches.world_size
         share = {} if whole else {"rank": rank, "world_size": world_size}
-        for batch in GlobalBatches(self.batches.size, size, shuffle=False, **share).epoch(0):
+        drawn = torch.randperm(self.batches.size, generator=generator(Stream.TRAINING_SAMPLE))[:rows].sort().values
+        for batch in GlobalBatches(len(drawn), size, shuffle=False, **share).epoch(0):
             if batch:
-                yield self._load(batch)
+                yield self._load([(place, int(drawn[number])) for place, number in batch])
+
+    def batches_in_once(self, rows: int | None = None) -> int:
+        """Return the maximum number of batches that `once` yields, including an incomplete last batch."""
+        size = self.batches.size if rows is None else min(rows, self.batches.size)
+        return -(-size // self.batches.batch_size)
 
     def state_dict(self) -> dict[str, int]:
         """Return the state to save: the number of batches yielded and the number of batches drawn, in all epochs."""

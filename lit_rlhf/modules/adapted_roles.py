@@ -142,6 +142,7 @@ def load_adapted_roles(
     critic = None
     if sources.critic not in (None, "shared"):  # the critic's head is sharded exactly if its adapter in the actor is
         critic = place(partial(roles.build_critic, actor), sharded=shards_actor)
-    reference = roles.build_reference(actor, place)
-    check_vocabulary("reference", reference.model, actor)
+    reference = roles.build_reference(actor, place) if sources.needs_reference else None
+    if reference is not None:
+        check_vocabulary("reference", reference.model, actor)
     return Roles(actor=actor, critic=critic, reference=reference)

@@ -2,6 +2,7 @@
 
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
+from lit_rlhf.algorithms.kl import FixedKL, KLController
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Engine, Sampling
 from lit_rlhf.models.loading import ModelSource
@@ -77,3 +78,24 @@ def check_settings(
                 f"model.critic must be null with {name}, which compares the responses to a prompt: the critic's "
                 "training would cost memory and time, and nothing but model.bootstrap_truncated uses it"
             )
+
+
+def check_without_reference(kl: KLController, reference: ModelSource | None) -> None:
+    """Check the settings of an on-policy module that has no reference, because its ``reference_kl`` is None.
+
+    Args:
+        kl: The controller of the KL's coefficient.
+        reference: The source of the reference; None for the initial actor.
+
+    Raises:
+        UserError: if a reference is named, or if the controller follows the KL to the reference.
+    """
+    if reference is not None:
+        raise UserError(
+            "model.reference names a model, but model.reference_kl is null, which leaves out the reference: remove one"
+        )
+    if not isinstance(kl, FixedKL):
+        raise UserError(
+            f"model.kl: {type(kl).__name__} follows the KL to the reference, which model.reference_kl: null leaves "
+            "out; use FixedKL, which then has no effect"
+        )

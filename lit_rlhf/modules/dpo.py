@@ -137,6 +137,7 @@ class DPO(PreferenceModule):
             adapter=self.adapter,
         )
         roles = (load_roles if self.adapter is None else load_adapted_roles)(sources, place=self.place)
+        assert roles.reference is not None
         self.actor, self.reference = roles.actor, roles.reference
         self.train(self.training)
 
@@ -214,7 +215,7 @@ class DPO(PreferenceModule):
         table = torch.zeros(len(loader.records), 2, device=self.device)
         with self.trainer.precision_plugin.forward_context(), unsharded(self.reference):
             batches = loader.once(whole=True)
-            for number, batch in enumerate(track(batches, "cache the reference", "batches", loader.batches_in_once)):
+            for number, batch in enumerate(track(batches, "cache the reference", "batches", loader.batches_in_once())):
                 self.check_batch(batch)
                 table = pad(table, (0, max(0, batch.mask.shape[1] - table.shape[1])))
                 if number % self.trainer.world_size != self.trainer.global_rank:

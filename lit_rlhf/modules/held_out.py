@@ -24,7 +24,7 @@ from lit_rlhf.types import PromptBatch, RewardInputs, Rollout
 
 @torch.no_grad()
 def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-    """Generate and score the actor's and the reference's responses to held-out prompts, and record their metrics.
+    """Generate and score the actor's and any reference's responses to held-out prompts, and record their metrics.
 
     If the module averages the actor's weights, the actor's responses are generated with the averaged weights.
 
@@ -37,7 +37,7 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         A dictionary for callbacks. It has the actor's responses (``reward_inputs``), their ``scores``, [B], their
         unweighted ``rewards`` by name, [B] each, and their KL to the reference in nats, both per response
         (``kl_to_ref``, [B]) and per token (``kl_of_tokens``, [B, T]). Its entry ``reference`` has the texts and the
-        scores of the reference's responses.
+        scores of the reference's responses. Without a reference, these three entries are missing.
 
     Raises:
         UserError: if the engine or a reward fails.
@@ -51,53 +51,58 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         inputs = respond(module.actor)
         logprobs = module.actor_outputs(inputs.rollout).logprobs
     rewards, scores = module.scores.judge(inputs)
-    if batch_idx not in module.reference_answers:  # once per run, because the reference does not change
-        answers = respond(module.reference)
-        module.reference_answers[batch_idx] = answers.responses, module.scores.judge(answers)[1]
-    reference = module.reference_answers[batch_idx]
-    kl_of_tokens = k1(logprobs, response_logprobs(module.reference, inputs.rollout, module.max_tokens))
-    kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
-    measure_held_out(module.held_out, inputs.rollout, scores, reference[1], rewards, kl_to_ref)
+    measure_held_out(module.held_out, inputs.rollout, scores, rewards)
+    outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards}
+    if module.reference is not None:
+        if batch_idx not in module.reference_answers:  # once per run, because the reference does not change
+            answers = respond(module.reference)
+            module.reference_answers[batch_idx] = answers.responses, module.scores.judge(answers)[1]
+        reference = module.reference_answers[batch_idx]
+        kl_of_tokens = k1(logprobs, response_logprobs(module.reference, inputs.rollout, module.max_tokens))
+        kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
+        measure_against_reference(module.held_out, scores, reference[1], kl_to_ref)
+        outputs |= {"kl_to_ref": kl_to_ref, "kl_of_tokens": kl_of_tokens, "reference": reference}
     measure_answers(module.held_out, module.scores, inputs, rewards, module.sampling.responses)
-    outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards, "kl_to_ref": kl_to_ref}
-    return outputs | {"kl_of_tokens": kl_of_tokens, "reference": reference}
+    return outputs
 
 
-def measure_held_out(
-    metrics: Metrics,
-    rollout: Rollout,
-    scores: Tensor,
-    reference_scores: Tensor,
-    rewards: Mapping[str, Tensor],
-    kl_to_ref: Tensor,
-) -> None:
-    """Record scores, rewards, KL to the reference, lengths, win rate and diversity of responses to held-out prompts.
-
-    The win rate is the fraction of the actor's responses that score higher than the reference's response to the same
-    prompt; both are sampled with the same random numbers. A tie counts half.
+def measure_held_out(metrics: Metrics, rollout: Rollout, scores: Tensor, rewards: Mapping[str, Tensor]) -> None:
+    """Record scores, rewards, lengths and diversity of responses to held-out prompts.
 
     Args:
         metrics: Receives the metrics.
-        rollout: The actor's responses, B rows.
-        scores: [B], the scores of the actor's responses.
-        reference_scores: [B], the scores of the reference's responses.
-        rewards: The unweighted rewards of the actor's responses by name, [B] each.
-        kl_to_ref: [B], the KL to the reference in nats per response.
+        rollout: The responses, B rows.
+        scores: [B], the scores of the responses.
+        rewards: The unweighted rewards of the responses by name, [B] each.
     """
     for name, value in {
         "score": scores,
         "score_squared": scores.double() ** 2,
-        "reference_score": reference_scores,
-        "kl_to_ref": kl_to_ref,
         "length": rollout.response_lengths,
         "truncated_fraction": (~rollout.terminated).float(),
-        "win_rate": (scores > reference_scores).float() + 0.5 * (scores == reference_scores),
         **{f"rewards/{name}": reward for name, reward in rewards.items()},
     }.items():
         metrics.add(name, value)
     tokens = rollout.at_responses(rollout.tokens)
     metrics.update("distinct_2", partial(DistinctNGrams, n=2), tokens, rollout.response_mask)
     metrics.update("self_similarity", partial(SelfSimilarity, n=2), tokens, rollout.response_mask)
+
+
+def measure_against_reference(metrics: Metrics, scores: Tensor, reference_scores: Tensor, kl_to_ref: Tensor) -> None:
+    """Record the reference's scores, the win rate against it and the KL to it.
+
+    The win rate is the fraction of the actor's responses that score higher than the reference's response to the same
+    prompt; both are sampled with the same random numbers. A tie counts half.
+
+    Args:
+        metrics: Receives the metrics.
+        scores: [B], the scores of the actor's responses.
+        reference_scores: [B], the scores of the reference's responses.
+        kl_to_ref: [B], the KL to the reference in nats per response.
+    """
+    metrics.add("reference_score", reference_scores)
+    metrics.add("kl_to_ref", kl_to_ref)
+    metrics.add("win_rate", (scores > reference_scores).float() + 0.5 * (scores == reference_scores))
 
 
 def measure_answers(
@@ -128,15 +133,17 @@ def measure_answers(
 
 
 def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, float]:
-    """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval.
+    """Return the means with the standard deviation of the scores and the 95 % confidence interval of any win rate.
 
     Args:
-        means: The means of the metrics that `measure_held_out` records; the mean of the squared scores is
-            removed from this dictionary, and is not in the result.
+        means: The means of the metrics that are recorded above; the mean of the squared scores is removed from this
+            dictionary, and is not in the result.
         prompts: The number of prompts, which are the independent trials of the win rate.
     """
-    low, high = wilson_interval(means["win_rate"], prompts)
-    return means | {"score_std": pop_standard_deviation(means), "win_rate_low": low, "win_rate_high": high}
+    means = means | {"score_std": pop_standard_deviation(means)}
+    if "win_rate" in means:
+        means["win_rate_low"], means["win_rate_high"] = wilson_interval(means["win_rate"], prompts)
+    return means
 
 
 def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[float, float]:

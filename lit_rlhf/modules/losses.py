@@ -55,9 +55,9 @@ class Losses:
     Args:
         actor: The policy π, with the value head of a shared critic.
         critic: The critic; None if there is none, or if it is the actor's value head.
-        reference: The reference model π_ref.
+        reference: The reference model π_ref; None without one.
         objective: The objective, which gives each token's policy loss.
-        reference_kl: Where the KL to the reference enters the training, and how it is estimated.
+        reference_kl: Where the KL to the reference enters the training, and how it is estimated; None without it.
         kl_coef: The current coefficient of the KL to the reference, in units of score per nat.
         update: The coefficients, the clip range of the value loss, and the aggregation.
         max_tokens: The maximum number of tokens in a response, for ``aggregation: constant``.
@@ -66,9 +66,9 @@ class Losses:
 
     actor: Actor
     critic: ScalarModel | None
-    reference: Actor
+    reference: Actor | None
     objective: Objective
-    reference_kl: ReferenceKL
+    reference_kl: ReferenceKL | None
     kl_coef: float
     update: Update
     max_tokens: int
@@ -119,7 +119,7 @@ class Losses:
     def policy(self, micro_batch: Experience, metrics: Metrics) -> PolicyTerms:
         """Compute the policy loss of each token, [b, t], and record the objective's weighted loss and the entropy."""
         rollout, mask, kl = micro_batch.rollout, micro_batch.rollout.response_mask, self.reference_kl
-        other = self.reference if kl.is_full else None
+        other = self.reference if kl and kl.is_full else None
         stats = self.actor(rollout.tokens, rollout.response_tokens_mask, other, shared=rollout.shared)
         logprobs, entropy = rollout.at_responses(stats.logprobs), rollout.at_responses(stats.entropy)
         objective = self.objective(
@@ -130,10 +130,10 @@ class Losses:
         metrics.add_masked("policy/entropy", entropy, mask)
         if self.update.entropy_coef:
             loss = loss - self.update.entropy_coef * entropy
-        if kl.in_loss:
+        if kl and kl.in_loss:
             full_kl = None if stats.full_kl is None else rollout.at_responses(stats.full_kl)
             coef = self.kl_coef * (micro_batch.reward_scale if kl.where == "reward" else 1.0)
-            loss = loss + coef * kl.estimate(logprobs, micro_batch.ref_logprobs, full_kl)
+            loss = loss + coef * kl.estimate(logprobs, cast(Tensor, micro_batch.ref_logprobs), full_kl)
         return PolicyTerms(loss, objective, stats)
 
     def value(self, micro_batch: Experience, stats: TokenStats | None, metrics: Metrics) -> Tensor:

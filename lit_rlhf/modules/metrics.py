@@ -161,12 +161,13 @@ class Metrics:
 
 
 def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
-    """Record the scores, rewards, KL to the reference, KL coefficient, entropies and lengths of an iteration."""
+    """Record the scores, rewards, KL to any reference, KL coefficient, entropies and lengths of an iteration."""
     rollout, mask = scored.rollout, trajectory.mask
     metrics.add("objective/score", scored.scores)
     metrics.add("objective/reward", trajectory.rewards.sum(1))
-    metrics.add("objective/kl_to_ref", masked_sum(k1(scored.old_logprobs, scored.ref_logprobs), mask, 1))
-    metrics.add("objective/kl_coef", kl_coef)
+    if scored.ref_logprobs is not None:
+        metrics.add("objective/kl_to_ref", masked_sum(k1(scored.old_logprobs, scored.ref_logprobs), mask, 1))
+        metrics.add("objective/kl_coef", kl_coef)
     metrics.add_masked("objective/entropy", scored.entropy, mask)
     metrics.add("response/length", rollout.response_lengths)
     metrics.add("response/truncated_fraction", (~rollout.terminated).float())

@@ -174,12 +174,14 @@ class AlignmentModule(lightning.LightningModule):
             configured.append(entry)
         return configured
 
+    @cached_property
+    def _optimizer_names(self) -> tuple[str, ...]:  # to find the parameters in every step would take time
+        return tuple(self.trained_parameters())
+
     def optimizers_by_name(self) -> dict[str, Any]:
         """Return the optimizers, keyed by the names that ``trained_parameters`` uses."""
-        optimizers: Any = self.optimizers()
-        return dict(
-            zip(self.trained_parameters(), optimizers if isinstance(optimizers, list) else [optimizers], strict=True)
-        )
+        found: Any = self.optimizers()
+        return dict(zip(self._optimizer_names, found if isinstance(found, list) else [found], strict=True))
 
     def step_schedulers(self) -> None:
         """Step all learning-rate schedules; with manual optimization, Lightning leaves this to the module."""

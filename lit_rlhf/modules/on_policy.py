@@ -27,7 +27,7 @@ from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.models.sharding import owners, unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.averaging import AveragedWeights, Averaging
-from lit_rlhf.modules.checks import check_settings
+from lit_rlhf.modules.checks import check_settings, check_without_reference
 from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.dynamic_sampling import (
     DynamicSampling,
@@ -41,7 +41,6 @@ from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.held_out import evaluate, summarize_held_out
 from lit_rlhf.modules.hooks import call_hook
-from lit_rlhf.modules.losses import Losses
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
 from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
@@ -70,7 +69,7 @@ class OnPolicy(AlignmentModule):
     copies: ClassVar[tuple[str, ...]] = ()  # the names of further new adapters, which are not trained
 
     critic: ScalarModel | None  # set by configure_model; None without a critic, or if it is a head on the actor's trunk
-    reference: Actor  # set by configure_model, frozen
+    reference: Actor | None  # set by configure_model, frozen; None if reference_kl is None
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class OnPolicy(AlignmentModule):
         guard: Guard,
         scores: ScoreShaping,
         kl: KLController,
-        reference_kl: ReferenceKL,
+        reference_kl: ReferenceKL | None,
         advantages: AdvantageEstimator,
         objective: Objective,
         correction: Correction | None,
@@ -120,6 +119,8 @@ class OnPolicy(AlignmentModule):
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
         parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction
         check_settings(*parts, update, critic=critic, bootstrap_truncated=bootstrap_truncated)
+        if reference_kl is None:
+            check_without_reference(kl, reference)
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:
@@ -179,6 +180,7 @@ class OnPolicy(AlignmentModule):
             rewards=[reward for reward in self.scores.rewards if isinstance(reward, RewardModel)],
             value_grad_scale=self.value_grad_scale,
             copies=self.copies,
+            needs_reference=self.reference_kl is not None,
         )
         load, prepare = load_adapted_roles if self.adapter else load_roles, partial(self.scores.prepare, self.tokenizer)
         roles = load(sources, prepare=prepare, place=self.place, shards_actor=self.shards_actor)
@@ -186,6 +188,11 @@ class OnPolicy(AlignmentModule):
         if self.averaging is not None:
             self.averaged = AveragedWeights(self.actor, self.averaging.decay)
         self.train(self.training)
+
+    @property
+    def fully_compared(self) -> Actor | None:
+        """The reference, if the KL to it is computed over the whole vocabulary."""
+        return self.reference if self.reference_kl is not None and self.reference_kl.is_full else None
 
     # ------------------------------------------------------------- an iteration
 
@@ -202,10 +209,11 @@ class OnPolicy(AlignmentModule):
             experience = self.estimate(*counted(scored, trajectory, rows), metrics)
         call_hook(self, "on_rewards", scored, trajectory)
         call_hook(self, "on_advantages", experience)
-        compared = self.reference if self.reference_kl.is_full and not owners(self.reference) else None
-        with watch.phase("update"), self.profile("update"), unsharded(compared):
-            gathered = self.all_ranks(experience)
-            self.learn(gathered if rows is None else drop_uncounted(gathered), metrics)
+        compared = self.fully_compared
+        gathered = None if compared is None or owners(compared) else compared
+        with watch.phase("update"), self.profile("update"), unsharded(gathered):
+            of_all = self.all_ranks(experience)
+            self.learn(of_all if rows is None else drop_uncounted(of_all), metrics)
         self._finish(scored, trajectory, metrics, watch)
         return {"scored_rollout": scored}
 
@@ -226,9 +234,11 @@ class OnPolicy(AlignmentModule):
         with self.profile("judge"):
             inputs = decode(rollout, batch, self.tokenizer, int(self.iteration))
             rewards, scores = self.scores.judge(inputs)
-            full = self.reference if self.reference_kl.is_full and self.reference_kl.where == "reward" else None
-            actor = self.actor_outputs(rollout, full)
-            ref_logprobs = response_logprobs(self.reference, rollout, self.max_tokens)
+            in_reward = self.reference_kl is not None and self.reference_kl.where == "reward"
+            actor = self.actor_outputs(rollout, self.fully_compared if in_reward else None)
+            ref_logprobs = None
+            if self.reference is not None:
+                ref_logprobs = response_logprobs(self.reference, rollout, self.max_tokens)
             values, last_values = actor.values, actor.last_values
             if self.critic is not None:
                 values, last_values = critic_values(self.critic, rollout, self.max_tokens)
@@ -258,7 +268,8 @@ class OnPolicy(AlignmentModule):
     def reward(self, scored: ScoredRollout) -> Trajectory:
         """Turn the scores, and the KL to the reference if the reward includes it, into a reward for each token."""
         rollout, mask, kl = scored.rollout, scored.rollout.response_mask, None
-        if self.reference_kl.where == "reward":
+        if self.reference_kl is not None and self.reference_kl.where == "reward":
+            assert scored.ref_logprobs is not None
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)
         return Trajectory(
             rewards=token_rewards(scored.shaped_scores, mask, kl, self.kl.coef),
@@ -297,20 +308,6 @@ class OnPolicy(AlignmentModule):
         pads = self.actor.pads or (self.critic is not None and self.critic.pads)
         return micro_batches(experience, self.max_tokens, pads=pads, rank=rank, world_size=world_size)
 
-    def losses(self) -> Losses:
-        """Return the losses of the actor and the critic, with the current coefficient of the KL to the reference."""
-        return Losses(
-            actor=self.actor,
-            critic=self.critic,
-            reference=self.reference,
-            objective=self.objective,
-            reference_kl=self.reference_kl,
-            kl_coef=self.kl.coef,
-            update=self.update,
-            max_tokens=self.sampling.max_tokens,
-            only_critic=self.update.critic_warmup > 0 and int(self.iteration) < self.update.critic_warmup,
-        )
-
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
         """Log the metrics, and update the rest of the saved state before callbacks save checkpoints."""
         measure_experience(scored, trajectory, self.kl.coef, metrics)
@@ -319,13 +316,15 @@ class OnPolicy(AlignmentModule):
         counts = [float(len(trajectory.mask)), float(trajectory.mask.sum())]
         responses, tokens = self.sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=self.device)).tolist()
         logged = metrics.compute()
-        self.kl.update(logged["objective/kl_to_ref"], int(responses))
+        if self.reference is not None:
+            self.kl.update(logged["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
         self.count_iteration()
         logged |= self.trainer.strategy.broadcast(watch.summary(tokens, responses))  # as measured by process 0
         drawn = responses_so_far(self, int(responses), logged)
         logged |= {"progress/iteration": float(self.iteration), "progress/responses": drawn}
-        self.log_iteration(logged, shown=("objective/score", "objective/kl_to_ref", "perf/tokens_per_second"))
+        shown = ("objective/score", "objective/kl_to_ref", "perf/tokens_per_second")
+        self.log_iteration(logged, shown=tuple(name for name in shown if name in logged))
         call_hook(self, "on_update_end", logged)
 
     # --------------------------------------------------- validate, test, predict

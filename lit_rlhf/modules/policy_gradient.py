@@ -20,7 +20,7 @@ from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.steps import step_within_target
+from lit_rlhf.modules.steps import losses_of, step_within_target
 from lit_rlhf.modules.update import Update
 from lit_rlhf.progress import track
 from lit_rlhf.rewards import Reward, ScoreShaping
@@ -48,7 +48,9 @@ class PolicyGradient(OnPolicy):
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
-        reference_kl: Where the KL to the reference enters the training, and how it is estimated.
+        reference_kl: Where the KL to the reference enters the training, and how it is estimated. None to do without a
+            reference: it is not loaded, its KL is not measured, held-out responses are not compared with its responses,
+            and ``kl``, which must be a ``FixedKL``, has no effect.
         advantages: The advantage estimator.
         objective: The loss of the policy.
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
@@ -94,7 +96,7 @@ class PolicyGradient(OnPolicy):
         guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
-        reference_kl: ReferenceKL = ReferenceKL(),
+        reference_kl: ReferenceKL | None = ReferenceKL(),
         advantages: AdvantageEstimator = GAE(),
         objective: Objective = Clip(),
         correction: Correction | None = None,
@@ -153,7 +155,7 @@ class PolicyGradient(OnPolicy):
             UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
                 out (see `within_memory`).
         """
-        losses = self.losses()
+        losses = losses_of(self)
         count = self.update.epochs * self.update.minibatches
         for minibatch in track(self.minibatches(experience), "update", "minibatches", count):
             if not step_within_target(self, minibatch, losses, metrics):

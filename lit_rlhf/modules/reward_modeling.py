@@ -19,14 +19,22 @@ from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.progress import track
 from lit_rlhf.types import PreferenceBatch
 
+MEASURED = 1024
+"""The number of pairs or rankings of the training set whose scores are measured after the last step.
+
+The standard error of the mean of n independent scores is std/√n: 2.2 % of the standard deviation for the 2,048
+responses of 1,024 pairs, and at most 3.1 %, since two responses to the same prompt may score alike. The standard error
+of the standard deviation is std/√(2n) if the scores are normally distributed: 1.6 %, and at most 2.2 %.
+"""
+
 
 class RewardModeling(PreferenceModule):
     """Trains a decoder with a scalar head to give better responses higher scores at their last token.
 
     The loss of a pair is the Bradley–Terry loss, −log σ(r_chosen − r_rejected − margin), and the loss of a ranking is
-    the Plackett–Luce loss. The mean and the standard deviation of the scores of the training set are measured after the
-    last step and stored with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can
-    normalise the scores.
+    the Plackett–Luce loss. The mean and the standard deviation of the scores are measured after the last step, on a
+    random sample of 1,024 pairs or rankings of the training set (on all of them if there are no more), and stored with
+    the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise the scores.
 
     Args:
         reward: The initial model: a folder, a hub id, or a configuration for random weights. It is a language model
@@ -52,8 +60,8 @@ class RewardModeling(PreferenceModule):
 
     role = "reward"
     reward: ScalarModel  # set by configure_model
-    score_mean: Tensor  # [] float64, the mean over the training set; NaN until the last step
-    score_std: Tensor  # [] float64, the standard deviation over the training set; NaN until the last step
+    score_mean: Tensor  # [] float64, the mean over a sample of the training set; NaN until the last step
+    score_std: Tensor  # [] float64, the standard deviation over the same sample; NaN until the last step
 
     def __init__(
         self,
@@ -130,19 +138,20 @@ class RewardModeling(PreferenceModule):
         return after_tokens.gather(1, batch.lengths[:, None] - 1).squeeze(1)
 
     def after_step(self) -> None:
-        """After the last step, measure the mean and the standard deviation of the scores of the training set."""
+        """After the last step, measure the scores' mean and standard deviation on a sample of the training set."""
         if self.is_last_step():
-            self._measure_training_set()
+            self._measure_sample()
 
     @torch.no_grad()
-    def _measure_training_set(self) -> None:
+    def _measure_sample(self) -> None:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with unsharded(self.reward):
             loader: Any = self.trainer.train_dataloader
-            for batch in track(loader.once(), "measure the scores", "batches", loader.batches_in_once):
+            batches, count = loader.once(MEASURED), loader.batches_in_once(MEASURED)
+            for batch in track(batches, "measure the scores", "batches", count):
                 for micro_batch in self.micro_batches(batch.to(self.device)):
                     scores = self.scores(micro_batch).double()
                     sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
-        count, total, squares = self.sum_over_ranks(sums)
-        self.score_mean.copy_(total / count)
-        self.score_std.copy_((squares / count - self.score_mean**2).clamp(min=0).sqrt())
+        responses, total, squares = self.sum_over_ranks(sums)
+        self.score_mean.copy_(total / responses)
+        self.score_std.copy_((squares / responses - self.score_mean**2).clamp(min=0).sqrt())

@@ -41,7 +41,7 @@ class Roles:
 
     actor: Actor
     critic: ScalarModel | None  # None if there is no critic, or if it is a head on the actor's trunk
-    reference: Actor  # frozen
+    reference: Actor | None  # frozen; None if it is left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,7 @@ class RoleSources:
         rewards: The rewards that are reward models.
         value_grad_scale: With a shared critic, the factor by which the value loss's gradient into the trunk is scaled.
         copies: The names of further new, untrained adapters with the same options.
+        needs_reference: Whether the reference is loaded.
     """
 
     actor: ModelSource
@@ -68,6 +69,7 @@ class RoleSources:
     rewards: Sequence[RewardModel] = ()
     value_grad_scale: float = 1.0
     copies: tuple[str, ...] = ()
+    needs_reference: bool = True
 
 
 def load_actor(
@@ -122,12 +124,14 @@ def load_roles(
     prepare()
     options = sources.temperature, None, sources.critic == "shared", sources.value_grad_scale
     actor = place(partial(load_actor, sources.actor, *options), sharded=shards_actor)
-    reference = place(partial(load_reference, sources.reference or sources.actor, sources.temperature))
+    build_reference = partial(load_reference, sources.reference or sources.actor, sources.temperature)
+    reference = place(build_reference) if sources.needs_reference else None
     build_critic = _critic_builder(sources.critic, sources.actor, sources.rewards)
     critic = None if build_critic is None else place(build_critic)
     if critic is not None:
         check_vocabulary("critic", critic.trunk, actor)
-    check_vocabulary("reference", reference.model, actor)
+    if reference is not None:
+        check_vocabulary("reference", reference.model, actor)
     return Roles(actor=actor, critic=critic, reference=reference)
 
 

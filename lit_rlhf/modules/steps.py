@@ -28,6 +28,21 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
+def losses_of(module: OnPolicy) -> Losses:
+    """Return the losses of a module's actor and critic, with the current coefficient of the KL to the reference."""
+    return Losses(
+        actor=module.actor,
+        critic=module.critic,
+        reference=module.reference,
+        objective=module.objective,
+        reference_kl=module.reference_kl,
+        kl_coef=module.kl.coef,
+        update=module.update,
+        max_tokens=module.sampling.max_tokens,
+        only_critic=module.update.critic_warmup > 0 and int(module.iteration) < module.update.critic_warmup,
+    )
+
+
 def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, metrics: Metrics) -> bool:
     """Step all optimizers with the gradients of a minibatch, unless the KL to the old policy exceeds its target.
 

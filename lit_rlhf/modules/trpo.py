@@ -40,7 +40,14 @@ from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.steps import add_gradient, check_finite, measure_gradients, step_optimizers, within_memory
+from lit_rlhf.modules.steps import (
+    add_gradient,
+    check_finite,
+    losses_of,
+    measure_gradients,
+    step_optimizers,
+    within_memory,
+)
 from lit_rlhf.modules.update import Update
 from lit_rlhf.progress import track
 from lit_rlhf.rewards import Reward, ScoreShaping
@@ -129,7 +136,9 @@ class TRPO(OnPolicy):
         guard: The check that the engine samples from the actor's policy.
         scores: How scores are normalised, clipped, and lowered for truncated responses before they enter the reward.
         kl: The coefficient of the KL to the reference; with ``FixedKL(coef=0)`` the KL is only measured.
-        reference_kl: Where the KL to the reference enters the training, and how it is estimated.
+        reference_kl: Where the KL to the reference enters the training, and how it is estimated. None to do without a
+            reference: it is not loaded, its KL is not measured, held-out responses are not compared with its responses,
+            and ``kl``, which must be a ``FixedKL``, has no effect.
         advantages: The advantage estimator.
         region: The size of the actor's step, and how the step is computed.
         correction: How the update corrects for responses that the engine drew from a policy other than the actor's;
@@ -171,7 +180,7 @@ class TRPO(OnPolicy):
         guard: Guard = Guard(),
         scores: ScoreShaping = ScoreShaping(),
         kl: KLController = FixedKL(),
-        reference_kl: ReferenceKL = ReferenceKL(),
+        reference_kl: ReferenceKL | None = ReferenceKL(),
         advantages: AdvantageEstimator = GAE(),
         region: TrustRegion = TrustRegion(),
         correction: Correction | None = None,
@@ -247,7 +256,7 @@ class TRPO(OnPolicy):
             UserError: if there are fewer rows than minibatches, a loss or a gradient norm is not finite, or memory runs
                 out (see `within_memory`).
         """
-        losses = self.losses()
+        losses = losses_of(self)
         if not losses.only_critic:
             assign(_own(self.old), flatten([p.detach() for p in _own(self.actor)]))
             step_actor = partial(self._step_actor, experience, losses, metrics)

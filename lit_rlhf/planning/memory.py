@@ -50,7 +50,7 @@ def phases(setting: Setting) -> tuple[Phase, ...]:
     found = [Phase("load", (weights,))]
     if setting.generation is not None:
         found.append(Phase("decode", (weights, state, gradients, *_decoding(setting))))
-    if setting.judged:  # DPO's texts are judged once, before the first optimizer step
+    if setting.judges():  # DPO's texts are judged once, before the first optimizer step
         before = (weights, gradients) if setting.method == "DPO" else (weights, state, gradients)
         found.append(Phase("judge", (*before, *_judging(setting))))
     return (*found, Phase("update", (weights, state, *_updating(setting))))
@@ -190,9 +190,8 @@ def _bytes_of_logits(setting: Setting) -> int:
 
 def _judging(setting: Setting) -> Iterator[Part]:
     """Yield the memory that only judging uses, in its largest pass: gathered weights and activations."""
-    judges = [role for role in setting.roles if role.name in setting.judged]
     passes = []
-    for role in judges:
+    for role in setting.judges():
         rounding = _rounding(setting, role, used=True)
         shape = setting.shape(role.max_tokens, setting.own_rows)
         passes.append((_gathered(setting, role), footprint(role.model, role.outputs, shape, rounding=rounding).rest))

@@ -55,7 +55,8 @@ def _on_policy(module: OnPolicy, steps: dict[str, Stepping]) -> tuple[Role, ...]
         sources = {"actor": module.source, "reward": first_reward}
         source = sources.get(str(module.critic_source), module.critic_source)
         roles.append(whole("critic", source, SCORES, tokens, steps["value"]))
-    roles.append(whole("reference", module.reference_source or module.source, LANGUAGE, tokens))
+    if module.reference_kl is not None:
+        roles.append(whole("reference", module.reference_source or module.source, LANGUAGE, tokens))
     return (*roles, *(whole("reward", reward.source, SCORES, reward.max_tokens) for reward in rewards))
 
 
@@ -81,7 +82,8 @@ def _on_policy_adapted(module: OnPolicy, steps: dict[str, Stepping], models: Ada
     roles = [models.actor(_actor_outputs(module), tokens, steps["policy"])]
     if module.critic_source is not None and module.critic_source != "shared":
         roles.append(_critic(module, steps["value"], models))
-    roles.append(_frozen("reference", module.reference_source, LANGUAGE, tokens, models))
+    if module.reference_kl is not None:
+        roles.append(_frozen("reference", module.reference_source, LANGUAGE, tokens, models))
     for number, reward in enumerate(_reward_models(module)):
         own = saved_adapter(f"reward{number}", reward.source) if models.shares(reward.source) else {}
         if own:

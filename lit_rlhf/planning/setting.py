@@ -58,7 +58,7 @@ class Setting:
         max_tokens_option: The name of the option that sets ``max_tokens``.
         epochs: The number of passes over the texts of an iteration.
         minibatches: The number of optimizer steps in each pass.
-        judged: The names of the roles that judge the texts before the update.
+        judged: The names of the roles that judge the texts before the update, as far as the run has them.
         full_kl: Whether the KL to the reference is computed over the vocabulary.
         generation: How each process generates the texts; None if they come from a data set, or if worker processes or
             a server generate them.
@@ -116,6 +116,10 @@ class Setting:
     def trained(self) -> list[Role]:
         """Return the roles that have gradients."""
         return [role for role in self.roles if role.is_trained]
+
+    def judges(self) -> list[Role]:
+        """Return the roles that judge the texts before the update."""
+        return [role for role in self.roles if role.name in self.judged]
 
     def prefilled(self) -> Shape:
         """Return the shape of the largest forward pass over prompts, in a run that generates responses."""
@@ -204,7 +208,8 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
     engine = engine.engine if isinstance(engine, Ahead) else engine
     native = engine if isinstance(engine, NativeEngine) else NativeEngine()
     exact = module.engine.is_exact and not common["half"] and common["device"].is_cpu
-    needed = not exact or module.reference_kl.is_full or module.critic_source == "shared"
+    full_kl = module.reference_kl is not None and module.reference_kl.is_full
+    needed = not exact or full_kl or module.critic_source == "shared"
     return Setting(
         rows=data.batch_size * sampling.responses,
         responses=sampling.responses,
@@ -216,7 +221,7 @@ def _of_responses(module: OnPolicy, data: Any, prompt_tokens: int | None, common
         epochs=module.update.epochs,
         minibatches=module.update.minibatches,
         judged=(*(["actor"] if needed else []), "critic", "reference", "reward"),
-        full_kl=module.reference_kl.is_full,
+        full_kl=full_kl,
         averaged=module.averaging is not None,
         generation=None
         if in_workers or isinstance(engine, DetachedEngine)

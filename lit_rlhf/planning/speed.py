@@ -72,8 +72,7 @@ def work(setting: Setting) -> tuple[Work, ...]:
         UserError: if a model cannot be run without the values of its tensors.
     """
     found = [] if setting.generation is None else [_decoding(setting)]
-    judges = [role for role in setting.roles if role.name in setting.judged]
-    if judges:
+    if judges := setting.judges():
         found.append(_at_peak(setting, "judge", sum(_of_texts(setting, role, forward_flops) for role in judges)))
     train = partial(training_flops, recompute=setting.recompute)
     learning = sum(_of_texts(setting, role, train) for role in setting.trained())

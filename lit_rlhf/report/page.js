@@ -99,7 +99,7 @@ function show(response, kind) {
   fact("iteration", response.iteration.toLocaleString("en"));
   facts.append(element("span", "", response.stage === "val" ? "held-out prompt" : "training"));
   fact("score", number(response.score));
-  fact("KL", number(response.kl_to_ref), " nats");
+  if ("kl_to_ref" in response) fact("KL", number(response.kl_to_ref), " nats");
   fact("length", response.length, response.tokens ? " tokens" : " words");
   if (!response.terminated) facts.append(element("b", "", "truncated"));
   const rewards = Object.entries(response.rewards || {});
@@ -157,6 +157,9 @@ if (DATA.responses.length) {
   }
   for (const option of [...find("stage").options]) {
     if (option.value && !DATA.responses.some((r) => r.stage === option.value)) option.remove();
+  }
+  for (const option of [...find("sort").options]) {
+    if (option.value.endsWith("kl_to_ref") && !DATA.responses.some((r) => "kl_to_ref" in r)) option.remove();
   }
   if (DATA.responses.some((r) => r.reference)) find("stage").value = "val";
   for (const id of ["search", "stage", "run", "sort", "color"]) {

@@ -28,8 +28,8 @@ class RewardModel(Reward):
         weight: The factor of this reward in the score.
         max_tokens: The maximum number of tokens in a forward pass, including padding; a longer sequence is passed
             alone.
-        normalize: Whether to subtract the mean and divide by the standard deviation of the scores on the reward model's
-            training set, both of which `RewardModeling` stores in the model's configuration.
+        normalize: Whether to subtract the mean and divide by the standard deviation of the scores on a sample of the
+            reward model's training set, both of which `RewardModeling` stores in the model's configuration.
         end_truncated: Whether to score a truncated response with the end-of-sequence token after it; if False, it is
             scored at its last token.
 

@@ -335,6 +335,33 @@ def test_once_on_several_ranks(make, tokenizer, world_size):
     assert all(whole == [[0, 1, 2], [3, 4, 5], [6]] for whole in wholes)
 
 
+def test_a_sample_depends_on_the_seed_alone(make, tokenizer, monkeypatch):
+    records = [{"prompt": f"w{i}", "chosen": f" w{i + 1}", "rejected": f" w{i + 2}"} for i in range(17)]
+
+    def loader(**options):
+        return make(tokenizer, records, validation=None, batch_size=3, **options).train_dataloader()
+
+    def numbers(batches):
+        return [number for batch in batches for number in batch.number.tolist()]
+
+    alone = loader()
+    sample = numbers(alone.once(8))
+    assert [len(batch.number) for batch in alone.once(8)] == [3, 3, 2]
+    assert alone.batches_in_once(8) == 3
+    assert sample == sorted(set(sample))
+    assert len(sample) == 8
+    assert max(sample) - min(sample) > 8  # from the whole file
+    next(iter(alone))
+    assert numbers(alone.once(8)) == sample
+    for world_size in (2, 3):
+        shares = (numbers(loader(rank=rank, world_size=world_size).once(8)) for rank in range(world_size))
+        assert sorted(number for share in shares for number in share) == sample
+    assert numbers(alone.once(100)) == list(range(17))
+    assert alone.batches_in_once(100) == alone.batches_in_once() == 6
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    assert numbers(alone.once(8)) != sample
+
+
 def test_without_held_out_records(make, tokenizer):
     data = make(tokenizer, validation=None)
     assert data.val_dataloader() == []

@@ -207,6 +207,7 @@ def cases(strategy, actor, reference, scorer, *adapters):
                 dynamic_sampling=DynamicSampling(max_draws=4),
                 advantages=GroupNormalized(),
                 averaging=Averaging(decay=0.5),
+                reference_kl=None,
                 update=Update(epochs=1, minibatches=2, max_tokens=64),
             ),
         )

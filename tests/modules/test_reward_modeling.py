@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import RandomWeights, load_model
-from lit_rlhf.modules import RewardModeling
+from lit_rlhf.modules import RewardModeling, reward_modeling
 from lit_rlhf.testing import WORDS, Recorder
 
 
@@ -181,6 +181,17 @@ def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit_p
     for saved in (config, module.state_dict(), recorder.weights, state):
         assert float(saved["score_mean"]) == pytest.approx(mean, abs=1e-6)
         assert float(saved["score_std"]) == pytest.approx(std, abs=1e-6)
+
+
+def test_a_larger_training_set_is_measured_on_a_sample(make, fit_preferences, monkeypatch):
+    monkeypatch.setattr(reward_modeling, "MEASURED", 10)
+    module = make(max_tokens=64)
+    loader = fit_preferences(module, low_pairs(30), None, data={"batch_size": 4}).train_dataloader
+    sample, whole = all_scores(module, loader.once(10)), all_scores(module, loader.once())
+    assert (len(sample), len(whole)) == (20, 60)
+    assert float(module.score_mean) == pytest.approx(sample.mean().item(), abs=1e-6)
+    assert float(module.score_std) == pytest.approx(sample.std(unbiased=False).item(), abs=1e-6)
+    assert float(module.score_mean) != pytest.approx(whole.mean().item(), abs=1e-3)
 
 
 def test_mean_and_deviation_are_measured_once_at_the_end(make, fit_preferences):
