@@ -8,17 +8,17 @@ options, gradients clipped to a norm of 1, float32, and no dropout; both save th
 
 - tokens of a step, without padding: with the prompt once for each response, with each prompt once, and as TRL counts
   them, with the padding of its batches;
-- the median seconds from the end of a step to the end of the next, without the first two steps;
+- the median seconds from the end of a step to the end of the next, without the first two steps and the last;
 - the peak of the process's resident memory;
 - the seconds of the whole process, from its start to its exit. In reward modelling, lit-rlhf's include the measurement
-  of the scores of the training set.
+  of the scores of the training set, which follows the last step.
 
 A ratio is the median of the ratios of the repeats. Packed rows differ between the two, so the ratio of SFT's steps is
 that of the seconds per token. TRL runs without gradient checkpointing, and with the micro-batches that made it fastest
 on a CPU (``--trl-micro-batch`` sets another size): those of one pair have the least padding. lit-rlhf's micro-batches
 have at most ``--max-tokens`` tokens.
 
-Then DPO and reward modelling are run for 16 steps of 4 pairs each, and the losses of each step are compared: they are
+Then DPO and reward modelling are run for 16 steps of 8 pairs each, and the losses of each step are compared: they are
 those of the same batches, so the exit status is 1 if a difference is larger than 1e-5. ``--repeats 0`` does only this.
 """
 
@@ -37,7 +37,7 @@ from typing import Any
 from against_trl_runs import HERE, WARMUP, Measured, environment, measure
 
 CHECK_STEPS = 16
-CHECK_BATCH = 4  # pairs
+CHECK_BATCH = 8  # pairs
 TOLERANCE = 1e-5  # of a loss, between lit-rlhf and TRL
 MAX_TOKENS = 512  # of a text; longer pairs are left out
 
@@ -97,15 +97,15 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    parser.add_argument("--steps", type=int, default=4, help="the first two are not counted")
+    parser.add_argument("--steps", type=int, default=5, help="the first two and the last are not counted")
     parser.add_argument("--repeats", type=int, default=2, help="0 only compares the losses")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
     parser.add_argument("--max-tokens", type=int, default=2048, help="the limit of lit-rlhf's micro-batches")
     parser.add_argument("--trl-micro-batch", type=int, help="pairs, rows or responses in a micro-batch of TRL's")
     parser.add_argument("--json", type=Path, help="a file for the measurements of all runs")
     options = parser.parse_args(words)
-    if options.steps <= WARMUP:
-        parser.error(f"--steps must be {WARMUP + 1} or more, not {options.steps}")
+    if options.steps < WARMUP + 2:
+        parser.error(f"--steps must be {WARMUP + 2} or more, not {options.steps}")
     for name in options.tasks:
         if options.stories is None and TASKS[name].model == "260K":
             parser.error(f"--stories is missing: {name} needs it")

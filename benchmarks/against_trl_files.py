@@ -120,9 +120,8 @@ def write_job(folder: Path, task: Task, steps: int, models: dict[str, Path], pai
     drawn = [records[row] for _, row in itertools.chain.from_iterable(batches)]
     for name, rows in (("ours", records), ("trl", drawn)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    trl_batch = (
-        int(counts["tokens"] // MAX_TOKENS) if task.method == "sft" else task.batch
-    )  # TRL packs before it batches
+    rows = max(1, int(counts["tokens"] // MAX_TOKENS))  # TRL packs before it batches
+    trl_batch = rows if task.method == "sft" else task.batch
     return (
         asdict(task)
         | counts

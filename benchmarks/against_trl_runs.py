@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-WARMUP = 2  # steps that are not counted
+WARMUP = 2  # steps that are not counted; the last one is not counted either
 
 
 class Measured(NamedTuple):
@@ -131,7 +131,7 @@ def measure(job: dict[str, Any], side: str, options: argparse.Namespace, run: Pa
     unit = 1 if sys.platform == "darwin" else 1024
     tokens = statistics.mean(steps["tokens"]) if steps["tokens"] else 0.0
     return Measured(
-        statistics.median(steps["seconds"][WARMUP:]), usage.ru_maxrss * unit / 2**30, seconds, steps["losses"], tokens
+        statistics.median(steps["seconds"][WARMUP:-1]), usage.ru_maxrss * unit / 2**30, seconds, steps["losses"], tokens
     )
 
 

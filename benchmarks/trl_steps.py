@@ -134,6 +134,8 @@ def main() -> None:
         **more,
     )
     trainer.train()
+    if job["method"] not in ("dpo", "reward"):
+        steps.losses = []  # some trainers divide the loss of a micro-batch by the tokens of the whole batch
     steps.write(Path(job["output"], "steps.json"))
     trainer.save_model(str(Path(job["output"], "export")))
 

@@ -65,7 +65,7 @@ def options(trl_python=None):
     ("words", "message"),
     [
         (["--tasks", "grpo"], "--stories is missing: grpo needs it"),
-        (["--tasks", "dpo", "--steps", "2"], "--steps must be 3 or more, not 2"),
+        (["--tasks", "dpo", "--steps", "3"], "--steps must be 4 or more, not 3"),
         (["--tasks", "dpo", "--trl-python", "nowhere/python"], "--trl-python: there is no nowhere/python"),
         (["--tasks", "kto"], "invalid choice: 'kto'"),
     ],
@@ -119,7 +119,7 @@ def test_our_configurations_train(name, loss, job, tmp_path):
 
 
 def test_our_side_in_miniature(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "WARMUP", 1)
+    monkeypatch.setattr(runs, "WARMUP", 0)
     measured = runs.measure(job("sft"), "ours", options(), tmp_path / "run")
     assert 0 < measured.step < measured.process
     assert 0.1 < measured.peak < 8
