@@ -316,9 +316,11 @@ def shared_beginnings(tokens: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
     follows = pad(group[1:] == group[:-1], (1, 0))  # with False
     alike = pad((tokens[1:] == tokens[:-1]).long().cumprod(1).sum(1), (1, 0))
     alike = torch.minimum(alike, torch.minimum(lengths, lengths.roll(1))).masked_fill(~follows, tokens.shape[1])
-    number = (~follows).cumsum(0) - 1  # of each text's group
-    least = torch.full_like(alike, tokens.shape[1]).scatter_reduce(0, number, alike, "amin")
-    return torch.where(follows, least[number], 0)
+    number = (~follows).cumsum(0)  # of each text's group
+    lower = number * (tokens.shape[1] + 1)  # by so much that the minimum so far begins again with each group
+    last = torch.searchsorted(number, number, right=True) - 1  # of each text's group
+    least = (alike - lower).cummin(0).values[last] + lower
+    return torch.where(follows, least, 0)
 
 
 def check_shapes(**tensors: Tensor | None) -> None:

@@ -57,15 +57,22 @@ def test_tokens_per_second_of_each_phase(run):
 
 
 def test_the_utilisation_is_that_of_the_plans_flops(run):
-    """With 32 rows of the mean lengths: the update is one pass over the actor, the critic and their gradients."""
+    """With 32 rows of the mean lengths: the update is one pass over the actor, the critic and their gradients.
+
+    The prompts of half of the rows are computed with those of the others.
+    """
     recorder, _, throughput, _ = run
     rollout, metrics = recorder.outputs[-1]["scored_rollout"].rollout, recorder.metrics[-1]
     prompt, response = (round(float(x.double().mean())) for x in (rollout.prompt_lengths, rollout.response_lengths))
     setting = throughput._setting
-    expected = sum(training_flops(role, 32, prompt + response, response, False) for role in setting.trained())
+    trained = setting.trained()
+    expected = sum(training_flops(role, 32, prompt + response, response, False) for role in trained)
+    expected -= sum(training_flops(role, 16, prompt, 0, False) for role in trained)
     found = metrics["perf/update_utilisation"] * metrics["time/update"] * 0.5e12
     assert found == pytest.approx(expected, rel=1e-5)
-    judges = sum(forward_flops(setting.role(r), 32, prompt + response, response) for r in ("critic", "reference"))
+    judging = [setting.role(name) for name in ("critic", "reference")]
+    judges = sum(forward_flops(role, 32, prompt + response, response) for role in judging)
+    judges -= sum(forward_flops(role, 16, prompt, 0) for role in judging)
     assert metrics["perf/judge_utilisation"] * metrics["time/judge"] * 0.5e12 == pytest.approx(judges, rel=1e-5)
     assert 0 < metrics["perf/generate_utilisation"] < 1
     assert set(phase_flops(setting, 32, 3.0, 8.0)) == {"generate", "judge", "update"}

@@ -134,7 +134,7 @@ def one_step(kind, adapter, fit, fit_preferences, make_module, make_trainer, act
     recorder = Recorder()
     options = {"actor": actor, "adapter": adapter, "iterations": 1}
     if kind == "SFT":
-        module = SFT(**options, optimizer=sgd(0.1))
+        module = SFT(**options, optimizer=sgd(0.1), clip_grad_norm=None)
     elif kind == "DPO":
         module = DPO(**options, optimizer=sgd(0.5), clip_grad_norm=None)
     else:

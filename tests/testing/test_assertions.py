@@ -46,7 +46,7 @@ def numbers(message):
 def test_a_reward_of_the_wrong_sign_does_not_reach_its_goal():
     """Its score rises all the same."""
     with pytest.raises(AssertionError, match=r"the goal fell by .* should rise by 0.1 or more") as error:
-        assert_learns(tiny_ppo([Count("w3", sign=-1.0)]), by=0.1, goal=lambda r: r.split().count("w3"))
+        assert_learns(tiny_ppo([Count("w5", sign=-1.0)]), by=0.1, goal=lambda r: r.split().count("w5"))
     assert "the mean score went from -0." in str(error.value)
     fell, _, start, end, score_before, score_after = numbers(str(error.value))
     assert start - end == pytest.approx(fell, abs=1e-3)
