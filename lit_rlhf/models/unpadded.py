@@ -44,7 +44,7 @@ class _Row(NamedTuple):
     Each segment of the row is a text, the common beginning of several texts, or what follows it in one of them.
     """
 
-    kept: Tensor  # [B, S] bool, the tokens that stand in the row, in this order
+    tokens: Tensor  # [N] int64, the indices in [B · S] of the tokens that stand in the row
     positions: Tensor  # [N] int64, within each text
     places: Tensor  # [B, S] int64, the index of each token in the row
     query_bounds: Tensor  # [T + 1] int32, where each segment begins, and the length of the row
@@ -75,7 +75,7 @@ def last_hidden_state(
         row = _arrange(real, positions)
     longest = torch.stack([row.query_bounds.diff().amax(), row.key_bounds.diff().amax()]).tolist()
     hidden = trunk(
-        input_ids=tokens[row.kept][None],
+        input_ids=tokens.flatten()[row.tokens][None],
         position_ids=row.positions[None],
         use_cache=False,
         cu_seq_lens_q=row.query_bounds,
@@ -159,10 +159,11 @@ def _continues_beginnings(model: PreTrainedModel) -> bool:
 
 def _arrange(real: Tensor, positions: Tensor | None) -> _Row:
     """Arrange the texts of a batch in a single row."""
+    tokens = real.flatten().nonzero().squeeze(1)
+    positions = tokens % real.shape[1] if positions is None else positions.flatten()[tokens]
     places = (real.flatten().cumsum(0).view_as(real) - 1).clamp(min=0)
-    positions = (real.cumsum(1) - 1 if positions is None else positions)[real]
-    bounds = F.pad((positions == 0).nonzero().squeeze(1), (0, 1), value=len(positions)).int()
-    return _Row(real, positions, places, bounds, bounds, keys=None)
+    bounds = F.pad((positions == 0).nonzero().squeeze(1), (0, 1), value=len(tokens)).int()
+    return _Row(tokens, positions, places, bounds, bounds, keys=None)
 
 
 def _arrange_shared(real: Tensor, shared: Tensor) -> _Row:
@@ -174,15 +175,14 @@ def _arrange_shared(real: Tensor, shared: Tensor) -> _Row:
     leader = counted[torch.where(first[:, 0], torch.arange(len(shared), device=real.device), 0).cummax(0).values]
     places = torch.where(column < shared[:, None], leader, counted).clamp(min=0)
 
-    begins = kept & torch.where(column == 0, first, column == beginning)  # of the segments
-    starts = counted[begins]
-    bounds = F.pad(starts, (0, 1), value=0)
-    bounds[-1] = kept.sum()
-    before = (beginning * (column > 0))[begins]  # the keys of each segment that stand in another segment
+    tokens = kept.flatten().nonzero().squeeze(1)
+    text, first_column = (kept & torch.where(column == 0, first, column == beginning)).nonzero().T  # of the segments
+    starts, of_leader = counted[text, first_column], leader[text, 0]
+    before = torch.where(first_column > 0, beginning[text, 0], 0)  # the keys of each segment that are not its own
+    bounds = F.pad(starts, (0, 1), value=len(tokens))
     key_bounds = F.pad((bounds.diff() + before).cumsum(0), (1, 0))
     segment = torch.repeat_interleave(key_bounds.diff())
     number = torch.arange(len(segment), device=real.device) - key_bounds[segment]  # of each key in its segment
-    before = before[segment]
-    of_leader = leader[:, :1].expand_as(kept)[begins][segment]
-    keys = torch.where(number < before, of_leader + number, starts[segment] + number - before)
-    return _Row(kept, column.expand_as(kept)[kept], places, bounds.int(), key_bounds.int(), keys)
+    own = number - before[segment]
+    keys = torch.where(own < 0, of_leader[segment] + number, starts[segment] + own)
+    return _Row(tokens, tokens % real.shape[1], places, bounds.int(), key_bounds.int(), keys)
