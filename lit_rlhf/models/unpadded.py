@@ -160,7 +160,7 @@ def _continues_beginnings(model: PreTrainedModel) -> bool:
 def _arrange(real: Tensor, positions: Tensor | None) -> _Row:
     """Arrange the texts of a batch in a single row."""
     tokens = real.flatten().nonzero().squeeze(1)
-    positions = tokens % real.shape[1] if positions is None else positions.flatten()[tokens]
+    positions = (real.cumsum(1) - 1 if positions is None else positions).flatten()[tokens]
     places = (real.flatten().cumsum(0).view_as(real) - 1).clamp(min=0)
     bounds = F.pad((positions == 0).nonzero().squeeze(1), (0, 1), value=len(tokens)).int()
     return _Row(tokens, positions, places, bounds, bounds, keys=None)
