@@ -1,7 +1,7 @@
 """Hidden states of the texts of a batch, of which a decoder processes no padding and each shared beginning only once.
 
 The texts follow one another in a single row, and each attends only to itself (attention.py). Texts of a group, such as
-the responses to one prompt, begin alike: their common beginning stands in the row once, as a text of its own, and what
+the responses to one prompt, begin alike: the row holds their common beginning once, as a text of its own, and what
 follows it in each text attends to it and to itself.
 """
 
@@ -39,12 +39,12 @@ class HiddenStates(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """The single row in which all texts of a batch stand.
+    """The single row that holds all texts of a batch.
 
     Each segment of the row is a text, the common beginning of several texts, or what follows it in one of them.
     """
 
-    tokens: Tensor  # [N] int64, the indices in [B · S] of the tokens that stand in the row
+    tokens: Tensor  # [N] int64, the indices in [B · S] of the tokens in the row
     positions: Tensor  # [N] int64, within each text
     places: Tensor  # [B, S] int64, the index of each token in the row
     query_bounds: Tensor  # [T + 1] int32, where each segment begins, and the length of the row
@@ -167,7 +167,7 @@ def _arrange(real: Tensor, positions: Tensor | None) -> _Row:
 
 
 def _arrange_shared(real: Tensor, shared: Tensor) -> _Row:
-    """Arrange the texts of a batch in a single row, in which the shared beginnings stand once."""
+    """Arrange the texts of a batch in a single row that holds each shared beginning once."""
     column, first = torch.arange(real.shape[1], device=real.device), (shared == 0)[:, None]
     beginning = torch.maximum(shared, F.pad(shared[1:], (0, 1)))[:, None]  # of the first text of a group, too
     kept = (real | (column < beginning)) & (column >= shared[:, None])
