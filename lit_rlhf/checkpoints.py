@@ -1,35 +1,118 @@
 """Reading checkpoints of all strategies in one process, whether they are files or folders with a shard per process."""
 
-import shutil
+import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lit_rlhf.checkpoint_folders import DamagedError, check_files, read_index
 from lit_rlhf.compat import METADATA_FILE, read_distributed_checkpoint
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import remove, replacing
+
+NUMBERED = re.compile(r"iteration-(\d+)\.ckpt")
+"""The pattern of the name of a checkpoint with the iteration after which it was saved."""
 
 
-def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, without a process group, into the dictionary that a run on one process would have saved.
+
+    The checksums are compared first. Only tensors, plain values and collections of these are read, never code.
 
     Args:
         path: The checkpoint, a file or a folder.
-        weights_only: Whether `torch.load` restricts unpickling to tensors, primitive types and dictionaries.
 
     Raises:
-        UserError: if a folder is not a complete checkpoint.
+        UserError: if the checkpoint is damaged, incomplete or not a checkpoint; the message names the one before it.
     """
+    verify(path)
     if not path.is_dir():
-        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-    if not (path / METADATA_FILE).is_file():
-        raise UserError(f"{path} is not a complete checkpoint: it has no {METADATA_FILE}")
+        return read_plain(path, path)
     state = read_distributed_checkpoint(path)
-    checkpoint = torch.load(path / METADATA_FILE, map_location="cpu", weights_only=weights_only)
+    checkpoint = read_plain(path / METADATA_FILE, path)
     numbers = sorted(int(name.removeprefix("optimizer_")) for name in state if name.startswith("optimizer_"))
     optimizers = [by_number(state[f"optimizer_{number}"]) for number in numbers]
     return checkpoint | {"state_dict": state["state_dict"], "optimizer_states": optimizers}
+
+
+def verify(path: Path, share: int = 0, shares: int = 1) -> None:
+    """Check that a checkpoint has the content that was written: compare the checksums, and look for code in a folder.
+
+    A file has the CRC-32 of each of its records, as every file that ``torch.save`` writes.
+
+    Args:
+        path: The checkpoint, a file or a folder.
+        share: The number of this process's share of a folder's files, from 0.
+        shares: The number of shares, of which each process reads one.
+
+    Raises:
+        UserError: if the checkpoint is damaged, incomplete or not a checkpoint; the message names the one before it.
+    """
+    try:
+        if path.is_dir():
+            check_files(path, share, shares)
+            read_index(path)
+        else:
+            _check_records(path)
+    except DamagedError as error:
+        raise refusal(path, str(error)) from error
+
+
+def _check_records(path: Path) -> None:
+    """Compare the records of a file with their checksums.
+
+    Raises:
+        DamagedError: if a record differs, or if the file is not a checkpoint.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise DamagedError("it does not begin as a checkpoint does")
+    try:
+        with zipfile.ZipFile(path) as records:
+            if not any(name.endswith("/data.pkl") for name in records.namelist()):
+                raise DamagedError("it is an archive of something else")
+            damaged = records.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise DamagedError("its end is missing, or its table of contents differs from what was written") from error
+    if damaged is not None:
+        raise DamagedError(f"{damaged.partition('/')[2]} differs from what was written")
+
+
+def read_plain(path: Path, checkpoint: Path) -> dict[str, Any]:
+    """Read a dictionary of tensors and plain values from a file, without running code.
+
+    Args:
+        path: The file.
+        checkpoint: The checkpoint that the file belongs to, for messages.
+
+    Raises:
+        UserError: if the file has anything else.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise refusal(checkpoint, "it holds objects other than tensors and plain values, which could run code") from error
+    if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
+        raise refusal(checkpoint, "it is not the checkpoint of a run")
+    return found
+
+
+def refusal(path: Path, reason: str) -> UserError:
+    """Return the error that a checkpoint cannot be used, which names the newest one before it, if there is one.
+
+    >>> str(refusal(Path("runs/ppo/checkpoints/iteration-000010.ckpt"), "its end is missing"))
+    'ckpt_path: runs/ppo/checkpoints/iteration-000010.ckpt cannot be used: its end is missing'
+    """
+    path = path.with_name(path.readlink().name) if path.is_symlink() else path
+    numbers = {int(match[1]): other for other in path.parent.glob("*.ckpt") if (match := NUMBERED.fullmatch(other.name))}
+    match = NUMBERED.fullmatch(path.name)
+    earlier = [number for number in numbers if match is None or number < int(match[1])]
+    advice = f"; --ckpt_path {numbers[max(earlier)]} resumes from the one before it" if earlier else ""
+    return UserError(f"ckpt_path: {path} cannot be used: {reason}{advice}")
 
 
 def by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -65,35 +148,44 @@ def _renamed(optimizer: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
     }
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def link(path: Path, target: str) -> None:
+    """Let ``path`` be a symbolic link to ``target``, a name in the same folder; an older link is replaced in one step."""
+    new = path.with_name(f".{path.name}.new")
+    remove(new)
+    new.symlink_to(target)
+    if path.is_dir() and not path.is_symlink():  # written by an older version
+        remove(path)
+    new.replace(path)
 
 
 class AnyCheckpoint(TorchCheckpointIO):
-    """A Trainer plugin with which unsharded strategies resume from a checkpoint folder and replace it with a file.
+    """A Trainer plugin that reads files and folders of all strategies, and writes files that are whole or absent.
 
-    For example, to continue a sharded run under DDP::
+    With it, unsharded strategies resume from a checkpoint folder. A file is written without a copy of its content in
+    memory, flushed to the disk, and then renamed. For example, to continue a sharded run under DDP::
 
         trainer = lightning.Trainer(strategy="ddp", plugins=[AnyCheckpoint()])
         trainer.fit(module, data, ckpt_path="runs/sharded/checkpoints/last.ckpt")
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the checkpoint to one file, which replaces any folder of the same name."""
-        if Path(path).is_dir():
-            remove(Path(path))
-        super().save_checkpoint(checkpoint, path, storage_options)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint from a file or, with `read_checkpoint`, from a folder.
+        """Write the checkpoint to one file, which replaces any file or folder of the same name.
 
         Raises:
-            UserError: if a folder is not a complete checkpoint.
+            OSError: if the file cannot be written, for example because the disk is full.
         """
-        if Path(path).is_dir():
-            return read_checkpoint(Path(path), weights_only is not False)
-        return super().load_checkpoint(path, map_location, weights_only=weights_only)
+        with replacing(Path(path)) as new, new.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch reports an error of the file as one of its own
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint from a file or a folder with `read_checkpoint`.
+
+        Raises:
+            UserError: if the checkpoint is damaged, incomplete or not a checkpoint.
+        """
+        return read_checkpoint(Path(path))

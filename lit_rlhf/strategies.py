@@ -81,31 +81,49 @@ class FSDP2(ModelParallelStrategy):
             set_device(self.lightning_module, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; an older folder of the same name is replaced only when the new folder is complete."""
+        """Write a checkpoint with its checksums; a folder gets its name only when it is complete and on the disk."""
         if not self.saves_folders:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        # a folder that is not complete must not have the name of a checkpoint
-        part, old = path.with_name("being-written"), path.with_name(f"{path.name}.old")
+        part = path.with_name(f".{path.name}.new")
         if self.is_global_zero:
             remove(part)
-            remove(old)
         self.barrier()
         super().save_checkpoint(checkpoint, part, storage_options)
+        own = [*part.glob(f"__{self.global_rank}_*")]
+        own += [part / METADATA_FILE, part / ".metadata"] if self.is_global_zero else []
+        checksums = [{file.name: checksum(file) for file in own}]
+        for file in own:
+            flush(file)
+        if self.world_size > 1:
+            checksums *= self.world_size
+            torch.distributed.all_gather_object(checksums, checksums[0])
         if self.is_global_zero:
-            if path.exists():
-                path.rename(old)
+            write_checksums(part, {name: value for some in checksums for name, value in some.items()})
+            remove(path)
             part.rename(path)
-            remove(old)
+            flush_folder(path.parent)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint saved by any number of processes: a folder, or a file that any strategy wrote."""
+        """Load a checkpoint saved by any number of processes: a folder, or a file that any strategy wrote.
+
+        Raises:
+            UserError: if the checkpoint is damaged, incomplete, not a checkpoint, or one of another module or model;
+                every process then raises it.
+        """
         path = Path(self.broadcast(checkpoint_path))
+        with self._same_refusals():
+            if path.is_dir():
+                verify(path, self.global_rank, self.world_size)
+                self._check(read_plain(path / METADATA_FILE, path), shapes_in(path), path)
+            else:
+                checkpoint = read_checkpoint(path)
+                shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+                self._check(checkpoint, shapes, path)
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
-        checkpoint = read_checkpoint(path, weights_only is not False)
+            return super().load_checkpoint(path, weights_only=True)
         assert self.model is not None
         assert self.lightning_module is not None
         here = self.model.state_dict()

@@ -1,7 +1,10 @@
-"""A callback that saves checkpoints by iteration, not by epoch."""
+"""A callback that saves checkpoints by iteration and by time, and when a signal asks for one."""
 
+import os
 import signal
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,33 +12,56 @@ import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_rlhf.checkpoints import link, remove
 from lit_rlhf.compat import validation_is_due
 from lit_rlhf.errors import UserError
-from lit_rlhf.modules.module import iteration_of
+from lit_rlhf.modules.module import AlignmentModule, iteration_of
+
+TERMINATED = 143
+"""The exit status of a run that SIGTERM has ended after a checkpoint: 128 + 15, as shells report it."""
+
+# what a signal, or the clock, asks for when the iteration is complete; the highest of all processes counts
+_NOTHING, _SAVE, _INTERRUPT, _TERMINATE = range(4)
+_REQUESTS = {signal.SIGUSR1: _SAVE, signal.SIGINT: _INTERRUPT, signal.SIGTERM: _TERMINATE}
 
 
 class IterationCheckpoint(ModelCheckpoint):
-    """A callback that saves ``last.ckpt`` and numbered copies at intervals, and ``best.ckpt`` when a metric improves.
+    """A callback that saves checkpoints such as ``iteration-000010.ckpt``, of which ``last.ckpt`` names the newest.
 
     A checkpoint is saved when an iteration is complete, which includes its validation if one is due. A run that is
     resumed with ``--ckpt_path last`` therefore continues exactly as if it had not been interrupted. On GPUs, exact
     continuation also needs ``--trainer.deterministic true``, because the backward pass of flash attention otherwise
     adds numbers in a varying order.
 
-    Ctrl-C ends the run on all processes when the iteration is complete and ``last.ckpt`` is saved; a second Ctrl-C ends
-    the run immediately.
+    ``last.ckpt`` and ``best.ckpt`` are symbolic links to numbered checkpoints. They change only when the new checkpoint
+    is whole and on the disk, and older checkpoints are removed only after that.
+
+    These signals, sent to any process of the run, take effect on all processes when the iteration is complete:
+
+    ===========  ====================================================================================
+    SIGUSR1      a checkpoint is saved, and the run continues
+    SIGTERM      a checkpoint is saved, and the run ends with exit status 143
+    Ctrl-C       a checkpoint is saved, and the run ends; a second Ctrl-C ends the run immediately
+    ===========  ====================================================================================
+
+    A run that gets SIGTERM after its last iteration writes its export and ends as usual, with exit status 0.
 
     Args:
-        every_n: The number of iterations between two saves of ``last.ckpt``, which is also saved at the end.
-        keep_every_n: The number of iterations between two copies such as ``iteration-000010.ckpt``; None for no copies.
-        monitor: The metric whose improvement saves ``best.ckpt``, for example ``val/score``; None for no ``best.ckpt``.
+        every_n: The number of iterations between two checkpoints; there is also one at the end.
+        every_minutes: The number of minutes after the latest checkpoint when another one is saved; None for no limit.
+        keep_last: The number of the latest checkpoints to keep.
+        keep_every_n: The number of iterations between two checkpoints that are kept for good; None for none.
+        monitor: The metric whose improvement saves a checkpoint with the name ``best.ckpt``, for example ``val/score``,
+            which is kept until the next improvement; None for no ``best.ckpt``.
         mode: Whether the best value is the largest (``max``) or the smallest (``min``).
         dirpath: The folder of the checkpoints; None for ``checkpoints`` in the run's folder.
 
     Raises:
-        ValueError: if ``every_n`` or ``keep_every_n`` is less than 1.
+        ValueError: if ``every_n``, ``keep_last`` or ``keep_every_n`` is less than 1, or if ``every_minutes`` is not
+            positive.
         UserError: during training, if there is no metric with the name ``monitor``.
         KeyboardInterrupt: after an iteration during which a process received Ctrl-C.
+        SystemExit: after an iteration during which a process received SIGTERM.
 
     >>> callback = IterationCheckpoint(every_n=20, monitor="val/loss", mode="min")
     >>> callback.every_n, callback.best is None
@@ -45,92 +71,134 @@ class IterationCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         every_n: int = 10,
+        every_minutes: float | None = None,
+        keep_last: int = 2,
         keep_every_n: int | None = None,
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
         dirpath: str | None = None,
     ) -> None:
-        for name, value in (("every_n", every_n), ("keep_every_n", keep_every_n)):
+        for name, value in (("every_n", every_n), ("keep_last", keep_last), ("keep_every_n", keep_every_n)):
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} must be 1 or more, not {value}")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"checkpoint.every_minutes must be positive or null, not {every_minutes}")
         super().__init__(dirpath=dirpath, save_top_k=0, save_last=True)
         self.every_n = every_n
+        self.every_minutes = every_minutes
+        self.keep_last = keep_last
         self.keep_every_n = keep_every_n
         self.metric = monitor
         self.better = mode
         self.best: float | None = None
+        self.best_iteration = 0
         self.saved_iteration = 0
-        self.interrupted = False
-        self._handler: Any = None  # the earlier handler of Ctrl-C, while this callback handles it
+        self.files: list[int] = []  # the iterations of the latest checkpoints and of the best one
+        self._request = _NOTHING  # the highest request of the signals since the last iteration
+        self._handlers: dict[int, Any] = {}  # the earlier handlers of the signals that this callback handles
+        self._saved_at = time.monotonic()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Set the folder to ``checkpoints`` in the run's folder if no folder was given."""
+        """Set the folder to ``checkpoints`` in the run's folder if no folder was given; begin to handle signals."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+        self._request = _NOTHING
+        if stage == "fit":
+            self._handle(signal.SIGTERM, signal.SIGUSR1)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Stop handling signals."""
+        self._restore_handlers(*self._handlers)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin to handle Ctrl-C, which only the main thread can do."""
-        self.interrupted = False
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        """Begin to handle Ctrl-C, which ends the run immediately while the models are loaded."""
+        self._handle(signal.SIGINT)
+        self._saved_at = time.monotonic()
 
-    def _interrupt(self, *_: Any) -> None:
-        self.interrupted = True
-        self._restore_handler()
-        print("Ctrl-C: the run ends after this iteration, with a checkpoint; a second Ctrl-C ends it now", flush=True)
+    def _handle(self, *signals: int) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            self._handlers |= {number: signal.signal(number, self._note) for number in signals}
 
-    def _restore_handler(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
+    def _note(self, number: int, _: Any) -> None:
+        """Note what a signal asks for; a handler must not use ``print``, which the signal may have interrupted."""
+        self._request = max(self._request, _REQUESTS[signal.Signals(number)])
+        if number == signal.SIGINT:
+            self._restore_handlers(number)
+            with suppress(OSError):  # if the output is closed
+                os.write(1, b"Ctrl-C: the run ends after this iteration, with a checkpoint; a second one ends it now\n")
+
+    def _restore_handlers(self, *signals: int) -> None:
+        for number in signals:
+            if number in self._handlers:
+                signal.signal(number, self._handlers.pop(number))
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Stop handling Ctrl-C."""
-        self._restore_handler()
+        """Stop handling signals."""
+        self._restore_handlers(*self._handlers)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save the checkpoints that are due after the iteration, unless a validation comes first."""
+        """Save a checkpoint if one is due after the iteration, unless a validation comes first."""
         if not validation_is_due(trainer):
-            self._save(trainer, iteration_of(pl_module))
+            self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the checkpoints that are due after the iteration and its validation, if the run is training."""
+        """Save a checkpoint if one is due after the iteration and its validation, if the run is training."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save(trainer, iteration_of(pl_module))
+            self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Do nothing: checkpoints are saved by iteration, not by epoch."""
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save ``last.ckpt`` if it does not contain the last iteration yet, and stop handling Ctrl-C."""
-        self._restore_handler()
+        """Save a checkpoint of the last iteration unless there is one, and stop handling Ctrl-C."""
+        self._restore_handlers(signal.SIGINT)
         if iteration_of(pl_module) > self.saved_iteration:
-            self._write(trainer, "last.ckpt", iteration_of(pl_module))
+            self._write(trainer, iteration_of(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value of the metric so far, and the iteration of ``last.ckpt``."""
-        return {"best": self.best, "saved_iteration": self.saved_iteration}
+        """Return the best value of the metric so far with its iteration, and the iterations of the checkpoints."""
+        return {
+            "best": self.best,
+            "best_iteration": self.best_iteration,
+            "saved_iteration": self.saved_iteration,
+            "files": list(self.files),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best value of the metric, and the iteration of ``last.ckpt``."""
+        """Restore what ``state_dict`` returned."""
         self.best = state_dict["best"]
+        self.best_iteration = state_dict["best_iteration"]
         self.saved_iteration = state_dict["saved_iteration"]
+        self.files = list(state_dict["files"])
 
-    def _save(self, trainer: lightning.Trainer, iteration: int) -> None:
-        if self.metric is not None and self._is_best(trainer, self.metric):
-            self._write(trainer, "best.ckpt", iteration)
-        if self.keep_every_n is not None and iteration % self.keep_every_n == 0:
-            self._write(trainer, f"iteration-{iteration:06d}.ckpt", iteration)
-        interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
-        if iteration % self.every_n == 0 or trainer.should_stop or interrupted:
-            self._write(trainer, "last.ckpt", iteration)
-        if interrupted:
+    def _save(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, AlignmentModule)
+        iteration = iteration_of(module)
+        improved = self.metric is not None and self._is_best(trainer, self.metric)
+        if improved:
+            self.best_iteration = iteration
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if self.every_minutes is not None and minutes >= self.every_minutes:
+            self._request = max(self._request, _SAVE)
+        request = module.max_over_ranks(self._request)[0] if trainer.world_size > 1 else self._request
+        due = iteration % self.every_n == 0 or self._is_kept(iteration) or trainer.should_stop
+        if due or improved or request:
+            self._write(trainer, iteration)
+        self._request = _NOTHING
+        if request == _INTERRUPT:
             raise KeyboardInterrupt
+        if request == _TERMINATE:
+            if trainer.is_global_zero:
+                print(f"SIGTERM: ended after iteration {iteration}; --ckpt_path last resumes the run", flush=True)
+            raise SystemExit(TERMINATED)
+
+    def _is_kept(self, iteration: int) -> bool:
+        return self.keep_every_n is not None and iteration % self.keep_every_n == 0
 
     def _is_best(self, trainer: lightning.Trainer, metric: str) -> bool:
         metrics = trainer.callback_metrics
@@ -145,8 +213,24 @@ class IterationCheckpoint(ModelCheckpoint):
         self.best = value
         return True
 
-    def _write(self, trainer: lightning.Trainer, name: str, iteration: int) -> None:
+    def _write(self, trainer: lightning.Trainer, iteration: int) -> None:
+        """Save a checkpoint, then let the links name it, then remove the checkpoints that are no longer needed."""
         assert self.dirpath is not None
-        if name == "last.ckpt":
-            self.saved_iteration = iteration
-        trainer.save_checkpoint(str(Path(self.dirpath) / name))
+        folder = Path(self.dirpath)
+        self.saved_iteration = iteration
+        self.files = [number for number in self.files if number != iteration] + [iteration]
+        trainer.save_checkpoint(folder / _name(iteration))
+        self._saved_at = time.monotonic()
+        needed = {self.best_iteration, *self.files[-self.keep_last :]}
+        old = [number for number in self.files if number not in needed and not self._is_kept(number)]
+        self.files = [number for number in self.files if number in needed]
+        if trainer.is_global_zero:
+            link(folder / "last.ckpt", _name(iteration))
+            if self.best_iteration == iteration:
+                link(folder / "best.ckpt", _name(iteration))
+            for number in old:
+                remove(folder / _name(number))
+
+
+def _name(iteration: int) -> str:
+    return f"iteration-{iteration:06d}.ckpt"
