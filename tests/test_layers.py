@@ -10,7 +10,7 @@ import lit_rlhf
 
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
-    ("errors", "progress"),
+    ("errors", "files", "progress"),
     ("compat", "components", "foreign_options", "http", "randomness", "recipes", "references", "types"),
     ("algorithms",),
     ("batching",),
