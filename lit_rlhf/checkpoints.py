@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
 
+from lit_rlhf import __version__
 from lit_rlhf.checkpoint_folders import DamagedError, check_files, read_index
 from lit_rlhf.compat import METADATA_FILE, read_distributed_checkpoint
 from lit_rlhf.errors import UserError
@@ -95,10 +97,63 @@ def read_plain(path: Path, checkpoint: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise refusal(checkpoint, "it holds objects other than tensors and plain values, which could run code") from error
+        raise refusal(
+            checkpoint, "it holds objects other than tensors and plain values, which could run code"
+        ) from error
     if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
         raise refusal(checkpoint, "it is not the checkpoint of a run")
     return found
+
+
+def shapes_in(folder: Path) -> dict[str, torch.Size]:
+    """Return the shapes of the weights in a checkpoint folder, by name."""
+    start = "state_dict."
+    tensors = {name: entry for name, entry in read_index(folder).state_dict_metadata.items() if hasattr(entry, "size")}
+    return {name.removeprefix(start): entry.size for name, entry in tensors.items() if name.startswith(start)}
+
+
+def identity(module: nn.Module) -> dict[str, str]:
+    """Return what a checkpoint belongs to: the class of the module, and the versions of lit-rlhf and torch."""
+    return {"module": type(module).__name__, "version": __version__, "torch": str(torch.__version__)}
+
+
+def check_belongs(module: Any, checkpoint: dict[str, Any], shapes: dict[str, torch.Size], path: Any) -> None:
+    """Check that a checkpoint is one of this module, and of models with these shapes.
+
+    Args:
+        module: The LightningModule that is about to load the checkpoint.
+        checkpoint: The checkpoint, at least without weights and the state of optimizers.
+        shapes: The shapes of the weights in the checkpoint, by name.
+        path: The checkpoint, for messages.
+
+    Raises:
+        UserError: if the module is another one, or if a weight is missing, is new, or has another shape.
+    """
+    saved, own = checkpoint.get("lit_rlhf", {}).get("module"), type(module).__name__
+    if saved not in (None, own):
+        raise UserError(f"ckpt_path: {path} is a checkpoint of {saved}, not of {own}")
+    here = {name: x.shape for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
+    for name in sorted(shapes.keys() & here.keys()):
+        if tuple(shapes[name]) != tuple(here[name]):
+            raise UserError(
+                f"ckpt_path: {path} belongs to another model: {name} has the shape {list(shapes[name])} there, and "
+                f"{list(here[name])} here"
+            )
+    if module.strict_loading and (missing := sorted(here.keys() - shapes.keys())):
+        raise UserError(f"ckpt_path: {path} belongs to other options of model: it has no {_some(missing)}")
+    if module.strict_loading and (further := sorted(shapes.keys() - here.keys())):
+        raise UserError(
+            f"ckpt_path: {path} belongs to other options of model: it has {_some(further)}, unlike this run"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Return the numbered checkpoints in a folder, by the iteration after which each was saved."""
+    return {int(match[1]): path for path in folder.glob("*.ckpt") if (match := NUMBERED.fullmatch(path.name))}
 
 
 def refusal(path: Path, reason: str) -> UserError:
@@ -108,8 +163,7 @@ def refusal(path: Path, reason: str) -> UserError:
     'ckpt_path: runs/ppo/checkpoints/iteration-000010.ckpt cannot be used: its end is missing'
     """
     path = path.with_name(path.readlink().name) if path.is_symlink() else path
-    numbers = {int(match[1]): other for other in path.parent.glob("*.ckpt") if (match := NUMBERED.fullmatch(other.name))}
-    match = NUMBERED.fullmatch(path.name)
+    match, numbers = NUMBERED.fullmatch(path.name), numbered(path.parent)
     earlier = [number for number in numbers if match is None or number < int(match[1])]
     advice = f"; --ckpt_path {numbers[max(earlier)]} resumes from the one before it" if earlier else ""
     return UserError(f"ckpt_path: {path} cannot be used: {reason}{advice}")
@@ -149,8 +203,8 @@ def _renamed(optimizer: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
 
 
 def link(path: Path, target: str) -> None:
-    """Let ``path`` be a symbolic link to ``target``, a name in the same folder; an older link is replaced in one step."""
-    new = path.with_name(f".{path.name}.new")
+    """Let ``path`` be a symbolic link to ``target``, in the same folder; an older link is replaced in one step."""
+    new = path.with_name(f".{target}.link")
     remove(new)
     new.symlink_to(target)
     if path.is_dir() and not path.is_symlink():  # written by an older version

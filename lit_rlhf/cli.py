@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from lit_rlhf import __version__
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import disk_error
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The names of the environment variable from which torch reads the options of its GPU memory allocator."""
@@ -80,6 +81,16 @@ def main(args: Sequence[str] | None = None) -> None:
             lightning_cli.run(None if args is None else words)
     except UserError as error:
         print(f"lit-rlhf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        full = disk_error(error)
+        if full is None:
+            raise
+        print(
+            f"lit-rlhf: error: {full.strerror}: {full.filename or 'a file'} could not be written; make room, then "
+            "resume with --ckpt_path last",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

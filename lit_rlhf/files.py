@@ -1,10 +1,14 @@
 """Files and folders that are either complete or absent, even if the process or the machine stops while writing them."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""The numbers of the errors that say that a disk is full, read-only or broken, or that a limit is reached."""
 
 
 @contextmanager
@@ -37,15 +41,44 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(new)
     try:
-        yield new
-        flush(new)
-        _put(new, path, old)
+        with naming(path):
+            yield new
+            flush(new)
+            _put(new, path, old)
     except BaseException:
         with suppress(OSError):  # the exception that is raised again says more
             remove(new)
         raise
-    _flush(path.parent)
+    flush_entry(path.parent)
     remove(old)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Return a context in which an `OSError` that does not name a file, such as that of a full disk, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Return the error of a full, read-only or broken disk that has led to an error, or None if it has another cause.
+
+    >>> full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.csv")
+    >>> disk_error(full) is full, disk_error(ValueError("no")) is None
+    (True, True)
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        failures = getattr(error, "failures", {})  # of each process, in the error of a checkpoint with shards
+        found = [disk_error(failure) for failure, _ in failures.values()] if isinstance(failures, dict) else []
+        if any(found):
+            return next(filter(None, found))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,7 +102,7 @@ def flush(path: Path) -> None:
     """Write a file, or a folder with everything in it, from the operating system's memory to the disk."""
     for inner in path.iterdir() if path.is_dir() else ():
         flush(inner)
-    _flush(path)
+    flush_entry(path)
 
 
 def remove(path: Path) -> None:
@@ -94,7 +127,8 @@ def _put(new: Path, path: Path, old: Path) -> None:
         raise
 
 
-def _flush(path: Path) -> None:
+def flush_entry(path: Path) -> None:
+    """Write one file, or the names in one folder, from the operating system's memory to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

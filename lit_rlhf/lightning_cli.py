@@ -33,7 +33,8 @@ from lit_rlhf.callbacks import IterationCheckpoint, ProgressBar
 from lit_rlhf.callbacks.defaults import UNNAMED, WITH_OPTIONS
 from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.callbacks.older_run import OlderRun
-from lit_rlhf.checkpoints import AnyCheckpoint
+from lit_rlhf.callbacks.run_lock import RunLock
+from lit_rlhf.checkpoints import AnyCheckpoint, numbered
 from lit_rlhf.command_words import check_config_files, chosen_class, help_words
 from lit_rlhf.components import class_names
 from lit_rlhf.config_comments import with_comments
@@ -189,25 +190,31 @@ class CLI(LightningCLI):
                 Path(folder).mkdir(parents=True, exist_ok=True)
         checkpoints = Path(config.checkpoint.dirpath or Path(folder, "checkpoints"))
         if self.subcommand == "fit" and config.ckpt_path == "last" and not (checkpoints / "last.ckpt").exists():
-            rank_zero_only(print)(f"ckpt_path: there is no last.ckpt in {checkpoints}, so the run starts anew")
-            config.ckpt_path = None
+            found = numbered(checkpoints)  # killed after its first checkpoint, before last.ckpt named it
+            then = f"the run resumes from {found[max(found)].name}" if found else "the run starts anew"
+            rank_zero_only(print)(f"ckpt_path: there is no last.ckpt in {checkpoints}, so {then}")
+            config.ckpt_path = str(found[max(found)]) if found else None
         _check_checkpoint(config.ckpt_path, checkpoints)
 
     def before_fit(self) -> None:
-        """Check the Trainer's options for gradients, and rename the folder of an older run unless that run is resumed.
+        """Check the Trainer's options for gradients, lock the folder, and rename it if an older run is not resumed.
 
-        LightningCLI calls this method. Only process 0 renames the folder; the Trainer knows which process this is,
-        however the processes were started.
+        LightningCLI calls this method. Only process 0 locks and renames the folder; the Trainer knows which process
+        this is, however the processes were started.
 
         Raises:
-            UserError: if the Trainer's options clip or accumulate gradients.
+            UserError: if the Trainer's options clip or accumulate gradients, if another run is training in the folder,
+                or if the folder cannot be written.
         """
         _check_gradient_options(self.trainer, self.model)
-        folder = Path(self.trainer.default_root_dir)
-        if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not self.trainer.is_global_zero:
+            return
+        folder, callbacks = Path(self.trainer.default_root_dir), self.trainer.callbacks  # type: ignore[attr-defined]
+        lock = next(callback for callback in callbacks if isinstance(callback, RunLock))
+        lock.take(folder)
+        if self.config["fit"].ckpt_path is None:
             next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
-            folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
+            lock.take(folder)  # in the new folder; W&B would write elsewhere if it did not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.

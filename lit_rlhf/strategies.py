@@ -6,6 +6,8 @@ and replaces Lightning's ``ddp`` with one in which the gradients are views of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecis
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from lit_rlhf.checkpoints import by_name, read_checkpoint, remove
-from lit_rlhf.compat import set_device, shard_over_all_processes
+from lit_rlhf.checkpoint_folders import checksum, write_checksums
+from lit_rlhf.checkpoints import by_name, check_belongs, read_checkpoint, read_plain, shapes_in, verify
+from lit_rlhf.compat import METADATA_FILE, set_device, shard_over_all_processes
+from lit_rlhf.errors import UserError
+from lit_rlhf.files import flush_entry, remove
 from lit_rlhf.models.sharding import shard, wrap
 
 
@@ -95,7 +100,7 @@ class FSDP2(ModelParallelStrategy):
         own += [part / METADATA_FILE, part / ".metadata"] if self.is_global_zero else []
         checksums = [{file.name: checksum(file) for file in own}]
         for file in own:
-            flush(file)
+            flush_entry(file)
         if self.world_size > 1:
             checksums *= self.world_size
             torch.distributed.all_gather_object(checksums, checksums[0])
@@ -103,7 +108,7 @@ class FSDP2(ModelParallelStrategy):
             write_checksums(part, {name: value for some in checksums for name, value in some.items()})
             remove(path)
             part.rename(path)
-            flush_folder(path.parent)
+            flush_entry(path.parent)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -114,18 +119,18 @@ class FSDP2(ModelParallelStrategy):
                 every process then raises it.
         """
         path = Path(self.broadcast(checkpoint_path))
-        with self._same_refusals():
+        assert self.lightning_module is not None
+        with self._refused_by_all():
             if path.is_dir():
                 verify(path, self.global_rank, self.world_size)
-                self._check(read_plain(path / METADATA_FILE, path), shapes_in(path), path)
+                check_belongs(self.lightning_module, read_plain(path / METADATA_FILE, path), shapes_in(path), path)
             else:
                 checkpoint = read_checkpoint(path)
                 shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-                self._check(checkpoint, shapes, path)
+                check_belongs(self.lightning_module, checkpoint, shapes, path)
         if path.is_dir():
             return super().load_checkpoint(path, weights_only=True)
         assert self.model is not None
-        assert self.lightning_module is not None
         here = self.model.state_dict()
         weights = {name: _like(value, here.get(name)) for name, value in checkpoint.pop("state_dict").items()}
         self.model.load_state_dict(weights, strict=self.lightning_module.strict_loading)
@@ -134,6 +139,20 @@ class FSDP2(ModelParallelStrategy):
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=options)
         return checkpoint
+
+    @contextmanager
+    def _refused_by_all(self) -> Iterator[None]:
+        """Return a context in which a `UserError` of one process is raised on all of them at the end."""
+        message = ""
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        messages = [message] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(messages, message)
+        if any(messages):
+            raise UserError(max(messages, key=bool))
 
 
 def _like(whole: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:

@@ -9,10 +9,11 @@ from lit_rlhf.callbacks.metrics import MetricsFile
 from lit_rlhf.callbacks.plan import PrintPlan
 from lit_rlhf.callbacks.progress import ProgressBar
 from lit_rlhf.callbacks.report import WriteReport
+from lit_rlhf.callbacks.run_lock import RunLock
 from lit_rlhf.callbacks.samples import Predictions, Samples
 from lit_rlhf.callbacks.summary import Summary
 
-UNNAMED: tuple[type[Callback], ...] = (MetricsFile, Predictions, ProgressBar, ExportAtEnd)
+UNNAMED: tuple[type[Callback], ...] = (RunLock, MetricsFile, Predictions, ProgressBar, ExportAtEnd)
 """The callbacks that have no options on the command line."""
 
 WITH_OPTIONS: dict[str, type[Callback]] = {
@@ -33,9 +34,9 @@ def default_callbacks(*own: Callback) -> list[Callback]:
         own: Callbacks to add; a callback of the same class as a default callback replaces the default.
 
     >>> callbacks = default_callbacks(IterationCheckpoint(every_n=5))
-    >>> [type(callback).__name__ for callback in callbacks][:5]
+    >>> [type(callback).__name__ for callback in callbacks][1:6]
     ['MetricsFile', 'Predictions', 'ProgressBar', 'ExportAtEnd', 'IterationCheckpoint']
-    >>> callbacks[4].every_n
+    >>> callbacks[5].every_n
     5
     """
     defaults = [callback() for callback in (*UNNAMED, *WITH_OPTIONS.values())]

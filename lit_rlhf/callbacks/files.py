@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_rlhf.files import naming, replacing
+
 
 class TableFile:
     """A CSV file to which rows and columns can be added.
@@ -32,7 +34,7 @@ class TableFile:
         new = [name for name in row if name not in self.columns]
         if new:
             self._rewrite(self._read(), [*self.columns, *new])
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
         self.rows += 1
 
@@ -50,14 +52,11 @@ class TableFile:
 
     def _rewrite(self, rows: Iterable[Mapping[str, str]], columns: list[str]) -> None:
         self.columns = columns
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as new, new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             if columns:
                 writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
 
 
 class LinesFile:
@@ -79,7 +78,7 @@ class LinesFile:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records, one per line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
 
     @property

@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning
 
+from lit_rlhf.callbacks.run_lock import LOCK
+
 
 class OlderRun(lightning.Callback):
     """A callback that renames the folder of an older run when a new run takes its place.
@@ -37,6 +39,7 @@ class OlderRun(lightning.Callback):
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
         folder.rename(aside)
+        (aside / LOCK).unlink(missing_ok=True)
         self.aside = aside
         print(f"{folder} contained an older run, which is now in {aside}")
 
@@ -57,7 +60,8 @@ class OlderRun(lightning.Callback):
         if self.folder is None:
             return
         if self.aside is None:
-            (self.folder / "config.yaml").unlink(missing_ok=True)
+            for name in ("config.yaml", LOCK):
+                (self.folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # if the folder is not empty
                 self.folder.rmdir()
             return

@@ -25,9 +25,9 @@ from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.forwards import response_logprobs
-from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.preference import PreferenceModule, pairs
 from lit_rlhf.modules.roles import RoleSources, load_roles
+from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
 from lit_rlhf.progress import track
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PreferenceBatch, PromptBatch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
+from lit_rlhf.checkpoints import check_belongs, identity
 from lit_rlhf.compat import hide_inapplicable_warnings, strategy_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
@@ -28,6 +29,7 @@ from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.averaging import AveragedWeights
 from lit_rlhf.modules.metrics import Metrics
+from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
 from lit_rlhf.modules.schedules import LinearDecay
 from lit_rlhf.strategies import FSDP, FSDP2
 
@@ -125,6 +127,21 @@ class AlignmentModule(lightning.LightningModule):
         """
         averaged = [name for name, _ in self.named_buffers() if name.startswith("averaged.")]
         return averaged + [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what the checkpoint belongs to."""
+        checkpoint["lit_rlhf"] = identity(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint belongs to this module and to models with these shapes.
+
+        Raises:
+            UserError: if it does not.
+        """
+        weights = checkpoint.get("state_dict", {})  # the strategy has already loaded those of a folder
+        if weights and not isinstance(self.trainer.strategy, FSDP):  # whose shards here are not named and shaped so
+            shapes = {name: value.shape for name, value in weights.items() if isinstance(value, Tensor)}
+            check_belongs(self, checkpoint, shapes, self.trainer.ckpt_path)
 
     def with_averaged_weights(self) -> AbstractContextManager[None]:
         """Return a context in which the trained model has its averaged weights; without averaging, nothing changes."""
@@ -359,41 +376,3 @@ def iteration_of(module: lightning.LightningModule) -> int:
 
 def _unchanged(model: Any) -> Any:
     return model
-
-
-def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight that a state-dict key, such as the key of its scales, belongs to."""
-    return key.rpartition(".weight.")[0] + ".weight"
-
-
-def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
-    """Keep frozen models out of ``state_dict()``, and make ``load_state_dict`` accept that they are missing.
-
-    If the module trains an adapter, all frozen parameters are left out, and so are the scales of quantized parameters.
-    The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder
-    with one shard per process.
-
-    Args:
-        module: The LightningModule.
-        prefixes: The names of the frozen submodules, each with a dot at its end.
-    """
-
-    def frozen() -> set[str]:
-        if getattr(module, "adapter", None) is None:
-            return set()
-        return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
-    def drop(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-        names = {prefix + name for name in frozen()}
-        starts = tuple(prefix + p for p in prefixes)
-        for key in [k for k in state if k in names or k.startswith(starts) or _weight_of(k) in names]:
-            del state[key]
-
-    def ignore_missing(owner: nn.Module, incompatible: Any) -> None:
-        names = frozen()
-        incompatible.missing_keys[:] = [
-            k for k in incompatible.missing_keys if not (k in names or k.startswith(prefixes))
-        ]
-
-    module.register_state_dict_post_hook(drop)
-    module.register_load_state_dict_post_hook(ignore_missing)

@@ -42,9 +42,10 @@ from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.held_out import evaluate, summarize_held_out
 from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
-from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories, keep_out_of_checkpoints
+from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories
 from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
+from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
 from lit_rlhf.modules.update import Update
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping

@@ -38,8 +38,8 @@ from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.module import keep_out_of_checkpoints
 from lit_rlhf.modules.on_policy import OnPolicy
+from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
 from lit_rlhf.modules.steps import (
     add_gradient,
     check_finite,
