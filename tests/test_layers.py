@@ -11,17 +11,7 @@ import lit_rlhf
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
     ("errors", "files", "progress"),
-    (
-        "checkpoint_folders",
-        "compat",
-        "components",
-        "foreign_options",
-        "http",
-        "randomness",
-        "recipes",
-        "references",
-        "types",
-    ),
+    ("compat", "components", "foreign_options", "http", "randomness", "recipes", "references", "types"),
     ("algorithms",),
     ("batching",),
     ("models",),
