@@ -160,13 +160,13 @@ def refusal(path: Path, reason: str) -> UserError:
     """Return the error that a checkpoint cannot be used, which names the newest one before it, if there is one.
 
     >>> str(refusal(Path("runs/ppo/checkpoints/iteration-000010.ckpt"), "its end is missing"))
-    'ckpt_path: runs/ppo/checkpoints/iteration-000010.ckpt cannot be used: its end is missing'
+    'the checkpoint runs/ppo/checkpoints/iteration-000010.ckpt cannot be used: its end is missing'
     """
     path = path.with_name(path.readlink().name) if path.is_symlink() else path
     match, numbers = NUMBERED.fullmatch(path.name), numbered(path.parent)
     earlier = [number for number in numbers if match is None or number < int(match[1])]
     advice = f"; --ckpt_path {numbers[max(earlier)]} resumes from the one before it" if earlier else ""
-    return UserError(f"ckpt_path: {path} cannot be used: {reason}{advice}")
+    return UserError(f"the checkpoint {path} cannot be used: {reason}{advice}")
 
 
 def by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
