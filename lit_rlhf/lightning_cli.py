@@ -41,6 +41,7 @@ from lit_rlhf.config_errors import chosen_options, explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.early_check import store, stored
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import write_text
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
 from lit_rlhf.modules.on_policy import OnPolicy
@@ -106,9 +107,7 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit":
             return
         text = self.parser.dump(self.config, skip_none=False)
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        write_text(Path(trainer.default_root_dir, "config.yaml"), text)
         if trainer.is_global_zero:
             log_config(trainer.loggers, yaml.safe_load(text))
 

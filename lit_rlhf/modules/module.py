@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
@@ -27,7 +27,9 @@ from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.averaging import AveragedWeights
+from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.metrics import Metrics
+from lit_rlhf.modules.optimizer_options import OptimizerOptions
 from lit_rlhf.modules.schedules import LinearDecay
 from lit_rlhf.strategies import FSDP, FSDP2
 
@@ -83,6 +85,8 @@ class AlignmentModule(lightning.LightningModule):
         if adapter is not None:
             keep_out_of_checkpoints(self, ())
         self.averaged: AveragedWeights | None = None  # set by configure_model, if the weights are averaged
+        self._options: dict[str, OptimizerOptions] = {}  # by the optimizers' names
+        self._saved_options: dict[str, Any] = {}  # those of the checkpoint
         self.held_out = Metrics(self.device)  # of the current validation or test
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
@@ -166,11 +170,12 @@ class AlignmentModule(lightning.LightningModule):
         for name, parameters in self.trained_parameters().items():
             make_optimizer, make_scheduler = self.optimizer_factories[name]
             entry: dict[str, Any] = {"optimizer": make_optimizer(parameters)}
-            if make_scheduler is not None:
-                scheduler = make_scheduler(entry["optimizer"])
+            scheduler = None if make_scheduler is None else make_scheduler(entry["optimizer"])
+            if scheduler is not None:
                 if isinstance(scheduler, LinearDecay):
                     scheduler.set_iterations(self.iterations)
                 entry["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
+            self._options[name] = OptimizerOptions(entry["optimizer"], scheduler)
             configured.append(entry)
         return configured
 
@@ -189,6 +194,27 @@ class AlignmentModule(lightning.LightningModule):
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:
                 scheduler.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save with which options the optimizers and their schedules were made."""
+        checkpoint["optimizer_options"] = {name: options.state() for name, options in self._options.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the options with which the checkpoint's optimizers and schedules were made, for ``on_train_start``."""
+        self._saved_options = checkpoint.get("optimizer_options", {})
+
+    def on_train_start(self) -> None:
+        """Use this run's options of the optimizers if the run is resumed, and end it if its checkpoint is the last.
+
+        Raises:
+            UserError: if an optimizer is of another class than the checkpoint's.
+        """
+        if self.trainer.ckpt_path is None:
+            return
+        for name in self._options.keys() & self._saved_options.keys():
+            self._options[name].use(self._saved_options[name], name, int(self.iteration))
+        if self.iterations is not None and int(self.iteration) >= self.iterations:
+            self.trainer.should_stop = True
 
     def on_fit_start(self) -> None:
         """Remove the limit on epochs if ``iterations`` is set."""
@@ -359,41 +385,3 @@ def iteration_of(module: lightning.LightningModule) -> int:
 
 def _unchanged(model: Any) -> Any:
     return model
-
-
-def _weight_of(key: str) -> str:
-    """Return the name of the quantized weight that a state-dict key, such as the key of its scales, belongs to."""
-    return key.rpartition(".weight.")[0] + ".weight"
-
-
-def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
-    """Keep frozen models out of ``state_dict()``, and make ``load_state_dict`` accept that they are missing.
-
-    If the module trains an adapter, all frozen parameters are left out, and so are the scales of quantized parameters.
-    The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder
-    with one shard per process.
-
-    Args:
-        module: The LightningModule.
-        prefixes: The names of the frozen submodules, each with a dot at its end.
-    """
-
-    def frozen() -> set[str]:
-        if getattr(module, "adapter", None) is None:
-            return set()
-        return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
-    def drop(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-        names = {prefix + name for name in frozen()}
-        starts = tuple(prefix + p for p in prefixes)
-        for key in [k for k in state if k in names or k.startswith(starts) or _weight_of(k) in names]:
-            del state[key]
-
-    def ignore_missing(owner: nn.Module, incompatible: Any) -> None:
-        names = frozen()
-        incompatible.missing_keys[:] = [
-            k for k in incompatible.missing_keys if not (k in names or k.startswith(prefixes))
-        ]
-
-    module.register_state_dict_post_hook(drop)
-    module.register_load_state_dict_post_hook(ignore_missing)
