@@ -195,6 +195,18 @@ class AlignmentModule(lightning.LightningModule):
             if scheduler is not None:
                 scheduler.step()
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the weights of a checkpoint.
+
+        Raises:
+            UserError: if they do not fit the models of this run.
+        """
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            first = str(error).partition("\n")[2].partition("\n")[0].partition(", ")[0].strip(" \t.")
+            raise UserError(f"ckpt_path: the checkpoint is of other models than those of this run: {first}") from error
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save with which options the optimizers and their schedules were made."""
         checkpoint["optimizer_options"] = {name: options.state() for name, options in self._options.items()}
