@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 import lit_rlhf
 from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import replacing
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapter_folders import base_of, read_adapter
 from lit_rlhf.models.adapters import LoRA
@@ -34,6 +35,8 @@ def save_folder(
 ) -> None:
     """Write weights (safetensors), configuration, generation configuration, tokenizer and model card to a folder.
 
+    The folder gets its name when it is complete, and replaces any older folder of this name.
+
     Args:
         model: The model.
         tokenizer: The model's tokenizer.
@@ -41,9 +44,10 @@ def save_folder(
         card: The model card, in Markdown.
         weights: The full ``state_dict`` of a sharded model; None to use the model's own weights.
     """
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with replacing(folder) as new:
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(card, encoding="utf-8")
 
 
 def export(
@@ -78,9 +82,10 @@ def export(
     Raises:
         UserError: if the run or the checkpoint does not exist, the run's configuration does not name the main model,
             the checkpoint is incomplete or lacks the model, the tokenizer or the model that the run started from cannot
-            be loaded, or transformers has no sequence classifier of the critic's or reward model's architecture; or if
-            ``towards_start`` is out of range, or is less than 1 for a model other than an actor, for an adapter with
-            DoRA or with a reference of its own, or for an actor whose parameters differ from the reference's.
+            be loaded, or transformers has no sequence classifier of the critic's or reward model's architecture; if
+            ``out`` contains anything but an earlier export; or if ``towards_start`` is out of range, or is less than 1
+            for a model other than an actor, for an adapter with DoRA or with a reference of its own, or for an actor
+            whose parameters differ from the reference's.
 
     >>> export(Path("runs/ppo"), role="critic")
     Traceback (most recent call last):
@@ -89,6 +94,8 @@ def export(
     """
     if not 0 < towards_start <= 1:
         raise UserError(f"--towards-start must be above 0 and at most 1 (the trained weights), not {towards_start}")
+    if out is not None:
+        check_folder(out)
     options, path = _find(run, checkpoint)
     main_role: Role = "reward" if "reward" in options else "actor"
     role = role or main_role
@@ -139,6 +146,28 @@ def _find(run: Path, checkpoint: str) -> tuple[dict[str, Any], Path]:
         available = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))) or "nothing"
         raise UserError(f"there is no checkpoint {path}; {run / 'checkpoints'} contains: {available}")
     return yaml.safe_load(config_file.read_text(encoding="utf-8")).get("model", {}).get("init_args", {}), path
+
+
+def check_folder(folder: Path) -> None:
+    """Check that an export may replace a folder.
+
+    Args:
+        folder: The folder, which need not exist.
+
+    Raises:
+        UserError: if the folder contains anything but an earlier export, or is the current folder or one above it.
+
+    >>> check_folder(Path("."))
+    Traceback (most recent call last):
+    ...
+    lit_rlhf.errors.UserError: --out must name a folder for the export alone, not the current folder or one above it
+    """
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError("--out must name a folder for the export alone, not the current folder or one above it")
+    if folder.is_dir() and any(folder.iterdir()):
+        card = folder / "README.md"
+        if not (card.is_file() and "\n- lit-rlhf\n" in card.read_text(encoding="utf-8")):
+            raise UserError(f"--out: {folder} contains other files, which an export would replace; name another folder")
 
 
 def check_start(options: dict[str, Any], role: str) -> None:

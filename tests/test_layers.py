@@ -22,7 +22,7 @@ LAYERS = [
     ("modules",),
     ("export", "planning", "report"),
     ("callbacks",),
-    ("command_words", "config_comments", "config_errors", "lost_processes", "schema", "testing"),
+    ("command_words", "config_changes", "config_comments", "config_errors", "lost_processes", "schema", "testing"),
     ("early_check",),
     ("lightning_cli",),
     ("plan_cli", "quickstart", "report_cli", "schema_cli"),

@@ -272,8 +272,9 @@ class KLPenalty(nn.Module, Objective):
         return torch.tensor(self.beta, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore β from a checkpoint."""
-        self.beta = float(state)
+        """Restore β from a checkpoint, if it is adaptive."""
+        if self.adaptive:
+            self.beta = float(state)
 
 
 @dataclass(frozen=True)

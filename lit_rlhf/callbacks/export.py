@@ -13,7 +13,8 @@ from lit_rlhf.modules.module import AlignmentModule
 class ExportAtEnd(lightning.Callback):
     """A callback that writes the trained model or adapter to ``export/`` in the run's folder, in Hugging Face's format.
 
-    Transformers and vLLM can load the folder. If the weights are averaged, the average is written (see `Averaging`).
+    Transformers and vLLM can load the folder, which gets its name when it is complete. A finished run that is resumed
+    writes the folder again. If the weights are averaged, the average is written (see `Averaging`).
 
     Args:
         name: The name of the folder to write, inside the run's folder.
@@ -24,12 +25,19 @@ class ExportAtEnd(lightning.Callback):
 
     def __init__(self, name: str = "export") -> None:
         self.name = name
+        self._is_written = False
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the folder from process 0; the other processes contribute their shards."""
         assert isinstance(pl_module, AlignmentModule)
+        self._is_written = True
         with pl_module.with_averaged_weights():
             self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the folder if Lightning has left out the training of a finished run, with the hook at its end."""
+        if not self._is_written and trainer.ckpt_path is not None:
+            self.on_train_end(trainer, pl_module)
 
     def _export(self, trainer: lightning.Trainer, pl_module: AlignmentModule) -> None:
         adapter = pl_module.adapter

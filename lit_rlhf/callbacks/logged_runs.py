@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 
+from lit_rlhf.files import write_text
+
 LOGGED = "loggers.json"
 """The name of the file, in a training run's folder, that lists the loggers' own runs."""
 IDS = {"WandbLogger": "id", "TensorBoardLogger": "version", "MLFlowLogger": "run_id"}
@@ -24,8 +26,7 @@ def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
     """Store the ids of the loggers' runs in a file, by the names of the loggers' classes."""
     runs = {type(logger).__name__: logger.version for logger in loggers if type(logger).__name__ in IDS}
     if runs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(runs) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(runs) + "\n")
 
 
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:

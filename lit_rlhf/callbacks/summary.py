@@ -29,6 +29,8 @@ SHOWN = {
     "win rate": ("val/win_rate",),
 }
 """The training and validation metrics that each line of the summary shows, by the line's label."""
+BOUNDS = {"val/win_rate_low", "val/win_rate_high", "val/reference_score"}
+"""Further metrics on which the lines of the summary depend."""
 UNITS = {"KL": "nats per response", "length": "tokens", "win rate": "against the reference"}
 FILES = ("metrics.csv", "samples.jsonl", "report.html", "config.yaml", "checkpoints")
 
@@ -50,6 +52,7 @@ class Summary(lightning.Callback):
     def __init__(self, next: bool = True) -> None:  # noqa: A002 (the name of the option)
         self.next = next
         self.first: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # those of the checkpoint from which the run was resumed
         self._start, self._from = time.monotonic(), 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -95,9 +98,27 @@ class Summary(lightning.Callback):
         """Restore the metrics of the first iteration and the first validation."""
         self.first = dict(state_dict["first"])
 
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the metrics of the last iteration and the last validation."""
+        checkpoint["last_metrics"] = self.last(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the metrics of the last iteration and the last validation."""
+        self._last = dict(checkpoint.get("last_metrics", {}))
+
+    def last(self, trainer: lightning.Trainer) -> dict[str, float]:
+        """Return the metrics of the last iteration and the last validation, those before the checkpoint included."""
+        names = {name for names in SHOWN.values() for name in names} | BOUNDS
+        found = {name: value for name, value in trainer.callback_metrics.items() if name in names}
+        return self._last | {name: float(value) for name, value in found.items()}
+
     def reached(self, trainer: lightning.Trainer, module: AlignmentModule) -> list[tuple[str, str]]:
         """Return the lines about the training and its metrics, each as a label and a text."""
-        last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        last = self.last(trainer)
         done, seconds = iteration_of(module), time.monotonic() - self._start
         begun = "" if self._from == 0 else f" (after iteration {self._from})"
         lines = [("done", f"{type(module).__name__}, {done} iterations in {clock(seconds)}{begun}")]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import replacing
 from lit_rlhf.models.adapted import load_adapted
 from lit_rlhf.models.adapter_folders import SavedAdapter, base_of, merge_all, write_adapter
 from lit_rlhf.models.adapters import SOURCE, LoRA, adapter_parameters
@@ -47,7 +48,7 @@ class TrainedAdapter:
 
         Args:
             tokenizer: The model's tokenizer.
-            folder: The folder to write.
+            folder: The folder to write; it gets its name when it is complete, and replaces any older folder.
             card: The model card, in Markdown.
 
         Raises:
@@ -56,11 +57,12 @@ class TrainedAdapter:
         with unread_weights():  # only the adapters' weights are needed
             model, names = self._load()
         head = None if self.head is None else self.head.weight
-        write_adapter(model, names, base_of(self.source), folder, head)
-        if self.head is not None:
-            self._set_scale(classifier_config(model.config, tokenizer, self.head.bias)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        with replacing(folder) as new:
+            write_adapter(model, names, base_of(self.source), new, head)
+            if self.head is not None:
+                self._set_scale(classifier_config(model.config, tokenizer, self.head.bias)).save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            (new / "README.md").write_text(card, encoding="utf-8")
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Return a whole model: the base, with this adapter and any adapter below it added to the base's weights.

@@ -25,9 +25,9 @@ from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.forwards import response_logprobs
+from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.preference import PreferenceModule, pairs
 from lit_rlhf.modules.roles import RoleSources, load_roles
-from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
 from lit_rlhf.progress import track
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PreferenceBatch, PromptBatch
@@ -204,6 +204,7 @@ class DPO(PreferenceModule):
             UserError: if the batches do not come from one of this package's data modules, or if that data module is for
                 another kind of training.
         """
+        super().on_train_start()
         if not (self.cache_reference and self.uses_reference):
             return
         loader: Any = self.trainer.train_dataloader

@@ -28,8 +28,9 @@ from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
 from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.averaging import AveragedWeights
+from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
+from lit_rlhf.modules.optimizer_options import OptimizerOptions
 from lit_rlhf.modules.schedules import LinearDecay
 from lit_rlhf.strategies import FSDP, FSDP2
 
@@ -85,6 +86,8 @@ class AlignmentModule(lightning.LightningModule):
         if adapter is not None:
             keep_out_of_checkpoints(self, ())
         self.averaged: AveragedWeights | None = None  # set by configure_model, if the weights are averaged
+        self._options: dict[str, OptimizerOptions] = {}  # by the optimizers' names
+        self._saved_options: dict[str, Any] = {}  # those of the checkpoint
         self.held_out = Metrics(self.device)  # of the current validation or test
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
@@ -128,21 +131,6 @@ class AlignmentModule(lightning.LightningModule):
         averaged = [name for name, _ in self.named_buffers() if name.startswith("averaged.")]
         return averaged + [f"{name}.weight" for name, layer in self.named_modules() if is_quantized(layer)]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what the checkpoint belongs to."""
-        checkpoint["lit_rlhf"] = identity(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint belongs to this module and to models with these shapes.
-
-        Raises:
-            UserError: if it does not.
-        """
-        weights = checkpoint.get("state_dict", {})  # the strategy has already loaded those of a folder
-        if weights and not isinstance(self.trainer.strategy, FSDP):  # whose shards here are not named and shaped so
-            shapes = {name: value.shape for name, value in weights.items() if isinstance(value, Tensor)}
-            check_belongs(self, checkpoint, shapes, self.trainer.ckpt_path)
-
     def with_averaged_weights(self) -> AbstractContextManager[None]:
         """Return a context in which the trained model has its averaged weights; without averaging, nothing changes."""
         return nullcontext() if self.averaged is None else self.averaged.in_use()
@@ -183,11 +171,12 @@ class AlignmentModule(lightning.LightningModule):
         for name, parameters in self.trained_parameters().items():
             make_optimizer, make_scheduler = self.optimizer_factories[name]
             entry: dict[str, Any] = {"optimizer": make_optimizer(parameters)}
-            if make_scheduler is not None:
-                scheduler = make_scheduler(entry["optimizer"])
+            scheduler = None if make_scheduler is None else make_scheduler(entry["optimizer"])
+            if scheduler is not None:
                 if isinstance(scheduler, LinearDecay):
                     scheduler.set_iterations(self.iterations)
                 entry["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
+            self._options[name] = OptimizerOptions(entry["optimizer"], scheduler)
             configured.append(entry)
         return configured
 
@@ -206,6 +195,36 @@ class AlignmentModule(lightning.LightningModule):
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:
                 scheduler.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the checkpoint belongs to, and the options with which the optimizers and schedules were made."""
+        checkpoint["lit_rlhf"] = identity(self)
+        checkpoint["optimizer_options"] = {name: options.state() for name, options in self._options.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint belongs to this module; keep the options of its optimizers for ``on_train_start``.
+
+        Raises:
+            UserError: if it belongs to another module, or to models with other shapes.
+        """
+        weights = checkpoint.get("state_dict", {})  # the strategy has already loaded those of a folder
+        if weights and not isinstance(self.trainer.strategy, FSDP):  # whose shards here are not named and shaped so
+            shapes = {name: value.shape for name, value in weights.items() if isinstance(value, Tensor)}
+            check_belongs(self, checkpoint, shapes, self.trainer.ckpt_path)
+        self._saved_options = checkpoint.get("optimizer_options", {})
+
+    def on_train_start(self) -> None:
+        """Use this run's options of the optimizers if the run is resumed, and end it if its checkpoint is the last.
+
+        Raises:
+            UserError: if an optimizer is of another class than the checkpoint's.
+        """
+        if self.trainer.ckpt_path is None:
+            return
+        for name in self._options.keys() & self._saved_options.keys():
+            self._options[name].use(self._saved_options[name], name, int(self.iteration))
+        if self.iterations is not None and int(self.iteration) >= self.iterations:
+            self.trainer.should_stop = True
 
     def on_fit_start(self) -> None:
         """Remove the limit on epochs if ``iterations`` is set."""

@@ -29,15 +29,10 @@ from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.averaging import AveragedWeights, Averaging
 from lit_rlhf.modules.checks import check_settings, check_without_reference
 from lit_rlhf.modules.decoding import as_records, decode
-from lit_rlhf.modules.dynamic_sampling import (
-    DynamicSampling,
-    counted,
-    draw_responses,
-    drop_uncounted,
-    responses_so_far,
-)
+from lit_rlhf.modules.dynamic_sampling import DynamicSampling, counted, draw_responses, drop_uncounted, responses_so_far
 from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
+from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.held_out import evaluate, summarize_held_out
 from lit_rlhf.modules.hooks import call_hook
@@ -45,7 +40,6 @@ from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories
 from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
-from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
 from lit_rlhf.modules.update import Update
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping

@@ -35,11 +35,11 @@ from lit_rlhf.models.scoring import freeze
 from lit_rlhf.models.sharding import is_sharded
 from lit_rlhf.modules.averaging import Averaging
 from lit_rlhf.modules.dynamic_sampling import DynamicSampling
+from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
-from lit_rlhf.modules.saved_state import keep_out_of_checkpoints
 from lit_rlhf.modules.steps import (
     add_gradient,
     check_finite,

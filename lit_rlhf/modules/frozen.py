@@ -1,9 +1,14 @@
-"""What a module saves in a checkpoint: the trained parts of its models, without frozen ones."""
+"""Frozen models, which a checkpoint does not contain."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+EXTRA = "._extra_state"
+"""The end of the key of the state of a part without weights."""
 
 
 def _weight_of(key: str) -> str:
@@ -13,6 +18,9 @@ def _weight_of(key: str) -> str:
 
 def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Keep frozen models out of ``state_dict()``, and make ``load_state_dict`` accept that they are missing.
+
+    It also accepts a missing or an unknown state of a part without weights, such as the adapted coefficient of the KL,
+    so that a resumed run can have a part of another class.
 
     If the module trains an adapter, all frozen parameters are left out, and so are the scales of quantized parameters.
     The hooks that do this are on the module itself, so that they run for every kind of checkpoint: a file, or a folder
@@ -35,10 +43,11 @@ def keep_out_of_checkpoints(module: nn.Module, prefixes: tuple[str, ...]) -> Non
             del state[key]
 
     def ignore_missing(owner: nn.Module, incompatible: Any) -> None:
-        names = frozen()
+        names, unknown = frozen(), incompatible.unexpected_keys
         incompatible.missing_keys[:] = [
-            k for k in incompatible.missing_keys if not (k in names or k.startswith(prefixes))
+            k for k in incompatible.missing_keys if not (k in names or k.startswith(prefixes) or k.endswith(EXTRA))
         ]
+        unknown[:] = [key for key in unknown if not key.endswith(EXTRA)]
 
     module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_post_hook(ignore_missing)
