@@ -94,7 +94,7 @@ def in_phases(setting: Setting, kind: str, number: int, draw: random.Random) -> 
         name = f"{kind}-{phase.replace(' ', '-')}-{number}"
         callback = {"class_path": "faults_phases.SignalIn", "init_args": {"phase": phase, "number": number}}
         words = ["--trainer.callbacks", json.dumps([callback]), "--checkpoint.every_n", "100"]
-        words = words if number == signal.SIGTERM else words[:2]
+        words = words[:2] if number == signal.SIGKILL or phase == "saving" else words
         done = setting.start(kind, name, *words, PYTHONPATH=path_here()).wait()
         late = number == signal.SIGTERM and phase == "exporting"  # the run is complete
         status = 0 if late else TERMINATED if number == signal.SIGTERM else -number

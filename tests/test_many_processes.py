@@ -179,7 +179,7 @@ def test_an_incomplete_folder_is_refused(whole, tmp_path):
 
     shutil.copytree(whole("fsdp2-2") / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
     (tmp_path / "last.ckpt" / "meta.pt").unlink()
-    with pytest.raises(UserError, match="meta.pt is missing"):
+    with pytest.raises(UserError, match=r"meta\.pt is missing"):
         read_checkpoint(tmp_path / "last.ckpt")
 
 

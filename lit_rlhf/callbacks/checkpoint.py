@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rlhf.checkpoints import link, remove
-from lit_rlhf.compat import validation_is_due
+from lit_rlhf.compat import forget_sigterm, validation_is_due
 from lit_rlhf.errors import UserError
 from lit_rlhf.modules.module import AlignmentModule, iteration_of
 
@@ -112,13 +112,18 @@ class IterationCheckpoint(ModelCheckpoint):
         self._restore_handlers(*self._handlers)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin to handle Ctrl-C, which ends the run immediately while the models are loaded."""
-        self._handle(signal.SIGINT)
+        """Begin to handle Ctrl-C, which ends the run immediately while the models are loaded.
+
+        The other signals are handled since ``setup``; here, this callback's handler replaces that of the Trainer.
+        """
+        self._handle(*_REQUESTS)
+        forget_sigterm(trainer)
         self._saved_at = time.monotonic()
 
     def _handle(self, *signals: int) -> None:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            self._handlers |= {number: signal.signal(number, self._note) for number in signals}
+            before = {number: signal.signal(number, self._note) for number in signals}
+            self._handlers = before | self._handlers  # the handlers of before the run
 
     def _note(self, number: int, _: Any) -> None:
         """Note what a signal asks for; a handler must not use ``print``, which the signal may have interrupted."""
