@@ -26,7 +26,7 @@ from pathlib import Path
 from faults_damage import damages
 from faults_disk import fill, small_disk
 from faults_phases import PHASES
-from faults_runs import KINDS, PROCESSES, Setting, metrics, unequal
+from faults_runs import KINDS, PROCESSES, Setting, messages, metrics, unequal
 from rich.console import Console
 from rich.table import Table
 
@@ -117,7 +117,7 @@ def damage(setting: Setting, kind: str, draw: random.Random) -> Row:
     for what, path in damages(setting, kind, draw):
         failures = []
         for one in setting.start(kind, f"damaged-{kind}", "--ckpt_path", str(path)).wait():
-            lines = [line for line in one.stderr.splitlines() if line]
+            lines = messages(one.stderr)
             if one.returncode != 1 or len(lines) != 1 or path.name not in lines[0]:
                 failures.append(f"{what}: status {one.returncode}: {one.stderr[-500:]}")
         if (path.parent / "ran").exists():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from faults_runs import Setting
+from faults_runs import Setting, messages
 
 SIZE = 64 << 20
 """The size of the file system, in bytes."""
@@ -45,7 +45,7 @@ def fill(setting: Setting, kind: str, disk: Path, draw: random.Random) -> tuple[
     filler.unlink()
     if all(one.returncode == 0 for one in done):
         return False, []
-    lines = [line for one in done for line in one.stderr.splitlines() if line]
+    lines = [line for one in done for line in messages(one.stderr)]
     wrong = [line for line in lines if not (line.startswith("lit-rlhf: error: ") and "No space left" in line)]
     wrong += [f"status {one.returncode}" for one in done if one.returncode != 1]
     setting.start(kind, str(disk / "run"), "--ckpt_path", "last").end_well()

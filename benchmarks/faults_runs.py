@@ -167,6 +167,12 @@ def _open(pid: int) -> int:
     return os.pidfd_open(pid)
 
 
+def messages(stderr: str) -> list[str]:
+    """Return the lines of an output, except those that every run writes."""
+    usual = ("Seed set to", "Restoring states from", "Restored all states from")
+    return [line for line in stderr.splitlines() if line and not line.startswith(usual)]
+
+
 def metrics(run: Path) -> list[dict[str, str]]:
     """Return the rows of a run's metrics, without times, speeds and memory; none if there is no file yet."""
     if not (run / "metrics.csv").exists():
