@@ -85,7 +85,7 @@ def kill(setting: Setting, kind: str, times: int, draw: random.Random) -> Row:
     return row
 
 
-def in_phases(setting: Setting, kind: str, number: int, draw: random.Random) -> Row:
+def in_phases(setting: Setting, kind: str, number: int) -> Row:
     """Send a signal in each phase of a run: it must end with the right status, and resume exactly."""
     row, whole = Row(signal.Signals(number).name + ", in each phase", kind), setting.whole(kind)
     for phase in PHASES:
@@ -186,7 +186,7 @@ def run(setting: Setting, fault: str, kind: str, times: int | None, draw: random
     if fault == "kill":
         return [kill(setting, kind, times or TIMES[kind], draw)]
     if fault == "phases":
-        return [in_phases(setting, kind, number, draw) for number in (signal.SIGKILL, signal.SIGTERM)]
+        return [in_phases(setting, kind, number) for number in (signal.SIGKILL, signal.SIGTERM)]
     if fault == "damage" and kind in ("ppo", "ppo-fsdp2"):
         return [damage(setting, kind, draw)]
     if fault == "disk" and kind == "ppo":

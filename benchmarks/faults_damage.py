@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import random
 import shutil
 import zipfile
@@ -12,6 +14,7 @@ from pathlib import Path
 import torch
 from faults_runs import PROCESSES, Setting
 
+from lit_rlhf.checkpoint_folders import CHECKSUMS, checksum
 from lit_rlhf.testing.models import make_tiny_model
 
 TRUNCATED = 10
@@ -36,7 +39,7 @@ def damages(setting: Setting, kind: str, draw: random.Random) -> Iterator[tuple[
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     good = (setting.whole(kind) / "checkpoints" / "last.ckpt").resolve()
-    make = _folders if good.is_dir() else _files
+    make = folders if good.is_dir() else files
     yield from make(good, folder, draw)
     other_module, other_model = ("trpo", "ppo-gpt2") if kind == "ppo" else ("ppo", "ppo-gpt2")
     if PROCESSES.get(kind, 1) == 1:
@@ -50,7 +53,8 @@ def damages(setting: Setting, kind: str, draw: random.Random) -> Iterator[tuple[
     yield "another model", gpt2 / "checkpoints" / "last.ckpt"
 
 
-def _files(good: Path, folder: Path, draw: random.Random) -> Iterator[tuple[str, Path]]:
+def files(good: Path, folder: Path, draw: random.Random) -> Iterator[tuple[str, Path]]:
+    """Yield damaged copies of a checkpoint file and other files, in a folder, each with what is wrong with it."""
     content = good.read_bytes()
 
     def write(name: str, data: bytes) -> tuple[str, Path]:
@@ -86,7 +90,8 @@ def _files(good: Path, folder: Path, draw: random.Random) -> Iterator[tuple[str,
     yield "code", path
 
 
-def _folders(good: Path, folder: Path, draw: random.Random) -> Iterator[tuple[str, Path]]:
+def folders(good: Path, folder: Path, draw: random.Random) -> Iterator[tuple[str, Path]]:
+    """Yield damaged copies of a checkpoint folder, in a folder, each with what is wrong with it."""
     names = sorted(path.name for path in good.iterdir())
 
     def copy(name: str) -> Path:
@@ -103,6 +108,15 @@ def _folders(good: Path, folder: Path, draw: random.Random) -> Iterator[tuple[st
         path = copy(f"truncated {name}")
         (path / name).write_bytes(content[: draw.randrange(len(content) - 1)])
         yield f"truncated {name}", path
+    for name in (".metadata", "meta.pt"):  # with the right checksum
+        path = copy(f"code in {name}")
+        if name == "meta.pt":
+            torch.save({"pytorch-lightning_version": "2.6.0", "loops": RunsCode(folder / "ran")}, path / name)
+        else:
+            (path / name).write_bytes(pickle.dumps(RunsCode(folder / "ran")))
+        sums = json.loads((path / CHECKSUMS).read_text()) | {name: checksum(path / name)}
+        (path / CHECKSUMS).write_text(json.dumps(sums))
+        yield f"code in {name}", path
     empty = folder / "empty-folder.ckpt"
     empty.mkdir()
     yield "an empty folder", empty

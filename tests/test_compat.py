@@ -32,6 +32,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import lit_rlhf
 from lit_rlhf import Averaging, compat
+from lit_rlhf.checkpoint_folders import read_distributed_checkpoint
 
 PACKAGE = Path(lit_rlhf.__file__).parent
 QUIET = {

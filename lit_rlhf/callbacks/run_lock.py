@@ -30,7 +30,7 @@ class RunLock(lightning.Callback):
         self._file: IO[str] | None = None
 
     def take(self, folder: Path) -> None:
-        """Create the folder unless it exists, and lock it, in place of any folder that this callback has locked before.
+        """Create the folder unless it exists, and lock it, in place of any other folder that this callback has locked.
 
         Args:
             folder: The run's folder.
@@ -38,6 +38,8 @@ class RunLock(lightning.Callback):
         Raises:
             UserError: if another process holds the lock, or if the folder cannot be written.
         """
+        if self._file is not None and _is(self._file, folder / LOCK):
+            return
         file = _open(folder)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,9 +76,8 @@ class RunLock(lightning.Callback):
         Raises:
             UserError: if another process holds the lock, or if the folder cannot be written.
         """
-        folder = Path(trainer.default_root_dir)
-        if stage == "fit" and trainer.is_global_zero and self.folder != folder:
-            self.take(folder)
+        if stage == "fit" and trainer.is_global_zero:
+            self.take(Path(trainer.default_root_dir))
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Release the lock."""
