@@ -107,21 +107,6 @@ def read_index(folder: Path) -> Any:
     return index
 
 
-def read_distributed_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read a whole ``torch.distributed.checkpoint`` folder in one process, without a process group.
-
-    Uses ``_EmptyStateDictLoadPlanner``, which takes names and shapes from the folder, and ``_load_state_dict``, which
-    fills a nested dictionary. The public ``dcp_to_torch_save`` does the same, but writes a second copy to disk.
-    """
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    state: dict[str, Any] = {}
-    _load_state_dict(state, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return state
-
-
 def _check_values(folder: Path, values: Iterable[Any]) -> None:
     for value in values:
         with (folder / value.relative_path).open("rb") as file:

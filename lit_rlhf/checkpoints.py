@@ -11,8 +11,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from lit_rlhf import __version__
-from lit_rlhf.checkpoint_folders import DamagedError, check_files, read_distributed_checkpoint, read_index
-from lit_rlhf.compat import METADATA_FILE
+from lit_rlhf.checkpoint_folders import DamagedError, check_files, read_index
+from lit_rlhf.compat import METADATA_FILE, read_distributed_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import remove, replacing
 

@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 # torch
 
 
+def read_distributed_checkpoint(folder: Path) -> dict[str, Any]:
+    """Read a whole ``torch.distributed.checkpoint`` folder in one process, without a process group.
+
+    Uses ``_EmptyStateDictLoadPlanner``, which takes names and shapes from the folder, and ``_load_state_dict``, which
+    fills a nested dictionary. The public ``dcp_to_torch_save`` does the same, but writes a second copy to disk.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(state, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return state
+
+
 def block_weight(weight: Tensor, rows: int) -> Tensor:
     """Copy a linear weight [O, I] into the blocked layout that oneDNN reads fastest for inputs of ``rows`` rows.
 
@@ -143,15 +158,6 @@ LEAF_SPEC_WARNING = r".*`isinstance\(treespec, LeafSpec\)`.*"
 
 METADATA_FILE = "meta.pt"
 """The file in a distributed checkpoint that holds all but weights and optimizer state; Lightning writes it last."""
-
-
-def forget_sigterm(trainer: lightning.Trainer) -> None:
-    """Let a Trainer forget that it has received SIGTERM, after which it would end without a checkpoint.
-
-    Sets ``received_sigterm`` of the Trainer's ``_signal_connector``; the Trainer's own property cannot be set.
-    """
-    connector: Any = trainer._signal_connector
-    connector.received_sigterm = False
 
 
 def validation_is_due(trainer: lightning.Trainer) -> bool:

@@ -183,9 +183,6 @@ class CLI(LightningCLI):
         print(with_comments(yaml.safe_load(printed.getvalue()), config_schema(self.command_parser.option_groups)))
         sys.exit()
 
-    def _parse_ckpt_path(self) -> None:
-        """Do not look for options in the checkpoint, as LightningCLI does; it would read the whole file for them."""
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run uses, with their options."""
         for name, callback in WITH_OPTIONS.items():

@@ -32,7 +32,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import lit_rlhf
 from lit_rlhf import Averaging, compat
-from lit_rlhf.checkpoint_folders import read_distributed_checkpoint
 
 PACKAGE = Path(lit_rlhf.__file__).parent
 QUIET = {
@@ -87,7 +86,7 @@ def distributed_checkpoint(tmp_path_factory):
 def test_torch_reads_a_distributed_checkpoint_in_one_process(distributed_checkpoint):
     folder, weights = distributed_checkpoint
     with contract("torch", "torch.distributed.checkpoint has _EmptyStateDictLoadPlanner and _load_state_dict"):
-        found = read_distributed_checkpoint(folder)["state_dict"]
+        found = compat.read_distributed_checkpoint(folder)["state_dict"]
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[name], value) for name, value in weights.items())
 
@@ -213,7 +212,7 @@ def test_lightning_names_the_parts_of_a_distributed_checkpoint(distributed_check
     folder, _ = distributed_checkpoint
     with contract("lightning", "a distributed checkpoint has METADATA_FILE, and the keys state_dict and optimizer_0"):
         assert (folder / compat.METADATA_FILE).is_file()
-        assert read_distributed_checkpoint(folder).keys() == {"state_dict", "optimizer_0"}
+        assert compat.read_distributed_checkpoint(folder).keys() == {"state_dict", "optimizer_0"}
 
 
 def test_lightning_knows_whether_validation_is_due(tmp_path):

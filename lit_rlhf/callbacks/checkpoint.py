@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rlhf.checkpoints import link, remove
-from lit_rlhf.compat import forget_sigterm, validation_is_due
+from lit_rlhf.compat import validation_is_due
 from lit_rlhf.errors import UserError
 from lit_rlhf.modules.module import AlignmentModule, iteration_of
 
@@ -112,12 +112,16 @@ class IterationCheckpoint(ModelCheckpoint):
         self._restore_handlers(*self._handlers)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin to handle Ctrl-C, which ends the run immediately while the models are loaded.
+        """Begin to handle Ctrl-C, and end the run if it has received SIGTERM while it was prepared.
 
         The other signals are handled since ``setup``; here, this callback's handler replaces that of the Trainer.
+
+        Raises:
+            SystemExit: if the process has received SIGTERM; there is nothing new to save yet.
         """
         self._handle(*_REQUESTS)
-        forget_sigterm(trainer)
+        if self._request == _TERMINATE:
+            raise SystemExit(TERMINATED)
         self._saved_at = time.monotonic()
 
     def _handle(self, *signals: int) -> None:
