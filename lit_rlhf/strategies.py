@@ -14,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.checkpoints import by_name, read_checkpoint, remove
 from lit_rlhf.compat import set_device, shard_over_all_processes
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.sharding import shard, wrap
 
 
@@ -101,10 +103,18 @@ class FSDP2(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint saved by any number of processes: a folder, or a file that any strategy wrote."""
+        """Load a checkpoint saved by any number of processes: a folder, or a file that any strategy wrote.
+
+        Raises:
+            UserError: if a folder is of other models or optimizers than those of this run.
+        """
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
+            try:
+                return super().load_checkpoint(path, weights_only)
+            except CheckpointException as error:
+                first, _ = next(iter(error.failures.values()))
+                raise UserError(f"ckpt_path: the checkpoint does not fit this run's options: {first}") from error
         checkpoint = read_checkpoint(path, weights_only is not False)
         assert self.model is not None
         assert self.lightning_module is not None

@@ -205,7 +205,7 @@ class AlignmentModule(lightning.LightningModule):
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:
             first = str(error).partition("\n")[2].partition("\n")[0].partition(", ")[0].strip(" \t.")
-            raise UserError(f"ckpt_path: the checkpoint is of other models than those of this run: {first}") from error
+            raise UserError(f"ckpt_path: the checkpoint does not fit this run's options: {first}") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save with which options the optimizers and their schedules were made."""
