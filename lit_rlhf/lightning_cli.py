@@ -31,6 +31,7 @@ import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolv
 from lit_rlhf import compat, recipes
 from lit_rlhf.callbacks import IterationCheckpoint, ProgressBar
 from lit_rlhf.callbacks.defaults import UNNAMED, WITH_OPTIONS
+from lit_rlhf.callbacks.logged_rows import keep_csv
 from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.checkpoints import AnyCheckpoint
@@ -224,6 +225,8 @@ class CLI(LightningCLI):
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
+        elif self.trainer.is_global_zero:
+            keep_csv(self.trainer.loggers)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
