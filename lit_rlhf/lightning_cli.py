@@ -31,6 +31,7 @@ import lit_rlhf.modules  # noqa: F401 (imported so that short class names resolv
 from lit_rlhf import compat, recipes
 from lit_rlhf.callbacks import IterationCheckpoint, ProgressBar
 from lit_rlhf.callbacks.defaults import UNNAMED, WITH_OPTIONS
+from lit_rlhf.callbacks.logged_rows import keep_csv
 from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.callbacks.run_lock import RunLock
@@ -231,6 +232,8 @@ class CLI(LightningCLI):
         if self.config["fit"].ckpt_path is None:
             next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
             lock.take(folder)  # in the new folder; W&B would write elsewhere if it did not exist
+        else:
+            keep_csv(self.trainer.loggers)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.

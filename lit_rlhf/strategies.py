@@ -16,6 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -129,7 +130,11 @@ class FSDP2(ModelParallelStrategy):
                 shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
                 check_belongs(self.lightning_module, checkpoint, shapes, path)
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only=True)
+            try:
+                return super().load_checkpoint(path, weights_only=True)
+            except CheckpointException as error:
+                first, _ = next(iter(error.failures.values()))
+                raise UserError(f"ckpt_path: the checkpoint does not fit this run's options: {first}") from error
         assert self.model is not None
         here = self.model.state_dict()
         weights = {name: _like(value, here.get(name)) for name, value in checkpoint.pop("state_dict").items()}

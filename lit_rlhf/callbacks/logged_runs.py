@@ -14,19 +14,23 @@ from lit_rlhf.files import write_text
 
 LOGGED = "loggers.json"
 """The name of the file, in a training run's folder, that lists the loggers' own runs."""
-IDS = {"WandbLogger": "id", "TensorBoardLogger": "version", "MLFlowLogger": "run_id"}
-"""The argument that makes a logger continue an earlier run, by the name of the logger's class.
-
-``CSVLogger`` is left out, because it deletes the file of the version that it is given; ``metrics.csv`` in the run's
-folder continues instead.
-"""
+IDS = {"WandbLogger": "id", "TensorBoardLogger": "version", "MLFlowLogger": "run_id", "CSVLogger": "version"}
+"""The argument that makes a logger continue an earlier run, by the name of the logger's class."""
 
 
-def note_logged(path: Path, loggers: Sequence[Logger]) -> None:
-    """Store the ids of the loggers' runs in a file, by the names of the loggers' classes."""
-    runs = {type(logger).__name__: logger.version for logger in loggers if type(logger).__name__ in IDS}
+def note_logged(path: Path, loggers: Sequence[Logger]) -> list[Logger]:
+    """Store the ids of the loggers' runs in a file, by the names of the loggers' classes.
+
+    The ids of loggers that the training run had before stay in the file.
+
+    Returns:
+        Those of the loggers whose ids were in the file already.
+    """
+    before = _noted(path)
+    runs = {_name(logger): logger.version for logger in loggers if _name(logger) in IDS}
     if runs:
-        write_text(path, json.dumps(runs) + "\n")
+        write_text(path, json.dumps(before | runs) + "\n")
+    return [logger for logger in loggers if logger.version is not None and before.get(_name(logger)) == logger.version]
 
 
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
@@ -51,7 +55,7 @@ def continued(path: Path, configs: Sequence[Any]) -> Iterator[None]:
         path: The file that `note_logged` wrote; nothing happens if there is no file.
         configs: The configurations of the loggers; those without ``class_path`` are left as they are.
     """
-    runs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    runs = _noted(path)
     before: list[tuple[Any, str, Any]] = []
     for config in configs:
         name = getattr(config, "class_path", "").rpartition(".")[2]
@@ -64,3 +68,11 @@ def continued(path: Path, configs: Sequence[Any]) -> Iterator[None]:
     finally:
         for arguments, key, value in before:
             arguments[key] = value
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _name(logger: Logger) -> str:
+    return type(logger).__name__

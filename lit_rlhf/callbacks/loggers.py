@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lit_rlhf.callbacks.details import Detail
 from lit_rlhf.callbacks.export import ExportAtEnd
+from lit_rlhf.callbacks.logged_rows import continue_logs, read_rows
 from lit_rlhf.callbacks.logged_runs import LOGGED, note_logged
 from lit_rlhf.modules.hooks import OnPolicyCallback
 from lit_rlhf.modules.module import iteration_of
@@ -21,6 +22,8 @@ from lit_rlhf.types import Experience, ScoredRollout, Trajectory
 
 COLUMNS = ("iteration", "stage", "prompt", "response", "terminated", "score")
 BINS = 64
+RECENT = 32
+"""The number of tables and histograms that a checkpoint holds, because a killed process may not have logged them."""
 
 
 class LogDetails(OnPolicyCallback):
@@ -38,8 +41,8 @@ class LogDetails(OnPolicyCallback):
     that the callback `Samples` writes. The histograms show the scores, the lengths, the advantages and, if they are
     computed, the ratios π_actor / π_engine of the responses on all processes. The x-axis is the iteration.
 
-    In a run that is resumed, TensorBoard drops what was logged after the checkpoint. W&B and MLflow cannot do this, so
-    they show the iterations between the checkpoint and the interruption twice.
+    A run that is resumed continues in the loggers without gaps and without doubles: TensorBoard and CSV files drop what
+    was logged after the checkpoint, and W&B and MLflow get only what they do not have.
 
     Args:
         every_n: The number of iterations between two logs of samples and histograms, which are also logged in the first
@@ -58,6 +61,8 @@ class LogDetails(OnPolicyCallback):
             raise ValueError(f"details.every_n must be 1 or more, or 0 for nothing, not {every_n}")
         self.every_n = every_n
         self.model = model
+        self._recent: list[Detail] = []
+        self._continued: list[Logger] = []  # the loggers that continue what they had of the run
 
     # ------------------------------------------------------------------ the x-axis
 
@@ -69,15 +74,21 @@ class LogDetails(OnPolicyCallback):
             if isinstance(logger, WandbLogger):
                 logger.experiment.define_metric("progress/iteration")
                 logger.experiment.define_metric("*", step_metric="progress/iteration", step_sync=True)
-        note_logged(Path(trainer.default_root_dir) / LOGGED, trainer.loggers)
+        self._continued = note_logged(Path(trainer.default_root_dir) / LOGGED, trainer.loggers)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Make TensorBoard drop what was logged after the checkpoint, if the run is resumed."""
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            if isinstance(logger, TensorBoardLogger) and len(list(Path(logger.log_dir).glob("events.out.*"))) > 1:
-                writer: Any = logger.experiment
-                writer.close()  # the next event opens a new file, which says from which step to drop events
-                writer.purge_step = iteration_of(pl_module) + 1
+        """Make the loggers continue without gaps and without doubles, if the run is resumed."""
+        if trainer.is_global_zero and trainer.ckpt_path is not None and self._continued:
+            rows = read_rows(Path(trainer.default_root_dir, "metrics.csv"))
+            continue_logs(self._continued, rows, self._recent, iteration_of(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the latest samples and histograms."""
+        return {"recent": [tuple(detail) for detail in self._recent]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the latest samples and histograms."""
+        self._recent = [Detail(*values) for values in state_dict["recent"]]
 
     # ----------------------------------------------------------- samples, histograms
 
@@ -91,8 +102,7 @@ class LogDetails(OnPolicyCallback):
         if stage == "train" and not self._is_due(iteration):
             return
         columns, rows = table(records)
-        for logger in trainer.loggers:
-            log_table(logger, f"samples/{stage}", columns, rows, iteration)
+        self._log(trainer, Detail("table", f"samples/{stage}", columns, rows, iteration))
 
     def on_rewards(
         self,
@@ -137,8 +147,12 @@ class LogDetails(OnPolicyCallback):
         valid = values.isfinite() if mask is None else values.isfinite() & mask
         counts, edges = histogram(values[valid], trainer.strategy)
         if trainer.is_global_zero and any(counts):
-            for logger in trainer.loggers:
-                log_histogram(logger, f"histograms/{name}", counts, edges, iteration_of(module) + 1)
+            self._log(trainer, Detail("histogram", f"histograms/{name}", counts, edges, iteration_of(module) + 1))
+
+    def _log(self, trainer: lightning.Trainer, detail: Detail) -> None:
+        for logger in trainer.loggers:
+            detail.log(logger)
+        self._recent = [*self._recent, detail][-RECENT:] if trainer.loggers else []
 
     # ------------------------------------------------------------------- the model
 
@@ -180,23 +194,6 @@ def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
     return columns, rows
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table in Markdown; the pipe characters and line breaks in its cells are written as HTML.
-
-    >>> print(markdown(["response", "score"], [["a|b", 0.123456]]))
-    | response | score |
-    |---|---|
-    | a&#124;b | 0.123 |
-    """
-
-    def cell(value: Any) -> str:
-        text = f"{value:.3g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "&#124;").replace("\n", "<br>")
-
-    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in (columns, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
-
-
 def histogram(values: Tensor, strategy: Any) -> tuple[list[float], list[float]]:
     """Count the values of all processes in bins of equal width; all processes call this function together.
 
@@ -216,41 +213,3 @@ def histogram(values: Tensor, strategy: Any) -> tuple[list[float], list[float]]:
     places = ((values - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
     counts = torch.zeros(BINS, device=values.device).scatter_add_(0, places, torch.ones_like(values))
     return strategy.reduce(counts, reduce_op="sum").tolist(), torch.linspace(low, high, BINS + 1).tolist()
-
-
-def log_table(logger: Logger, name: str, columns: list[str], rows: list[list[Any]], iteration: int) -> None:
-    """Log a table, if the logger can show one."""
-    if isinstance(logger, WandbLogger):
-        import wandb
-
-        metrics: Any = {name: wandb.Table(columns=[*columns], data=rows), "progress/iteration": iteration}
-        logger.log_metrics(metrics, step=iteration)
-    elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_text(name, markdown(columns, rows), iteration)
-    elif isinstance(logger, MLFlowLogger):
-        assert logger.run_id is not None
-        logger.experiment.log_text(logger.run_id, markdown(columns, rows), f"{name}/iteration-{iteration:06d}.md")
-
-
-def log_histogram(logger: Logger, name: str, counts: list[float], edges: list[float], iteration: int) -> None:
-    """Log a histogram, if the logger can show one."""
-    if isinstance(logger, WandbLogger):
-        import numpy as np
-        import wandb
-
-        drawn = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-        metrics: Any = {name: drawn, "progress/iteration": iteration}
-        logger.log_metrics(metrics, step=iteration)
-    elif isinstance(logger, TensorBoardLogger):
-        middles = [(low + high) / 2 for low, high in pairwise(edges)]
-        logger.experiment.add_histogram_raw(
-            name,
-            min=edges[0],
-            max=edges[-1],
-            num=int(sum(counts)),
-            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
-            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
-            bucket_limits=edges[1:],
-            bucket_counts=counts,
-            global_step=iteration,
-        )

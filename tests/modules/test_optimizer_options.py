@@ -1,4 +1,4 @@
-"""A resumed run has the options of its optimizer and schedule from its own configuration, the rest from the checkpoint."""
+"""A resumed run has the options of its optimizers and schedules from its configuration, not from the checkpoint."""
 
 import pytest
 import torch
@@ -47,9 +47,7 @@ def test_another_optimizer_is_refused(make_module, fit, tmp_path):
     checkpoint = IterationCheckpoint(dirpath=str(tmp_path))
     fit(make_module(iterations=1, **ONE_STEP), [checkpoint])
     other = make_module(iterations=2, **ONE_STEP, actor_optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    with pytest.raises(
-        UserError, match="the optimizer policy is SGD, which cannot continue from the checkpoint's AdamW"
-    ):
+    with pytest.raises(UserError, match="optimizer policy is SGD, which cannot continue"):
         fit(other, ckpt_path=str(tmp_path / "last.ckpt"))
 
 
@@ -81,7 +79,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("now", SCHEDULES)
 @pytest.mark.parametrize("lr", [0.1, 0.2])
 def test_the_learning_rate_is_that_of_the_present_schedule(before, now, lr):
-    """After three iterations with one schedule, the rates are those of the other one; the same ones stay as they are."""
+    """After three iterations with one schedule, the rates are those of the other one from its beginning."""
     old, old_schedule, old_options = made(SCHEDULES[before], steps=3)
     new, new_schedule, options = made(SCHEDULES[now], lr)
     whole, whole_schedule, _ = made(SCHEDULES[now], lr, steps=3)
