@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_rlhf import __version__
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The names of the environment variable from which torch reads the options of its GPU memory allocator."""
@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
             lightning_cli.run(None if args is None else words)
     except UserError as error:
-        print(f"lit-rlhf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lit-rlhf: error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

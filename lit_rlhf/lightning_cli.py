@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,9 +15,7 @@ import lightning
 import torch
 import yaml
 from jsonargparse import ActionConfigFile
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -40,11 +38,17 @@ from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import chosen_options, explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.early_check import store, stored
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
-from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.schema import config_schema
+from lit_rlhf.trainer_options import (
+    check_gradient_options,
+    check_interval,
+    check_numbers,
+    folder_of_run,
+    refusals_as_user_errors,
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -86,7 +90,7 @@ class Parser(LightningArgumentParser):
         known = compat.option_names(self)
         for group, base in (("model", lightning.LightningModule), ("data", lightning.LightningDataModule)):
             known += chosen_options(base, group, chosen_class(self.words, group))
-        print(f"lit-rlhf: error: {explain(str(message), known)}", file=sys.stderr)
+        print(f"lit-rlhf: error: {one_line(explain(str(message), known))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -179,9 +183,12 @@ class CLI(LightningCLI):
         resume a run.
 
         Raises:
-            UserError: if the checkpoint does not exist, unless it is ``last`` and the command is ``fit``.
+            UserError: if the checkpoint does not exist, unless it is ``last`` and the command is ``fit``; or if a
+                number cannot be used.
         """
         config = self.config[self.subcommand]
+        check_numbers(config)
+        check_interval(config.trainer.check_val_every_n_epoch)
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):
             if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":
@@ -200,14 +207,15 @@ class CLI(LightningCLI):
         however the processes were started.
 
         Raises:
-            UserError: if the Trainer's options clip or accumulate gradients.
+            UserError: if the Trainer's options clip or accumulate gradients, or the run's folder cannot be made.
         """
-        _check_gradient_options(self.trainer, self.model)
+        check_gradient_options(self.trainer, self.model)
         folder = Path(self.trainer.default_root_dir)
         if self.config["fit"].ckpt_path is None and self.trainer.is_global_zero:
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
-            folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
+            with folder_of_run(folder):
+                next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
+                folder.mkdir(parents=True, exist_ok=True)  # W&B writes elsewhere if the folder does not exist
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
@@ -288,7 +296,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _quieten()
-    with exit_with_peers(), _refusals_as_user_errors():
+    with exit_with_peers(), refusals_as_user_errors():
         cli(
             lightning.LightningModule,
             lightning.LightningDataModule,
@@ -307,23 +315,6 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
         )
 
 
-@contextlib.contextmanager
-def _refusals_as_user_errors() -> Iterator[None]:
-    """Return a context that turns Lightning's refusals of an option into `UserError`, which is shown in one line."""
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise UserError(explain(str(error))) from error
-    except ValueError as error:
-        if isinstance(error, UserError) or not str(error).lstrip().startswith(compat.LONG_VAL_CHECK_INTERVAL):
-            raise
-        refused = str(error).partition(". ")[0].strip()
-        raise UserError(
-            f"trainer.val_check_interval: {refused}; with trainer.check_val_every_n_epoch: null, it counts the "
-            "iterations of the run"
-        ) from error
-
-
 def _check_checkpoint(path: str | None, folder: Path) -> None:
     """Check that the checkpoint named by ``--ckpt_path`` exists; ``last`` and ``best`` are looked for in ``folder``.
 
@@ -337,23 +328,6 @@ def _check_checkpoint(path: str | None, folder: Path) -> None:
             raise UserError(f"ckpt_path: there is no {path}.ckpt in {folder}")
     elif not Path(path).exists():
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
-
-
-def _check_gradient_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-    """Check that no option is set that Lightning applies only in automatic optimization.
-
-    Raises:
-        UserError: if the Trainer's options clip or accumulate gradients.
-    """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if trainer.gradient_clip_val is not None:
-        own = "model.update.clip_grad_norm" if isinstance(module, OnPolicy) else "model.clip_grad_norm"
-        raise UserError(f"trainer.gradient_clip_val must be null: gradients are clipped by {own}")
-    cut = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
-    if trainer.accumulate_grad_batches != 1:
-        raise UserError(f"trainer.accumulate_grad_batches must be 1: {cut}")
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        raise UserError(f"trainer.callbacks must not contain GradientAccumulationScheduler: {cut}")
 
 
 def _uses_gpus(accelerator: Any) -> bool:

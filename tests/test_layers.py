@@ -11,7 +11,7 @@ import lit_rlhf
 PACKAGE = Path(__file__).parent.parent / "lit_rlhf"
 LAYERS = [
     ("errors", "progress"),
-    ("compat", "components", "foreign_options", "http", "randomness", "recipes", "references", "types"),
+    ("compat", "components", "foreign_options", "http", "randomness", "recipes", "references", "types", "yaml_text"),
     ("algorithms",),
     ("batching",),
     ("models",),
@@ -22,7 +22,7 @@ LAYERS = [
     ("modules",),
     ("export", "planning", "report"),
     ("callbacks",),
-    ("command_words", "config_comments", "config_errors", "lost_processes", "schema", "testing"),
+    ("command_words", "config_comments", "config_errors", "lost_processes", "schema", "testing", "trainer_options"),
     ("early_check",),
     ("lightning_cli",),
     ("plan_cli", "quickstart", "report_cli", "schema_cli"),

@@ -8,6 +8,7 @@ columns and types.
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ Record: TypeAlias = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 LARGE_FILE = 32 * 2**20
 """The size of a file, in bytes, above which reading the file shows a progress bar."""
+LONGEST_LINE = 32 * 2**20
+"""The maximum number of bytes in a line of a JSONL file."""
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""The pattern of an escape sequence in JSON for one half of a pair of UTF-16, which is no character by itself."""
 
 
 Source: TypeAlias = str | dict[str, str]
@@ -200,7 +205,11 @@ def _pick(records: list[Record], numbers: pyarrow.Table) -> list[Record]:
 
 
 def _read_file(path: Path, field: str) -> Records:
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # its name is too long
+        raise UserError(f"{field}: there is no file {path}: {error.strerror}") from error
+    if not is_file:
         raise UserError(f"{field}: there is no file {path}")
     if path.suffix not in FORMATS:
         raise UserError(f"{field}: {path} should end in one of {', '.join(FORMATS)}")
@@ -270,10 +279,13 @@ def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
     """
     empty, content = True, hashlib.sha256()
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
             content.update(line)
+            where = f"{field}: {path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{where} has more than {LONGEST_LINE >> 20} MiB, which is too long for a record")
             if line.strip():
-                _check_line(line, f"{field}: {path}, line {number}")
+                _check_line(line, where)
                 yield {"line": line}
                 empty = False
     if content.hexdigest()[:32] != digest:  # the cached lines would not match the hash in their name
@@ -284,7 +296,9 @@ def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
 
 def _check_line(line: bytes, where: str) -> None:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = _record(line)
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8: {error}") from error
     except ValueError as error:
@@ -294,7 +308,22 @@ def _check_line(line: bytes, where: str) -> None:
 
 
 def _parse(lines: pyarrow.Table) -> list[Record]:
-    return [json.loads(line.decode("utf-8-sig")) for line in lines["line"].to_pylist()]
+    return [_record(line) for line in lines["line"].to_pylist()]
+
+
+def _record(line: bytes) -> Any:
+    """Return the value of a line of JSON; an escape sequence for half a character stands for U+FFFD.
+
+    No text with such a half could be tokenized or written to a file.
+
+    >>> _record(b'{"prompt": "\\\\ud83d\\\\ude00 \\\\ud83d"}')
+    {'prompt': '😀 �'}
+    """
+    value = json.loads(line.decode("utf-8-sig"))
+    if not SURROGATE.search(line):
+        return value
+    text = json.dumps(value, ensure_ascii=False)  # json.loads has joined the pairs, so that only halves are left
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _read_hub(source: dict[str, str], field: str) -> Records:
