@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf.compat import METADATA_FILE, read_distributed_checkpoint
+from lit_rlhf.distributed_files import check_distributed_checkpoint
 from lit_rlhf.errors import UserError
 
 
@@ -19,12 +20,13 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
         weights_only: Whether `torch.load` restricts unpickling to tensors, primitive types and dictionaries.
 
     Raises:
-        UserError: if a folder is not a complete checkpoint.
+        UserError: if a folder is not a complete checkpoint, or could execute code.
     """
     if not path.is_dir():
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     if not (path / METADATA_FILE).is_file():
         raise UserError(f"{path} is not a complete checkpoint: it has no {METADATA_FILE}")
+    check_distributed_checkpoint(path)
     state = read_distributed_checkpoint(path)
     checkpoint = torch.load(path / METADATA_FILE, map_location="cpu", weights_only=weights_only)
     numbers = sorted(int(name.removeprefix("optimizer_")) for name in state if name.startswith("optimizer_"))
@@ -96,4 +98,4 @@ class AnyCheckpoint(TorchCheckpointIO):
         """
         if Path(path).is_dir():
             return read_checkpoint(Path(path), weights_only is not False)
-        return super().load_checkpoint(path, map_location, weights_only=weights_only)
+        return super().load_checkpoint(path, map_location, weights_only=weights_only is not False)

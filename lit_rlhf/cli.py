@@ -3,10 +3,12 @@
 Heavy libraries are imported only when a command needs them, so that ``lit-rlhf --help`` answers quickly.
 """
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lit_rlhf import __version__
 from lit_rlhf.errors import UserError, one_line
@@ -79,8 +81,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
             lightning_cli.run(None if args is None else words)
     except UserError as error:
-        print(f"lit-rlhf: error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(1)
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _refuse(f"there is no {error.filename}: {error.strerror}")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"lit-rlhf: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _configure_allocator() -> None:

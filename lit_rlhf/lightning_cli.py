@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import lightning
 import torch
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
@@ -157,6 +157,7 @@ class CLI(LightningCLI):
             store(config_schema(self.command_parser.option_groups), class_names())
         if PRINT_COMMENTS not in self.words:
             super().parse_arguments(parser, args)
+            self._check_groups()
             return
         printed = io.StringIO()
         try:
@@ -169,6 +170,18 @@ class CLI(LightningCLI):
                 raise
         print(with_comments(yaml.safe_load(printed.getvalue()), config_schema(self.command_parser.option_groups)))
         sys.exit()
+
+    def _check_groups(self) -> None:
+        """Check that each group of options, such as ``trainer``, is a mapping; jsonargparse accepts any value.
+
+        Raises:
+            UserError: if a group is not.
+        """
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        for name, (_, is_choice) in self.command_parser.option_groups.items():
+            if not is_choice and name in config and not isinstance(config[name], Namespace):
+                raise UserError(f"{name} should be a mapping of options, not {config[name]!r}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run uses, with their options."""
@@ -187,6 +200,8 @@ class CLI(LightningCLI):
                 number cannot be used.
         """
         config = self.config[self.subcommand]
+        if config.get("weights_only") is False:
+            raise UserError("weights_only must be true or null, because a checkpoint could otherwise execute code")
         check_numbers(config)
         check_interval(config.trainer.check_val_every_n_epoch)
         folder = config.trainer.default_root_dir

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.checkpoints import by_name, read_checkpoint, remove
 from lit_rlhf.compat import set_device, shard_over_all_processes
+from lit_rlhf.distributed_files import check_distributed_checkpoint
 from lit_rlhf.models.sharding import shard, wrap
 
 
@@ -104,6 +105,7 @@ class FSDP2(ModelParallelStrategy):
         """Load a checkpoint saved by any number of processes: a folder, or a file that any strategy wrote."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
+            check_distributed_checkpoint(path)
             return super().load_checkpoint(path, weights_only)
         checkpoint = read_checkpoint(path, weights_only is not False)
         assert self.model is not None

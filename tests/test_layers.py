@@ -17,7 +17,7 @@ LAYERS = [
     ("models",),
     ("data",),
     ("generation", "rewards"),
-    ("checkpoints",),
+    ("checkpoints", "distributed_files"),
     ("strategies",),
     ("modules",),
     ("export", "planning", "report"),

@@ -162,7 +162,7 @@ def cache_access(field: str) -> Iterator[None]:
             if isinstance(cause, UserError):
                 raise cause from None
         for cause in causes:
-            if isinstance(cause, OSError):
+            if _is_of_system(cause):
                 raise UserError(
                     f"{field}: the cache of tokens cannot be written or read: {type(cause).__name__}: {cause}; the "
                     f"environment variable HF_DATASETS_CACHE names its folder, now {_cache_folder()}"
@@ -174,6 +174,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _is_of_system(error: BaseException) -> bool:
+    """Return whether an error is the operating system's; pyarrow raises OSError for damaged files, too."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def _cache_folder() -> str:
@@ -217,6 +222,8 @@ def _read_file(path: Path, field: str) -> Records:
         raise UserError(f"{field}: the file {path} is empty")
     if path.suffix == ".jsonl":
         return _read_jsonl(path, field)
+    if path.suffix == ".json":
+        _check_json(path, field)
     import datasets
 
     # the folder is named after the file's content, because datasets compares only the path and modification time
@@ -225,13 +232,25 @@ def _read_file(path: Path, field: str) -> Records:
         try:
             rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=folder)
         except Exception as error:  # datasets wraps every reader's own errors
-            if any(isinstance(cause, OSError) for cause in _causes(error)):
+            if any(_is_of_system(cause) for cause in _causes(error)):
                 raise
             if NO_RECORDS in str(error):
                 raise UserError(f"{field}: {path} has no records") from error
             cause = error.__cause__ or error
             raise UserError(f"{field}: {path} cannot be read as {path.suffix[1:]}: {cause}") from error
     return Records(rows.with_format("arrow"), pyarrow.Table.to_pylist)
+
+
+def _check_json(path: Path, field: str) -> None:
+    """Check that a JSON file begins like a list or an object; pyarrow ends the process if it reads anything else.
+
+    Raises:
+        UserError: if it does not.
+    """
+    with path.open("rb") as file:
+        beginning = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if beginning and not beginning.startswith((b"[", b"{")):
+        raise UserError(f"{field}: {path} should be a JSON list of objects, but it begins with {beginning[:20]!r}")
 
 
 def _read_jsonl(path: Path, field: str) -> Records:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.types import Conversation
 
-SECONDS = 5.0
+SECONDS = 3.0
 """The processor time in which a chat template must have rendered one conversation."""
 BYTES = 512 * 2**20
 """The host memory that a chat template may use to render one conversation."""
