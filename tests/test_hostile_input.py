@@ -23,13 +23,9 @@ MEMORY = 1024.0
 """The memory in MiB, beyond that of a normal run, that a refusal may take."""
 GOOD = b'{"prompt": "w1 w2"}\n'
 TURN = json.dumps({"prompt": [{"role": "user", "content": "w1"}]}).encode() + b"\n"
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{after}: &{after} [{', '.join(9 * [f'*{before}'])}]\n"
-    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
-)
-VALUE_BOMB = "[&a [1,1,1,1,1,1,1,1,1]" + "".join(
-    f",&{after} [{','.join(9 * [f'*{before}'])}]" for before, after in zip("abcdefgh", "bcdefghi", strict=True)
-)
+PAIRS = list(zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{','.join(9 * ['*' + a])}]\n" for a, b in PAIRS)
+VALUE_BOMB = "[&a [1, 1, 1, 1, 1, 1, 1, 1, 1]" + "".join(f", &{b} [{','.join(9 * ['*' + a])}]" for a, b in PAIRS)
 
 
 @pytest.fixture
@@ -132,7 +128,6 @@ def test_config_files(older, capsys, prepare, patterns):
         ({"trainer__default_root_dir": "a" * 5000}, [r"trainer\.default_root_dir", "too long"]),
         ({"trainer__check_val_every_n_epoch": 0}, [r"trainer\.check_val_every_n_epoch", "1 or more", "null", "0"]),
         ({"trainer__devices": -3}, [r"trainer\.devices", "> 0"]),
-        ({"trainer__callbacks": "[{class_path: EarlyStopping, init_args: {monitor: scor}}]"}, ["'scor'", "score/mean"]),
         ({"seed_everything": -1}, ["seed_everything", "-1", "4294967295"]),
         ({"weights_only": "false"}, ["weights_only", "true or null", "execute code"]),
         ({"ckpt_path": "a" * 5000}, ["aaa", "too long"]),
@@ -140,6 +135,13 @@ def test_config_files(older, capsys, prepare, patterns):
 )
 def test_options(older, capsys, changes, patterns):
     wrong.check(wrong.refusal(capsys, wrong.fit(**changes)), *patterns)
+
+
+def test_a_metric_that_does_not_exist(folder, capsys):
+    message = wrong.refusal(
+        capsys, wrong.fit(trainer__callbacks="[{class_path: EarlyStopping, init_args: {monitor: scor}}]")
+    )
+    wrong.check(message, r"trainer\.callbacks", "monitor is 'scor'", "metrics are .*, objective/reward,")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +212,7 @@ def tokens(folder):
     tokenizer["added_tokens"] += [{"id": 99 + i, "content": f"<{i}>", **flags} for i in range(10**6)]
     path.unlink()
     path.write_text(json.dumps(tokenizer))
+    (folder / "x.jsonl").write_bytes(GOOD * 4)
 
 
 def template(text):

@@ -147,6 +147,19 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _without_messages() -> Iterator[None]:
+    """Hide the messages of `datasets` inside this context; it logs each error that it raises."""
+    from datasets.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+
+
+@contextmanager
 def cache_access(field: str) -> Iterator[None]:
     """Turn a cache failure inside this context into a one-line error, and unwrap a `UserError`; pass other errors on.
 
@@ -228,7 +241,7 @@ def _read_file(path: Path, field: str) -> Records:
 
     # the folder is named after the file's content, because datasets compares only the path and modification time
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, f"lit-rlhf-{_digest(path, field)}")
-    with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE):
+    with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE), _without_messages():
         try:
             rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=folder)
         except Exception as error:  # datasets wraps every reader's own errors
