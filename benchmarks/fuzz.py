@@ -193,9 +193,12 @@ def data_case(seed: str) -> Case:
 
 def written(records: list[Any], suffix: str) -> bytes:
     """Return records in a format; as JSON, if the format cannot hold them."""
+    warnings.simplefilter("ignore")
     with contextlib.suppress(Exception):
         if suffix == "jsonl":
             return "".join(json.dumps(record) + "\n" for record in records).encode()
+        if suffix == "json":
+            return json.dumps(records).encode()
         import pandas
 
         frame = pandas.DataFrame(records)
@@ -267,7 +270,7 @@ def read_config(case: Case, folder: Path, tokenizer: Any) -> None:
     """
     from lit_rlhf import early_check, lightning_cli
 
-    class Made(Exception):
+    class Made(Exception):  # noqa: N818 (it is not an error)
         """Everything has been made."""
 
     class UntilTraining(lightning_cli.CLI):
@@ -327,7 +330,7 @@ def try_all(cases: Sequence[Case], tokenizer: Any, keep: Path | None = None, sho
             tally.add(case, end, detail, keep)
         del waiting[: len(ends)]
         done = len(cases) - len(waiting)
-        if show:
+        if show and sys.stderr.isatty():
             print(f"\r{done} cases, {done / (time.monotonic() - start):.0f} per second", end="", file=sys.stderr)
     return tally
 
