@@ -16,14 +16,23 @@ CHECKSUMS = "checksums.json"
 """The file in a checkpoint folder with the size and the CRC-32 of every other file; it is written last."""
 CHUNK = 1 << 22
 """The number of bytes that are read at a time."""
-PLAIN_GLOBALS = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
+NAMES = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
+    "collections": ("OrderedDict",),
 }
-"""The names, besides data types and the classes of ``torch.distributed.checkpoint.metadata``, in a folder's index."""
+"""The classes and functions that a folder's index may name, by their modules, besides ``torch.Size`` and data types."""
 
 
 class DamagedError(Exception):
@@ -75,11 +84,10 @@ class _Index(pickle.Unpickler):
     """Reads a folder's index, without any class or function that does not belong there."""
 
     def find_class(self, module: str, name: str) -> Any:
-        plain = (module, name) in PLAIN_GLOBALS or module == "torch.distributed.checkpoint.metadata"
-        found = super().find_class(module, name) if plain or module == "torch" else None
-        if plain or isinstance(found, torch.dtype):
-            return found
-        raise DamagedError(f"its index names {module}.{name}, which could run code")
+        is_type = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if not is_type and name not in NAMES.get(module, ()):
+            raise DamagedError(f"its index names {module}.{name}, which could run code")
+        return super().find_class(module, name)
 
 
 def read_index(folder: Path) -> Any:
@@ -109,6 +117,8 @@ def read_index(folder: Path) -> Any:
 
 def _check_values(folder: Path, values: Iterable[Any]) -> None:
     for value in values:
+        if not (folder / value.relative_path).resolve().is_relative_to(folder.resolve()):
+            raise DamagedError(f"its index names the file {value.relative_path} outside of it")
         with (folder / value.relative_path).open("rb") as file:
             file.seek(value.offset)
             data = file.read(value.length)

@@ -3,13 +3,15 @@
 Heavy libraries are imported only when a command needs them, so that ``lit-rlhf --help`` answers quickly.
 """
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lit_rlhf import __version__
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.files import disk_error
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -80,18 +82,20 @@ def main(args: Sequence[str] | None = None) -> None:
 
             lightning_cli.run(None if args is None else words)
     except UserError as error:
-        print(f"lit-rlhf: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        _refuse(str(error))
     except Exception as error:
-        full = disk_error(error)
-        if full is None:
-            raise
-        print(
-            f"lit-rlhf: error: {full.strerror}: {full.filename or 'a file'} could not be written; make room, then "
-            "resume with --ckpt_path last",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        failed = disk_error(error)
+        if failed is not None:
+            file = failed.filename or "a file"
+            _refuse(f"{failed.strerror}: {file} could not be written; make room, then resume with --ckpt_path last")
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _refuse(f"there is no {error.filename}: {error.strerror}")
+        raise
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"lit-rlhf: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _configure_allocator() -> None:

@@ -23,6 +23,8 @@ import lit_rlhf
 from lit_rlhf import recipes
 from lit_rlhf.command_words import check_config_files, config_names
 from lit_rlhf.config_errors import unknown_class, unknown_option
+from lit_rlhf.errors import one_line
+from lit_rlhf.yaml_text import read_yaml
 
 Json = dict[str, Any]
 Names = tuple[str, ...]
@@ -86,7 +88,7 @@ def check(words: Sequence[str]) -> None:
     """
     check_config_files(words)
     if mistake := mistake_in(words):
-        print(f"lit-rlhf: error: {mistake}", file=sys.stderr)
+        print(f"lit-rlhf: error: {one_line(mistake)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -102,7 +104,7 @@ def mistake_in(words: Sequence[str]) -> str:
     found = stored()
     if found is None or any(re.match(r"-h$|--([\w.]+\.)?help(=|$)", word) for word in words):
         return ""
-    files = [yaml.safe_load(recipes.find(name).read_text(encoding="utf-8")) for name in config_names(words)]
+    files = [read_yaml(recipes.find(name), "config") for name in config_names(words)]
     try:
         return _Check(found["schema"], found["classes"]).mistake([*files, *_assignments(words[1:])])
     except (_Undecided, yaml.YAMLError, ValueError):  # the last for an impossible date

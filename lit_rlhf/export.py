@@ -22,6 +22,7 @@ from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource, RandomWeights, load_model, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, load_critic, strip_prefix, to_classifier
 from lit_rlhf.models.trained_adapter import TrainedAdapter, weights_of
+from lit_rlhf.yaml_text import read_yaml
 
 Role = Literal["actor", "critic", "reward"]
 
@@ -145,7 +146,7 @@ def _find(run: Path, checkpoint: str) -> tuple[dict[str, Any], Path]:
     if not path.exists():
         available = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("*.ckpt"))) or "nothing"
         raise UserError(f"there is no checkpoint {path}; {run / 'checkpoints'} contains: {available}")
-    return yaml.safe_load(config_file.read_text(encoding="utf-8")).get("model", {}).get("init_args", {}), path
+    return read_yaml(config_file, "config").get("model", {}).get("init_args", {}), path
 
 
 def check_folder(folder: Path) -> None:
@@ -270,7 +271,7 @@ def model_card(run: Path, role: str, iterations: int, base: str | None = None, s
     # ppo: actor
     """
     config_file = run / "config.yaml"
-    config: dict[str, Any] = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config: dict[str, Any] = read_yaml(config_file, "config") if config_file.is_file() else {}
     model = config.get("model", {})
     method = str(model.get("class_path", "lit-rlhf")).rpartition(".")[2]
     header = {

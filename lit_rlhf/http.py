@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -20,6 +20,8 @@ RETRIED_STATUS = (429, 500, 502, 503, 504)
 """The HTTP status codes after which a later attempt may succeed."""
 RETRIED_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 """The errors after which a later attempt may succeed: no connection, no answer in time, an incomplete answer."""
+SECRET = re.compile(r"(?i).*(api[_-]?key|secret|passw(or)?d|authorization|(access|auth|bearer)[_-]?token)|key|token")
+"""The pattern of the names of fields that hold a key or a password."""
 CONNECT_SECONDS = 10.0
 """The maximum number of seconds to wait for a connection, which a service accepts even when it is busy."""
 MAX_PAUSE_SECONDS = 60.0
@@ -45,6 +47,52 @@ def check_token_env(name: str | None, option: str) -> None:
     """
     if name is not None and not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise UserError(f"{option} must be the name of an environment variable, not the token itself")
+
+
+def check_url(url: str | None, option: str) -> str | None:
+    """Return an address, after a check that it contains no user name, password or token.
+
+    Addresses are stored with the configuration and shown in messages.
+
+    Args:
+        url: The address; None if the option is not set.
+        option: The option, for messages.
+
+    Raises:
+        UserError: if the address contains one of these; the message does not show the address.
+
+    >>> check_url("http://judge:8000/v1", "rewards.url")
+    'http://judge:8000/v1'
+    >>> check_url("http://me:swordfish@judge:8000", "rewards.url")
+    Traceback (most recent call last):
+        ...
+    lit_rlhf.errors.UserError: rewards.url must not contain a password or a key: it is stored with the configuration
+    """
+    parts = urlsplit(url or "")
+    if "@" in parts.netloc or any(SECRET.fullmatch(name) for name, _ in parse_qsl(parts.query)):
+        raise UserError(f"{option} must not contain a password or a key: it is stored with the configuration")
+    return url
+
+
+def check_no_key(fields: Any, option: str) -> None:
+    """Check that no field has a name that is usual for a key or a password, since the fields are stored.
+
+    Args:
+        fields: Fields of a request, which may contain others.
+        option: The option that holds the fields, for messages.
+
+    Raises:
+        UserError: if there is such a field; the message does not show its value.
+
+    >>> check_no_key({"top_p": 1.0, "auth": {"api_key": "sk-0123"}}, "rewards.endpoint.extra_body")
+    Traceback (most recent call last):
+        ...
+    lit_rlhf.errors.UserError: rewards.endpoint.extra_body must not contain api_key: it is stored with the configuration
+    """
+    for name, value in fields.items() if isinstance(fields, Mapping) else ():
+        if SECRET.fullmatch(str(name)):
+            raise UserError(f"{option} must not contain {name}: it is stored with the configuration")
+        check_no_key(value, option)
 
 
 def read_token(name: str | None, option: str) -> str | None:
@@ -87,7 +135,7 @@ class JSONClient:
         retry_timeouts: Whether a request is also repeated if it was sent and no answer came in time.
 
     Raises:
-        UserError: if the address does not begin with ``http://`` or ``https://``.
+        UserError: if the address contains a password, or does not begin with ``http://`` or ``https://``.
 
     >>> JSONClient("ftp://example", "model.engine.url")
     Traceback (most recent call last):
@@ -106,6 +154,7 @@ class JSONClient:
         connections: int = 1,
         retry_timeouts: bool = True,
     ) -> None:
+        check_url(url, option)
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{option} is {url!r}: it must begin with http:// or https://")
         self.url = url.rstrip("/")

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +14,8 @@ from typing import Any, NoReturn
 import lightning
 import torch
 import yaml
-from jsonargparse import ActionConfigFile
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -43,13 +41,19 @@ from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import chosen_options, explain
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.early_check import store, stored
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.files import write_text
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
 from lit_rlhf.modules.module import iteration_of
-from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.schema import config_schema
+from lit_rlhf.trainer_options import (
+    check_gradient_options,
+    check_interval,
+    check_numbers,
+    folder_of_run,
+    refusals_as_user_errors,
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/default",
@@ -91,7 +95,7 @@ class Parser(LightningArgumentParser):
         known = compat.option_names(self)
         for group, base in (("model", lightning.LightningModule), ("data", lightning.LightningDataModule)):
             known += chosen_options(base, group, chosen_class(self.words, group))
-        print(f"lit-rlhf: error: {explain(str(message), known)}", file=sys.stderr)
+        print(f"lit-rlhf: error: {one_line(explain(str(message), known))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -143,6 +147,7 @@ class CLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("args")
         self.words: list[str] = list(sys.argv[1:] if given is None else given)
+        self.checkpoint: str | None = None  # the option ckpt_path
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -171,6 +176,9 @@ class CLI(LightningCLI):
             store(config_schema(self.command_parser.option_groups), class_names())
         if PRINT_COMMENTS not in self.words:
             super().parse_arguments(parser, args)
+            self._check_groups()
+            config = self.config[self.config.subcommand]
+            self.checkpoint, config.ckpt_path = config.get("ckpt_path"), None  # LightningCLI would read the whole file
             return
         printed = io.StringIO()
         try:
@@ -183,6 +191,18 @@ class CLI(LightningCLI):
                 raise
         print(with_comments(yaml.safe_load(printed.getvalue()), config_schema(self.command_parser.option_groups)))
         sys.exit()
+
+    def _check_groups(self) -> None:
+        """Check that each group of options, such as ``trainer``, is a mapping; jsonargparse accepts any value.
+
+        Raises:
+            UserError: if a group is not.
+        """
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        for name, (_, is_choice) in self.command_parser.option_groups.items():
+            if not is_choice and name in config and not isinstance(config[name], Namespace):
+                raise UserError(f"{name} should be a mapping of options, not {config[name]!r}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run uses, with their options."""
@@ -197,9 +217,15 @@ class CLI(LightningCLI):
         resume a run.
 
         Raises:
-            UserError: if the checkpoint does not exist, unless it is ``last`` and the command is ``fit``.
+            UserError: if the checkpoint does not exist, unless it is ``last`` and the command is ``fit``; or if a
+                number cannot be used.
         """
         config = self.config[self.subcommand]
+        config.ckpt_path = self.checkpoint
+        if config.get("weights_only") is False:
+            raise UserError("weights_only must be true or null, because a checkpoint could otherwise execute code")
+        check_numbers(config)
+        check_interval(config.trainer.check_val_every_n_epoch)
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):
             if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":
@@ -223,16 +249,17 @@ class CLI(LightningCLI):
             UserError: if the Trainer's options clip or accumulate gradients, if another run is training in the folder,
                 or if the folder cannot be written.
         """
-        _check_gradient_options(self.trainer, self.model)
+        check_gradient_options(self.trainer, self.model)
         if not self.trainer.is_global_zero:
             return
         folder, callbacks = Path(self.trainer.default_root_dir), self.trainer.callbacks  # type: ignore[attr-defined]
         lock = next(callback for callback in callbacks if isinstance(callback, RunLock))
-        lock.take(folder)
-        if self.config["fit"].ckpt_path is None:
-            next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
-            lock.take(folder)  # in the new folder; W&B would write elsewhere if it did not exist
-        else:
+        with folder_of_run(folder):
+            lock.take(folder)
+            if self.config["fit"].ckpt_path is None:
+                next(callback for callback in callbacks if isinstance(callback, OlderRun)).move_aside(folder)
+                lock.take(folder)  # in the new folder; W&B would write elsewhere if it did not exist
+        if self.config["fit"].ckpt_path is not None:
             keep_csv(self.trainer.loggers)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
@@ -314,7 +341,7 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _quieten()
-    with exit_with_peers(), _refusals_as_user_errors():
+    with exit_with_peers(), refusals_as_user_errors():
         cli(
             lightning.LightningModule,
             lightning.LightningDataModule,
@@ -333,23 +360,6 @@ def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "li
         )
 
 
-@contextlib.contextmanager
-def _refusals_as_user_errors() -> Iterator[None]:
-    """Return a context that turns Lightning's refusals of an option into `UserError`, which is shown in one line."""
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise UserError(explain(str(error))) from error
-    except ValueError as error:
-        if isinstance(error, UserError) or not str(error).lstrip().startswith(compat.LONG_VAL_CHECK_INTERVAL):
-            raise
-        refused = str(error).partition(". ")[0].strip()
-        raise UserError(
-            f"trainer.val_check_interval: {refused}; with trainer.check_val_every_n_epoch: null, it counts the "
-            "iterations of the run"
-        ) from error
-
-
 def _check_checkpoint(path: str | None, folder: Path) -> None:
     """Check that the checkpoint named by ``--ckpt_path`` exists; ``last`` and ``best`` are looked for in ``folder``.
 
@@ -363,23 +373,6 @@ def _check_checkpoint(path: str | None, folder: Path) -> None:
             raise UserError(f"ckpt_path: there is no {path}.ckpt in {folder}")
     elif not Path(path).exists():
         raise UserError(f"ckpt_path: there is no checkpoint {path}; it should be a path, last, or best")
-
-
-def _check_gradient_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-    """Check that no option is set that Lightning applies only in automatic optimization.
-
-    Raises:
-        UserError: if the Trainer's options clip or accumulate gradients.
-    """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if trainer.gradient_clip_val is not None:
-        own = "model.update.clip_grad_norm" if isinstance(module, OnPolicy) else "model.clip_grad_norm"
-        raise UserError(f"trainer.gradient_clip_val must be null: gradients are clipped by {own}")
-    cut = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
-    if trainer.accumulate_grad_batches != 1:
-        raise UserError(f"trainer.accumulate_grad_batches must be 1: {cut}")
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        raise UserError(f"trainer.callbacks must not contain GradientAccumulationScheduler: {cut}")
 
 
 def _uses_gpus(accelerator: Any) -> bool:

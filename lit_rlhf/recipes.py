@@ -6,6 +6,7 @@ Neither torch nor Lightning is imported, so that the command answers quickly.
 import argparse
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lit_rlhf.errors import UserError
@@ -64,8 +65,9 @@ def find(name: str | Path) -> Path:
     lit_rlhf.errors.UserError: config: there is no file poo and no recipe of that name, did you mean 'ppo'?
     """
     for candidate in (Path(name), Path(f"{name}.yaml")):
-        if candidate.is_file():
-            return candidate
+        with suppress(OSError):  # if the name is too long
+            if candidate.is_file():
+                return candidate
     return find_recipe(name)
 
 

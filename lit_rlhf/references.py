@@ -39,7 +39,7 @@ def load_reference(text: str, field: str) -> Any:
         module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
     except UserError as error:
         raise UserError(f"{field}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{field}: importing {module_name} failed: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         there = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n)))

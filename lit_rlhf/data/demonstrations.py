@@ -23,7 +23,7 @@ from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Records, Source, value_of
-from lit_rlhf.data.tokenize import Piece, prompt_piece, shared_prefix, token_rows, turns
+from lit_rlhf.data.tokenize import Piece, check_length, prompt_piece, shared_prefix, token_rows, turns
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import DemonstrationBatch
 
@@ -133,6 +133,7 @@ class DemonstrationEncoder:
             return opening, turns(tokenizer, [*prompt, *added], where, opened=False)
         if not isinstance(response, str):
             raise UserError(f"{where}: {self.response} should be text, not {type(response).__name__}")
+        check_length(prompt + response, where)
         return opening, prompt + response
 
 

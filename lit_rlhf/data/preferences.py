@@ -16,7 +16,7 @@ from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Records, Source, value_of
-from lit_rlhf.data.tokenize import Piece, finished, prompt_piece, shared_prefix, token_rows, turns
+from lit_rlhf.data.tokenize import Piece, check_length, finished, prompt_piece, shared_prefix, token_rows, turns
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import PreferenceBatch, Prompt
 
@@ -128,6 +128,8 @@ class PreferenceEncoder:
             asked = None if prompt is None else [{"role": "user", "content": prompt}]
             prompt = shared_turns(responses) or asked
         if prompt is None:
+            for response in filter(lambda response: isinstance(response, str), responses):
+                check_length(response, where)
             wholes = [r if isinstance(r, str) else turns(tokenizer, r, where, opened=False) for r in responses]
             return _Ranking(wholes, False, column, margin)
         opening = prompt_piece(tokenizer, prompt, where)
@@ -352,6 +354,7 @@ def _continued(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Any
     if isinstance(prompt, str):
         if not isinstance(response, str):
             raise UserError(f"{where}: the prompt is text, so a response is text too, not {str(response)[:60]!r}")
+        check_length(prompt + response, where)
         return prompt + response
     added = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
     if not isinstance(added, list) or not added:

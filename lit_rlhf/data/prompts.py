@@ -1,5 +1,6 @@
 """Prompts for the actor to answer."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
@@ -19,6 +20,7 @@ from lit_rlhf.data.columns import (
     only,
     prompt_column,
     until_last_user,
+    value_at,
     with_context,
 )
 from lit_rlhf.data.encoding import Row, Rows
@@ -152,7 +154,11 @@ class PromptEncoder:
 
 
 class _Formatter(Formatter):
-    """A formatter that refuses a column without a value, which would otherwise become the word None."""
+    """A formatter that inserts the values of columns, and nothing else.
+
+    It refuses a column without a value, which would otherwise become the word None. It does not read attributes of
+    values, and it does not pad values to a width that no prompt has.
+    """
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the value of a field and the name of its column.
@@ -160,10 +166,22 @@ class _Formatter(Formatter):
         Raises:
             KeyError: if the column is missing or has no value.
         """
-        value, column = super().get_field(field_name, args, kwargs)
+        value = value_at(dict(kwargs), field_name)
+        if value is None and "[" in field_name and "." not in field_name:  # an entry, as in {messages[0]}
+            value, _ = super().get_field(field_name, args, kwargs)
         if value is None:
             raise KeyError(field_name)
-        return value, column
+        return value, field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Return a value as text.
+
+        Raises:
+            ValueError: if the format asks for a width or a precision of five digits or more.
+        """
+        if re.search(r"\d{5}", format_spec):
+            raise ValueError(f"the format {format_spec[:20]!r} has a number of five digits or more")
+        return str(super().format_field(value, format_spec))
 
 
 class Prompts(ResumableData):

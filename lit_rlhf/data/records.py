@@ -8,6 +8,7 @@ columns and types.
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ Record: TypeAlias = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 LARGE_FILE = 32 * 2**20
 """The size of a file, in bytes, above which reading the file shows a progress bar."""
+LONGEST_LINE = 32 * 2**20
+"""The maximum number of bytes in a line of a JSONL file."""
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""The pattern of an escape sequence in JSON for one half of a pair of UTF-16, which is no character by itself."""
 
 
 Source: TypeAlias = str | dict[str, str]
@@ -142,6 +147,19 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _without_messages() -> Iterator[None]:
+    """Hide the messages of `datasets` inside this context; it logs each error that it raises."""
+    from datasets.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+
+
+@contextmanager
 def cache_access(field: str) -> Iterator[None]:
     """Turn a cache failure inside this context into a one-line error, and unwrap a `UserError`; pass other errors on.
 
@@ -157,7 +175,7 @@ def cache_access(field: str) -> Iterator[None]:
             if isinstance(cause, UserError):
                 raise cause from None
         for cause in causes:
-            if isinstance(cause, OSError):
+            if _is_of_system(cause):
                 raise UserError(
                     f"{field}: the cache of tokens cannot be written or read: {type(cause).__name__}: {cause}; the "
                     f"environment variable HF_DATASETS_CACHE names its folder, now {_cache_folder()}"
@@ -169,6 +187,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _is_of_system(error: BaseException) -> bool:
+    """Return whether an error is the operating system's; pyarrow raises OSError for damaged files, too."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def _cache_folder() -> str:
@@ -200,7 +223,11 @@ def _pick(records: list[Record], numbers: pyarrow.Table) -> list[Record]:
 
 
 def _read_file(path: Path, field: str) -> Records:
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # its name is too long
+        raise UserError(f"{field}: there is no file {path}: {error.strerror}") from error
+    if not is_file:
         raise UserError(f"{field}: there is no file {path}")
     if path.suffix not in FORMATS:
         raise UserError(f"{field}: {path} should end in one of {', '.join(FORMATS)}")
@@ -208,21 +235,35 @@ def _read_file(path: Path, field: str) -> Records:
         raise UserError(f"{field}: the file {path} is empty")
     if path.suffix == ".jsonl":
         return _read_jsonl(path, field)
+    if path.suffix == ".json":
+        _check_json(path, field)
     import datasets
 
     # the folder is named after the file's content, because datasets compares only the path and modification time
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, f"lit-rlhf-{_digest(path, field)}")
-    with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE):
+    with cache_access(field), progress_bars(path.stat().st_size > LARGE_FILE), _without_messages():
         try:
             rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=folder)
         except Exception as error:  # datasets wraps every reader's own errors
-            if any(isinstance(cause, OSError) for cause in _causes(error)):
+            if any(_is_of_system(cause) for cause in _causes(error)):
                 raise
             if NO_RECORDS in str(error):
                 raise UserError(f"{field}: {path} has no records") from error
             cause = error.__cause__ or error
             raise UserError(f"{field}: {path} cannot be read as {path.suffix[1:]}: {cause}") from error
     return Records(rows.with_format("arrow"), pyarrow.Table.to_pylist)
+
+
+def _check_json(path: Path, field: str) -> None:
+    """Check that a JSON file begins like a list or an object; pyarrow ends the process if it reads anything else.
+
+    Raises:
+        UserError: if it does not.
+    """
+    with path.open("rb") as file:
+        beginning = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if beginning and not beginning.startswith((b"[", b"{")):
+        raise UserError(f"{field}: {path} should be a JSON list of objects, but it begins with {beginning[:20]!r}")
 
 
 def _read_jsonl(path: Path, field: str) -> Records:
@@ -270,10 +311,13 @@ def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
     """
     empty, content = True, hashlib.sha256()
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
             content.update(line)
+            where = f"{field}: {path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{where} has more than {LONGEST_LINE >> 20} MiB, which is too long for a record")
             if line.strip():
-                _check_line(line, f"{field}: {path}, line {number}")
+                _check_line(line, where)
                 yield {"line": line}
                 empty = False
     if content.hexdigest()[:32] != digest:  # the cached lines would not match the hash in their name
@@ -284,7 +328,9 @@ def _lines(path: str, field: str, digest: str) -> Iterator[dict[str, bytes]]:
 
 def _check_line(line: bytes, where: str) -> None:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = _record(line)
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8: {error}") from error
     except ValueError as error:
@@ -294,7 +340,22 @@ def _check_line(line: bytes, where: str) -> None:
 
 
 def _parse(lines: pyarrow.Table) -> list[Record]:
-    return [json.loads(line.decode("utf-8-sig")) for line in lines["line"].to_pylist()]
+    return [_record(line) for line in lines["line"].to_pylist()]
+
+
+def _record(line: bytes) -> Any:
+    """Return the value of a line of JSON; an escape sequence for half a character stands for U+FFFD.
+
+    No text with such a half could be tokenized or written to a file.
+
+    >>> _record(b'{"prompt": "\\\\ud83d\\\\ude00 \\\\ud83d"}')
+    {'prompt': '😀 �'}
+    """
+    value = json.loads(line.decode("utf-8-sig"))
+    if not SURROGATE.search(line):
+        return value
+    text = json.dumps(value, ensure_ascii=False)  # json.loads has joined the pairs, so that only halves are left
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _read_hub(source: dict[str, str], field: str) -> Records:

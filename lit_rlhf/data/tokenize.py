@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.columns import is_conversation
+from lit_rlhf.data.templates import EndlessTemplateError, render
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import Conversation, Prompt
 
@@ -21,6 +22,9 @@ class Turns:
     opened: bool
     """Whether the template opens the assistant's next turn."""
 
+
+LONGEST_TEXT = 4 * 2**20
+"""The maximum number of characters in a text or a rendered conversation."""
 
 Piece: TypeAlias = str | Turns
 """A text or a conversation to tokenize."""
@@ -45,7 +49,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> l
     rows.update(zip(texts, _opened(tokenizer, [str(pieces[place]) for place in texts]), strict=True))
     for opened in (False, True):
         talks = {p: piece for p, piece in enumerate(pieces) if isinstance(piece, Turns) and piece.opened is opened}
-        rows.update(zip(talks, _templated(tokenizer, list(talks.values()), opened), strict=True))
+        rows.update(zip(talks, _templated(tokenizer, list(talks.values()), add_generation_prompt=opened), strict=True))
     return [rows[place] for place in range(len(pieces))]
 
 
@@ -58,14 +62,17 @@ def prompt_piece(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str)
         where: The configuration field or the record that the prompt is from, for messages.
 
     Raises:
-        UserError: if the prompt is neither a text nor a conversation, or if it is a conversation and the tokenizer has
-            no chat template.
+        UserError: if the prompt is neither a text nor a conversation, if it is too long, or if it is a conversation and
+            the tokenizer has no chat template.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> prompt_piece(tokenizer(), "the soup", "data.train")
     'the soup'
     """
-    return prompt if isinstance(prompt, str) else turns(tokenizer, prompt, where, opened=True)
+    if not isinstance(prompt, str):
+        return turns(tokenizer, prompt, where, opened=True)
+    check_length(prompt, where)
+    return prompt
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where: str, *, opened: bool) -> Turns:
@@ -119,7 +126,7 @@ def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[in
     if isinstance(piece, str):
         return tokens
     try:
-        return _apply_template(tokenizer, piece.conversation, continue_final_message=True)
+        return _templated(tokenizer, [piece], continue_final_message=True)[0]
     except ValueError:
         return ended(tokenizer, tokens)[:-1]
 
@@ -169,24 +176,33 @@ def _opened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
     return [ids or [opening] for ids in rows]
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Turns], opened: bool) -> list[list[int]]:
-    if not talks:
-        return []
+def _templated(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Turns], **options: bool) -> list[list[int]]:
+    """Tokenize conversations, which the chat template renders with these options of ``apply_chat_template``."""
+    rendered = []
+    for talk in talks:
+        try:
+            rendered.append(render(tokenizer, talk.conversation, **options))
+        except EndlessTemplateError as error:
+            raise UserError(f"{talk.where}: the model's chat template cannot be used: {error}") from error
+        except Exception as error:
+            raise UserError(f"{talk.where}: the chat template refuses the conversation: {error}") from error
+        if isinstance(rendered[-1], str):
+            check_length(rendered[-1], talk.where)
+    texts = [text for text in rendered if isinstance(text, str)]
+    # without the tokens that the tokenizer adds, because a chat template writes its own
+    rows = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    return [next(rows) if isinstance(text, str) else text for text in rendered]
 
-    def rows(some: Sequence[Turns]) -> list[list[int]]:
-        return _apply_template(tokenizer, [talk.conversation for talk in some], add_generation_prompt=opened)
 
-    try:
-        return rows(talks)
-    except Exception:
-        for talk in talks:  # one at a time, to name the refused conversation
-            try:
-                rows([talk])
-            except Exception as error:
-                raise UserError(f"{talk.where}: the chat template refuses the conversation: {error}") from error
-        raise
+def check_length(text: str, where: str) -> None:
+    """Check that a text is not so long that a tokenizer would take minutes and gigabytes for it.
 
+    Args:
+        text: The text.
+        where: The configuration field or the record that the text is from, for the message.
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, conversations: Any, **options: Any) -> Any:
-    """Return the token ids of one conversation, or of each conversation of a list, rendered with the chat template."""
-    return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False, **options)
+    Raises:
+        UserError: if the text is too long.
+    """
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{where} has a text of {len(text)} characters; the longest possible has {LONGEST_TEXT}")

@@ -27,7 +27,7 @@ from lit_rlhf.generation.vllm_adapters import (
 )
 from lit_rlhf.generation.vllm_weights import check_version, push_weights
 from lit_rlhf.generation.weights_folder import WeightsFolder
-from lit_rlhf.http import JSONClient
+from lit_rlhf.http import JSONClient, check_url
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.scoring import strip_prefix
 from lit_rlhf.models.sharding import full_state_dict
@@ -139,7 +139,7 @@ class VLLMEngine(DetachedEngine):
                 raise ValueError(f"engine.{name} must be 1 or more, not {whole}")
         if devices is not None and (not devices or min(devices) < 0):
             raise ValueError(f"engine.devices must be indices of GPUs, or null for vLLM's choice, not {devices}")
-        self.url = url
+        self.url = check_url(url, "model.engine.url")
         self.python = python
         self.devices = devices
         self.max_model_len = max_model_len

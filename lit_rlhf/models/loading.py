@@ -34,6 +34,8 @@ from lit_rlhf.models.weights import (
 from lit_rlhf.references import is_reference, load_reference
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
+MOST_ADDED_TOKENS = 50_000
+"""The maximum number of tokens that a folder's tokenizer adds to its vocabulary; many more take minutes to load."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,14 @@ def load_tokenizer(source: ModelSource, field: str = "model") -> PreTrainedToken
         tokenizer = load_reference(path, field)()
     else:
         check_exists(path, field)
+        _check_added_tokens(Path(path), field)
         try:
-            tokenizer = _tokenizer_class(path).from_pretrained(path)
+            tokenizer = _tokenizer_class(path).from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers raises exceptions of many types here
             if os.path.isdir(path):
-                raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load") from error
+                reason = f": {OWN_CODE}" if _needs_own_code(error) else ""
+                message = f"{field}: the folder {path} has no tokenizer that transformers can load{reason}"
+                raise UserError(message) from error
             raise _unreachable(path, field, error) from error
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers made up an empty tokenizer
             raise UserError(f"{field}: the folder {path} has no tokenizer that transformers can load")
@@ -166,7 +171,7 @@ def read_config(source: ModelSource, field: str = "model") -> PretrainedConfig:
         source = base_of(source)
         check_exists(source, field)
         try:
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
             if os.path.isdir(source):
                 what = f"{source} has no config.json that transformers can load"
@@ -200,7 +205,13 @@ def _pretrained_model(
     role = "language model" if task == "causal" else "sequence classifier"
     try:
         model, report = _AUTO[task].from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            path,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
     except OSError as error:
         raise _unreachable(path, field, error) from error
@@ -263,7 +274,7 @@ def _unread_model(path: str, task: Task, field: str) -> PreTrainedModel | None:
     try:
         folder = local_folder(path)
         with parameters_on_meta():
-            model = _AUTO[task].from_config(config, dtype=torch.float32)
+            model = _AUTO[task].from_config(config, dtype=torch.float32, trust_remote_code=False)
         with_weights(model)  # an error should occur here, not in later checks of the architecture
     except Exception:  # loading the model with its weights will give the reason
         return None
@@ -291,7 +302,7 @@ def _random_model(source: RandomWeights, task: Task, field: str) -> PreTrainedMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed)
         try:
-            return _AUTO[task].from_config(config, dtype=torch.float32)
+            return _AUTO[task].from_config(config, dtype=torch.float32, trust_remote_code=False)
         except ValueError as error:
             role = "language model" if task == "causal" else "sequence classifier"
             raise UserError(f"{field}.config: not a {role}: {_reason(error)}") from error
@@ -301,7 +312,31 @@ def _unreachable(path: str, field: str, error: Exception) -> UserError:
     return UserError(f"{field}: {path!r} is neither a folder nor a model that the hub provides: {_reason(error)}")
 
 
+OWN_CODE = (
+    "it needs Python code of its own (auto_map), which lit-rlhf never executes; use a model of an architecture that "
+    "transformers knows"
+)
+"""Why a model or a tokenizer is refused that comes with code."""
+
+
+def _needs_own_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _check_added_tokens(folder: Path, field: str) -> None:
+    """Check that the tokenizer in a folder does not add too many tokens; nothing is checked if there is no such folder.
+
+    Raises:
+        UserError: if it does.
+    """
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if path.is_file() and (count := path.read_bytes().count(b'"lstrip"')) > MOST_ADDED_TOKENS:
+            raise UserError(f"{field}: {path} adds {count} tokens; the maximum is {MOST_ADDED_TOKENS}")
+
+
 def _reason(error: Exception, longest: int = 300) -> str:
     """Return an error's message (or its type, if there is no message) on one line, cut to ``longest`` characters."""
+    if _needs_own_code(error):
+        return OWN_CODE
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"

@@ -224,7 +224,7 @@ def to_classifier(
     weights = scalar.state_dict() if weights is None else weights
     config = classifier_config(scalar.trunk.config, tokenizer, weights.get("head.bias"))
     try:
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"transformers has no sequence classifier for {config.model_type}") from error
     model.base_model.load_state_dict(strip_prefix("trunk.", weights))

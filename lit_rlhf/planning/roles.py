@@ -142,7 +142,7 @@ def without_weights(source: ModelSource, field: str, outputs: Outputs) -> PreTra
     kind: Any = AutoModelForSequenceClassification if classifier and not outputs.logprobs else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return kind.from_config(config, dtype=torch.float32).eval()
+            return kind.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     except ValueError as error:
         raise UserError(f"{field}: not a language model: {' '.join(str(error).split())[:300]}") from error
 

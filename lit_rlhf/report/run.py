@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from lit_rlhf.errors import UserError
+from lit_rlhf.yaml_text import read_yaml
 
 Item = TypeVar("Item")
 ELSEWHERE = ("trainer.default_root_dir", "ckpt_path", "weights_only", "report.at_end")
@@ -61,7 +60,7 @@ def read_run(folder: Path, name: str) -> Run:
     table = csv.DictReader(io.StringIO("".join(_finished_lines(metrics))))
     return Run(
         name=name,
-        config=flatten(_read_yaml(config)) if config.exists() else {},
+        config=flatten(read_yaml(config, "report")) if config.exists() else {},
         rows=[_numbers(row, f"line {number} of {metrics}") for number, row in enumerate(table, start=2)],
         samples=_read_json_lines(samples) if samples.exists() else [],
     )
@@ -138,14 +137,6 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"report: line {number} of {path} is not JSON: {error}") from error
     return records
-
-
-def _read_yaml(path: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"report: {path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _numbers(row: dict[str, str], where: str) -> dict[str, float]:

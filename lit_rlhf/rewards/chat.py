@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.http import JSONClient, check_token_env, read_token
+from lit_rlhf.http import JSONClient, check_no_key, check_token_env, check_url, read_token
 from lit_rlhf.types import Conversation
 
 PATH = "/chat/completions"
@@ -34,7 +34,8 @@ class ChatEndpoint:
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if ``token_env`` cannot be the name of a variable.
+        UserError: if ``token_env`` cannot be the name of a variable, or if ``base_url`` or ``extra_body`` contains a
+            key.
 
     >>> ChatEndpoint("https://api.example/v1", "large", token_env="JUDGE_KEY", extra_body={"temperature": None})
     ... # doctest: +ELLIPSIS
@@ -62,6 +63,8 @@ class ChatEndpoint:
         if not self.timeout > 0:
             raise ValueError(f"rewards.endpoint.timeout must be positive, not {self.timeout}")
         check_token_env(self.token_env, "rewards.endpoint.token_env")
+        check_url(self.base_url, "rewards.endpoint.base_url")
+        check_no_key(self.extra_body, "rewards.endpoint.extra_body")
 
     def client(self) -> JSONClient:
         """Return a new client, which sends the key with each request.

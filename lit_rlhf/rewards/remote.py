@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.http import JSONClient, check_token_env, read_token
+from lit_rlhf.http import JSONClient, check_token_env, check_url, read_token
 from lit_rlhf.rewards.reward import Reward, checked_scores, column_of
 from lit_rlhf.types import RewardInputs
 
@@ -52,8 +52,9 @@ class RemoteReward(Reward):
 
     Raises:
         ValueError: if a number is out of range.
-        UserError: if ``token_env`` cannot be the name of a variable; in ``prepare``, if the variable is not set, if a
-            header cannot carry its value, or if the address does not begin with ``http://`` or ``https://``.
+        UserError: if ``token_env`` cannot be the name of a variable, or if ``url`` contains a password; in
+            ``prepare``, if the variable is not set, if a header cannot carry its value, or if the address does not
+            begin with ``http://`` or ``https://``.
 
     >>> reward = RemoteReward("http://judge:8000/helpfulness", weight=0.5, token_env="JUDGE_TOKEN")
     >>> reward.name
@@ -84,6 +85,7 @@ class RemoteReward(Reward):
         if timeout <= 0:
             raise ValueError(f"rewards.timeout must be positive, not {timeout}")
         check_token_env(token_env, "rewards.token_env")
+        check_url(url, "rewards.url")
         self.url = url
         self.batch_size = batch_size
         self.connections = connections

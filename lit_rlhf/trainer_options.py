@@ -1,0 +1,137 @@
+"""Checks of a run's options before and after the Trainer is made, and the refusals of libraries as one-line errors."""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lit_rlhf import compat
+from lit_rlhf.config_errors import explain
+from lit_rlhf.errors import UserError
+from lit_rlhf.modules.on_policy import OnPolicy
+
+LARGEST_INTEGER = 2**63 - 1
+"""The largest integer that torch and Arrow can hold."""
+NO_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is not available.* of the following: (.*)")
+"""The pattern of the message of ``EarlyStopping`` about a metric that does not exist, and of the metrics that do."""
+REFUSED_OPTIONS = {
+    r"`devices` selected with": "trainer.devices",
+    r"\S+ is not in bounds, numpy accepts": "seed_everything",
+    r"Invalid (learning rate|lr|beta|eps|weight_decay|momentum|alpha|rho|dampening|lambd|tau)": "an optimizer's option",
+}
+"""The patterns of refusals by Lightning and ``torch.optim`` that are no MisconfigurationException, and the options."""
+
+
+def check_numbers(options: Any, path: str = "") -> None:
+    """Check that no number in a configuration is NaN, or is an integer that torch cannot hold.
+
+    Args:
+        options: The configuration, or a part of it.
+        path: The name of that part, for messages.
+
+    Raises:
+        UserError: if there is such a number; the message names its option.
+
+    >>> check_numbers({"model": {"lam": float("nan")}})
+    Traceback (most recent call last):
+        ...
+    lit_rlhf.errors.UserError: model.lam should be a number, not nan
+    """
+    if isinstance(options, Mapping) or hasattr(options, "__dict__"):
+        inner = options.items() if isinstance(options, Mapping) else vars(options).items()
+        for name, value in inner:
+            check_numbers(value, path if name == "init_args" else f"{path}.{name}".lstrip("."))
+    elif isinstance(options, list | tuple):
+        for value in options:
+            check_numbers(value, path)
+    elif isinstance(options, float) and math.isnan(options):
+        raise UserError(f"{path} should be a number, not nan")
+    elif isinstance(options, int) and abs(options) > LARGEST_INTEGER:
+        raise UserError(f"{path} is {options}, but a whole number may not exceed {LARGEST_INTEGER}")
+
+
+def check_interval(epochs: int | None) -> None:
+    """Check the number of epochs between validations, ``trainer.check_val_every_n_epoch``.
+
+    Raises:
+        UserError: if the number is less than 1.
+    """
+    if epochs is not None and epochs < 1:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch must be 1 or more, or null, not {epochs}; "
+            "trainer.limit_val_batches: 0 leaves validation out"
+        )
+
+
+@contextlib.contextmanager
+def folder_of_run(folder: Path) -> Iterator[None]:
+    """Return a context in which a run's folder is made; it turns a failure into one line that names the option.
+
+    Raises:
+        UserError: if the working folder is the run's folder or is inside it, so that a later run would rename the
+            working folder; or if the folder cannot be made.
+    """
+    option = f"trainer.default_root_dir is {str(folder)!r}"
+    try:
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise UserError(f"{option}: it must be a folder of the run's own, not the working folder or one around it")
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is what `resolve` raises for a loop of links
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{option}, but this folder cannot be made: {reason}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{option}, but this folder cannot be made: {error}") from error
+
+
+def check_gradient_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    """Check that no option is set that Lightning applies only in automatic optimization.
+
+    Raises:
+        UserError: if the Trainer's options clip or accumulate gradients.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if trainer.gradient_clip_val is not None:
+        own = "model.update.clip_grad_norm" if isinstance(module, OnPolicy) else "model.clip_grad_norm"
+        raise UserError(f"trainer.gradient_clip_val must be null: gradients are clipped by {own}")
+    cut = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(f"trainer.accumulate_grad_batches must be 1: {cut}")
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise UserError(f"trainer.callbacks must not contain GradientAccumulationScheduler: {cut}")
+
+
+@contextlib.contextmanager
+def refusals_as_user_errors() -> Iterator[None]:
+    """Return a context that turns the refusals of an option by Lightning and torch into a one-line `UserError`."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(explain(str(error))) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, UserError) or not (message := _refusal(" ".join(str(error).split()))):
+            raise
+        raise UserError(message) from error
+
+
+def _refusal(message: str) -> str:
+    """Return what a library's message means for the user; an empty string if it is not about an option."""
+    if message.startswith(compat.LONG_VAL_CHECK_INTERVAL):
+        return (
+            f"trainer.val_check_interval: {message.partition('. ')[0]}; with trainer.check_val_every_n_epoch: null, it "
+            "counts the iterations of the run"
+        )
+    if matched := NO_METRIC.match(message):
+        known = ", ".join(sorted(re.findall(r"`([^`]+)`", matched[2])))
+        return f"trainer.callbacks: EarlyStopping.monitor is {matched[1]!r}, but the metrics are {known}"
+    for pattern, option in REFUSED_OPTIONS.items():
+        if re.match(pattern, message):
+            return f"{option}: {message}"
+    return ""
