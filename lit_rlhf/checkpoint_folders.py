@@ -105,6 +105,9 @@ def read_index(folder: Path) -> Any:
         with (folder / ".metadata").open("rb") as file:
             index = _Index(file).load()
         places = {place.fqn: stored for place, stored in index.storage_data.items()}
+        for name in {stored.relative_path for stored in index.storage_data.values()}:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise DamagedError(f"its index names the file {name} outside of it")
         kinds = index.state_dict_metadata.items()
         values = [places[name] for name, kind in kinds if isinstance(kind, BytesStorageMetadata)]
         _check_values(folder, values)
@@ -117,8 +120,6 @@ def read_index(folder: Path) -> Any:
 
 def _check_values(folder: Path, values: Iterable[Any]) -> None:
     for value in values:
-        if not (folder / value.relative_path).resolve().is_relative_to(folder.resolve()):
-            raise DamagedError(f"its index names the file {value.relative_path} outside of it")
         with (folder / value.relative_path).open("rb") as file:
             file.seek(value.offset)
             data = file.read(value.length)

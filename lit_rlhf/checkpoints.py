@@ -133,18 +133,17 @@ def check_belongs(module: Any, checkpoint: dict[str, Any], shapes: dict[str, tor
     if saved not in (None, own):
         raise UserError(f"ckpt_path: {path} is a checkpoint of {saved}, not of {own}")
     here = {name: x.shape for name, x in module.state_dict().items() if isinstance(x, torch.Tensor)}
+    for names in (here, shapes):  # parts with a state of their own, such as `kl`, may be another part now
+        for name in [name for name in names if name.endswith("_extra_state")]:
+            del names[name]
+    fits = f"ckpt_path: {path} does not fit this run's options"
     for name in sorted(shapes.keys() & here.keys()):
         if tuple(shapes[name]) != tuple(here[name]):
-            raise UserError(
-                f"ckpt_path: {path} belongs to another model: {name} has the shape {list(shapes[name])} there, and "
-                f"{list(here[name])} here"
-            )
+            raise UserError(f"{fits}: {name} has the shape {list(shapes[name])} there, and {list(here[name])} here")
     if module.strict_loading and (missing := sorted(here.keys() - shapes.keys())):
-        raise UserError(f"ckpt_path: {path} belongs to other options of model: it has no {_some(missing)}")
+        raise UserError(f"{fits}: it has no {_some(missing)}")
     if module.strict_loading and (further := sorted(shapes.keys() - here.keys())):
-        raise UserError(
-            f"ckpt_path: {path} belongs to other options of model: it has {_some(further)}, unlike this run"
-        )
+        raise UserError(f"{fits}: it also has {_some(further)}")
 
 
 def _some(names: list[str]) -> str:

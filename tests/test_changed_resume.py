@@ -97,7 +97,7 @@ def test_what_does_not_fit_the_checkpoint_is_refused_and_changes_nothing(runs, t
     words = ["--config", "whole/config.yaml", "--ckpt_path", "last", "--model.actor", str(tiny_model("gpt2"))]
     done = lit_rlhf(*words, cwd=runs)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("lit-rlhf: error: ckpt_path: the checkpoint does not fit this run's")
+    assert "last.ckpt does not fit this run's options: it has no actor.model.tr" in done.stderr.splitlines()[-1]
     assert (runs / "whole" / "config.yaml").read_text() == before
     assert (runs / "whole" / "export" / "model.safetensors").exists()
 

@@ -97,7 +97,7 @@ def test_other_modules_and_models_are_refused(setting):
     of_sft = setting.whole("sft") / "checkpoints" / "last.ckpt"
     (done,) = setting.start("sft", "other", "--ckpt_path", str(of_sft), "--model.actor", str(wide)).wait()
     (line,) = faults_runs.messages(done.stderr)
-    assert line.startswith(f"lit-rlhf: error: ckpt_path: {of_sft} belongs to another model: actor.model.")
+    assert line.startswith(f"lit-rlhf: error: ckpt_path: {of_sft} does not fit this run's options: actor.model.")
 
 
 def test_a_folder_is_locked_while_a_run_trains_in_it(setting):

@@ -124,7 +124,7 @@ def test_the_list_of_a_folder_is_not_executed(folder):
     metadata = pickle.loads((folder / METADATA).read_bytes())
     metadata.planner_data = Evil()
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    assert "its index names posix.system" in refusal(lambda: read_checkpoint(with_checksums(folder)))
+    assert "its index names pathlib.Path.mkdir" in refusal(lambda: read_checkpoint(with_checksums(folder)))
 
 
 def test_no_attribute_of_a_class_in_the_list_is_reached(folder):
@@ -147,7 +147,7 @@ def test_a_folder_names_no_file_outside(folder):
     metadata = pickle.loads((folder / METADATA).read_bytes())
     next(iter(metadata.storage_data.values())).relative_path = "../secret"
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    assert "../secret is not in the folder" in refusal(lambda: read_checkpoint(folder))
+    assert "names the file ../secret outside" in refusal(lambda: read_checkpoint(with_checksums(folder)))
 
 
 def test_the_rest_of_a_folder_is_not_executed(folder):
