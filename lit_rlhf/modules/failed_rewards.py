@@ -76,13 +76,13 @@ def leave_out_failed(module: Any, scored: ScoredRollout, rows: Tensor | None) ->
     return kept if prompts else rows
 
 
-def tell_failures(module: Any, when: str, responses: int) -> str:
+def tell_failures(module: Any, when: str, responses: int | None = None) -> str:
     """Print a line for each reward that failed for the first time in this process; all processes call this function.
 
     Args:
         module: The `OnPolicy` module.
         when: The iteration or the stage in which the rewards failed, for the lines.
-        responses: The number of responses of all processes.
+        responses: The number of responses of all processes; None to leave it out.
 
     Returns:
         The reasons of the failures since this function was called last, in one line.
@@ -98,9 +98,8 @@ def tell_failures(module: Any, when: str, responses: int) -> str:
         failures[name] = before._replace(responses=before.responses + count)
     for name in [name for name in failures if name not in scores.told]:
         count, reason = failures[name]
-        module.print(  # the first process prints
-            f"reward {name}: {count} of {responses} responses left out in {when}: {reason}; later ones are "
-            f"only counted, in {FAILED_FRACTION}"
-        )
+        amount = f"{count} responses" if responses is None else f"{count} of {responses} responses"
+        more = f"later ones are only counted, in {FAILED_FRACTION}"
+        module.print(f"reward {name}: {amount} left out in {when}: {reason}; {more}")  # the first process prints
     scores.told |= failures.keys()
     return "; ".join(reason for _, reason in failures.values())

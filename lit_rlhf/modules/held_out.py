@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -151,15 +152,13 @@ def summarize_held_out(module: Any, means: dict[str, float]) -> dict[str, float]
         means: The means of these metrics; the mean of the squared scores is removed from this dictionary, and is not in
             the result.
     """
-    compared = "win_rate" if "win_rate" in means else "score"
-    counts = torch.tensor([module.held_out.weight(name) for name in (compared, "length")], device=module.device)
-    trials, responses = module.sum_over_ranks(counts).tolist()
     if module.scores.can_fail:
-        tell_failures(module, f"the held-out responses after iteration {int(module.iteration)}", int(responses))
+        tell_failures(module, f"the validation after iteration {int(module.iteration)}")
     means = means | {"score_std": pop_standard_deviation(means)}
-    if "win_rate" in means and trials:
-        interval = wilson_interval(means["win_rate"], trials / module.sampling.responses)
-        means["win_rate_low"], means["win_rate_high"] = interval
+    if "win_rate" in means:
+        compared = torch.tensor(module.held_out.weight("win_rate"), device=module.device)
+        prompts = float(module.sum_over_ranks(compared)) / module.sampling.responses
+        means["win_rate_low"], means["win_rate_high"] = wilson_interval(means["win_rate"], prompts)
     return means
 
 
@@ -168,9 +167,13 @@ def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[flo
 
     The bounds are (p + z²/(2n) ± z √(p(1 − p)/n + z²/(4n²))) / (1 + z²/n). Source: Wilson 1927, equation 4.
 
+    Both bounds are NaN if n = 0.
+
     >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
     (0.404, 0.596)
     """
+    if not count:
+        return math.nan, math.nan
     middle = fraction + z**2 / (2 * count)
     spread = z * (fraction * (1 - fraction) / count + z**2 / (4 * count**2)) ** 0.5
     return (middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)
