@@ -103,7 +103,7 @@ def isolated(seed: int | None = None) -> Iterator[None]:
         restore_generators()
         torch.set_default_dtype(dtype)
         if torch.get_default_device() != device:
-            torch.set_default_device(device)
+            torch.set_default_device(None if device.type == "cpu" else device)  # None: no mode around every operation
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 

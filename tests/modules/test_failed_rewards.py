@@ -391,7 +391,14 @@ def dynamic_on_ranks():
     return grpo(leave_out(), dynamic_sampling=DynamicSampling(2))
 
 
-@pytest.mark.parametrize(("make", "strategy"), [(on_ranks, "ddp"), (dynamic_on_ranks, "ddp"), (on_ranks, "fsdp2")])
+@pytest.mark.parametrize(
+    ("make", "strategy"),
+    [
+        (on_ranks, "ddp"),
+        pytest.param(dynamic_on_ranks, "ddp", marks=pytest.mark.long),
+        pytest.param(on_ranks, "fsdp2", marks=pytest.mark.long),
+    ],
+)
 def test_the_same_on_two_processes(make, strategy):
     assert_same_on_ranks(make, strategy=strategy)
 
