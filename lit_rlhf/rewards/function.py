@@ -4,7 +4,6 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -119,14 +118,12 @@ class RewardFunction(Reward):
                 response, in all attempts.
         """
         assert self._call is not None, "call prepare() first"
-        for attempt in count():
+        for attempt in range(self.retries):
             try:
-                return self._score(self._call, reward_inputs).to(reward_inputs.rollout.tokens.device)
+                return self._score(self._call, reward_inputs)
             except RewardError:
-                if attempt == self.retries:
-                    raise
-            time.sleep(pause_before_retry(attempt))
-        raise AssertionError
+                time.sleep(pause_before_retry(attempt))
+        return self._score(self._call, reward_inputs)
 
     def _score(self, function: Callable[..., Any], reward_inputs: RewardInputs) -> Tensor:
         source = f"the reward function {self.function}"
@@ -143,7 +140,7 @@ class RewardFunction(Reward):
         responses = reward_inputs.responses
         errors = [x for x in scores if isinstance(x, Exception)] if isinstance(scores, list) else []
         try:
-            return checked_scores(scores, responses, source)
+            return checked_scores(scores, responses, source).to(reward_inputs.rollout.tokens.device)
         except RewardError as failure:
             if not errors:
                 raise
