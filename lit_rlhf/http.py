@@ -25,9 +25,18 @@ SECRET = re.compile(r"(?i).*(api[_-]?key|secret|passw(or)?d|authorization|(acces
 CONNECT_SECONDS = 10.0
 """The maximum number of seconds to wait for a connection, which a service accepts even when it is busy."""
 MAX_PAUSE_SECONDS = 60.0
-"""The longest pause before the next attempt, in seconds, that a service can ask for (Retry-After)."""
+"""The longest pause before the next attempt, in seconds; a service cannot ask for a longer one (Retry-After)."""
 NOTICE_SECONDS = 0.2
 """The maximum number of seconds after `JSONClient.close` until `JSONClient.post_all` stops waiting for answers."""
+
+
+def pause_before_retry(attempt: int) -> float:
+    """Return the seconds to wait after a failed attempt, counted from 0: 0, 1, 2, 4, …, 60 at most.
+
+    >>> [pause_before_retry(attempt) for attempt in (0, 1, 2, 3, 9)]
+    [0.0, 1.0, 2.0, 4.0, 60.0]
+    """
+    return min(2.0 ** (attempt - 1), MAX_PAUSE_SECONDS) if attempt else 0.0
 
 
 def check_token_env(name: str | None, option: str) -> None:
@@ -209,21 +218,30 @@ class JSONClient:
         return str(self._request("POST", path, body, read=lambda answer: answer.text))
 
     def post_all(
-        self, path: str, bodies: Sequence[Mapping[str, Any]], work: str = "request", unit: str = "answers"
+        self,
+        path: str,
+        bodies: Sequence[Mapping[str, Any]],
+        work: str = "request",
+        unit: str = "answers",
+        *,
+        keep_errors: bool = False,
     ) -> list[Any]:
         """Return the answers to several POST requests, as `post` does, in the order of the requests.
 
         At most ``self.connections`` requests are in progress at the same time. When a request fails, the requests that
-        are still waiting are not sent.
+        are still waiting are not sent, unless errors are kept.
 
         Args:
             path: The path after the address of the service; it is empty or begins with a slash.
             bodies: The JSON object of each request.
             work: The purpose of the requests, which is shown with their progress.
             unit: A plural noun for the answers, which is also shown.
+            keep_errors: Whether the `UserError` of a failed request is returned in place of the answer, instead of
+                being raised.
 
         Raises:
-            UserError: if one of the requests fails, for a reason given in `post`, or if the client is closed meanwhile.
+            UserError: if one of the requests fails, for a reason given in `post`, and errors are not kept; or if the
+                client is closed meanwhile.
         """
         waiting: queue.SimpleQueue[tuple[int, Mapping[str, Any]]] = queue.SimpleQueue()
         for numbered in enumerate(bodies):
@@ -240,6 +258,9 @@ class JSONClient:
                 try:
                     answered.put((index, self.post(path, body), None))
                 except BaseException as error:
+                    if keep_errors and isinstance(error, UserError):
+                        answered.put((index, error, None))
+                        continue
                     failed.set()
                     answered.put((index, None, error))
 
@@ -297,7 +318,7 @@ class JSONClient:
         address, start = f"{self.url}{path}", time.monotonic()
         timeout = min(CONNECT_SECONDS, self.timeout), self.timeout
         for attempt in count():
-            last, pause = attempt == self.retries, 0.0 if attempt == 0 else 2.0 ** (attempt - 1)
+            last, pause = attempt == self.retries, pause_before_retry(attempt)
             self._check_open()
             try:
                 answer = self._session.request(method, address, json=body, timeout=timeout)

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     PREDICTION = 4
     ADAPTERS = 5
     TRAINING_SAMPLE = 6
+    REWARDS = 7
 
 
 def global_seed() -> int:

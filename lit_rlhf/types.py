@@ -236,8 +236,8 @@ class ScoredRollout:
     full_kl: Tensor | None  # [B, T], KL(π ‖ π_ref) over the vocabulary, in nats; None if the reward does not use it
     values: Tensor | None  # [B, T]; None without a critic
     bootstrap: Tensor | None  # [B], the value after a truncated response, 0 for the others; None for all 0
-    rewards: Mapping[str, Tensor]  # [B] for each reward, unweighted
-    scores: Tensor  # [B], the weighted sum of the rewards
+    rewards: Mapping[str, Tensor]  # [B] for each reward, unweighted; NaN where it failed, if it leaves out such rows
+    scores: Tensor  # [B], the weighted sum of the rewards; NaN where one of them failed
     shaped_scores: Tensor  # [B], after normalisation, clipping and the penalty for truncated responses
 
 

@@ -96,10 +96,8 @@ def test_the_examples_of_the_design_page_train(fit, make_module, tmp_path, monke
 def test_the_service_of_the_rewards_page_scores(tmp_path, monkeypatch):
     """With the options of the page's YAML, except for the address."""
     page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
-    page = page[: page.index("## A language model as a judge")]  # whose YAML tests/rewards/test_judge.py runs
-    (_, example), (_, text) = (
-        re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL) for kind in ("python", "yaml")
-    )
+    page = page[page.index("## Rewards on other machines") : page.index("## A language model as a judge")]
+    (example,), (text,) = (re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL) for kind in ("python", "yaml"))
     assert sum(bool(line.strip()) for line in example.splitlines()) < 20
     (tmp_path / "service_of_the_page.py").write_text(example)
     monkeypatch.syspath_prepend(tmp_path)

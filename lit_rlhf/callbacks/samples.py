@@ -26,7 +26,8 @@ class Samples(OnPolicyCallback):
     each token of the response and, rounded to four decimals, the token's ``kl_to_ref`` (k1). In training, this entry
     also has the token's ``advantage`` as the update uses it and, with a critic, the ``value`` of the text before the
     token. In a validation's line, the entry ``reference`` has the reference's ``response`` to the prompt, and the
-    ``score`` of that response. Without a reference, there is neither a KL nor the entry ``reference``.
+    ``score`` of that response. Without a reference, there is neither a KL nor the entry ``reference``. A score or a
+    reward is null if the reward failed.
 
     When a run is resumed, the file is first truncated to the checkpoint's lines. Any callback with a method
     ``on_samples`` gets the same records. In training, only process 0 calls this method; in a validation, every process
@@ -141,20 +142,25 @@ class Samples(OnPolicyCallback):
                 "prompt": reward_inputs.prompts[i],
                 "response": reward_inputs.responses[i],
                 "terminated": bool(rollout.terminated[i]),
-                "score": float(scores[i]),
-                "rewards": {name: float(value[i]) for name, value in rewards.items()},
+                "score": _number(scores[i]),
+                "rewards": {name: _number(value[i]) for name, value in rewards.items()},
                 **({} if kl_to_ref is None else {"kl_to_ref": float(kl_to_ref[i])}),
                 "tokens": {"text": token_texts(module.tokenizer, tokens)}
                 | {name: [round(value, 4) for value in x[i, :length].tolist()] for name, x in numbers.items()},
             }
             if reference is not None:
-                record["reference"] = {"response": reference[0][i], "score": float(reference[1][i])}
+                record["reference"] = {"response": reference[0][i], "score": _number(reference[1][i])}
             records.append(record)
         return records
 
     def _write(self, trainer: lightning.Trainer, records: list[dict[str, Any]]) -> None:
         if trainer.is_global_zero and self.file is not None:
             self.file.append(records)
+
+
+def _number(value: Tensor) -> float | None:
+    """Return a score or a reward, or None if it is NaN, because the reward failed."""
+    return None if value.isnan() else float(value)
 
 
 class Predictions(lightning.Callback):

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.errors import UserError
+from lit_rlhf.modules.failed_rewards import FAILED_FRACTION, failed_prompts, has_failed, leave_out_failed
 from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.metrics import Metrics, Stopwatch
 from lit_rlhf.randomness import Stream
@@ -30,7 +31,8 @@ class DynamicSampling:
     scores their responses. It repeats this until it has ``data.batch_size`` informative prompts, but draws at most
     ``max_draws`` batches. It learns from the first ``data.batch_size`` informative prompts, or from fewer if there are
     no more. If fewer responses would be left than ``update.minibatches``, uninformative prompts are added. The scores
-    are those that enter the reward, after `ScoreShaping`.
+    are those that enter the reward, after `ScoreShaping`. A prompt is never learned from if one of its responses has no
+    score, because a reward failed.
 
     Each draw takes the next whole batch in the order of the data, so that the position in the data, which checkpoints
     hold, is a number of batches. The Trainer's epoch has as many iterations as the data has batches, and therefore
@@ -67,22 +69,23 @@ def draw_responses(
     Args:
         module: The `OnPolicy` module that trains.
         batch: The prompts of the first draw; the prompts of further draws come from the training loader.
-        metrics: Receives the engine's metrics and the metrics ``dynamic_sampling/…``.
+        metrics: Receives the engine's metrics, the fraction of responses that a reward failed to score, and the metrics
+            ``dynamic_sampling/…``.
         watch: Measures the phases ``generate`` and ``judge``.
 
     Returns:
         This process's responses of all draws, B rows, and a mask of the rows to learn from, [B] bool, or None for all.
 
     Raises:
-        UserError: if the engine or a reward fails, if the guard refuses the responses, or if further prompts are needed
-            and do not come from a data module of this package.
+        UserError: if the engine or a reward fails, if too few responses have a score, if the guard refuses the
+            responses, or if further prompts are needed and do not come from a data module of this package.
     """
     draws = [_draw(module, batch, metrics, watch)]
     if module.dynamic_sampling is None:
-        return draws[0], None
+        return draws[0], leave_out_failed(module, draws[0], None)
     (size,) = module.max_over_ranks(int(batch.group.max()) + 1)
     signals = [_signal_of_all(module, draws[0], size, first=0)]
-    while len(draws) < module.dynamic_sampling.max_draws and sum(int(signal.sum()) for signal in signals) < size:
+    while len(draws) < module.dynamic_sampling.max_draws and int((torch.cat(signals) > 0).sum()) < size:
         first = len(draws) * size
         further = _further_prompts(module)
         further = replace(further, group=further.group + first)  # other random numbers than those of the first draw
@@ -91,10 +94,10 @@ def draw_responses(
     signal = torch.cat(signals)
     kept = choose(signal, at_least=-(-module.update.minibatches // module.sampling.responses), at_most=size)
     metrics.add("dynamic_sampling/draws", len(draws))
-    metrics.add("dynamic_sampling/uninformative_fraction", (~signal).float())
+    metrics.add_masked("dynamic_sampling/uninformative_fraction", (signal == 0).float(), signal >= 0)
     metrics.add("dynamic_sampling/prompts", kept.sum())
     scored = draws[0] if len(draws) == 1 else join(draws)
-    return scored, kept[scored.rollout.group]
+    return scored, leave_out_failed(module, scored, kept[scored.rollout.group])
 
 
 def _draw(module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, first: bool = True) -> ScoredRollout:
@@ -105,11 +108,14 @@ def _draw(module: Any, batch: PromptBatch, metrics: Metrics, watch: Stopwatch, f
             rollout = module.generate(batch, module.actor, Stream.ROLLOUT, int(module.iteration))
     call_hook(module, "on_rollout_end", rollout)
     with watch.phase("judge"):
-        return module.judge(rollout, batch)
+        scored: ScoredRollout = module.judge(rollout, batch)
+    if module.scores.can_fail:
+        metrics.add(FAILED_FRACTION, has_failed(scored.rewards).float())
+    return scored
 
 
 def _signal_of_all(module: Any, scored: ScoredRollout, size: int, first: int) -> Tensor:
-    """Return a bool mask, [size], that is True for the informative prompts of a draw on all processes.
+    """Return 1 for the informative prompts of a draw on all processes, −1 for those without a score, else 0, [size].
 
     Args:
         module: The `OnPolicy` module that trains.
@@ -118,9 +124,9 @@ def _signal_of_all(module: Any, scored: ScoredRollout, size: int, first: int) ->
         first: The number that the draw's first prompt has in ``scored.rollout.group``.
     """
     n = module.sampling.responses
-    table = torch.zeros(size, device=module.device)
-    table[scored.rollout.group[::n] - first] = is_informative(scored.shaped_scores, n).float()
-    return module.sum_over_ranks(table) > 0
+    table, signal = torch.zeros(size, device=module.device), is_informative(scored.shaped_scores, n).float()
+    table[scored.rollout.group[::n] - first] = torch.where(failed_prompts(scored.scores, n), -1.0, signal)
+    return module.sum_over_ranks(table)
 
 
 def _further_prompts(module: Any) -> PromptBatch:
@@ -147,11 +153,11 @@ def is_informative(scores: Tensor, responses: int) -> Tensor:
     return by_prompt.amax(1) > by_prompt.amin(1)
 
 
-def choose(informative: Tensor, at_least: int, at_most: int) -> Tensor:
+def choose(signal: Tensor, at_least: int, at_most: int) -> Tensor:
     """Choose the prompts to learn from: the first informative ones, and if these are too few, the first of the others.
 
     Args:
-        informative: Bool [P], True for the informative prompts.
+        signal: [P], positive for the informative prompts; if others are needed, those with a larger value come first.
         at_least: The minimum number of prompts to choose.
         at_most: The maximum number of prompts to choose; ``at_least`` takes precedence if it is greater.
 
@@ -163,9 +169,9 @@ def choose(informative: Tensor, at_least: int, at_most: int) -> Tensor:
     >>> choose(torch.tensor([False, True, False, False]), at_least=2, at_most=2)
     tensor([ True,  True, False, False])
     """
-    order = torch.argsort((~informative).byte(), stable=True)
-    count = max(at_least, min(at_most, int(informative.sum())))
-    return torch.zeros_like(informative).index_fill(0, order[:count], True)
+    order = torch.argsort(signal.float(), descending=True, stable=True)
+    count = max(at_least, min(at_most, int((signal > 0).sum())))
+    return torch.zeros_like(signal, dtype=torch.bool).index_fill(0, order[:count], True)
 
 
 def join(draws: Sequence[ScoredRollout]) -> ScoredRollout:
@@ -220,7 +226,7 @@ def responses_so_far(module: Any, responses: int, metrics: Mapping[str, float]) 
 
 
 def counted(scored: ScoredRollout, trajectory: Trajectory, rows: Tensor | None) -> tuple[ScoredRollout, Trajectory]:
-    """Return the responses and their trajectory with masks that are False outside of ``rows``.
+    """Return the responses and their trajectory with masks that are False, and rewards of 0, outside of ``rows``.
 
     Args:
         scored: The responses, B rows.
@@ -230,7 +236,9 @@ def counted(scored: ScoredRollout, trajectory: Trajectory, rows: Tensor | None) 
     if rows is None:
         return scored, trajectory
     mask = scored.rollout.response_mask & rows[:, None]
-    return replace(scored, rollout=replace(scored.rollout, response_mask=mask)), replace(trajectory, mask=mask)
+    rewards = torch.where(mask, trajectory.rewards, 0.0)
+    scored = replace(scored, rollout=replace(scored.rollout, response_mask=mask))
+    return scored, replace(trajectory, mask=mask, rewards=rewards)
 
 
 def drop_uncounted(experience: Experience) -> Experience:

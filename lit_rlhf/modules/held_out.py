@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from lit_rlhf.algorithms.pass_rates import majority_correct, pass_at_k
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.modules.decoding import decode
 from lit_rlhf.modules.diversity import DistinctNGrams, SelfSimilarity
+from lit_rlhf.modules.failed_rewards import FAILED_FRACTION, has_failed, tell_failures
 from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.metrics import Metrics, pop_standard_deviation
 from lit_rlhf.randomness import Stream
@@ -62,12 +64,16 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
         measure_against_reference(module.held_out, scores, reference[1], kl_to_ref)
         outputs |= {"kl_to_ref": kl_to_ref, "kl_of_tokens": kl_of_tokens, "reference": reference}
+    if module.scores.can_fail:
+        module.held_out.add(FAILED_FRACTION, has_failed(rewards).float())
     measure_answers(module.held_out, module.scores, inputs, rewards, module.sampling.responses)
     return outputs
 
 
 def measure_held_out(metrics: Metrics, rollout: Rollout, scores: Tensor, rewards: Mapping[str, Tensor]) -> None:
     """Record scores, rewards, lengths and diversity of responses to held-out prompts.
+
+    A score or a reward that is NaN, because the reward failed, does not count.
 
     Args:
         metrics: Receives the metrics.
@@ -82,7 +88,7 @@ def measure_held_out(metrics: Metrics, rollout: Rollout, scores: Tensor, rewards
         "truncated_fraction": (~rollout.terminated).float(),
         **{f"rewards/{name}": reward for name, reward in rewards.items()},
     }.items():
-        metrics.add(name, value)
+        metrics.add_masked(name, value, ~value.isnan())
     tokens = rollout.at_responses(rollout.tokens)
     metrics.update("distinct_2", partial(DistinctNGrams, n=2), tokens, rollout.response_mask)
     metrics.update("self_similarity", partial(SelfSimilarity, n=2), tokens, rollout.response_mask)
@@ -92,7 +98,8 @@ def measure_against_reference(metrics: Metrics, scores: Tensor, reference_scores
     """Record the reference's scores, the win rate against it and the KL to it.
 
     The win rate is the fraction of the actor's responses that score higher than the reference's response to the same
-    prompt; both are sampled with the same random numbers. A tie counts half.
+    prompt; both are sampled with the same random numbers. A tie counts half. A response without a score (NaN), because
+    a reward failed, does not count, nor does the response with which it would be compared.
 
     Args:
         metrics: Receives the metrics.
@@ -100,15 +107,18 @@ def measure_against_reference(metrics: Metrics, scores: Tensor, reference_scores
         reference_scores: [B], the scores of the reference's responses.
         kl_to_ref: [B], the KL to the reference in nats per response.
     """
-    metrics.add("reference_score", reference_scores)
+    metrics.add_masked("reference_score", reference_scores, ~reference_scores.isnan())
     metrics.add("kl_to_ref", kl_to_ref)
-    metrics.add("win_rate", (scores > reference_scores).float() + 0.5 * (scores == reference_scores))
+    wins = (scores > reference_scores).float() + 0.5 * (scores == reference_scores)
+    metrics.add_masked("win_rate", wins, ~(scores - reference_scores).isnan())
 
 
 def measure_answers(
     metrics: Metrics, scores: Scores, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor], responses: int
 ) -> None:
     """Record pass@k for k = 1, 2, 4, … and n, and majority@n, if a reward checks answers and n is more than 1.
+
+    Prompts with a response that a reward failed to score do not count.
 
     Args:
         metrics: Receives the metrics, which are means over prompts.
@@ -125,23 +135,29 @@ def measure_answers(
         return
     numbers: dict[Hashable, int] = {None: -1}
     answers = [numbers.setdefault(answer, len(numbers)) for answer in checked.answers]
-    correct = checked.correct.view(-1, responses)
+    correct, counts = checked.correct.view(-1, responses), ~has_failed(rewards).view(-1, responses).any(1)
     for k in [*(2**i for i in range(responses.bit_length()) if 2**i < responses), responses]:
-        metrics.add(f"pass_at_{k}", pass_at_k(correct.sum(1), responses, k))
+        metrics.add_masked(f"pass_at_{k}", pass_at_k(correct.sum(1), responses, k), counts)
     voted = majority_correct(torch.tensor(answers, device=correct.device).view_as(correct), correct)
-    metrics.add(f"majority_at_{responses}", voted)
+    metrics.add_masked(f"majority_at_{responses}", voted, counts)
 
 
-def summarize_held_out(means: dict[str, float], prompts: float) -> dict[str, float]:
+def summarize_held_out(module: Any, means: dict[str, float]) -> dict[str, float]:
     """Return the means with the standard deviation of the scores and the 95 % confidence interval of any win rate.
 
+    The independent trials of the win rate are the prompts. If a reward failed for the first time, a line is printed.
+
     Args:
-        means: The means of the metrics that are recorded above; the mean of the squared scores is removed from this
-            dictionary, and is not in the result.
-        prompts: The number of prompts, which are the independent trials of the win rate.
+        module: The `OnPolicy` module, whose ``held_out`` metrics are those recorded above.
+        means: The means of these metrics; the mean of the squared scores is removed from this dictionary, and is not in
+            the result.
     """
+    if module.scores.can_fail:
+        tell_failures(module, f"the validation after iteration {int(module.iteration)}")
     means = means | {"score_std": pop_standard_deviation(means)}
     if "win_rate" in means:
+        compared = torch.tensor(module.held_out.weight("win_rate"), device=module.device)
+        prompts = float(module.sum_over_ranks(compared)) / module.sampling.responses
         means["win_rate_low"], means["win_rate_high"] = wilson_interval(means["win_rate"], prompts)
     return means
 
@@ -151,9 +167,13 @@ def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[flo
 
     The bounds are (p + z²/(2n) ± z √(p(1 − p)/n + z²/(4n²))) / (1 + z²/n). Source: Wilson 1927, equation 4.
 
+    Both bounds are NaN if n = 0.
+
     >>> tuple(round(bound, 3) for bound in wilson_interval(0.5, 100))
     (0.404, 0.596)
     """
+    if not count:
+        return math.nan, math.nan
     middle = fraction + z**2 / (2 * count)
     spread = z * (fraction * (1 - fraction) / count + z**2 / (4 * count**2)) ** 0.5
     return (middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)

@@ -161,10 +161,13 @@ class Metrics:
 
 
 def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
-    """Record the scores, rewards, KL to any reference, KL coefficient, entropies and lengths of an iteration."""
-    rollout, mask = scored.rollout, trajectory.mask
-    metrics.add("objective/score", scored.scores)
-    metrics.add("objective/reward", trajectory.rewards.sum(1))
+    """Record the scores, rewards, KL to any reference, KL coefficient, entropies and lengths of an iteration.
+
+    A score or a reward that is NaN, because the reward failed, does not count.
+    """
+    rollout, mask, has_score = scored.rollout, trajectory.mask, ~scored.scores.isnan()
+    metrics.add_masked("objective/score", scored.scores, has_score)
+    metrics.add_masked("objective/reward", trajectory.rewards.sum(1), has_score)
     if scored.ref_logprobs is not None:
         metrics.add("objective/kl_to_ref", masked_sum(k1(scored.old_logprobs, scored.ref_logprobs), mask, 1))
         metrics.add("objective/kl_coef", kl_coef)
@@ -172,12 +175,12 @@ def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: f
     metrics.add("response/length", rollout.response_lengths)
     metrics.add("response/truncated_fraction", (~rollout.terminated).float())
     for name, value in scored.rewards.items():
-        metrics.add(f"rewards/{name}", value)
+        metrics.add_masked(f"rewards/{name}", value, ~value.isnan())
 
 
 def pop_standard_deviation(means: dict[str, float]) -> float:
     """Return the standard deviation of the scores, and remove the mean of the squared scores from ``means``."""
-    return max(0.0, means.pop("score_squared") - means["score"] ** 2) ** 0.5
+    return max(means.pop("score_squared") - means["score"] ** 2, 0.0) ** 0.5
 
 
 class Stopwatch:

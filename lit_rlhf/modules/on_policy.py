@@ -340,5 +340,4 @@ class OnPolicy(AlignmentModule):
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means with the standard deviation of the scores and the win rate's 95 % confidence interval."""
-        prompts = self.sum_over_ranks(torch.tensor(self.held_out.weight("score"), device=self.device))
-        return summarize_held_out(means, float(prompts) / self.sampling.responses)
+        return summarize_held_out(self, means)

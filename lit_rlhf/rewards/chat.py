@@ -82,28 +82,35 @@ class ChatEndpoint:
             connections=self.connections,
         )
 
-    def complete(self, conversations: Sequence[Conversation]) -> list[str]:
+    def complete(self, conversations: Sequence[Conversation], *, keep_errors: bool = False) -> list[str | UserError]:
         """Return the model's answer to each conversation; an answer that ends during the reasoning is empty.
 
         Args:
             conversations: The conversations, each of which ends with a message of the user.
+            keep_errors: Whether an error takes the place of a missing answer, instead of being raised.
 
         Raises:
-            UserError: if the address or the key cannot be used, if no answer comes after all attempts, or if an answer
-                does not have the form of a chat completion.
+            UserError: if the address or the key cannot be used; unless errors are kept, if no answer comes after all
+                attempts, or if an answer does not have the form of a chat completion.
         """
         options = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens} | (self.extra_body or {})
         options = {name: value for name, value in options.items() if value is not None}
         bodies = [{**options, "messages": conversation} for conversation in conversations]
-        return [self._text(answer) for answer in self.client().post_all(PATH, bodies, "judge", "answers of the judge")]
+        answers = self.client().post_all(PATH, bodies, "judge", "answers of the judge", keep_errors=keep_errors)
+        texts = [answer if isinstance(answer, UserError) else self._text(answer) for answer in answers]
+        errors = [text for text in texts if isinstance(text, UserError)]
+        if errors and not keep_errors:
+            raise errors[0]
+        return texts
 
-    def _text(self, answer: Any) -> str:
+    def _text(self, answer: Any) -> str | UserError:
+        """Return the text of an answer, or the error because it has another form."""
         try:
             text = answer["choices"][0]["message"]["content"]
         except (TypeError, KeyError, IndexError):
             text = answer
         if text is not None and not isinstance(text, str):
-            raise UserError(
+            return UserError(
                 f"rewards.endpoint.base_url: {self.base_url}{PATH} should answer with a message, not "
                 f"{json.dumps(answer)[:80]}; is it an OpenAI-compatible endpoint?"
             )

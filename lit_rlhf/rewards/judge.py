@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.chat import ChatEndpoint
-from lit_rlhf.rewards.reward import Reward, column_of
+from lit_rlhf.rewards.reward import OnFailure, Reward, RewardError, column_of
 from lit_rlhf.types import Conversation, RewardInputs
 
 RATING = """Rate how well the response answers the prompt: whether it is correct, helpful, complete and clear. A long \
@@ -69,8 +69,9 @@ class _EndpointReward(Reward):
         unparsed: float | None,
         weight: float,
         name: str | None,
+        on_failure: OnFailure,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, on_failure)
         missing = [f"{{{placeholder}}}" for placeholder in placeholders if f"{{{placeholder}}}" not in template]
         if missing:
             raise ValueError(f"rewards.template must contain {' and '.join(missing)}")
@@ -94,35 +95,59 @@ class _EndpointReward(Reward):
         """
         self.endpoint.client()
 
-    def _ask(self, questions: Sequence[str], form: str, read: Callable[[str, int], float | None]) -> Tensor:
-        """Return the number that ``read`` finds in the answer to each of N questions, [N] float32.
+    def _ask(
+        self, questions: Sequence[str], form: str, read: Callable[[str, int], float | None], per_response: int = 1
+    ) -> Tensor:
+        """Return the number that ``read`` finds in the answer to each question, [N] float32.
 
         Where ``read`` finds no number, the judge is asked again. At temperature 0, the same question would get the same
         answer, so the second question is a reminder of the form.
 
+        Args:
+            questions: The questions about N responses: one about each of them, then another one about each, and so on.
+            form: The instruction on the form of the answer.
+            read: A function of an answer and the index of its question.
+            per_response: The number of questions about each response, whose numbers are averaged.
+
         Raises:
-            UserError: if the endpoint gives no usable answer, or both answers lack a number and ``unparsed`` is None.
+            UserError: with ``on_failure="stop"``, if the endpoint gives no usable answer.
+            RewardError: if both answers lack a number and ``unparsed`` is None; with ``on_failure="leave_out"``, also
+                if the endpoint gives no usable answer.
         """
         talks: list[Conversation] = [[{"role": "user", "content": question}] for question in questions]
-        answers = self.endpoint.complete(talks)
-        verdicts = [read(answer, row) for row, answer in enumerate(answers)]
+        keep_errors = self.on_failure == "leave_out"
+        answers = self.endpoint.complete(talks, keep_errors=keep_errors)
+        verdicts = [_read(read, answer, row) for row, answer in enumerate(answers)]
         unread = [row for row, verdict in enumerate(verdicts) if verdict is None]
         for row in unread:
-            said = {"role": "assistant", "content": answers[row] or "(no answer)"}
+            said = {"role": "assistant", "content": str(answers[row]) or "(no answer)"}
             talks[row] += [said, {"role": "user", "content": f"Your answer lacks the right end. Now {form}."}]
-        for row, answer in zip(unread, self.endpoint.complete([talks[row] for row in unread]), strict=True):
-            verdicts[row] = read(answer, row)
+        again = self.endpoint.complete([talks[row] for row in unread], keep_errors=keep_errors)
+        for row, answer in zip(unread, again, strict=True):
+            verdicts[row] = _read(read, answer, row)
         failed = [row for row in unread if verdicts[row] is None]
-        if failed and self.unparsed is None:
-            raise UserError(
-                f"rewards.endpoint.model: {self.endpoint.model} was asked twice to '{form}', but answered "
-                f"{answers[failed[0]][:80]!r}; if the answer was cut off, raise rewards.endpoint.max_tokens; "
-                "set rewards.unparsed to continue with a fixed number"
-            )
-        if failed:
+        if failed and self.unparsed is not None:
             count = f"{len(failed)} of {len(questions)} questions to the judge"
             warnings.warn(f"{self.name}: {count} have no usable answer and count as {self.unparsed}", stacklevel=2)
-        return torch.tensor([self.unparsed if v is None else v for v in verdicts], dtype=torch.float32)
+        for row in failed:
+            verdicts[row] = self._unusable(answers[row], form) if self.unparsed is None else self.unparsed
+        errors = [verdict for verdict in verdicts if isinstance(verdict, UserError)]
+        numbers = torch.tensor([math.nan if isinstance(v, UserError) else v for v in verdicts], dtype=torch.float32)
+        numbers = numbers.view(per_response, -1).mean(0)
+        if errors:
+            raise RewardError(str(errors[0]), numbers) from errors[0]
+        return numbers
+
+    def _unusable(self, answer: str | UserError, form: str) -> UserError:
+        return UserError(
+            f"rewards.endpoint.model: {self.endpoint.model} was asked twice to '{form}', but answered "
+            f"{str(answer)[:80]!r}; if the answer was cut off, raise rewards.endpoint.max_tokens; "
+            "set rewards.unparsed to continue with a fixed number"
+        )
+
+
+def _read(read: Callable[[str, int], float | None], answer: str | UserError, row: int) -> float | UserError | None:
+    return answer if isinstance(answer, UserError) else read(answer, row)
 
 
 class Judge(_EndpointReward):
@@ -147,9 +172,11 @@ class Judge(_EndpointReward):
             the answer is added to it.
         scale: The lowest and the highest rating, a and b.
         unparsed: The reward, from 0 to 1, of a response for which the judge twice fails to give a rating in the right
-            form, in which case a warning is shown; None to end the run with an error instead.
+            form, in which case a warning is shown; None if this is a failure.
         weight: The factor of this reward in the score.
         name: The name of this reward in metrics and samples; None for the class's name.
+        on_failure: What happens if the endpoint gives no usable answer about a response, or if the judge twice fails to
+            give a rating in the right form and ``unparsed`` is None: see `Reward`.
 
     Raises:
         ValueError: if ``scale`` is not a lower and a higher finite number, if ``unparsed`` is not from 0 to 1, or if
@@ -173,8 +200,9 @@ class Judge(_EndpointReward):
         unparsed: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
+        on_failure: OnFailure = "stop",
     ) -> None:
-        super().__init__(endpoint, template, ("response",), unparsed, weight, name)
+        super().__init__(endpoint, template, ("response",), unparsed, weight, name, on_failure)
         if not -math.inf < scale[0] < scale[1] < math.inf:
             raise ValueError(f"rewards.scale must be a lower and a higher number, not {list(scale)}")
         self.scale = scale
@@ -212,9 +240,11 @@ class PairwiseJudge(_EndpointReward):
         column: The column of the prompts with the other response: text, or a conversation.
         template: The question, with the placeholders ``{response_a}`` and ``{response_b}`` and possibly others.
         unparsed: The result, from 0 to 1, of a comparison in one order for which the judge twice fails to give a
-            verdict in the right form, in which case a warning is shown; None to end the run with an error instead.
+            verdict in the right form, in which case a warning is shown; None if this is a failure.
         weight: The factor of this reward in the score.
         name: The name of this reward in metrics and samples; None for the class's name.
+        on_failure: What happens if the endpoint gives no usable answer about a response, or if the judge twice fails to
+            give a verdict in the right form and ``unparsed`` is None: see `Reward`.
 
     Raises:
         ValueError: if ``unparsed`` is not from 0 to 1, or if the template lacks one of the two placeholders.
@@ -233,8 +263,9 @@ class PairwiseJudge(_EndpointReward):
         unparsed: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
+        on_failure: OnFailure = "stop",
     ) -> None:
-        super().__init__(endpoint, template, ("response_a", "response_b"), unparsed, weight, name)
+        super().__init__(endpoint, template, ("response_a", "response_b"), unparsed, weight, name, on_failure)
         self.column = column
 
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
@@ -252,8 +283,8 @@ class PairwiseJudge(_EndpointReward):
         for first, second in ((responses, others), (others, responses)):
             texts = {"prompt": prompts, "response_a": first, "response_b": second}
             questions += _questions(self.template, texts, reward_inputs, form)
-        wins = self._ask(questions, form, lambda answer, row: win_in(answer, "A" if row < len(responses) else "B"))
-        return wins.view(2, len(responses)).mean(0).to(reward_inputs.rollout.tokens.device)
+        wins = self._ask(questions, form, lambda answer, row: win_in(answer, "A" if row < len(responses) else "B"), 2)
+        return wins.to(reward_inputs.rollout.tokens.device)
 
 
 def rating_in(answer: str, low: float, high: float) -> float | None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.http import JSONClient, check_token_env, check_url, read_token
-from lit_rlhf.rewards.reward import Reward, checked_scores, column_of
+from lit_rlhf.rewards.reward import OnFailure, Reward, RewardError, checked_scores, column_of
 from lit_rlhf.types import RewardInputs
 
 
@@ -49,6 +49,8 @@ class RemoteReward(Reward):
             None to send no token. The token itself is stored nowhere.
         columns: The columns of the prompts that are sent; None for all of them.
         name: The name of this reward in metrics and samples; None for the last part of the address's path.
+        on_failure: What happens if a request fails in all attempts, or if its answer does not have one finite number
+            per response: see `Reward`. A request's failure concerns only its responses.
 
     Raises:
         ValueError: if a number is out of range.
@@ -76,8 +78,9 @@ class RemoteReward(Reward):
         token_env: str | None = None,
         columns: list[str] | None = None,
         name: str | None = None,
+        on_failure: OnFailure = "stop",
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, on_failure)
         limits = {"batch_size": (batch_size, 1), "connections": (connections, 1), "retries": (retries, 0)}
         for option, (value, minimum) in limits.items():
             if value < minimum:
@@ -119,8 +122,10 @@ class RemoteReward(Reward):
         """Send the responses to the service and return their scores, [B].
 
         Raises:
-            UserError: if no usable answer to a request came after all attempts, if an answer does not have one finite
-                number per response, or if a column is missing or cannot be sent as JSON.
+            UserError: if a column is missing or cannot be sent as JSON; with ``on_failure="stop"``, if no usable answer
+                to a request came after all attempts.
+            RewardError: if an answer does not have one finite number per response; with ``on_failure="leave_out"``,
+                also if no usable answer to a request came after all attempts. Other requests are then still sent.
         """
         responses = reward_inputs.responses
         data = {
@@ -131,10 +136,20 @@ class RemoteReward(Reward):
         columns = self._columns(reward_inputs)
         batches = [slice(i, i + self.batch_size) for i in range(0, len(responses), self.batch_size)]
         bodies = [{**_rows(data, batch), "columns": _rows(columns, batch)} for batch in batches]
-        scores = torch.empty(len(responses))
-        answers = self._client().post_all(self._path, bodies, "judge", "answers of the service")
+        scores, failures = torch.full((len(responses),), torch.nan), []
+        keep_errors = self.on_failure == "leave_out"
+        answers = self._client().post_all(
+            self._path, bodies, "judge", "answers of the service", keep_errors=keep_errors
+        )
         for batch, answer in zip(batches, answers, strict=True):
-            scores[batch] = self._scores(answer, responses[batch])
+            try:
+                scores[batch] = self._scores(answer, responses[batch])
+            except RewardError as failure:
+                failures.append(failure)
+                if failure.scores is not None:
+                    scores[batch] = failure.scores
+        if failures:
+            raise RewardError(str(failures[0]), scores) from failures[0]
         return scores.to(reward_inputs.rollout.tokens.device)
 
     def _columns(self, reward_inputs: RewardInputs) -> dict[str, Sequence[Any]]:
@@ -152,8 +167,10 @@ class RemoteReward(Reward):
 
     def _scores(self, answer: Any, responses: Sequence[str]) -> Tensor:
         service = f"the service {self.url}"
+        if isinstance(answer, UserError):  # of the request
+            raise RewardError(str(answer)) from answer
         if not isinstance(answer, dict) or "scores" not in answer:
-            raise UserError(f'{service} should answer {{"scores": [numbers]}}, not {json.dumps(answer)[:80]}')
+            raise RewardError(f'{service} should answer {{"scores": [numbers]}}, not {json.dumps(answer)[:80]}')
         return checked_scores(answer["scores"], responses, service)
 
     def _client(self) -> JSONClient:

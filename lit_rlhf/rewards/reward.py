@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,43 @@ from lit_rlhf.data.columns import value_at
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import Prompt, RewardInputs, Rollout
 
+OnFailure: TypeAlias = Literal["stop", "leave_out"]
+"""What happens to a run when a reward fails: it stops, or it leaves out the responses that have no score."""
+
+
+class RewardError(UserError):
+    """An error because a reward has no score for some responses, or for all of them.
+
+    Args:
+        message: What failed, and for which reason.
+        scores: The scores of the B responses, [B], NaN for those that have none; None if no response has a score.
+
+    >>> failure = RewardError("the judge answered 'perhaps'", scores=torch.tensor([1.0, torch.nan]))
+    >>> str(failure), failure.scores
+    ("the judge answered 'perhaps'", tensor([1., nan]))
+    """
+
+    def __init__(self, message: str, scores: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.scores = scores
+
 
 class Reward(nn.Module, ABC):
     """The interface of rewards, which assign a number to each response.
 
     The parameters of a reward are neither trained nor stored in checkpoints.
 
+    A reward fails if it raises an exception, or if it does not return one finite number for each response. With
+    ``on_failure="leave_out"``, the iteration then learns nothing from the responses without a finite number, nor from
+    the other responses to their prompts. A `UserError` says that the configuration is wrong, and always stops the run.
+
     Args:
         weight: The factor of this reward in the score, which is the weighted sum of all rewards.
+        on_failure: What happens when the reward fails: ``stop`` to end the run, ``leave_out`` to leave out the
+            responses without a number. The failure of a reward of weight 0 leaves out numbers, but no responses.
+
+    Raises:
+        ValueError: if ``on_failure`` is neither of the two.
 
     >>> class Brevity(Reward):
     ...     def forward(self, reward_inputs):
@@ -28,9 +57,12 @@ class Reward(nn.Module, ABC):
     tensor([-1., -3.])
     """
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: float = 1.0, on_failure: OnFailure = "stop") -> None:
         super().__init__()
+        if on_failure not in get_args(OnFailure):
+            raise ValueError(f"rewards.on_failure must be 'stop' or 'leave_out', not {on_failure!r}")
         self.weight = weight
+        self.on_failure = on_failure
 
     @property
     def name(self) -> str:
@@ -51,7 +83,10 @@ class Reward(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, reward_inputs: RewardInputs) -> Tensor:
-        """Compute one number for each response, [B] float32."""
+        """Compute one number for each response, [B] float32.
+
+        The global random generators are seeded before this method is called, and restored after it.
+        """
 
     def extract_answers(self, reward_inputs: RewardInputs) -> Sequence[Hashable] | None:
         """Return the answer that each response gives, for pass@k and majority@n on held-out prompts.
@@ -131,32 +166,51 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
         The scores, [B] float32.
 
     Raises:
-        UserError: if the scores are not one finite number for each response.
+        RewardError: if the scores are not one finite number for each response; it has the scores of the responses
+            that have a finite number, unless there are more or fewer scores than responses.
 
     >>> checked_scores([1, 0.5], ["yes", "no"], "the judge")
     tensor([1.0000, 0.5000])
     >>> checked_scores([1, "high"], ["yes", "no"], "the judge")
     Traceback (most recent call last):
         ...
-    lit_rlhf.errors.UserError: the judge should return 2 numbers, but returned 'high' for the response 'no'
+    lit_rlhf.rewards.reward.RewardError: the judge should return 2 numbers, but returned 'high' for the response 'no'
     """
-    count = len(responses)
+    count, rows = len(responses), None
     try:
         tensor = torch.as_tensor(scores, dtype=torch.float32).detach()
     except Exception as error:
-        rows = [row for row, score in enumerate(scores) if not _is_number(score)] if isinstance(scores, list) else []
-        if rows and len(scores) == count:
-            returned = f"but returned {_shown(scores[rows[0]])} for the response {_shown(responses[rows[0]])}"
-        else:
-            returned = f"not {type(scores).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{source} should return {count} numbers, {returned}") from error
+        if not isinstance(scores, list) or len(scores) != count:
+            reason = f"not {type(scores).__name__}: {' '.join(str(error).split())}"
+            raise RewardError(f"{source} should return {count} numbers, {reason}") from error
+        rows = [row for row, score in enumerate(scores) if not _is_number(score)]
+        tensor = torch.tensor([torch.nan if row in rows else float(score) for row, score in enumerate(scores)])
     if tensor.shape != (count,):
         returned = f"shape {tuple(tensor.shape)}" if tensor.ndim != 1 else f"{len(tensor)}"
-        raise UserError(f"{source} should return {count} numbers, not {returned}")
-    if not tensor.isfinite().all():
-        row = int((~tensor.isfinite()).nonzero()[0])
-        raise UserError(f"{source} returned {tensor[row]} for the response {_shown(responses[row])}")
+        raise RewardError(f"{source} should return {count} numbers, not {returned}")
+    if rows:
+        returned = f"but returned {_shown(scores[rows[0]])} for the response {_shown(responses[rows[0]])}"
+        raise RewardError(f"{source} should return {count} numbers, {returned}", finite_or_nan(tensor))
+    check_finite_scores(tensor, responses, source)
     return tensor
+
+
+def check_finite_scores(scores: Tensor, responses: Sequence[str], source: str) -> None:
+    """Check that the scores, [B], are finite.
+
+    Raises:
+        RewardError: if a score is not finite.
+    """
+    finite = scores.isfinite()
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        message = f"{source} returned {float(scores[row])} for the response {_shown(responses[row])}"
+        raise RewardError(message, finite_or_nan(scores))
+
+
+def finite_or_nan(scores: Tensor) -> Tensor:
+    """Return the scores with NaN in place of infinite ones."""
+    return scores.masked_fill(~scores.isfinite(), torch.nan)
 
 
 def _is_number(value: Any) -> bool:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.algorithms.masked import Reduce
+from lit_rlhf.algorithms.masked import Reduce, masked_sum
 from lit_rlhf.errors import UserError
-from lit_rlhf.rewards.reward import Reward
+from lit_rlhf.randomness import Stream, row_seeds
+from lit_rlhf.rewards.calls import isolated
+from lit_rlhf.rewards.reward import Reward, RewardError, check_finite_scores
 from lit_rlhf.types import RewardInputs
 
 
@@ -53,6 +55,13 @@ class CheckedAnswers(NamedTuple):
     correct: Tensor  # [B] bool
 
 
+class Failures(NamedTuple):
+    """The failures of one reward."""
+
+    responses: int  # the number of responses without a score
+    reason: str  # of the first failure
+
+
 class Scores(nn.Module):
     """The rewards of a run and their weighted sum, the score, whose running statistics are stored in checkpoints.
 
@@ -77,8 +86,15 @@ class Scores(nn.Module):
         super().__init__()
         self.rewards = nn.ModuleList(rewards)
         self.shaping = shaping
+        self.failures: dict[str, Failures] = {}  # by the reward's name, since `take_failures` was called last
+        self.told: set[str] = set()  # the names of the rewards of which a failure was printed
         for name in ("count", "mean", "squares"):  # squares: the sum of squared deviations from the mean
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether a reward leaves out responses when it fails, so that scores can be NaN."""
+        return any(reward.on_failure == "leave_out" for reward in self._iterate())
 
     @property
     def description(self) -> str:
@@ -115,22 +131,51 @@ class Scores(nn.Module):
     def judge(self, reward_inputs: RewardInputs) -> tuple[dict[str, Tensor], Tensor]:
         """Compute the rewards and the score of each response.
 
+        Rewards change no global state (see `isolated`). The random numbers that they draw from the global generators
+        depend on the run's seed, the iteration and the first prompt, so that a resumed run repeats them.
+
         Returns:
-            The unweighted rewards by name, and the score, which is their weighted sum; each [B].
+            The unweighted rewards by name, and the score, which is their weighted sum; each [B]. Where a reward with
+            ``on_failure="leave_out"`` failed, this reward and, unless its weight is 0, the score are NaN.
 
         Raises:
-            UserError: if a reward fails, or does not return a tensor of shape [B].
+            UserError: if a reward with ``on_failure="stop"`` fails, or does not return a tensor of B finite numbers.
         """
         rewards: dict[str, Tensor] = {}
         score = torch.zeros(len(reward_inputs.responses), device=reward_inputs.rollout.tokens.device)
         for reward in self._iterate():
-            values = reward(reward_inputs)
-            _check_rewards(reward, values, len(reward_inputs.responses))
-            values = values.float()
             name = reward.name if reward.name not in rewards else f"{reward.name}_{len(rewards)}"
-            rewards[name] = values
-            score = score + reward.weight * values
+            rewards[name] = self._values(reward, name, reward_inputs).to(score.device)
+            if reward.weight:
+                score = score + reward.weight * rewards[name]
         return rewards, score
+
+    def take_failures(self) -> dict[str, Failures]:
+        """Return the failures since this method was called last, by the reward's name, and forget them."""
+        failures, self.failures = self.failures, {}
+        return failures
+
+    def _values(self, reward: Reward, name: str, reward_inputs: RewardInputs) -> Tensor:
+        """Return what the reward gives to each response, [B] float32; NaN where it failed, if the run continues then.
+
+        Raises:
+            Exception: if the reward fails, and the run stops then.
+        """
+        try:
+            with isolated(_seed(reward_inputs)):
+                values = reward(reward_inputs)
+            _check_rewards(reward, values, reward_inputs.responses)
+            return values.float()
+        except Exception as error:
+            is_failure = isinstance(error, RewardError) or not isinstance(error, UserError)
+            if reward.on_failure == "stop" or not is_failure:
+                raise
+            scores = getattr(error, "scores", None)
+            values = torch.full((len(reward_inputs.responses),), torch.nan) if scores is None else scores.float()
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            before = self.failures.get(name, Failures(0, " ".join(told.split())))
+            self.failures[name] = before._replace(responses=before.responses + int(values.isnan().sum()))
+            return values
 
     def check_answers(self, reward_inputs: RewardInputs, rewards: Mapping[str, Tensor]) -> CheckedAnswers | None:
         """Return the answer of each response, and whether it is correct; None if no reward checks answers.
@@ -157,10 +202,10 @@ class Scores(nn.Module):
     def shape(self, scores: Tensor, terminated: Tensor, reduce: Reduce) -> Tensor:
         """Normalise and clip the scores, and penalise truncated responses, as ``shaping`` specifies.
 
-        Normalisation first updates the running statistics with these scores.
+        Normalisation first updates the running statistics with these scores, except those that are NaN.
 
         Args:
-            scores: [B], the score of each response.
+            scores: [B], the score of each response; NaN stays NaN.
             terminated: Bool [B], True if a stop token ended the response.
             reduce: A function that sums a tensor over all ranks.
 
@@ -179,22 +224,30 @@ class Scores(nn.Module):
         return iter(self.rewards)  # type: ignore[arg-type]
 
     def _update_statistics(self, scores: Tensor, reduce: Reduce) -> None:
-        """Merge the scores of all ranks into the running statistics.
+        """Merge the scores of all ranks that are not NaN into the running statistics.
 
         Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance: analysis and
         recommendations", for merging the means and sums of squared deviations of two samples.
         """
-        count = reduce(torch.tensor(float(len(scores)), dtype=torch.float64, device=scores.device))
-        mean = reduce(scores.sum()) / count
-        squares = reduce(((scores - mean) ** 2).sum())
-        total = self.count + count
+        mask = ~scores.isnan()
+        count = reduce(mask.sum(dtype=torch.float64))
+        mean = reduce(masked_sum(scores, mask)) / count.clamp(min=1)
+        squares = reduce(masked_sum((scores - mean) ** 2, mask))
+        total = (self.count + count).clamp(min=1)
         delta = mean - self.mean
         self.squares += squares + delta**2 * self.count * count / total
         self.mean += delta * count / total
         self.count += count
 
 
-def _check_rewards(reward: Reward, values: Any, count: int) -> None:
+def _seed(reward_inputs: RewardInputs) -> int | None:
+    seeds = row_seeds(Stream.REWARDS, reward_inputs.iteration, reward_inputs.rollout.group[:1])
+    return seeds[0] if seeds else None
+
+
+def _check_rewards(reward: Reward, values: Any, responses: Sequence[str]) -> None:
+    count = len(responses)
     if not isinstance(values, Tensor) or values.shape != (count,):
         returned = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(f"the reward {reward.name} should return a tensor of {count} numbers, not {returned}")
+        raise RewardError(f"the reward {reward.name} should return a tensor of {count} numbers, not {returned}")
+    check_finite_scores(values, responses, f"the reward {reward.name}")

@@ -6,7 +6,6 @@ The names of a function's parameters show for which trainer it was written.
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.columns import value_at
 from lit_rlhf.errors import UserError
+from lit_rlhf.rewards.calls import call_in_thread
 from lit_rlhf.types import Prompt, RewardInputs
 
 SIGNATURES = (
@@ -30,6 +30,8 @@ def scores_of(
     function: Callable[..., Any], name: str, inputs: RewardInputs, tokenizer: PreTrainedTokenizerBase | None
 ) -> Any:
     """Call a reward function in the way that its parameters ask for, and return its scores, unchecked.
+
+    Where the function is called once for each response, an exception takes the place of the score.
 
     Args:
         function: The function, which may be async.
@@ -49,31 +51,51 @@ def scores_of(
     """
     names = inspect.signature(function).parameters
     if "responses" in names or not names.keys() & {"completions", "solution_str", "solution_strs", "queries"}:
-        (scores,) = _results(function, name, [_own(inputs)])
-        return scores
+        return _result(function, name, _own(inputs))
     if "completions" in names:
-        (scores,) = _results(function, name, [_trl(inputs)])
+        scores = _result(function, name, _trl(inputs))
         return [0.0 if score is None else score for score in scores] if isinstance(scores, list) else scores
     if "queries" in names:
         return [_value(result, "rewards") for result in _results(function, name, _openrlhf(inputs, tokenizer))]
     samples = _verl(inputs)
     if "solution_str" in names:
         return [_value(result, "score") for result in _results(function, name, samples)]
-    (scores,) = _results(function, name, [{f"{key}s": [sample[key] for sample in samples] for key in samples[0]}])
+    scores = _result(function, name, {f"{key}s": [sample[key] for sample in samples] for key in samples[0]})
     return [_value(score, "score") for score in scores] if isinstance(scores, list) else scores
 
 
+def _result(function: Callable[..., Any], name: str, available: dict[str, Any]) -> Any:
+    """Call the function once, and return its result, or raise its exception."""
+    (result,) = _results(function, name, [available])
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 def _results(function: Callable[..., Any], name: str, calls: Sequence[dict[str, Any]]) -> list[Any]:
-    """Call the function once for each dictionary of available arguments; an async function's calls run concurrently."""
-    results = [function(**_arguments(function, name, available)) for available in calls]
-    if not all(map(inspect.isawaitable, results)):
-        return results
+    """Call the function once for each dictionary of available arguments; an async function's calls run concurrently.
+
+    The exception of a call takes the place of its result.
+    """
+    results = [_called(function, _arguments(function, name, available)) for available in calls]
+    waiting = [number for number, result in enumerate(results) if inspect.isawaitable(result)]
 
     async def gathered() -> list[Any]:
-        return await asyncio.gather(*results)
+        return await asyncio.gather(*(results[number] for number in waiting), return_exceptions=True)
 
-    with ThreadPoolExecutor(1) as thread:  # another thread, because this one may have a running event loop
-        return thread.submit(lambda: asyncio.run(gathered())).result()
+    if waiting:  # in another thread, because this one may have a running event loop
+        for number, result in zip(waiting, call_in_thread(lambda: asyncio.run(gathered())), strict=True):
+            results[number] = result
+    return results
+
+
+def _called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        return error
 
 
 def _arguments(function: Callable[..., Any], name: str, available: dict[str, Any]) -> dict[str, Any]:

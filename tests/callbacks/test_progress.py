@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lit_rlhf import DPO, ProgressBar, RewardModeling, Summary
+from lit_rlhf import DPO, ProgressBar, RewardFunction, RewardModeling, Summary
 from lit_rlhf.callbacks.terminal import Bars, Course, Lines, clock
 from lit_rlhf.generation import NativeEngine
 from lit_rlhf.modules import Update
@@ -95,6 +95,26 @@ def test_bars_in_a_terminal(terminal, make_module, fit, tmp_path, monkeypatch):
     labels = [line.split()[0] for line in left]  # nothing of the bars
     assert labels == ["done", "score", "KL", "length", "win"]
     assert _listeners == []
+
+
+def says(responses):
+    print("half a line, ", end="")
+    print(f"and {len(responses)} responses")
+    return [0.0 for _ in responses]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_what_a_reward_prints_is_above_the_bars(terminal, make_module, fit, monkeypatch, timeout):
+    """In a thread of its own, too."""
+    file, columns, written = terminal
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr("lit_rlhf.callbacks.terminal.REFRESH_PER_SECOND", 60)
+    module = make_module(rewards=[RewardFunction(says, timeout=timeout)], iterations=3)
+    fit(module, [ProgressBar()], enable_progress_bar=True)
+    shown, left = screens(written(), columns)
+    assert any(re.match(r"update +━+ \d/4 minibatches", line) for line in shown)
+    left = [line for line in left if not line.startswith(("data: ", "rewards: "))]
+    assert left == ["half a line, and 8 responses"] * 3
 
 
 @pytest.mark.parametrize(
