@@ -123,7 +123,7 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
     """Check the scores that code or a service outside this package computed, and return them as a tensor.
 
     Args:
-        scores: The returned value, which should have one finite number for each response.
+        scores: The returned value, which should have one number for each response.
         responses: The B responses that were scored.
         source: The name of the code or the service that computed the scores, for messages.
 
@@ -131,7 +131,7 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
         The scores, [B] float32.
 
     Raises:
-        UserError: if the scores are not one finite number for each response.
+        UserError: if the scores are not one number for each response.
 
     >>> checked_scores([1, 0.5], ["yes", "no"], "the judge")
     tensor([1.0000, 0.5000])
@@ -153,9 +153,6 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
     if tensor.shape != (count,):
         returned = f"shape {tuple(tensor.shape)}" if tensor.ndim != 1 else f"{len(tensor)}"
         raise UserError(f"{source} should return {count} numbers, not {returned}")
-    if not tensor.isfinite().all():
-        row = int((~tensor.isfinite()).nonzero()[0])
-        raise UserError(f"{source} returned {tensor[row]} for the response {_shown(responses[row])}")
     return tensor
 
 
