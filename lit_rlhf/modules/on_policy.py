@@ -308,7 +308,7 @@ class OnPolicy(AlignmentModule):
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
         """Log the metrics, and update the rest of the saved state before callbacks save checkpoints."""
-        measure_experience(scored, trajectory, self.kl.coef, metrics)
+        measure_experience(scored, trajectory, self.sampling.responses, self.kl.coef, metrics)
         for name, optimizer in self.optimizers_by_name().items():
             metrics.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
         counts = [float(len(trajectory.mask)), float(trajectory.mask.sum())]
