@@ -192,8 +192,19 @@ def not_finite_weights(module: torch.nn.Module) -> list[str]:
     return _names(module, ((parameter, parameter) for parameter in module.parameters() if parameter.requires_grad))
 
 
+def check_weights(module: AlignmentModule) -> None:
+    """Check the weights at the end of a run, after the last step; all processes call this function together.
+
+    Raises:
+        UserError: if a trained weight is not finite on some process.
+    """
+    bad = sorted({name for names in gather(not_finite_weights(module)) for name in names})
+    if bad:
+        raise UserError(f"weights that are not finite: {_some(bad)}: nothing is exported; {OF_WEIGHTS}")
+
+
 def _names(module: torch.nn.Module, tensors: Iterable[tuple[Tensor, Tensor | None]]) -> list[str]:
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(p): name.replace("_fsdp_wrapped_module.", "") for name, p in module.named_parameters()}
     found = [(parameter, x.to_local() if isinstance(x, DTensor) else x) for parameter, x in tensors if x is not None]
     return [names[id(parameter)] for parameter, x in found if not x.detach().isfinite().all()]
 

@@ -14,7 +14,20 @@ import lightning
 import torch
 from torch.distributed.tensor import DTensor
 
-from lit_rlhf import Clip, PolicyGradient, Prompts, Reward, RewardFunction, Sampling, Update, UserError
+from lit_rlhf import (
+    DPO,
+    FSDP,
+    SFT,
+    Clip,
+    PolicyGradient,
+    Prompts,
+    Reward,
+    RewardFunction,
+    Sampling,
+    Update,
+    UserError,
+)
+from lit_rlhf.testing.runs import tiny_data
 
 warnings.filterwarnings("ignore")
 RANK, NAN = int(os.environ["RANK"]), float("nan")
@@ -59,30 +72,44 @@ class Poison(lightning.Callback):
         return module.actor.model.model.norm.weight
 
 
+def fit(strategy, module, data, callbacks, folder):
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=FSDP() if strategy == "fsdp" else strategy,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
+    )
+    trainer.fit(module, datamodule=data)
+
+
 def main(strategy, actor, prompts, out):
     lightning.seed_everything(7, verbose=False)
     torch.set_num_threads(1)
-    low = {"rewards": [RewardFunction("lit_rlhf.testing.runs:low_words")]}
+    options = {"actor": actor, "iterations": 1, "critic": None, "sampling": Sampling(max_tokens=4)}
+    options |= {"update": Update(epochs=1, minibatches=1, max_tokens=64)}
+    low = options | {"rewards": [RewardFunction("lit_rlhf.testing.runs:low_words")]}
+    data, weight = Prompts(train=prompts, batch_size=8), [Poison("weight")]
     cases = {
-        "reward": ({"rewards": [OnRankOne()]}, []),
-        "loss": (low | {"objective": LossOnRankOne()}, []),
-        "weight": (low, [Poison("weight")]),
+        "reward": (PolicyGradient(**options, rewards=[OnRankOne()]), data, []),
+        "loss": (PolicyGradient(**low, objective=LossOnRankOne()), data, []),
+        "weight": (PolicyGradient(**low), data, weight),
+        "sft": (SFT(actor, iterations=1), tiny_data(SFT(actor)), weight),
+        "dpo": (DPO(actor, iterations=1), tiny_data(DPO(actor)), weight),
     }
     if strategy == "ddp":
-        cases["gradient"] = low, [Poison("gradient")]
+        cases["gradient"] = PolicyGradient(**low), data, [Poison("gradient")]
     lines = {}
-    for name, (options, callbacks) in cases.items():
-        trainer = lightning.Trainer(
-            accelerator="cpu", devices=2, strategy=strategy, max_epochs=-1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-            inference_mode=False, default_root_dir=Path(out, name), callbacks=callbacks,
-        )  # fmt: skip
-        module = PolicyGradient(
-            actor=actor, iterations=1, critic=None, sampling=Sampling(max_tokens=4), **options,
-            update=Update(epochs=1, minibatches=1, max_tokens=64),
-        )  # fmt: skip
+    for name, case in cases.items():
         try:
-            trainer.fit(module, datamodule=Prompts(train=prompts, batch_size=8))
+            fit(strategy, *case, Path(out, name))
         except UserError as error:
             lines[name] = str(error)
     Path(out, f"lines-{RANK}.json").write_text(json.dumps(lines))

@@ -15,6 +15,7 @@ from lit_rlhf import (
     TRPO,
     Clip,
     Demonstrations,
+    ExportAtEnd,
     Guard,
     NativeEngine,
     OnPolicyCallback,
@@ -374,7 +375,8 @@ def test_only_one_process_has_the_row(tiny_model, prompt_file, tmp_path, strateg
     lines = lines[0]
     assert lines["reward"].startswith("rewards/OnRankOne is nan in 1 of 8 responses")
     assert lines["loss"].startswith("the policy loss is nan: stopped before the step")
-    assert "weights that are not finite: actor.model.model.norm.weight" in lines["weight"]
+    for name in ("weight", "sft", "dpo"):
+        assert "weights that are not finite: actor.model.model.norm.weight" in lines[name]
     files = {name: sorted(path.name for path in (tmp_path / name).glob("incident*")) for name in lines}
     assert files["reward"] == files["loss"] == ["incident-1-rank1.json"]
     assert files["weight"] == ["incident-1-rank0.json", "incident-1-rank1.json"]
@@ -384,6 +386,19 @@ def test_only_one_process_has_the_row(tiny_model, prompt_file, tmp_path, strateg
         assert "gradients that are not finite: actor.model.model.norm.weight" in lines["gradient"]
         assert files["gradient"] == ["incident-1-rank0.json"]
         assert json.loads((tmp_path / "gradient" / "incident-1-rank0.json").read_text())["rows"] == []
+
+
+# ---------------------------------------------------------------------------- the end of a run
+
+
+def test_weights_that_the_last_step_made_are_not_exported(make_module, fit, tmp_path):
+    module = make_module(iterations=1, critic=None, actor_optimizer=lambda p: torch.optim.SGD(p, lr=INFINITY))
+    module.update = replace(module.update, epochs=1, minibatches=1)
+    with pytest.raises(
+        UserError, match=r"^weights that are not finite: actor\.model\..* and \d+ more: nothing is exported"
+    ):
+        fit(module, [ExportAtEnd()])
+    assert not (tmp_path / "export").exists()
 
 
 # --------------------------------------------------------------------------------- the file
