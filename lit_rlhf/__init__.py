@@ -23,6 +23,7 @@ _PUBLIC = {
     "algorithms.vtrace": ("VTrace",),
     "callbacks": (
         "ActivationCheckpointing",
+        "CollapseGuard",
         "CompileLayers",
         "ExportAtEnd",
         "GradientShares",

@@ -225,7 +225,7 @@ def test_the_metrics_page_names_what_a_run_logs(fit, make_module):
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:objective|response|policy|value|engine)/\w+)`", page))
     recorder = Recorder()
-    fit(make_module(iterations=1), [recorder])
+    fit(make_module(iterations=1, sampling=Sampling(max_tokens=4, responses=2)), [recorder])
     assert len(named) > 10
     assert named <= set(recorder.metrics[0])
 
@@ -240,7 +240,7 @@ def test_the_script_of_the_sick_runs(tmp_path, capsys):
     assert {path.stem for path in tmp_path.iterdir()} == {"healthy", "stale_engine", "dead_reward"}
     printed = capsys.readouterr().out
     assert "dead_reward: " in printed
-    (guard,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    (guard,) = re.findall(r"```text\n(model.engine.*?)```", page, flags=re.DOTALL)
     said, quoted = (
         re.sub(r"\d\.\d{3} nats", "", " ".join(text.split())) for text in (printed.split("guard: ")[1], guard)
     )

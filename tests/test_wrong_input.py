@@ -154,7 +154,7 @@ def test_data(folder, capsys, changes, patterns):
         (reward("rewards.py:divides"), [r"rewards\.py:divides", "ZeroDivisionError", r"rewards\.py, line 2"]),
         (reward("rewards.py:many_lines"), [r"rewards\.py:many_lines", "RuntimeError", "first second"]),
         (reward("rewards.py:few"), [r"rewards\.py:few", "4 numbers", "1"]),
-        (reward("rewards.py:nan"), [r"rewards\.py:nan", "nan", "response"]),
+        (reward("rewards.py:nan"), [r"rewards/nan is nan in 4 of 4 responses", r"run/incident-1\.json"]),
         (reward("rewards.py:fin"), [r"rewards\.py", "'fin'", "fine, divides"]),
         (reward("nowhere.py:fine"), [r"no file nowhere\.py"]),
         (reward("answers", "ExactAnswer", "column"), ["'answers'", "prompt, answer"]),

@@ -1,6 +1,7 @@
 """Callbacks that plan, show, save, measure, guard and report a run, and callbacks that change its decoder layers."""
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
+from lit_rlhf.callbacks.collapse_guard import CollapseGuard
 from lit_rlhf.callbacks.defaults import default_callbacks
 from lit_rlhf.callbacks.export import ExportAtEnd
 from lit_rlhf.callbacks.gradients import GradientShares
@@ -17,6 +18,7 @@ from lit_rlhf.callbacks.throughput import Throughput
 
 __all__ = [
     "ActivationCheckpointing",
+    "CollapseGuard",
     "CompileLayers",
     "ExportAtEnd",
     "GradientShares",

@@ -3,6 +3,7 @@
 from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf.callbacks.checkpoint import IterationCheckpoint
+from lit_rlhf.callbacks.collapse_guard import CollapseGuard
 from lit_rlhf.callbacks.export import ExportAtEnd
 from lit_rlhf.callbacks.loggers import LogDetails
 from lit_rlhf.callbacks.metrics import MetricsFile
@@ -20,6 +21,7 @@ WITH_OPTIONS: dict[str, type[Callback]] = {
     "checkpoint": IterationCheckpoint,
     "samples": Samples,
     "details": LogDetails,
+    "collapse": CollapseGuard,
     "plan": PrintPlan,
     "report": WriteReport,
     "summary": Summary,  # the last one, because it names the files that the others write
@@ -34,11 +36,11 @@ def default_callbacks(*own: Callback) -> list[Callback]:
         own: Callbacks to add; a callback of the same class as a default callback replaces the default.
 
     >>> callbacks = default_callbacks(IterationCheckpoint(every_n=5))
-    >>> [type(callback).__name__ for callback in callbacks][1:6]
-    ['MetricsFile', 'Predictions', 'ProgressBar', 'ExportAtEnd', 'IterationCheckpoint']
-    >>> callbacks[5].every_n
+    >>> [type(callback).__name__ for callback in callbacks][:4]
+    ['IterationCheckpoint', 'Samples', 'LogDetails', 'CollapseGuard']
+    >>> callbacks[0].every_n
     5
     """
-    defaults = [callback() for callback in (*UNNAMED, *WITH_OPTIONS.values())]
+    defaults = [callback() for callback in (*WITH_OPTIONS.values(), *UNNAMED)]  # a guard ends a run before its export
     placed = [next((callback for callback in own if type(callback) is type(default)), default) for default in defaults]
     return [*(callback for callback in own if callback not in placed), *placed]

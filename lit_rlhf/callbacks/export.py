@@ -7,6 +7,7 @@ import lightning
 from lit_rlhf.export import model_card, save_folder
 from lit_rlhf.models.adapter_folders import base_of
 from lit_rlhf.models.sharding import full_state_dict
+from lit_rlhf.modules.incidents import check_weights
 from lit_rlhf.modules.module import AlignmentModule
 
 
@@ -28,8 +29,13 @@ class ExportAtEnd(lightning.Callback):
         self._is_written = False
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the folder from process 0; the other processes contribute their shards."""
+        """Write the folder from process 0; the other processes contribute their shards.
+
+        Raises:
+            UserError: if a trained weight is not finite; the folder is then not written.
+        """
         assert isinstance(pl_module, AlignmentModule)
+        check_weights(pl_module)
         self._is_written = True
         with pl_module.with_averaged_weights():
             self._export(trainer, pl_module)

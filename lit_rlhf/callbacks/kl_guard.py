@@ -12,6 +12,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.modules.hooks import OnPolicyCallback
 from lit_rlhf.modules.on_policy import OnPolicy
 
+LOWERS_KL = "a higher model.kl.coef, a lower learning rate or fewer epochs keep the KL lower"
+
 
 class KLGuard(OnPolicyCallback):
     """A callback that ends the run with an error, or warns once, if the KL to the reference stays above a bound.
@@ -102,8 +104,8 @@ class KLGuard(OnPolicyCallback):
         """
         if self._error is not None:
             raise UserError(
-                f"KLGuard: {self._error}; a higher model.kl.coef, a lower learning rate or fewer epochs keep the KL "
-                "lower, and iteration-*.ckpt (--checkpoint.keep_every_n) are earlier checkpoints to go back to"
+                f"KLGuard: {self._error}; {LOWERS_KL}, and iteration-*.ckpt (--checkpoint.keep_every_n) are earlier "
+                "checkpoints to go back to"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def draw(
             kept = _keep_nucleus(kept, sampling.top_p)
         cumulative = _cumulative(kept, torch.float64)
         tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of a row with NaN, which no index may leave on a GPU
     entropy = -(probabilities * logprobs).sum(-1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1), entropy
 

@@ -24,7 +24,7 @@ def decode(
     tokens = rollout.tokens.tolist()
     return RewardInputs(
         prompts=[prompt for prompt in batch.prompts for _ in range(n)],
-        responses=[_response(tokenizer, tokens[i], starts[i], ends[i]) for i in range(len(tokens))],
+        responses=[response_text(tokenizer, tokens[i], starts[i], ends[i]) for i in range(len(tokens))],
         columns={name: [value for value in values for _ in range(n)] for name, values in batch.columns.items()},
         rollout=rollout,
         iteration=iteration,
@@ -61,7 +61,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> li
     return texts
 
 
-def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:
+def response_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int, end: int) -> str:
     """Decode the prompt and the response together, and return the text without the prompt.
 
     A tokenizer may drop the space before the first token of a text, so the response is decoded alone only if the joint

@@ -26,6 +26,7 @@ from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.frozen import keep_out_of_checkpoints
+from lit_rlhf.modules.incidents import check_sampled
 from lit_rlhf.modules.preference import PreferenceModule, pairs
 from lit_rlhf.modules.roles import RoleSources, load_roles
 from lit_rlhf.progress import track
@@ -162,6 +163,12 @@ class DPO(PreferenceModule):
             return implicit_reward(logprobs, self._reference_logprobs(batch), self.beta)
         return self.beta * logprobs / (batch.lengths - batch.prompt_lengths)
 
+    def numbers_of(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Return the log-probabilities of each response under both models, and its score, [N] each."""
+        logprobs = self.actor(batch.tokens, batch.response_tokens_mask, shared=batch.shared).logprobs.sum(1)
+        reference = {"ref_logprobs": self._reference_logprobs(batch)} if self.uses_reference else {}
+        return {"logprobs": logprobs} | reference | super().numbers_of(batch)
+
     def loss(self, scores: Tensor, batch: PreferenceBatch) -> Tensor:
         """Return the loss of each ranking, [B].
 
@@ -247,6 +254,7 @@ class DPO(PreferenceModule):
         rollout = self.engine.generate(
             self.actor, prompts, self.sampling, self.special_tokens, stream=Stream.VALIDATION, iteration=0
         )
+        check_sampled(rollout)
         logprobs, ref_logprobs = (
             response_logprobs(model, rollout, self.max_tokens) for model in (self.actor, self.reference)
         )

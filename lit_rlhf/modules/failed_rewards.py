@@ -68,7 +68,7 @@ def leave_out_failed(module: Any, scored: ScoredRollout, rows: Tensor | None) ->
         return rows
     iteration, needed = int(module.iteration) + 1, module.update.minibatches
     reasons = tell_failures(module, f"iteration {iteration}", responses)
-    if prompts and left < needed:
+    if reasons and left < needed:
         raise UserError(
             f"iteration {iteration} has {left} of {responses} responses left, and its update needs {needed} or more "
             f"(model.update.minibatches): {reasons}"

@@ -18,6 +18,7 @@ from lit_rlhf.modules.decoding import decode
 from lit_rlhf.modules.diversity import DistinctNGrams, SelfSimilarity
 from lit_rlhf.modules.failed_rewards import FAILED_FRACTION, has_failed, tell_failures
 from lit_rlhf.modules.forwards import response_logprobs
+from lit_rlhf.modules.incidents import check_rewards
 from lit_rlhf.modules.metrics import Metrics, pop_standard_deviation
 from lit_rlhf.randomness import Stream
 from lit_rlhf.rewards import Scores
@@ -42,23 +43,31 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         scores of the reference's responses. Without a reference, these three entries are missing.
 
     Raises:
-        UserError: if the engine or a reward fails.
+        UserError: if the engine or a reward fails, or if a reward is not finite.
     """
 
     def respond(actor: Actor) -> RewardInputs:
         rollout = module.generate(batch, actor, Stream.VALIDATION, batch_idx)
         return decode(rollout, batch, module.tokenizer, int(module.iteration))
 
+    def judge(reward_inputs: RewardInputs) -> tuple[dict[str, Tensor], Tensor]:
+        rewards, scores = module.scores.judge(reward_inputs)
+        left_out = module.scores.left_out(rewards)
+        check_rewards(
+            {name: x.masked_fill(left_out[name], 0.0) for name, x in rewards.items()}, reward_inputs.responses
+        )
+        return rewards, scores
+
     with module.with_averaged_weights():
         inputs = respond(module.actor)
         logprobs = module.actor_outputs(inputs.rollout).logprobs
-    rewards, scores = module.scores.judge(inputs)
+    rewards, scores = judge(inputs)
     measure_held_out(module.held_out, inputs.rollout, scores, rewards)
     outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards}
     if module.reference is not None:
         if batch_idx not in module.reference_answers:  # once per run, because the reference does not change
             answers = respond(module.reference)
-            module.reference_answers[batch_idx] = answers.responses, module.scores.judge(answers)[1]
+            module.reference_answers[batch_idx] = answers.responses, judge(answers)[1]
         reference = module.reference_answers[batch_idx]
         kl_of_tokens = k1(logprobs, response_logprobs(module.reference, inputs.rollout, module.max_tokens))
         kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)

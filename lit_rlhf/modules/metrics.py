@@ -82,6 +82,32 @@ class EffectiveSampleSize(Metric):
         return self.total.square() / (self.count * self.squares)
 
 
+class StandardDeviation(Metric):
+    """The standard deviation of all values that were added, on all ranks, computed in float64.
+
+    >>> deviation = StandardDeviation()
+    >>> deviation.update(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+    >>> deviation.compute()
+    tensor(1., dtype=torch.float64)
+    """
+
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, mask: Tensor) -> None:
+        """Add the values at which the mask, of the same shape, is True."""
+        x = torch.where(mask, values.double(), 0.0)
+        self.sums += torch.stack([mask.sum(dtype=x.dtype), x.sum(), x.square().sum()])
+
+    def compute(self) -> Tensor:
+        """Return the standard deviation, or NaN if no value was added."""
+        count, total, squares = self.sums
+        return (squares / count - (total / count).square()).clamp(min=0).sqrt()
+
+
 class Metrics:
     """A collection of named metrics, mostly means and maxima, which are reduced over all ranks when they are computed.
 
@@ -160,13 +186,27 @@ class Metrics:
         return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 
-def measure_experience(scored: ScoredRollout, trajectory: Trajectory, kl_coef: float, metrics: Metrics) -> None:
+def measure_experience(
+    scored: ScoredRollout, trajectory: Trajectory, responses: int, kl_coef: float, metrics: Metrics
+) -> None:
     """Record the scores, rewards, KL to any reference, KL coefficient, entropies and lengths of an iteration.
 
     A score or a reward that is NaN, because the reward failed, does not count.
+
+    Args:
+        scored: The responses, in prompt-major order.
+        trajectory: The reward of each token.
+        responses: The number of responses to each prompt.
+        kl_coef: The coefficient of the KL to the reference.
+        metrics: Receives the metrics.
     """
     rollout, mask, has_score = scored.rollout, trajectory.mask, ~scored.scores.isnan()
     metrics.add_masked("objective/score", scored.scores, has_score)
+    metrics.update("objective/score_std", StandardDeviation, scored.scores, has_score)
+    if responses > 1:
+        of_prompts = scored.shaped_scores.view(-1, responses)
+        equal = (of_prompts.amax(1) == of_prompts.amin(1)).float()
+        metrics.add_masked("objective/uninformative_fraction", equal, has_score.view(-1, responses).all(1))
     metrics.add_masked("objective/reward", trajectory.rewards.sum(1), has_score)
     if scored.ref_logprobs is not None:
         metrics.add("objective/kl_to_ref", masked_sum(k1(scored.old_logprobs, scored.ref_logprobs), mask, 1))

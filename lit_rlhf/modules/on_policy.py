@@ -36,6 +36,7 @@ from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.guard import Guard
 from lit_rlhf.modules.held_out import evaluate, summarize_held_out
 from lit_rlhf.modules.hooks import call_hook
+from lit_rlhf.modules.incidents import check_iteration, check_sampled, sampling_explained
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories
 from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
@@ -195,13 +196,15 @@ class OnPolicy(AlignmentModule):
         """Do one iteration, and return the scored rollout for callbacks.
 
         Raises:
-            UserError: if the engine or a reward fails, if the guard refuses the responses, or if `learn` raises one.
+            UserError: if the engine or a reward fails, if the guard refuses the responses, if a number is not finite
+                (see `check_iteration`), or if `learn` raises one.
         """
         metrics, watch = Metrics(self.device), Stopwatch()
         scored, rows = draw_responses(self, batch, metrics, watch)
         with watch.phase("judge"):
             trajectory = self.reward(scored)
             experience = self.estimate(*counted(scored, trajectory, rows), metrics)
+            check_iteration(self, scored, trajectory, experience)
         call_hook(self, "on_rewards", scored, trajectory)
         call_hook(self, "on_advantages", experience)
         compared = self.fully_compared
@@ -216,8 +219,9 @@ class OnPolicy(AlignmentModule):
     def generate(self, batch: PromptBatch, actor: Actor, stream: Stream, iteration: int) -> Rollout:
         """Sample responses to a batch of prompts, with random numbers that depend on the stream and the iteration."""
         options = self.sampling, self.special_tokens
-        with self.profile("generate"):
-            return self.engine.generate(actor, batch, *options, stream=stream, iteration=iteration)
+        with self.profile("generate"), sampling_explained(self):
+            rollout = self.engine.generate(actor, batch, *options, stream=stream, iteration=iteration)
+        return rollout if stream == Stream.ROLLOUT else check_sampled(rollout)
 
     @torch.no_grad()
     def judge(self, rollout: Rollout, batch: PromptBatch) -> ScoredRollout:
@@ -305,7 +309,7 @@ class OnPolicy(AlignmentModule):
 
     def _finish(self, scored: ScoredRollout, trajectory: Trajectory, metrics: Metrics, watch: Stopwatch) -> None:
         """Log the metrics, and update the rest of the saved state before callbacks save checkpoints."""
-        measure_experience(scored, trajectory, self.kl.coef, metrics)
+        measure_experience(scored, trajectory, self.sampling.responses, self.kl.coef, metrics)
         for name, optimizer in self.optimizers_by_name().items():
             metrics.add(f"{name}/lr", optimizer.param_groups[0]["lr"])
         counts = [float(len(trajectory.mask)), float(trajectory.mask.sum())]

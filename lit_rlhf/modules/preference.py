@@ -18,6 +18,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
+from lit_rlhf.modules.incident_rows import preference_records
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, pop_standard_deviation
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.steps import add_gradients, step_optimizers, within_memory
@@ -63,6 +64,10 @@ class PreferenceModule(AlignmentModule):
     def scores(self, batch: PreferenceBatch) -> Tensor:
         """Return the score of each response, [N]."""
 
+    def numbers_of(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Return the numbers of each response, [N] each, that the file of an incident shows; ``scores`` is one."""
+        return {"scores": self.scores(batch)}
+
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -88,7 +93,8 @@ class PreferenceModule(AlignmentModule):
     def _step(self, batch: PreferenceBatch, metrics: Metrics) -> None:
         sizes = batch.by_ranking(batch.lengths).amax(1) * batch.mask.sum(1)  # of each ranking, with padding
         loss = within_memory(self, partial(self._add_gradients, batch, metrics), sizes, metrics)
-        (norm,) = step_optimizers(self, self.clip_grad_norm, loss=loss).values()
+        records = partial(preference_records, self, batch)
+        (norm,) = step_optimizers(self, self.clip_grad_norm, records, loss=loss).values()
         (optimizer,) = self.optimizers_by_name().values()
         metrics.add("grad_norm", norm)
         metrics.add("lr", optimizer.param_groups[0]["lr"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, cast
@@ -16,6 +17,7 @@ from lit_rlhf.generation import Ahead, Engine, Sampling
 from lit_rlhf.generation.engine import EngineContext, SpecialTokens
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.modules.guard import Guard, Mismatch, measure_mismatch
+from lit_rlhf.modules.incidents import check_logprobs
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.randomness import Stream
@@ -172,6 +174,8 @@ class Rollouts(lightning.Callback):
             return CheckedRollout(rollout, None)
         mismatch = measure_mismatch(module, module.actor, rollout, self.guard.responses)
         bound = self.guard.bound_for(module.trainer.precision, module.device)
+        if math.isnan(mismatch.mean):
+            check_logprobs(module, module.actor, rollout)
         if not mismatch.mean <= bound:
             updates = max(0, iteration - (self.ahead.lag if self.ahead else 0))
             raise UserError(

@@ -19,6 +19,7 @@ from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.models.unpadded import keeps_texts_apart
 from lit_rlhf.models.weights import with_weights
+from lit_rlhf.modules.incident_rows import demonstration_records
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.roles import load_actor
 from lit_rlhf.modules.steps import add_gradients, step_optimizers, within_memory
@@ -105,7 +106,8 @@ class SFT(AlignmentModule):
             UserError: if the loss or the gradient norm is not finite, or if memory runs out (see `within_memory`).
         """
         part = within_memory(self, partial(self._add_gradients, batch), batch.lengths)
-        (norm,) = step_optimizers(self, self.clip_grad_norm, loss=part).values()
+        records = partial(demonstration_records, self, batch)
+        (norm,) = step_optimizers(self, self.clip_grad_norm, records, loss=part).values()
         self.step_schedulers()
         self.count_iteration()
         loss = self.sum_over_ranks(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from lit_rlhf.algorithms.masked import Reduce
 from lit_rlhf.compat import no_gradient_sync
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.sharding import is_sharded
+from lit_rlhf.modules.incident_rows import Record, experience_records
+from lit_rlhf.modules.incidents import all_finite, not_finite_gradients, stop_at_step
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import AlignmentModule
@@ -82,7 +85,9 @@ def step_within_target(module: OnPolicy, minibatch: Experience, losses: Losses, 
     if losses.only_critic:  # DDP gives the actor gradients of 0, with which an optimizer could still move the actor
         for parameter in module.trained_parameters()["policy"]:
             parameter.grad = None
-    measure_gradients(step_optimizers(module, module.update.clip_grad_norm, **means), module.update, metrics)
+    records = partial(experience_records, module, minibatch, losses)
+    norms = step_optimizers(module, module.update.clip_grad_norm, records, **means)
+    measure_gradients(norms, module.update, metrics)
     return True
 
 
@@ -137,20 +142,24 @@ def add_gradients(
     return total
 
 
-def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: Tensor) -> dict[str, Tensor]:
+def step_optimizers(
+    module: AlignmentModule, max_norm: float | None, records: Callable[[], Sequence[Record]], **losses: Tensor
+) -> dict[str, Tensor]:
     """Step all optimizers, and return the norms of their gradients before clipping, [] each, by optimizer name.
 
-    The losses and the norms are checked before any optimizer steps. The host waits for the device only in this check.
-    After the steps, the gradients are dropped.
+    The losses and the norms of all processes are checked before any optimizer steps. The host waits for the device only
+    in this check. After the steps, the gradients are dropped.
 
     Args:
         module: The module that trains.
         max_norm: The maximum norm of the gradients of each optimizer, over all ranks, to which larger gradients are
             scaled down; None for no clipping.
+        records: A function that returns this process's rows with numbers that are not finite, for the incident's file;
+            it is called on all processes, if a loss or a norm is not finite.
         losses: The losses to check, [] each, keyed by the names to use in the message.
 
     Raises:
-        UserError: if a loss or a gradient norm is not finite.
+        UserError: if a loss or a gradient norm is not finite on any process; the gradients are dropped.
     """
     reduce = (
         module.sum_over_ranks if isinstance(module.trainer.strategy, FSDP) else None
@@ -162,7 +171,11 @@ def step_optimizers(module: AlignmentModule, max_norm: float | None, **losses: T
     }
     norms = {name: gradient_norm(parameters[name], reduce) for name in optimizers}
     checked = {f"{name}_gradient_norm" if len(norms) > 1 else "gradient_norm": norm for name, norm in norms.items()}
-    check_finite(**losses, **{name: norm.to(module.device) for name, norm in checked.items()})
+    checked = losses | {name: norm.to(module.device) for name, norm in checked.items()}
+    if not all_finite(module, checked):
+        gradients = not_finite_gradients(module)
+        drop_gradients(module)
+        stop_at_step(module, checked, records(), gradients)
     for name, optimizer in optimizers.items():
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters[name], max_norm, norms[name])
@@ -229,29 +242,6 @@ def _check_can_halve(module: AlignmentModule, longest: int, error: torch.OutOfMe
         ) from error
     if not isinstance(module.trainer.strategy, SingleDeviceStrategy):
         raise UserError(f"{option} is {value}: the update ran out of memory; set it to {value // 2}") from error
-
-
-def check_finite(**values: Tensor) -> None:
-    """Check that losses and gradient norms are finite before a step; the host waits for the device only once.
-
-    Args:
-        values: Tensors of shape [] on one device, keyed by the names to use in the message.
-
-    Raises:
-        UserError: if a value is not finite; the message names the first such value.
-
-    >>> check_finite(policy_loss=torch.tensor(0.5), value_loss=torch.tensor(float("nan")))  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ...
-    lit_rlhf.errors.UserError: the value loss is nan: stopped before the step, and the last checkpoint is good. ...
-    """
-    if torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
-        return
-    name, value = next((name, value) for name, value in values.items() if not torch.isfinite(value))
-    raise UserError(
-        f"the {name.replace('_', ' ')} is {value.item():g}: stopped before the step, and the last checkpoint is good. "
-        "A smaller learning rate, a value_clip or a score clip usually helps"
-    )
 
 
 def gradient_norm(parameters: Sequence[Tensor], reduce: Reduce | None = None) -> Tensor:

@@ -37,12 +37,13 @@ from lit_rlhf.modules.averaging import Averaging
 from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.guard import Guard
+from lit_rlhf.modules.incident_rows import experience_records
+from lit_rlhf.modules.incidents import all_finite, stop_at_step
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.on_policy import OnPolicy
 from lit_rlhf.modules.steps import (
     add_gradient,
-    check_finite,
     losses_of,
     measure_gradients,
     step_optimizers,
@@ -275,6 +276,9 @@ class TRPO(OnPolicy):
         batches = self.micro_batches(experience)
         totals = self.sum_over_ranks(step_totals(batches))
         loss, gradient = self._gradient(batches, totals, losses, metrics)
+        checked = {"policy_loss": loss, "policy_gradient_norm": gradient.norm()}
+        if not all_finite(self, checked):
+            stop_at_step(self, checked, experience_records(self, experience, losses), gradients=())
         product = self._fisher(experience)
         direction = conjugate_gradients(product, -gradient, self.region.cg_iterations, self.region.cg_tolerance)
         step = longest_step(direction, product, self.region.max_kl)
@@ -293,20 +297,14 @@ class TRPO(OnPolicy):
     def _gradient(
         self, batches: Sequence[Experience], totals: Tensor, losses: Losses, metrics: Metrics
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N].
-
-        Raises:
-            UserError: if the loss or the norm of the gradient is not finite.
-        """
+        """Return the loss at the old policy (surrogate, entropy bonus and KL term), [], and its gradient, [N]."""
         parameters = _own(self.actor)
         loss, gradient = torch.zeros((), device=self.device), torch.zeros_like(flatten(parameters))
         for micro_batch in batches:
             part = losses.weighted_sum(losses.policy(micro_batch, metrics).loss, micro_batch, totals)
             gradient += flatten(torch.autograd.grad(part, parameters, materialize_grads=True))
             loss += part.detach()
-        loss, gradient = self.sum_over_ranks(loss), self.sum_over_ranks(gradient)
-        check_finite(loss=loss, gradient_norm=gradient.norm())
-        return loss, gradient
+        return self.sum_over_ranks(loss), self.sum_over_ranks(gradient)
 
     def _fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
         """Return the function v ↦ (F + damping · I) v, where F is the actor's Fisher matrix, averaged over tokens."""
@@ -358,7 +356,8 @@ class TRPO(OnPolicy):
     def _step_critic(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> None:
         attempt = partial(self._add_critic_gradients, minibatch, losses, metrics)
         value_loss = within_memory(self, attempt, minibatch.rollout.lengths, metrics)
-        norms = step_optimizers(self, self.update.clip_grad_norm, value_loss=value_loss)
+        records = partial(experience_records, self, minibatch, losses)
+        norms = step_optimizers(self, self.update.clip_grad_norm, records, value_loss=value_loss)
         measure_gradients(norms, self.update, metrics)
 
     def _add_critic_gradients(self, minibatch: Experience, losses: Losses, metrics: Metrics) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.http import JSONClient, check_token_env, check_url, read_token
-from lit_rlhf.rewards.reward import OnFailure, Reward, RewardError, checked_scores, column_of
+from lit_rlhf.rewards.reward import NotFiniteError, OnFailure, Reward, RewardError, checked_scores, column_of
 from lit_rlhf.types import RewardInputs
 
 
@@ -149,7 +149,8 @@ class RemoteReward(Reward):
                 if failure.scores is not None:
                     scores[batch] = failure.scores
         if failures:
-            raise RewardError(str(failures[0]), scores) from failures[0]
+            only_values = all(isinstance(failure, NotFiniteError) for failure in failures)
+            raise (NotFiniteError if only_values else RewardError)(str(failures[0]), scores) from failures[0]
         return scores.to(reward_inputs.rollout.tokens.device)
 
     def _columns(self, reward_inputs: RewardInputs) -> dict[str, Sequence[Any]]:

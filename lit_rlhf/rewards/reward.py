@@ -21,7 +21,7 @@ class RewardError(UserError):
 
     Args:
         message: What failed, and for which reason.
-        scores: The scores of the B responses, [B], NaN for those that have none; None if no response has a score.
+        scores: The scores of the B responses, [B], not finite for those that have none; None if none has one.
 
     >>> failure = RewardError("the judge answered 'perhaps'", scores=torch.tensor([1.0, torch.nan]))
     >>> str(failure), failure.scores
@@ -31,6 +31,10 @@ class RewardError(UserError):
     def __init__(self, message: str, scores: Tensor | None = None) -> None:
         super().__init__(message)
         self.scores = scores
+
+
+class NotFiniteError(RewardError):
+    """A `RewardError` because some of the scores, one number for each response, are NaN or infinite."""
 
 
 class Reward(nn.Module, ABC):
@@ -158,7 +162,7 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
     """Check the scores that code or a service outside this package computed, and return them as a tensor.
 
     Args:
-        scores: The returned value, which should have one finite number for each response.
+        scores: The returned value, which should have one number for each response.
         responses: The B responses that were scored.
         source: The name of the code or the service that computed the scores, for messages.
 
@@ -166,8 +170,9 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
         The scores, [B] float32.
 
     Raises:
-        RewardError: if the scores are not one finite number for each response; it has the scores of the responses
-            that have a finite number, unless there are more or fewer scores than responses.
+        RewardError: if the scores are not one number for each response; it has the scores of the responses that have a
+            number, unless there are more or fewer scores than responses.
+        NotFiniteError: if there is one number for each response, but not all of them are finite.
 
     >>> checked_scores([1, 0.5], ["yes", "no"], "the judge")
     tensor([1.0000, 0.5000])
@@ -190,7 +195,7 @@ def checked_scores(scores: Any, responses: Sequence[str], source: str) -> Tensor
         raise RewardError(f"{source} should return {count} numbers, not {returned}")
     if rows:
         returned = f"but returned {_shown(scores[rows[0]])} for the response {_shown(responses[rows[0]])}"
-        raise RewardError(f"{source} should return {count} numbers, {returned}", finite_or_nan(tensor))
+        raise RewardError(f"{source} should return {count} numbers, {returned}", tensor)
     check_finite_scores(tensor, responses, source)
     return tensor
 
@@ -199,18 +204,13 @@ def check_finite_scores(scores: Tensor, responses: Sequence[str], source: str) -
     """Check that the scores, [B], are finite.
 
     Raises:
-        RewardError: if a score is not finite.
+        NotFiniteError: if a score is not finite.
     """
     finite = scores.isfinite()
     if not finite.all():
         row = int((~finite).nonzero()[0])
         message = f"{source} returned {float(scores[row])} for the response {_shown(responses[row])}"
-        raise RewardError(message, finite_or_nan(scores))
-
-
-def finite_or_nan(scores: Tensor) -> Tensor:
-    """Return the scores with NaN in place of infinite ones."""
-    return scores.masked_fill(~scores.isfinite(), torch.nan)
+        raise NotFiniteError(message, scores)
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ from lit_rlhf.algorithms.masked import Reduce, masked_sum
 from lit_rlhf.errors import UserError
 from lit_rlhf.randomness import Stream, row_seeds
 from lit_rlhf.rewards.calls import isolated
-from lit_rlhf.rewards.reward import Reward, RewardError, check_finite_scores
+from lit_rlhf.rewards.reward import NotFiniteError, Reward, RewardError, check_finite_scores
 from lit_rlhf.types import RewardInputs
 
 
@@ -136,10 +136,11 @@ class Scores(nn.Module):
 
         Returns:
             The unweighted rewards by name, and the score, which is their weighted sum; each [B]. Where a reward with
-            ``on_failure="leave_out"`` failed, this reward and, unless its weight is 0, the score are NaN.
+            ``on_failure="leave_out"`` failed, this reward and, unless its weight is 0, the score are NaN; the numbers
+            of a reward with ``on_failure="stop"`` are not finite where its code returned such numbers.
 
         Raises:
-            UserError: if a reward with ``on_failure="stop"`` fails, or does not return a tensor of B finite numbers.
+            UserError: if a reward with ``on_failure="stop"`` fails, or does not return a tensor of B numbers.
         """
         rewards: dict[str, Tensor] = {}
         score = torch.zeros(len(reward_inputs.responses), device=reward_inputs.rollout.tokens.device)
@@ -149,6 +150,15 @@ class Scores(nn.Module):
             if reward.weight:
                 score = score + reward.weight * rewards[name]
         return rewards, score
+
+    def left_out(self, rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return, for each reward, a bool mask, [B], of the responses that it failed to score and that are left out.
+
+        Args:
+            rewards: The rewards by name, as `judge` returns them.
+        """
+        pairs = zip(self._iterate(), rewards.items(), strict=True)
+        return {name: values.isnan() & (reward.on_failure == "leave_out") for reward, (name, values) in pairs}
 
     def take_failures(self) -> dict[str, Failures]:
         """Return the failures since this method was called last, by the reward's name, and forget them."""
@@ -168,10 +178,13 @@ class Scores(nn.Module):
             return values.float()
         except Exception as error:
             is_failure = isinstance(error, RewardError) or not isinstance(error, UserError)
+            scores = getattr(error, "scores", None)
+            if reward.on_failure == "stop" and isinstance(error, NotFiniteError) and scores is not None:
+                return scores.float()
             if reward.on_failure == "stop" or not is_failure:
                 raise
-            scores = getattr(error, "scores", None)
             values = torch.full((len(reward_inputs.responses),), torch.nan) if scores is None else scores.float()
+            values = values.masked_fill(~values.isfinite(), torch.nan)
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             before = self.failures.get(name, Failures(0, " ".join(told.split())))
             self.failures[name] = before._replace(responses=before.responses + int(values.isnan().sum()))

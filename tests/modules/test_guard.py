@@ -164,7 +164,7 @@ def test_the_mismatch_by_hand(make_module, fit):
 
 
 def test_not_a_number_is_stopped(make_module, fit):
-    with pytest.raises(UserError, match="is nan nats per token"):
+    with pytest.raises(UserError, match=r"^rollout_logprobs is nan in 1 of 8 responses: stopped before the update"):
         fit(make_module(engine=Shifted(float("nan")), iterations=1))
 
 

@@ -8,13 +8,11 @@ import torch
 from lit_rlhf.algorithms.kl import ReferenceKL, full_kl
 from lit_rlhf.algorithms.objectives import Clip, Surrogate
 from lit_rlhf.batching import micro_batches
-from lit_rlhf.errors import UserError
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import load_model
 from lit_rlhf.models.scoring import load_critic
 from lit_rlhf.modules.losses import Losses, step_totals
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.steps import check_finite
 from lit_rlhf.modules.update import Update
 from lit_rlhf.types import Experience, Rollout
 
@@ -73,7 +71,6 @@ def run(losses, experience, max_tokens=10**6):
     batches = micro_batches(experience, max_tokens, pads=False)
     metrics, totals = Metrics(torch.device("cpu")), step_totals(batches)
     parts = [part(micro_batch, totals, metrics) for micro_batch in batches for part in losses.parts.values()]
-    check_finite(**{name: mean for part in parts for name, mean in part.means.items()})
     return sum(part.loss for part in parts), sum(part.kl_to_old for part in parts), metrics.compute()
 
 
@@ -201,12 +198,13 @@ def test_the_largest_ratio_is_that_of_the_objective(make):
     assert sequence < 0.9 * token
 
 
-@pytest.mark.parametrize(("field", "name"), [("advantages", "policy loss"), ("returns", "value loss")])
-def test_a_loss_that_is_not_finite_is_named(make, field, name):
-    experience = make_experience()
+@pytest.mark.parametrize(("field", "name"), [("advantages", "policy_loss"), ("returns", "value_loss")])
+def test_the_loss_that_is_not_finite_is_found(make, field, name):
+    experience, metrics = make_experience(), Metrics(torch.device("cpu"))
     getattr(experience, field)[2, 1] = NAN
-    with pytest.raises(UserError, match=f"^the {name} is nan: stopped before the step"):
-        run(make(), experience)
+    parts = [part(experience, step_totals([experience]), metrics) for part in make().parts.values()]
+    means = {name: mean for part in parts for name, mean in part.means.items()}
+    assert [name for name, mean in means.items() if not mean.isfinite()] == [name]
 
 
 def test_without_a_critic_there_is_no_value_loss(make, models):

@@ -12,6 +12,7 @@ from lit_rlhf import (
     GAE,
     AdvantageEstimator,
     Clip,
+    CollapseGuard,
     Estimates,
     GradientShares,
     KLGuard,
@@ -158,7 +159,7 @@ def no_module():
 
 
 def measuring():
-    return [KLGuard(), GradientShares(), Throughput(1.0)]
+    return [KLGuard(), CollapseGuard(), GradientShares(), Throughput(1.0)]
 
 
 def test_the_ready_made_callbacks_on_two_processes():
