@@ -113,28 +113,24 @@ def check_logprobs(module: AlignmentModule, actor: Actor, rollout: Rollout) -> N
 def _check_tensors(
     module: AlignmentModule, tensors: Mapping[str, Tensor], rollout: Rollout, inputs: RewardInputs | None = None
 ) -> None:
-    rows = [(~x.isfinite()).flatten(1).any(1) if x.ndim > 1 else ~x.isfinite() for x in tensors.values()]
-    counts = [torch.stack([bad.sum(), (~x.isfinite()).sum()]) for bad, x in zip(rows, tensors.values(), strict=True)]
+    is_bad = [(~x.isfinite()).view(len(x), -1) for x in tensors.values()]
+    counts = [torch.stack([bad.any(1).sum(), bad.sum()]) for bad in is_bad]
     counts.append(torch.full((2,), len(rollout.tokens), device=rollout.tokens.device))
     *found, (responses, _) = module.sum_over_ranks(torch.stack(counts)).tolist()
-    bad = {name: count for name, count in zip(tensors, found, strict=True) if count[0]}
+    bad = {name: {"rows": rows, "elements": n} for name, (rows, n) in zip(tensors, found, strict=True) if n}
     if not bad:
         return
-    name, (bad_rows, elements) = next(iter(bad.items()))
-    details = {
-        "rows_not_finite": bad_rows,
-        "rows_in_iteration": responses,
-        "tensors": {other: {"elements": count[1], "rows": count[0]} for other, count in bad.items()},
-    }
-    found_here = tensors[name][~tensors[name].isfinite()].tolist()
-    value = next(value for values in gather(found_here[:1]) for value in values)
+    name = next(iter(bad))
+    here = tensors[name][~tensors[name].isfinite()].tolist()
+    value = next(value for values in gather(here[:1]) for value in values)
+    rows, elements = bad[name]["rows"], bad[name]["elements"]
     stop(
         module,
         tensor=name,
-        finding=f"{name} is {value} in {bad_rows} of {responses} responses",
+        finding=f"{name} is {value} in {rows} of {responses} responses",
         before="update",
         records=response_records(module.tokenizer, rollout, tensors, inputs=inputs, cause=name),
-        details={"elements": elements} | details,
+        details={"elements": elements, "rows_not_finite": rows, "rows_in_iteration": responses, "tensors": bad},
     )
 
 

@@ -103,9 +103,10 @@ class StandardDeviation(Metric):
         self.sums += torch.stack([mask.sum(dtype=x.dtype), x.sum(), x.square().sum()])
 
     def compute(self) -> Tensor:
-        """Return the standard deviation, or NaN if no value was added."""
+        """Return the standard deviation, or NaN if fewer than two values were added."""
         count, total, squares = self.sums
-        return (squares / count - (total / count).square()).clamp(min=0).sqrt()
+        deviation = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+        return torch.where(count > 1, deviation, torch.nan)
 
 
 class Metrics:

@@ -159,6 +159,7 @@ def test_each_condition(change, said, capsys):
         {"response/length": 5.1},
         {"response/truncated_fraction": 0.94},
         {"objective/score_std": 1e-5},
+        {"objective/score_std": float("nan")},  # of a single response
         {"objective/score": 0.0, "objective/score_std": 1e-5},
         {"objective/uninformative_fraction": 0.99},
         {"objective/kl_to_ref": 39.0},

@@ -1,7 +1,10 @@
+import math
+
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lit_rlhf.modules.metrics import Metrics
+from lit_rlhf.modules.metrics import Metrics, StandardDeviation
 
 
 def test_plain_numbers_are_kept_on_the_device_of_the_communication_backend():
@@ -34,6 +37,19 @@ def test_the_effective_sample_size():
     metrics.sample_size("equal", torch.full((1, 3), 4e8), mask)
     metrics.sample_size("equal", torch.full((1, 3), 4e8), mask)
     assert metrics.compute() == {"size": 0.6, "equal": 1.0}
+
+
+def test_the_standard_deviation_in_two_parts():
+    """Of 1, 2, 3 and 6 it is √3.5; large equal numbers have none, up to rounding, and one number has no deviation."""
+    metrics = Metrics(torch.device("cpu"))
+    for values in ([1.0, 2.0], [3.0, 6.0]):
+        metrics.update("std", StandardDeviation, torch.tensor(values))
+        metrics.update("equal", StandardDeviation, torch.full((3,), 1234.1))
+    metrics.update("one", StandardDeviation, torch.ones(1))
+    found = metrics.compute()
+    assert found["std"] == pytest.approx(3.5**0.5)
+    assert found["equal"] < 1e-6 * 1234.1
+    assert math.isnan(found["one"])
 
 
 def test_restore_drops_what_was_added_since_the_snapshot():
