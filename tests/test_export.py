@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
-from lit_rlhf.export import export
+from lit_rlhf.export import check_folder, export, model_card
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import load_model
 from lit_rlhf.models.scoring import load_critic
@@ -96,3 +96,20 @@ def test_the_command_exports_a_role(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"exported: {tmp_path / 'out'}\n"
     assert Path(tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    check_folder(folder)
+    folder.mkdir()
+    check_folder(folder)
+    (folder / "README.md").write_text(model_card(tmp_path, "actor", iterations=1))
+    check_folder(folder)
+    (folder / "README.md").write_text("# My project, with lit-rlhf\n")
+    with pytest.raises(UserError, match=r"^--out: .*model contains other files"):
+        check_folder(folder)
+    (folder / "inner").mkdir()
+    monkeypatch.chdir(folder / "inner")
+    for above in (".", "..", str(tmp_path)):
+        with pytest.raises(UserError, match="^--out must name a folder for the export alone"):
+            check_folder(Path(above))

@@ -1,4 +1,4 @@
-"""What W&B (offline), TensorBoard and MLflow get of a run that is killed and resumed, and what the run prints.
+"""What W&B (offline), TensorBoard, CSV files and MLflow get of a run that is killed and resumed, and what it prints.
 
 wandb has no Python reader for its run files, so this test extracts the records from the file (a LevelDB log: blocks of
 32 KiB that contain fragments, each with a header of checksum, length and type) and parses them with wandb's protocol
@@ -17,10 +17,15 @@ import preloaded
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from wandb.proto import wandb_internal_pb2
 
 from lit_rlhf import LogDetails
+from lit_rlhf.callbacks.details import Detail
+from lit_rlhf.callbacks.logged_rows import continue_logs, keep_csv
+from lit_rlhf.callbacks.logged_runs import note_logged
 from lit_rlhf.callbacks.loggers import BINS, histogram
+from lit_rlhf.callbacks.wandb_files import files, rows
 
 BLOCK, FILE_HEADER, FRAGMENT_HEADER = 32768, 7, 7
 REWARD = """
@@ -88,11 +93,12 @@ def resumed(tmp_path_factory, tiny_model, prompt_file):
     return folder, done.stdout
 
 
-def test_wandb_gets_everything_in_one_run_with_the_iteration_as_the_axis(resumed):
+def test_wandb_gets_everything_once_in_one_run_with_the_iteration_as_the_axis(resumed):
+    """The second part has what the first one has not written before it was killed."""
     folder, _ = resumed
     first, second = sorted((folder / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert first.name == second.name  # the same id
-    read = list(records(second))
+    read = [*records(first), *records(second)]
     axes = [r.metric.step_metric for r in read if r.WhichOneof("record_type") == "metric" and r.metric.glob_name == "*"]
     assert axes[-1] == "progress/iteration"
     rows = [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item} for r in read]
@@ -100,21 +106,20 @@ def test_wandb_gets_everything_in_one_run_with_the_iteration_as_the_axis(resumed
     def at(name: str) -> list[int]:
         return [row["progress/iteration"] for row in rows if any(key.startswith(name) for key in row)]
 
-    assert at("objective/score") == [5, 6]
-    assert at("val/score") == at("samples/val") == [6]
+    assert at("objective/score") == [1, 2, 3, 4, 5, 6]
+    assert at("val/score") == at("samples/val") == [3, 6]
     for name in ("samples/train", *(f"histograms/{x}" for x in ("scores", "lengths", "advantages", "actor_to_engine"))):
-        assert at(name) == [6], name
+        assert at(name) == [1, 2, 4, 6], name
     assert all(row["trainer/global_step"] == row["progress/iteration"] for row in rows if "objective/score" in row)
-    (lengths,) = [row["histograms/lengths/values"] for row in rows if "histograms/lengths/values" in row]
-    assert sum(lengths) == 24
+    assert {sum(row["histograms/lengths/values"]) for row in rows if "histograms/lengths/values" in row} == {24}
     config = {}
     for r in read:
         for update in (*r.run.config.update, *r.config.update):
             config["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
     assert "PolicyGradient" in json.dumps(config)
     assert json.dumps(config).count("reward.py:reward") == 1
-    (file,) = second.parent.glob("files/media/table/samples/train_*.table.json")
-    table = json.loads(file.read_text())
+    files = second.parent.glob("files/media/table/samples/train_*.table.json")
+    table = max((json.loads(file.read_text()) for file in files), key=lambda table: table["data"][0][0])
     assert table["columns"][:4] == ["iteration", "stage", "prompt", "response"]
     assert table["columns"][5:] == ["score", "rewards/reward", "kl_to_ref"]
     lines = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
@@ -148,6 +153,15 @@ def test_tensorboard_continues_its_version_without_doubled_steps(resumed):
     assert b"| rewards/reward | kl_to_ref |" in texts[0].tensor_proto.string_val[0]
 
 
+def test_the_csv_logger_continues_its_file(resumed):
+    (file,) = (resumed[0] / "run" / "lightning_logs").glob("version_*/metrics.csv")
+    rows, own = (list(csv.DictReader(path.open())) for path in (file, resumed[0] / "run" / "metrics.csv"))
+    for name, expected in (("objective/score", [1, 2, 3, 4, 5, 6]), ("val/score", [3, 6])):
+        assert [int(row["step"]) for row in rows if row[name]] == expected
+        values = [[float(row[name]) for row in table if row[name]] for table in (rows, own)]
+        assert values[0] == pytest.approx(values[1])
+
+
 def test_mlflow_continues_its_run(resumed):
     tracking = pytest.importorskip("mlflow.tracking")
     folder, _ = resumed
@@ -157,7 +171,7 @@ def test_mlflow_continues_its_run(resumed):
         patch.setenv("MLFLOW_TRACKING_URI", f"file:{folder / 'ml'}")  # MLflow 3.1 looks for artifacts only here
         client = tracking.MlflowClient()
         history = client.get_metric_history(run, "objective/score")
-        assert sorted(metric.step for metric in history) == [1, 2, 3, 4, 5, 5, 6]  # 5 was done twice
+        assert sorted(metric.step for metric in history) == [1, 2, 3, 4, 5, 6]  # 5 was done twice
         assert client.get_run(run).data.params["model/class_path"].endswith("PolicyGradient")
         assert [f.path for f in client.list_artifacts(run, "samples/val")] == [
             f"samples/val/iteration-00000{number}.md" for number in (3, 6)
@@ -192,6 +206,68 @@ def test_what_a_run_without_a_terminal_prints(resumed):
     assert lines[8] == "model     run/export"
     assert lines[9] == "files     run: metrics.csv, samples.jsonl, report.html, config.yaml, checkpoints"
     assert lines[10].endswith("--ckpt_path run/checkpoints/last.ckpt --data.predict prompts.jsonl")
+
+
+def test_wandb_gets_nothing_twice_and_what_it_lacks(tmp_path, monkeypatch):
+    """Three parts: the second one repeats iteration 3, and the third one continues after 6, though 5 and 6 are lost."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    path, logger = tmp_path / "loggers.json", WandbLogger(save_dir=str(tmp_path))
+    name = logger.experiment.id
+    assert note_logged(path, [logger]) == []
+    history = [{"progress/iteration": step, "loss": step / 2} for step in range(8)]
+    for first, last, lacking in ((1, 3, ()), (3, 4, ()), (7, 7, (2, 3, 6))):
+        if first > 1:
+            logger = WandbLogger(save_dir=str(tmp_path), id=name)
+            _ = logger.experiment
+            assert note_logged(path, [logger]) == [logger]
+            details = [Detail("table", "samples/train", ["step"], [[step]], step) for step in lacking]
+            continue_logs([logger], history[1:first], details, first - 1)
+        for step in range(first, last + 1):
+            logger.log_metrics(history[step], step)
+            Detail("table", "samples/train", ["step"], [[step]], step).log(logger)
+        logger.experiment.finish()
+    parts = files(tmp_path / "wandb", name)
+    logged = [list(rows(file)) for file in parts]
+    losses = [[row["loss"] for row in part if "loss" in row] for part in logged]
+    assert losses == [[0.5, 1.0, 1.5], [2.0], [2.5, 3.0, 3.5]]
+    tables = [[row["trainer/global_step"] for row in part if "samples/train" in row] for part in logged]
+    assert tables == [[1, 2, 3], [4], [6, 7]]
+    whole = parts[0].read_bytes()
+    parts[0].write_bytes(whole[: len(whole) // 2])  # as if the process had been killed while it wrote
+    assert len(list(rows(parts[0]))) < len(logged[0])
+
+
+def test_a_changed_set_of_loggers(tmp_path):
+    """A logger that was left out for a time continues its run; a new one has nothing to continue."""
+    csvs, boards = CSVLogger(tmp_path, version=3), TensorBoardLogger(str(tmp_path), version=4)
+    assert note_logged(tmp_path / "loggers.json", [csvs]) == []
+    assert note_logged(tmp_path / "loggers.json", [boards]) == []
+    assert note_logged(tmp_path / "loggers.json", [boards, csvs]) == [boards, csvs]
+    assert note_logged(tmp_path / "loggers.json", [CSVLogger(tmp_path, version=5)]) == []
+
+
+@pytest.mark.parametrize("moment", ["before", "while the file is aside"])
+def test_the_rows_of_a_csv_logger_are_kept(tmp_path, moment):
+    logger = CSVLogger(tmp_path, version=0)
+    for step in (1, 2, 3):
+        logger.log_metrics({"loss": step / 2} | ({"val/loss": 1.0} if step > 1 else {}), step)
+        logger.save()
+    file = Path(logger.log_dir, "metrics.csv")
+    if moment != "before":
+        file.rename(file.with_name(".metrics.csv.kept"))
+    logger = CSVLogger(tmp_path, version=0)
+    keep_csv([logger])
+    rows = [{"progress/iteration": step, "loss": step / 2} for step in (1, 2, 3, 4)]
+    continue_logs([logger], rows[:3], [], 2)
+    logger.log_metrics({"loss": 1.5, "lr": 0.1}, 3)
+    logger.save()
+    found = list(csv.DictReader(file.open()))
+    assert [(r["step"], r["loss"], r["val/loss"], r["lr"]) for r in found] == [
+        ("1", "0.5", "", ""),
+        ("2", "1.0", "1.0", ""),
+        ("3", "1.5", "", "0.1"),
+    ]
 
 
 def test_histogram_counts_every_value():

@@ -10,6 +10,7 @@ what a logger has.
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,7 +84,9 @@ def keep_csv(loggers: Iterable[Logger]) -> None:
         kept = file.with_name(".metrics.csv.kept")  # still there if a process was killed here
         if file.is_file() and not kept.exists():
             file.rename(kept)
-        _ = logger.experiment
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns that it would delete the file
+            _ = logger.experiment
         if kept.exists():
             kept.replace(file)
 
