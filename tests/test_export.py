@@ -111,5 +111,5 @@ def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, monkeypatch)
     (folder / "inner").mkdir()
     monkeypatch.chdir(folder / "inner")
     for above in (".", "..", str(tmp_path)):
-        with pytest.raises(UserError, match="^--out must name a folder for the export alone"):
+        with pytest.raises(UserError, match=r"^--out must name a folder for the export alone"):
             check_folder(Path(above))
