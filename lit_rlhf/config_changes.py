@@ -14,6 +14,7 @@ REMARKS = {
     "data.batch_size": POSITION,
     "data.train": POSITION,
     "AdaptiveKL.coef": "the adapted coefficient of the checkpoint continues",
+    "EarlyStopping.patience": "Lightning keeps that of the checkpoint",
     "KLPenalty.beta": "if β is adaptive, that of the checkpoint continues",
 }
 """What else there is to say about a change, by the name of the option, or by its class and its name there."""

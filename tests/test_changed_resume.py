@@ -111,6 +111,9 @@ def test_many_changes_are_counted():
 
 
 def test_changes_within_lists_and_of_classes():
+    patience = [{"a": {"class_path": "l.EarlyStopping", "init_args": {"patience": n}}} for n in (3, 5)]
+    (line,) = describe_changes(*patience, 3)
+    assert line == "resume: a.patience is 5, was 3 until iteration 3; Lightning keeps that of the checkpoint"
     before = yaml.safe_load("{a: [{class_path: A, init_args: {x: 1}}, {class_path: p.B}], b: [1], c: null}")
     now = yaml.safe_load("{a: [{class_path: A, init_args: {x: 2}}, {class_path: q.C}], b: [1, 2], c: {class_path: D}}")
     assert describe_changes(before, now | {"ckpt_path": "last", "new": 1}, 3) == [
