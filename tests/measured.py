@@ -7,10 +7,11 @@ from pathlib import Path
 
 from lit_rlhf.cli import main
 
-try:
-    main(sys.argv[2:])
-finally:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    numbers = {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss / unit}
-    Path(sys.argv[1]).write_text(json.dumps(numbers))
+if __name__ == "__main__":
+    try:
+        main(sys.argv[2:])
+    finally:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        numbers = {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss / unit}
+        Path(sys.argv[1]).write_text(json.dumps(numbers))
