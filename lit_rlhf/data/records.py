@@ -32,6 +32,8 @@ LARGE_FILE = 32 * 2**20
 """The size of a file, in bytes, above which reading the file shows a progress bar."""
 LONGEST_LINE = 32 * 2**20
 """The maximum number of bytes in a line of a JSONL file."""
+BETWEEN_VALUES = re.compile(r"[ \t\r\n,]*")
+"""The pattern of what may be between two values of a JSON file."""
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """The pattern of an escape sequence in JSON for one half of a pair of UTF-16, which is no character by itself."""
 
@@ -255,15 +257,28 @@ def _read_file(path: Path, field: str) -> Records:
 
 
 def _check_json(path: Path, field: str) -> None:
-    """Check that a JSON file begins like a list or an object; pyarrow ends the process if it reads anything else.
+    """Check that a JSON file holds objects only, in a list or one after the other; other values can crash pyarrow.
 
     Raises:
-        UserError: if it does not.
+        UserError: if the file is not JSON, or if one of its values is not an object.
     """
-    with path.open("rb") as file:
-        beginning = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if beginning and not beginning.startswith((b"[", b"{")):
-        raise UserError(f"{field}: {path} should be a JSON list of objects, but it begins with {beginning[:20]!r}")
+    decoder, place, number = json.JSONDecoder(), 0, 0
+    try:
+        text = path.read_bytes().decode("utf-8-sig").strip()
+        if text.startswith("["):
+            place = 1
+        while (place := BETWEEN_VALUES.match(text, place).end()) < len(text) and text[place] != "]":  # type: ignore[union-attr]
+            value, place = decoder.raw_decode(text, place)
+            number += 1
+            if not isinstance(value, dict):
+                what = type(value).__name__
+                raise UserError(f"{field}: record {number} of {path} should be a JSON object, but it is {what}")
+    except RecursionError as error:
+        raise UserError(f"{field}: {path} cannot be read as json: it is nested too deeply") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{field}: {path} cannot be read as json: {error}") from error
 
 
 def _read_jsonl(path: Path, field: str) -> Records:
