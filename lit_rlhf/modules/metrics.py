@@ -125,6 +125,20 @@ class Metrics:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._metrics: dict[str, Metric] = {}
+        self._unused: dict[str, Metric] = {}  # to reuse: the tensors of a metric are freed late, as it refers to itself
+
+    def clear(self, device: torch.device) -> None:
+        """Drop all names and values, and continue on the given device.
+
+        >>> metrics = Metrics(torch.device("cpu"))
+        >>> metrics.add("loss", 1.0)
+        >>> metrics.clear(torch.device("cpu"))
+        >>> metrics.add("score", 2.0)
+        >>> metrics.compute()
+        {'score': 2.0}
+        """
+        self._unused = self._unused | self._metrics if device == self.device else {}
+        self._metrics, self.device = {}, device
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Add values of any shape to the mean of this name, with weights of the same shape or one weight for all."""
@@ -155,7 +169,9 @@ class Metrics:
     def update(self, name: str, make: Callable[[], Metric], *values: Tensor) -> None:
         """Update the metric of this name with tensors; ``make`` makes the metric when the name is first used."""
         if name not in self._metrics:
-            self._metrics[name] = make().to(self.device)
+            metric = self._unused.pop(name, None) or make().to(self.device)
+            metric.reset()
+            self._metrics[name] = metric
         self._metrics[name].update(*(value.detach().to(self.device) for value in values))
 
     def weight(self, name: str) -> float:

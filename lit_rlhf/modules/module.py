@@ -88,6 +88,7 @@ class AlignmentModule(lightning.LightningModule):
         self.averaged: AveragedWeights | None = None  # set by configure_model, if the weights are averaged
         self._options: dict[str, OptimizerOptions] = {}  # by the optimizers' names
         self._saved_options: dict[str, Any] = {}  # those of the checkpoint
+        self.metrics = Metrics(self.device)  # of the current iteration
         self.held_out = Metrics(self.device)  # of the current validation or test
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
@@ -295,11 +296,11 @@ class AlignmentModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the held-out metrics."""
-        self.held_out = Metrics(self.device)
+        self.held_out.clear(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Reset the held-out metrics."""
-        self.held_out = Metrics(self.device)
+        self.held_out.clear(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out metrics with the prefix ``val/``."""

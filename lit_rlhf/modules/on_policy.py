@@ -199,7 +199,8 @@ class OnPolicy(AlignmentModule):
             UserError: if the engine or a reward fails, if the guard refuses the responses, if a number is not finite
                 (see `check_iteration`), or if `learn` raises one.
         """
-        metrics, watch = Metrics(self.device), Stopwatch()
+        metrics, watch = self.metrics, Stopwatch()
+        metrics.clear(self.device)
         scored, rows = draw_responses(self, batch, metrics, watch)
         with watch.phase("judge"):
             trajectory = self.reward(scored)

@@ -77,7 +77,8 @@ class PreferenceModule(AlignmentModule):
             UserError: if the loss or the gradient norm is not finite, if memory runs out (see `within_memory`), or if
                 `loss` raises one.
         """
-        metrics, watch = Metrics(self.device), Stopwatch()
+        metrics, watch = self.metrics, Stopwatch()
+        metrics.clear(self.device)
         with watch.phase("update"):
             self._step(batch, metrics)
         tokens, responses = self.sum_over_ranks(

@@ -30,7 +30,7 @@ from lit_rlhf import (
 from lit_rlhf.testing.runs import tiny_data
 
 warnings.filterwarnings("ignore")
-RANK, NAN = int(os.environ["RANK"]), float("nan")
+RANK, NAN = int(os.environ.get("RANK", "0")), float("nan")
 
 
 class OnRankOne(Reward):
