@@ -96,41 +96,43 @@ class IterationCheckpoint(ModelCheckpoint):
         self.files: list[int] = []  # the iterations of the latest checkpoints and of the best one
         self._request = _NOTHING  # the highest request of the signals since the last iteration
         self._handlers: dict[int, Any] = {}  # the earlier handlers of the signals that this callback handles
+        self._process = 0  # the process that handles the signals
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Set the folder to ``checkpoints`` in the run's folder if no folder was given; begin to handle signals."""
+        """Set the folder to ``checkpoints`` in the run's folder if no folder was given."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
-        self._request = _NOTHING
-        if stage == "fit":
-            self._handle(signal.SIGTERM, signal.SIGUSR1)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begin to handle signals.
+
+        Raises:
+            SystemExit: if the Trainer has received SIGTERM before; there is nothing new to save yet.
+        """
+        if trainer.received_sigterm:
+            raise SystemExit(TERMINATED)
+        self._request, self._process, self._saved_at = _NOTHING, os.getpid(), time.monotonic()
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            self._handlers = {number: signal.signal(number, self._note) for number in _REQUESTS}
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Forget the earlier handlers of the signals, which the Trainer has set again."""
+        self._handlers = {}
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
         """Stop handling signals."""
         self._restore_handlers(*self._handlers)
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin to handle Ctrl-C, and end the run if it has received SIGTERM while it was prepared.
-
-        The other signals are handled since ``setup``; here, this callback's handler replaces that of the Trainer.
-
-        Raises:
-            SystemExit: if the process has received SIGTERM; there is nothing new to save yet.
-        """
-        self._handle(*_REQUESTS)
-        if self._request == _TERMINATE:
-            raise SystemExit(TERMINATED)
-        self._saved_at = time.monotonic()
-
-    def _handle(self, *signals: int) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            before = {number: signal.signal(number, self._note) for number in signals}
-            self._handlers = before | self._handlers  # the handlers of before the run
-
     def _note(self, number: int, _: Any) -> None:
         """Note what a signal asks for; a handler must not use ``print``, which the signal may have interrupted."""
+        if os.getpid() != self._process:  # a process that the run has forked does what it would do otherwise
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         self._request = max(self._request, _REQUESTS[signal.Signals(number)])
         if number == signal.SIGINT:
             self._restore_handlers(number)
@@ -141,12 +143,6 @@ class IterationCheckpoint(ModelCheckpoint):
         for number in signals:
             if number in self._handlers:
                 signal.signal(number, self._handlers.pop(number))
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        """Stop handling signals."""
-        self._restore_handlers(*self._handlers)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,9 +1,13 @@
+import errno
+import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from lit_rlhf.callbacks import IterationCheckpoint, MetricsFile, Summary
+from lit_rlhf.checkpoints import AnyCheckpoint, read_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.testing import Recorder
@@ -87,3 +91,71 @@ def test_ctrl_c_ends_the_run_after_the_iteration(make_module, fit, tmp_path, cap
     fit(make_module(iterations=3), [rest], ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert len(rest.metrics) == 1
     assert all(torch.equal(rest.weights[name], weight) for name, weight in whole.weights.items())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_handlers_of_signals_are_as_before_the_run(make_module, fit, fails):
+    """Otherwise, processes that are forked later would not end with SIGTERM."""
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in signals]
+    seen = []
+
+    def score(responses):
+        seen.append([signal.getsignal(number) for number in signals])
+        if fails:
+            raise ValueError("no")
+        return low_words(responses)
+
+    module = make_module(iterations=1, rewards=[RewardFunction(score)])
+    with pytest.raises(UserError) if fails else nullcontext():
+        fit(module, [IterationCheckpoint()])
+    assert all(now != then for now, then in zip(seen[0], before, strict=True))
+    assert [signal.getsignal(number) for number in signals] == before
+
+
+def test_sigusr1_saves_a_checkpoint_and_the_run_continues(make_module, fit, tmp_path):
+    def score(responses):
+        seen.append(len(responses))
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return low_words(responses)
+
+    seen = []
+    module = make_module(iterations=4, rewards=[RewardFunction(score)])
+    fit(module, [IterationCheckpoint(every_n=100)])
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "iteration-000002.ckpt", "iteration-000004.ckpt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"), [({"keep_last": 1}, {6}), ({"keep_last": 3, "keep_every_n": 2}, {2, 4, 5, 6})]
+)
+def test_the_latest_and_those_for_good_are_kept(make_module, fit, tmp_path, options, kept):
+    fit(make_module(iterations=6), [IterationCheckpoint(every_n=1, **options)])
+    folder = tmp_path / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", *(f"iteration-{n:06d}.ckpt" for n in kept)}
+    assert (folder / "last.ckpt").resolve().name == "iteration-000006.ckpt"
+
+
+def test_a_checkpoint_is_due_after_some_minutes(make_module, fit, tmp_path):
+    fit(make_module(iterations=3), [IterationCheckpoint(every_n=100, every_minutes=1e-9, keep_last=9)])
+    assert len(list((tmp_path / "checkpoints").glob("iteration-*"))) == 3
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(make_module, fit, tmp_path, monkeypatch):
+    save, saved = torch.save, []
+
+    def full(checkpoint, file):
+        saved.append(0)
+        if len(saved) == 2:
+            file.write(b"part")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device.*iteration-000002"):
+        fit(make_module(iterations=3), [IterationCheckpoint(every_n=1)], plugins=[AnyCheckpoint()])
+    monkeypatch.undo()
+    folder = tmp_path / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "iteration-000001.ckpt"}
+    assert int(read_checkpoint(folder / "last.ckpt")["state_dict"]["iteration"]) == 1
