@@ -18,7 +18,6 @@ from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
@@ -33,7 +32,7 @@ from lit_rlhf.callbacks.logged_rows import keep_csv
 from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
 from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.callbacks.run_lock import RunLock
-from lit_rlhf.checkpoints import AnyCheckpoint, numbered
+from lit_rlhf.checkpoints import numbered
 from lit_rlhf.command_words import check_config_files, chosen_class, help_words
 from lit_rlhf.components import class_names
 from lit_rlhf.config_changes import describe_changes
@@ -263,7 +262,7 @@ class CLI(LightningCLI):
             keep_csv(self.trainer.loggers)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Return a Trainer that reads checkpoint files and folders, with a progress bar unless it is disabled.
+        """Return a Trainer, with a progress bar unless it is disabled.
 
         The default precision depends on the device. It is stored in the configuration, so that a run that is resumed on
         another device keeps its precision. On GPUs, products of float32 matrices use TensorFloat-32, unless the user's
@@ -276,19 +275,16 @@ class CLI(LightningCLI):
         if options.enable_progress_bar is False:
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, ProgressBar)]
-        plugins = [plugin for plugin in _one_or_more(options.plugins) if plugin is not None]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AnyCheckpoint())
         on_gpus = _uses_gpus(options.accelerator)
         if on_gpus and torch.backends.cuda.matmul.fp32_precision == "none":  # not set by the user's own modules
             torch.set_float32_matmul_precision("high")
-        if options.precision is None and not any(isinstance(plugin, Precision) for plugin in plugins):
+        if options.precision is None and not any(isinstance(x, Precision) for x in _one_or_more(options.plugins)):
             half = on_gpus and torch.cuda.is_bf16_supported(including_emulation=False)
             options.precision = "bf16-mixed" if half else "32-true"
             self.config[self.subcommand].trainer.precision = options.precision
         if options.precision is not None:
             check_precision(options.precision)
-        trainer: lightning.Trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        trainer: lightning.Trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.checkpoint_callbacks:  # otherwise, Lightning looks for "last" in a logger's folder
             if isinstance(callback, IterationCheckpoint):
                 callback.dirpath = callback.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")

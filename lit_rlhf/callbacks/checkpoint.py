@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_rlhf.checkpoints import link, remove
+from lit_rlhf.checkpoints import AnyCheckpoint, link
 from lit_rlhf.compat import validation_is_due
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import remove
 from lit_rlhf.modules.module import AlignmentModule, iteration_of
 
 TERMINATED = 143
@@ -100,9 +102,14 @@ class IterationCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Set the folder to ``checkpoints`` in the run's folder if no folder was given."""
+        """Set the folder to ``checkpoints`` in the run's folder if none was given; read and write as `AnyCheckpoint` does.
+
+        A plugin of the user's own for checkpoints is left as it is.
+        """
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AnyCheckpoint()
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
