@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -67,12 +68,13 @@ def lost(run: Path) -> int:
 def kill(setting: Setting, kind: str, times: int, draw: random.Random) -> Row:
     """Kill runs at random moments with SIGKILL, some of them again after they were resumed."""
     row, whole = Row("SIGKILL", kind), setting.whole(kind)
-    duration = setting.start(kind, f"timed-{kind}").end_well()
     while row.tried < times:
         name, killed, loss = f"{kind}-{row.tried}", False, 0
         while not killed or draw.random() < AGAIN:
             run = setting.start(kind, name, "--ckpt_path", "last")
-            sent = run.send_at(signal.SIGKILL, draw.uniform(0.0, duration), draw.randrange(PROCESSES.get(kind, 1)))
+            sent = run.send_at(
+                signal.SIGKILL, draw.uniform(0.0, setting.seconds[kind]), draw.randrange(PROCESSES.get(kind, 1))
+            )
             run.wait()
             killed = killed or sent
             loss = max(loss, lost(setting.folder / name))
@@ -85,10 +87,10 @@ def kill(setting: Setting, kind: str, times: int, draw: random.Random) -> Row:
     return row
 
 
-def in_phases(setting: Setting, kind: str, number: int) -> Row:
+def in_phases(setting: Setting, kind: str, number: int, phases: Sequence[str] = PHASES) -> Row:
     """Send a signal in each phase of a run: it must end with the right status, and resume exactly."""
     row, whole = Row(signal.Signals(number).name + ", in each phase", kind), setting.whole(kind)
-    for phase in PHASES:
+    for phase in phases:
         if phase in ("decoding", "judging", "updating") and not kind.startswith(("ppo", "trpo")):
             continue
         name = f"{kind}-{phase.replace(' ', '-')}-{number}"

@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -78,6 +78,8 @@ class Setting:
     """A folder with a tiny model, data, and runs."""
 
     folder: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    """The duration of the uninterrupted run of each kind, in seconds."""
 
     @cached_property
     def model(self) -> Path:
@@ -116,7 +118,7 @@ class Setting:
         """Return the folder of the run of a kind that is not interrupted, which runs when it is first asked for."""
         folder = self.folder / f"whole-{kind}"
         if not (folder / "export").exists():
-            self.start(kind, folder.name).end_well()
+            self.seconds[kind] = self.start(kind, folder.name).end_well()
         return folder
 
 

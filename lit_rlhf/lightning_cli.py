@@ -176,8 +176,10 @@ class CLI(LightningCLI):
         if PRINT_COMMENTS not in self.words:
             super().parse_arguments(parser, args)
             self._check_groups()
-            config = self.config[self.config.subcommand]
-            self.checkpoint, config.ckpt_path = config.get("ckpt_path"), None  # LightningCLI would read the whole file
+            command = self.config.get("subcommand")
+            config = self.config[command] if command else {}
+            if config.get("ckpt_path"):  # LightningCLI would read the whole file
+                self.checkpoint, config.ckpt_path = config.ckpt_path, None
             return
         printed = io.StringIO()
         try:
@@ -220,7 +222,7 @@ class CLI(LightningCLI):
                 number cannot be used.
         """
         config = self.config[self.subcommand]
-        config.ckpt_path = self.checkpoint
+        config.ckpt_path = self.checkpoint or config.ckpt_path
         if config.get("weights_only") is False:
             raise UserError("weights_only must be true or null, because a checkpoint could otherwise execute code")
         check_numbers(config)

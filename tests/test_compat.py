@@ -544,7 +544,7 @@ def test_datasets_reports_a_file_without_records(tmp_path):
 SOURCES = sorted(
     path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "compat.py" and "configs" not in path.parts
 )
-IN_THE_STANDARD_LIBRARY = {"_exit", "_replace"}  # documented members of os and of named tuples
+IN_THE_STANDARD_LIBRARY = {"_current_frames", "_exit", "_replace"}  # documented members of sys, os and named tuples
 
 
 def is_private(name: str) -> bool:

@@ -124,7 +124,7 @@ def test_config_files(older, capsys, prepare, patterns):
         ({"model__actor": "../" * 40 + "nowhere"}, [r"model\.actor", r"\.\./nowhere does not exist"]),
         ({"trainer__default_root_dir": "."}, [r"trainer\.default_root_dir", "own, not the working folder"]),
         ({"trainer__default_root_dir": ""}, [r"trainer\.default_root_dir", "own, not the working folder"]),
-        ({"trainer__default_root_dir": "prompts.jsonl"}, [r"trainer\.default_root_dir", "'prompts.jsonl'", "exists"]),
+        ({"trainer__default_root_dir": "prompts.jsonl"}, [r"trainer\.default_root_dir", r"prompts\.jsonl", "exists"]),
         ({"trainer__default_root_dir": "a" * 5000}, [r"trainer\.default_root_dir", "too long"]),
         ({"trainer__check_val_every_n_epoch": 0}, [r"trainer\.check_val_every_n_epoch", "1 or more", "null", "0"]),
         ({"trainer__devices": -3}, [r"trainer\.devices", "> 0"]),

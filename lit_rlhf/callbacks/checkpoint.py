@@ -102,7 +102,7 @@ class IterationCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Set the folder to ``checkpoints`` in the run's folder if none was given; read and write as `AnyCheckpoint` does.
+        """Set the folder to ``checkpoints`` in the run's folder if none was given; write as `AnyCheckpoint` does.
 
         A plugin of the user's own for checkpoints is left as it is.
         """
@@ -194,14 +194,13 @@ class IterationCheckpoint(ModelCheckpoint):
         improved = self.metric is not None and self._is_best(trainer, self.metric)
         if improved:
             self.best_iteration = iteration
-        minutes = (time.monotonic() - self._saved_at) / 60
-        if self.every_minutes is not None and minutes >= self.every_minutes:
-            self._request = max(self._request, _SAVE)
-        request = module.max_over_ranks(self._request)[0] if trainer.world_size > 1 else self._request
+        own, self._request = self._request, _NOTHING  # a signal during the save below counts in the next iteration
+        if self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes:
+            own = max(own, _SAVE)
+        request = module.max_over_ranks(own)[0] if trainer.world_size > 1 else own
         due = iteration % self.every_n == 0 or self._is_kept(iteration) or trainer.should_stop
         if due or improved or request:
             self._write(trainer, iteration)
-        self._request = _NOTHING
         if request == _INTERRUPT:
             raise KeyboardInterrupt
         if request == _TERMINATE:

@@ -43,9 +43,10 @@ def test_the_standard_deviation_in_two_parts():
     """Of 1, 2, 3 and 6 it is √3.5; large equal numbers have none, up to rounding, and one number has no deviation."""
     metrics = Metrics(torch.device("cpu"))
     for values in ([1.0, 2.0], [3.0, 6.0]):
-        metrics.update("std", StandardDeviation, torch.tensor(values))
-        metrics.update("equal", StandardDeviation, torch.full((3,), 1234.1))
-    metrics.update("one", StandardDeviation, torch.ones(1))
+        counts = torch.tensor([True, True, False])
+        metrics.update("std", StandardDeviation, torch.tensor([*values, torch.nan]), counts)
+        metrics.update("equal", StandardDeviation, torch.full((3,), 1234.1), torch.ones(3, dtype=torch.bool))
+    metrics.update("one", StandardDeviation, torch.ones(1), torch.ones(1, dtype=torch.bool))
     found = metrics.compute()
     assert found["std"] == pytest.approx(3.5**0.5)
     assert found["equal"] < 1e-6 * 1234.1
