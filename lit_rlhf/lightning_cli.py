@@ -177,9 +177,8 @@ class CLI(LightningCLI):
             super().parse_arguments(parser, args)
             self._check_groups()
             command = self.config.get("subcommand")
-            config = self.config[command] if command else {}
-            if config.get("ckpt_path"):  # LightningCLI would read the whole file
-                self.checkpoint, config.ckpt_path = config.ckpt_path, None
+            if command and self.config[command].get("ckpt_path"):  # LightningCLI would read the whole file
+                self.checkpoint, self.config[command].ckpt_path = self.config[command].ckpt_path, None
             return
         printed = io.StringIO()
         try:
