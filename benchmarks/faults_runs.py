@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import signal
 import sys
@@ -145,12 +146,13 @@ class Run:
 
     def send_at(self, number: int, second: float, rank: int = 0) -> bool:
         """Send a signal to a process when the run is so many seconds old; return whether the process still ran."""
-        time.sleep(max(0.0, self.start + second - time.monotonic()))
         process = self.processes[rank]
-        if not process.is_running():
-            return False
-        signal.pidfd_send_signal(_open(process.pid), number)
-        return True
+        while process.is_running():
+            if (late := time.monotonic() - self.start - second) >= 0:
+                signal.pidfd_send_signal(os.pidfd_open(process.pid), number)
+                return True
+            time.sleep(min(0.02, -late))
+        return False
 
     def wait(self, timeout: float = 240.0) -> list[preloaded.subprocess.CompletedProcess]:
         """Wait for the end of all processes, and return what each has done."""
@@ -161,12 +163,6 @@ class Run:
         for done in self.wait():
             assert done.returncode == 0, done.stderr[-3000:]
         return time.monotonic() - self.start
-
-
-def _open(pid: int) -> int:
-    import os
-
-    return os.pidfd_open(pid)
 
 
 def messages(stderr: str) -> list[str]:
