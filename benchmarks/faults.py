@@ -72,9 +72,10 @@ def kill(setting: Setting, kind: str, times: int, draw: random.Random) -> Row:
         name, killed, loss = f"{kind}-{row.tried}", False, 0
         while not killed or draw.random() < AGAIN:
             run = setting.start(kind, name, "--ckpt_path", "last")
-            sent = run.send_at(
-                signal.SIGKILL, draw.uniform(0.0, setting.seconds[kind]), draw.randrange(PROCESSES.get(kind, 1))
-            )
+            second, rank = draw.uniform(0.0, setting.seconds[kind]), draw.randrange(PROCESSES.get(kind, 1))
+            sent = run.send_at(signal.SIGKILL, second, rank)
+            if not sent:  # the machine is faster now
+                setting.seconds[kind] = time.monotonic() - run.start
             run.wait()
             killed = killed or sent
             loss = max(loss, lost(setting.folder / name))
