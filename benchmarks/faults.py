@@ -102,7 +102,10 @@ def in_phases(setting: Setting, kind: str, number: int, phases: Sequence[str] = 
         done = setting.start(kind, name, *words, PYTHONPATH=path_here()).wait()
         late = number == signal.SIGTERM and phase == "exporting"  # the run is complete
         status = 0 if late else TERMINATED if number == signal.SIGTERM else -number
-        failures = [f"{name}: status {one.returncode}, {one.stderr[-300:]}" for one in done if one.returncode != status]
+        right = {status} if number == signal.SIGTERM or len(done) == 1 else {status, 1}  # 1: another process has died
+        failures = [
+            f"{name}: status {one.returncode}, {one.stderr[-300:]}" for one in done if one.returncode not in right
+        ]
         loss = lost(setting.folder / name)
         if number == signal.SIGTERM and loss:
             failures.append(f"{name}: no checkpoint of the iteration in which the signal came")
