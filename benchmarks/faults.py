@@ -77,6 +77,8 @@ def kill(setting: Setting, kind: str, times: int, draw: random.Random) -> Row:
             sent = run.send_at(signal.SIGKILL, second, rank)
             if not sent:  # the machine is faster now
                 setting.seconds[kind] = time.monotonic() - run.start
+            elif len(run.processes) > 1:
+                run.end_like_torchrun()
             run.wait()
             killed = killed or sent
             loss = max(loss, lost(setting.folder / name))

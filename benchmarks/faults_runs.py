@@ -154,6 +154,14 @@ class Run:
             time.sleep(min(0.02, -late))
         return False
 
+    def end_like_torchrun(self, patience: float = 10.0) -> None:
+        """Wait until the processes have ended; those that have not some seconds later are killed, as torchrun does."""
+        end = time.monotonic() + patience
+        while any(process.is_running() for process in self.processes) and time.monotonic() < end:
+            time.sleep(0.05)
+        for process in self.processes:
+            process.kill()
+
     def wait(self, timeout: float = 240.0) -> list[preloaded.subprocess.CompletedProcess]:
         """Wait for the end of all processes, and return what each has done."""
         return [process.wait(timeout) for process in self.processes]
@@ -167,7 +175,8 @@ class Run:
 
 def messages(stderr: str) -> list[str]:
     """Return the lines of an output, except those that every run writes."""
-    usual = ("Seed set to", "Restoring states from", "Restored all states from")
+    usual = ("Seed set to", "[rank: 1] Seed set to", "Restoring states from", "Restored all states from", "-----")
+    usual += ("Initializing distributed", "distributed_backend", "All distributed processes registered")
     return [line for line in stderr.splitlines() if line and not line.startswith(usual)]
 
 
