@@ -13,7 +13,7 @@ from torch import nn
 from lit_rlhf import __version__
 from lit_rlhf.checkpoint_folders import DamagedError, check_files, read_index
 from lit_rlhf.compat import METADATA_FILE, read_distributed_checkpoint
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, some_of
 from lit_rlhf.files import remove, replacing
 
 NUMBERED = re.compile(r"iteration-(\d+)\.ckpt")
@@ -141,13 +141,9 @@ def check_belongs(module: Any, checkpoint: dict[str, Any], shapes: dict[str, tor
         if tuple(shapes[name]) != tuple(here[name]):
             raise UserError(f"{fits}: {name} has the shape {list(shapes[name])} there, and {list(here[name])} here")
     if module.strict_loading and (missing := sorted(here.keys() - shapes.keys())):
-        raise UserError(f"{fits}: it has no {_some(missing)}")
+        raise UserError(f"{fits}: it has no {some_of(missing)}")
     if module.strict_loading and (further := sorted(shapes.keys() - here.keys())):
-        raise UserError(f"{fits}: it also has {_some(further)}")
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        raise UserError(f"{fits}: it also has {some_of(further)}")
 
 
 def numbered(folder: Path) -> dict[int, Path]:

@@ -1,6 +1,7 @@
 """The one exception that the command line shows as a single line, without a traceback."""
 
 import re
+from collections.abc import Sequence
 
 LONGEST_WORD = 400
 """The number of characters of a message without a space that are shown, such as those of a very long option value."""
@@ -31,3 +32,12 @@ def one_line(message: str) -> str:
     line = re.sub(rf"(\S{{{LONGEST_WORD}}})\S+", r"\1…", line)
     half = LONGEST_MESSAGE // 2
     return line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} … {line[-half:]}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first of some names, and the number of the others, for a message.
+
+    >>> some_of(["head.weight"]), some_of(["head.weight", "head.bias"])
+    ('head.weight', 'head.weight and 1 more')
+    """
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

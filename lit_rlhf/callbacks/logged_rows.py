@@ -47,17 +47,7 @@ def continue_logs(
         iteration: The number of iterations of the checkpoint.
     """
     for logger in loggers:
-        steps: Steps | None
-        if isinstance(logger, CSVLogger):
-            steps = _truncate(logger, iteration)
-        elif isinstance(logger, TensorBoardLogger):
-            steps = _purge(logger, iteration)
-        elif isinstance(logger, WandbLogger):
-            steps = _in_wandb(logger)
-        elif isinstance(logger, MLFlowLogger):
-            steps = _in_mlflow(logger)
-        else:
-            continue
+        steps = _last_steps(logger, iteration)
         if steps is None:
             continue
         if isinstance(logger, WandbLogger | MLFlowLogger):
@@ -69,6 +59,17 @@ def continue_logs(
             if not isinstance(logger, MLFlowLogger) and _lacks(steps, [detail.name], detail.iteration):
                 detail.log(logger)
         logger.save()
+
+
+def _last_steps(logger: Logger, iteration: int) -> Steps | None:
+    """Return what a logger has, after files have dropped what is after an iteration; None if it is not known."""
+    if isinstance(logger, CSVLogger):
+        return _truncate(logger, iteration)
+    if isinstance(logger, TensorBoardLogger):
+        return _purge(logger, iteration)
+    if isinstance(logger, WandbLogger):
+        return _in_wandb(logger)
+    return _in_mlflow(logger) if isinstance(logger, MLFlowLogger) else None
 
 
 def keep_csv(loggers: Iterable[Logger]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, some_of
+from lit_rlhf.files import replacing
 from lit_rlhf.generation.collectives import gather
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.modules.forwards import response_logprobs
@@ -199,7 +199,7 @@ def check_weights(module: AlignmentModule) -> None:
     """
     bad = sorted({name for names in gather(not_finite_weights(module)) for name in names})
     if bad:
-        raise UserError(f"weights that are not finite: {_some(bad)}: nothing is exported; {OF_WEIGHTS}")
+        raise UserError(f"weights that are not finite: {some_of(bad)}: nothing is exported; {OF_WEIGHTS}")
 
 
 def _names(module: torch.nn.Module, tensors: Iterable[tuple[Tensor, Tensor | None]]) -> list[str]:
@@ -320,27 +320,21 @@ def _message(
     """Return the line with which a run stops."""
     good = "" if weights else f", {GOOD}"
     more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
-    causes = [f"weights that are not finite: {_some(weights)}"] if weights else []
+    causes = [f"weights that are not finite: {some_of(weights)}"] if weights else []
     if before == "step":
         causes.append(f"rows of the minibatch that give it: {rows or 'none alone'}")
-        causes += [f"gradients that are not finite: {_some(gradients)}"] if gradients and not rows else []
+        causes += [f"gradients that are not finite: {some_of(gradients)}"] if gradients and not rows else []
     found = "".join(f"; {cause}" for cause in causes)
     usual = OF_WEIGHTS if weights else next(text for start, text in USUAL_HELP if tensor.startswith(start))
     return f"{finding}: stopped before the {before}{good}{found}. {files[0]}{more} has the details; {usual}"
 
 
-def _some(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     text = json.dumps(_strict(content), ensure_ascii=False, allow_nan=False, indent=1)
     text = re.sub(r"\[\n\s+[^][{}]+\n\s+\]", lambda found: re.sub(r"\n\s+", " ", found[0]), text)  # a list in one line
-    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a character becomes its escape in JSON
-    os.replace(temporary, path)
+    with replacing(path) as new:
+        new.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a character becomes its escape in JSON
 
 
 def _strict(value: Any) -> Any:

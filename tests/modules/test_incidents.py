@@ -414,7 +414,8 @@ def test_the_file_is_strict_json(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_line(make_module, fit, tmp_path, capsys):
-    (tmp_path / "incident-2.tmp").mkdir()
+    folder = tmp_path / "run"
+    folder.write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"^rewards/WithGaps is nan"):
-        fit(make_module(rewards=[WithGaps(NAN)], iterations=3))
+        fit(make_module(rewards=[WithGaps(NAN)], iterations=3), default_root_dir=folder)
     assert "the file of the incident cannot be written: " in capsys.readouterr().out
