@@ -208,7 +208,7 @@ class _Check:
             return ""
         module, _, last = name.rpartition(".")
         known_module = module == "lit_rlhf" and last not in lit_rlhf.__all__
-        if not (known_module or re.fullmatch(r"[A-Za-z]\w*", name)) or last in self.classes or Path(name).exists():
+        if not (known_module or re.fullmatch(r"[A-Za-z]\w*", name)) or last in self.classes or os.path.exists(name):
             raise _Undecided
         return unknown_class(".".join(path), name, sorted(choices))
 

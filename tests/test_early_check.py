@@ -53,6 +53,7 @@ def folder(cache, tmp_path, monkeypatch):
         ("--config", "ppo", "--model.advantages", "GEA"),
         ("--config", "ppo", "--model.advantages", "lit_rlhf.GEA"),
         ("--config", "ppo", "--model.advantages.class_path", "GEA"),
+        ("--config", "ppo", "--model.engine.class_path", "w" * 300),  # too long for the name of a file
         ("--config", "ppo", "--model.rewards=[{class_path: RewardFunktion}]"),
         ("--config", "wrong.yaml"),
     ],
