@@ -112,6 +112,7 @@ class Bars:
     def open(self) -> None:
         """Begin to draw; text that is printed meanwhile appears above the bars."""
         self.exits.enter_context(self.live)
+        self.live.refresh()  # before other threads print
         self.exits.enter_context(_logging_to(sys.stderr))
 
     def advanced(self) -> None:
@@ -128,7 +129,10 @@ class Bars:
         self.exits.close()
 
     def render(self) -> Text:
-        """Return the lines to draw, none of which is wider than the terminal."""
+        """Return the two lines to draw, neither of which is wider than the terminal; the second one may be empty.
+
+        The number of lines must not change: a line that another thread prints while Rich redraws would be overwritten.
+        """
         course, width = self.course, self.console.width - 1
         label, bar = max(LABEL, len(course.label)), max(8, min(40, width // 4))
         texts = [course.duration()]
@@ -139,7 +143,7 @@ class Bars:
         if (below := self._below()) is not None:
             name, done, total, texts = below
             lines.append(self._line(name, label, done, total, bar, texts, width))
-        return Text("\n").join(lines)
+        return Text("\n").join(lines if below is not None else [*lines, Text(" ")])
 
     def _below(self) -> tuple[str, int, int | None, list[str]] | None:
         """Return the label, the amount done, the total amount and the texts of the second bar.

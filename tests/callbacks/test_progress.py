@@ -4,14 +4,16 @@ import re
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
+from rich.console import Console
 
 from lit_rlhf import DPO, ProgressBar, RewardFunction, RewardModeling, Summary
 from lit_rlhf.callbacks.terminal import Bars, Course, Lines, clock
 from lit_rlhf.generation import NativeEngine
 from lit_rlhf.modules import Update
-from lit_rlhf.progress import _listeners, listen, stop_listening, tell, track
+from lit_rlhf.progress import Progress, _listeners, listen, stop_listening, tell, track
 
 CONTROL = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|(\r)|(\n)")
 
@@ -115,6 +117,27 @@ def test_what_a_reward_prints_is_above_the_bars(terminal, make_module, fit, monk
     assert any(re.match(r"update +━+ \d/4 minibatches", line) for line in shown)
     left = [line for line in left if not line.startswith(("data: ", "rewards: "))]
     assert left == ["half a line, and 8 responses"] * 3
+
+
+def test_lines_of_another_thread_stay_while_the_second_bar_comes_and_goes(terminal, monkeypatch, request):
+    file, columns, written = terminal
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr("lit_rlhf.callbacks.terminal.REFRESH_PER_SECOND", 1000)
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    course = Course("iteration", 0, 10)
+    bars = Bars(course, Console(file=file, force_terminal=True, width=columns))
+    bars.open()
+    printer = threading.Thread(target=lambda: [print(f"line {number}") for number in range(300)])
+    printer.start()
+    while printer.is_alive():
+        course.hear(Progress("update", 1, 4, "minibatches"))
+        time.sleep(0.001)
+        course.work = None
+        time.sleep(0.001)
+    bars.close()
+    _, left = screens(written(), columns)
+    assert left == [f"line {number}" for number in range(300)]
 
 
 @pytest.mark.parametrize(
