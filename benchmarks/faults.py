@@ -128,7 +128,7 @@ def damage(setting: Setting, kind: str, draw: random.Random) -> Row:
         for one in setting.start(kind, f"damaged-{kind}", "--ckpt_path", str(path)).wait():
             lines = messages(one.stderr)
             if one.returncode != 1 or len(lines) != 1 or path.name not in lines[0]:
-                failures.append(f"{what}: status {one.returncode}: {one.stderr[-500:]}")
+                failures.append(f"{what}: status {one.returncode}: {lines}")
         if (path.parent / "ran").exists():
             failures.append(f"{what}: code from the checkpoint has run")
         row.add(failures)
@@ -183,7 +183,9 @@ def main() -> int:
                 draw = random.Random(f"{options.seed} {fault} {kind}")
                 for row in run(setting, fault, kind, options.times, draw):
                     rows.append(row)
-                    Console().print(table(rows[-1:]), *(text[:300] for text in row.failures[:5]), sep="\n")
+                    Console().print(
+                        table(rows[-1:]), *(text[:400] for text in row.failures[:5]), sep="\n", markup=False
+                    )
                     if options.json is not None:
                         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     Console().print(table(rows))

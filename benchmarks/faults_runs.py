@@ -175,7 +175,14 @@ class Run:
 
 def messages(stderr: str) -> list[str]:
     """Return the lines of an output, except those that every run writes."""
-    usual = ("Seed set to", "[rank: 1] Seed set to", "Restoring states from", "Restored all states from", "-----")
+    usual = (
+        "Seed set to",
+        "[rank: 0] Seed",
+        "[rank: 1] Seed",
+        "Restoring states from",
+        "Restored all states from",
+        "-----",
+    )
     usual += ("Initializing distributed", "distributed_backend", "All distributed processes registered")
     return [line for line in stderr.splitlines() if line and not line.startswith(usual)]
 

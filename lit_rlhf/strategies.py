@@ -121,9 +121,11 @@ class FSDP2(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None
+        if path.is_dir():
+            with self._refused_by_all():  # before any process reads what another one has to verify
+                verify(path, self.global_rank, self.world_size)
         with self._refused_by_all():
             if path.is_dir():
-                verify(path, self.global_rank, self.world_size)
                 check_belongs(self.lightning_module, read_plain(path / METADATA_FILE, path), shapes_in(path), path)
             else:
                 checkpoint = read_checkpoint(path)

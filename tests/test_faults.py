@@ -91,6 +91,16 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_offers_the_one_before(
     assert faults_runs.unequal(run, setting.whole("sft")) == []
 
 
+def test_a_file_that_another_process_verifies_is_missing(setting):
+    """Both processes refuse the folder, and neither reads the file before."""
+    folder = setting.folder / "incomplete.ckpt"
+    faults.shutil.copytree((setting.whole("ppo-fsdp2") / "checkpoints" / "last.ckpt").resolve(), folder)
+    (folder / "meta.pt").unlink()
+    for done in setting.start("ppo-fsdp2", "other", "--ckpt_path", str(folder)).wait():
+        refusal = f"lit-rlhf: error: the checkpoint {folder} cannot be used: meta.pt is missing"
+        assert (done.returncode, faults_runs.messages(done.stderr)) == (1, [refusal])
+
+
 def test_other_modules_and_models_are_refused(setting):
     of_dpo = setting.whole("dpo") / "checkpoints" / "last.ckpt"
     (done,) = setting.start("sft", "other", "--ckpt_path", str(of_dpo)).wait()
