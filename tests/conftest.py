@@ -39,6 +39,14 @@ LEFT_BEHIND = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_S
 """Environment variables that Lightning's strategies set; processes that a later test starts would inherit them."""
 
 
+LONGEST = ("test_faults", "test_many_processes", "test_ranks", "test_pages", "test_policy_gradient", "test_hostile_input")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that the workers end at about the same time."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Set the seed that `lit_rlhf.randomness` reads, and remove what earlier tests left in the environment."""

@@ -105,6 +105,7 @@ def test_from_the_command_line(tiny_model, tiny_prompts, tmp_path):
     words += ['--model.rewards=[{"class_path": "RewardFunction", "init_args": {"function": "rewards.py:zeros"}}]']
     words += ["--model.iterations", "4", "--model.sampling.max_tokens", "4", "--data", "Prompts"]
     words += ["--data.train", str(tiny_prompts), "--data.batch_size", "8", "--trainer.accelerator", "cpu"]
+    words += ["--report.at_end", "false"]
     warned = preloaded.run(*words, "--trainer.default_root_dir", "warned", cwd=tmp_path)
     assert warned.returncode == 0, warned.stderr
     assert len(warnings_in(warned.stdout)) == 1
