@@ -39,7 +39,7 @@ LEFT_BEHIND = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_S
 """Environment variables that Lightning's strategies set; processes that a later test starts would inherit them."""
 
 
-LONGEST = ("test_faults", "test_many_processes", "test_ranks", "test_pages", "test_policy_gradient", "test_hostile_input")
+LONGEST = ("test_faults", "test_many_processes", "test_ranks", "test_pages", "test_hostile_input")
 
 
 def pytest_collection_modifyitems(items):
