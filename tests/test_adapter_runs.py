@@ -116,7 +116,7 @@ def last(folder: Path) -> dict:
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.long) for kind in ("alone", "ddp")), "fsdp2"])
+@pytest.mark.parametrize("kind", ["alone", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("ddp", "fsdp2"))])
 def test_killed_and_resumed(runs, kind):
     """The continued run ends with the same bits as the uninterrupted one."""
     assert -signal.SIGKILL in runs.kill(kind)
