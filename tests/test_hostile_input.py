@@ -71,7 +71,7 @@ FILE = ["fit", "--config=c.yaml"]
         (put("c.yaml", "model: SFT\n#", "x" * 10**6), [r"c\.yaml", "262144 characters"]),
         (put("c.yaml", b"model: SFT\n# caf\xe9\n"), [r"c\.yaml, line 2", "UTF-8"]),
         (put("c.yaml", "model: SFT\n".encode("utf-16")), [r"c\.yaml, line 1", "UTF-8"]),
-        (put("c.yaml", gzip.compress(b"model: SFT\n")), [r"c\.yaml, line 1", "UTF-8"]),
+        (put("c.yaml", gzip.compress(b"model: SFT\n", mtime=0)), [r"c\.yaml, line 1", "UTF-8"]),
         (put("c.yaml", "model: SFT\n\0"), [r"c\.yaml, line 2", "not printable"]),
         (put("c.yaml", "model:\n\tclass_path: SFT\n"), [r"c\.yaml, line 2", r"'\\t'"]),
         (put("c.yaml", "model: SFT\n---\nmodel: DPO\n"), [r"c\.yaml", "another document"]),
@@ -150,7 +150,7 @@ def test_a_metric_that_does_not_exist(folder, capsys):
         ("x.jsonl", GOOD + b'{"prompt": "w1", "a": ' + b"[" * 10**4 + b"]" * 10**4 + b"}", ["line 2", "deeply"]),
         ("x.jsonl", GOOD + b"\0", ["line 2", "not JSON"]),
         ("x.jsonl", GOOD.decode().encode("utf-16"), ["line 1", "UTF-8"]),
-        ("x.jsonl", gzip.compress(GOOD), ["line 1", "UTF-8"]),
+        ("x.jsonl", gzip.compress(GOOD, mtime=0), ["line 1", "UTF-8"]),
         ("x.jsonl", b'{"prompt": "w1 \xed\xa0\x80"}', ["line 1", "UTF-8"]),
         ("x.jsonl", b'{"prompt": "w1", "a": ' + b"9" * 5000 + b"}", ["line 1", "4300 digits"]),
         ("x.jsonl", b'{"prompt": 1e400}', ["record 1", "text", "inf"]),
@@ -164,7 +164,7 @@ def test_a_metric_that_does_not_exist(folder, capsys):
         ("x.csv", b"prompt,b\nw1,2\nw1,2,3\n", [r"x\.csv", "line 3"]),
         ("x.csv", b"prompt\ncaf\xe9\n", [r"x\.csv", "utf-8"]),
         ("x.parquet", b"PAR1" + b"\0" * 99 + b"PAR1", [r"x\.parquet", "cannot be read as parquet"]),
-        ("x.jsonl.gz", gzip.compress(GOOD), [r"x\.jsonl\.gz", r"\.jsonl, "]),
+        ("x.jsonl.gz", gzip.compress(GOOD, mtime=0), [r"x\.jsonl\.gz", r"\.jsonl, "]),
     ],
 )
 def test_data_files(older, capsys, name, data, patterns):
