@@ -121,8 +121,8 @@ class FSDP2(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None
-        if path.is_dir():
-            with self._refused_by_all():  # before any process reads what another one has to verify
+        with self._refused_by_all():  # before any process reads what another one has to verify
+            if path.is_dir():
                 verify(path, self.global_rank, self.world_size)
         with self._refused_by_all():
             if path.is_dir():
