@@ -11,21 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 CASES = (
-    *(
-        "ppo",
-        "several",
-        "stopped",
-        "penalty",
-        "grpo",
-        "rloo",
-        "trpo",
-        "three",
-        "ahead",
-        "reward",
-        "sft",
-        "packed",
-        "dpo",
-    ),
+    *("ppo", "several", "stopped", "penalty", "grpo", "rloo", "trpo", "three", "ahead"),
+    *("reward", "sft", "packed", "dpo"),
 )
 SHARED = ("several", "grpo", "rloo", "reward", "dpo")
 """The cases with several texts that begin alike."""
@@ -34,13 +21,16 @@ WHOLE = "(?!lora).*"
 """A regular expression for the cases without adapters."""
 FEW_ADAPTERS = "(?!lora).*|lora (ppo|stacked|shared|half|half sft)"
 """A regular expression for these cases and, as the short form of those with adapters, some of them."""
-RUNS = (
-    ("ddp", 2, WHOLE),
-    pytest.param(("ddp", 4), marks=pytest.mark.long),
-    ("fsdp2", 2, FEW_ADAPTERS),
-    pytest.param(("fsdp2", 4, WHOLE), marks=pytest.mark.long),
-    pytest.param(("fsdp", 2, WHOLE), marks=pytest.mark.long),
-)
+FEW = "ppo|grpo|trpo|dapo|reward|packed"
+"""A regular expression for some of these cases."""
+RUNS = {
+    ("ddp", 2, FEW): (),
+    ("ddp", 4, ".*"): pytest.mark.long,
+    ("fsdp2", 2, FEW_ADAPTERS): (),
+    ("fsdp2", 4, WHOLE): pytest.mark.long,
+    ("fsdp", 2, WHOLE): pytest.mark.long,
+}
+"""Strategies, numbers of processes and cases, and the marks of these runs."""
 ADAPTER_RUNS = {
     ("fsdp2", 2, FEW_ADAPTERS): (),
     ("ddp", 2, "lora.*"): pytest.mark.long,
@@ -50,11 +40,11 @@ ADAPTER_RUNS = {
 """The runs with adapters, and their marks."""
 
 
-def with_adapters(*cases):
+def in_each(runs, *cases):
     """Run a test with each of the cases in every run that has it; without cases, once for each run."""
     found = [
         pytest.param(run, *case, marks=marks, id="-".join([*map(str, run[:2]), *case]))
-        for run, marks in ADAPTER_RUNS.items()
+        for run, marks in runs.items()
         for case in ([(name,) for name in cases if re.fullmatch(run[2], name)] if cases else [()])
     ]
     return pytest.mark.parametrize(("run", "case") if cases else "run", found)
@@ -86,13 +76,12 @@ def results(tiny_model, exported_adapter, prompt_file, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+@in_each(RUNS, *CASES)
 def test_same_weights_on_several_processes(results, case, run):
     assert_same(results("ddp", 1)[case], results(*run)[case])
 
 
-@pytest.mark.parametrize("run", RUNS[:-1], ids=lambda run: f"{run[0]}-{run[1]}")
+@in_each({run: marks for run, marks in RUNS.items() if run[0] != "fsdp"})
 def test_same_averages_and_draws_on_several_processes(results, run):
     """Averages are in the weights and, by validation, in the held-out metrics; FSDP1 refuses them."""
     alone = results("ddp", 1)["dapo"]
@@ -112,8 +101,7 @@ def apart(results):
         return results("ddp", 1, "|".join(SHARED))
 
 
-@pytest.mark.parametrize("case", SHARED)
-@pytest.mark.parametrize("run", [("ddp", 1), *RUNS], ids=lambda run: f"{run[0]}-{run[1]}")
+@in_each({("ddp", 1, WHOLE): (), **RUNS}, *SHARED)
 def test_shared_beginnings_change_nothing(results, apart, case, run):
     """Each step has the learning rate 1, so that the weights differ as the gradients do."""
     alone, shared = apart[case], results(*run)[case]
@@ -155,7 +143,7 @@ def test_the_iteration_changed_the_weights(results, tiny_model, case):
         assert (weights["actor.model.model.norm.weight"] - start).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("run", [("ddp", 2, WHOLE), ("fsdp2", 2, FEW_ADAPTERS)], ids=lambda run: f"{run[0]}-{run[1]}")
+@in_each({("ddp", 2, FEW): (), ("fsdp2", 2, FEW_ADAPTERS): ()})
 def test_hooks_get_the_rows_of_their_process_in_order(results, run):
     found = results(*run)["ppo"]
     score = pytest.approx(found["metrics"]["objective/score"])
@@ -163,7 +151,7 @@ def test_hooks_get_the_rows_of_their_process_in_order(results, run):
     assert found["hooks"] == [calls, calls]
 
 
-@with_adapters(*ADAPTERS)
+@in_each(ADAPTER_RUNS, *ADAPTERS)
 def test_same_adapters_on_several_processes(results, case, run):
     alone, spread = results("ddp", 1)[case], results(*run)[case]
     assert_same(alone, spread)
@@ -174,7 +162,7 @@ def test_same_adapters_on_several_processes(results, case, run):
     assert sum(float(weight.abs().max()) > 1e-6 for weight in trained) > 0.9 * len(trained)
 
 
-@with_adapters(*ADAPTERS, "lora half", "lora half sft")
+@in_each(ADAPTER_RUNS, *ADAPTERS, "lora half", "lora half sft")
 def test_what_is_trained_and_sharded(results, case, run):
     """The base is frozen and, with adapters of all roles, sharded; TRPO's actor is not, and its critic's head neither.
 
@@ -200,7 +188,7 @@ def test_what_is_trained_and_sharded(results, case, run):
 OWN_HEADS = ("critic.head.", "reward.head.", "actor.value_head.")
 
 
-@with_adapters()
+@in_each(ADAPTER_RUNS)
 def test_half_precision(results, run):
     """At first, the policy is exactly the reference and the old policy; SFT learns nearly what one process learns."""
     metrics = results(*run)["lora half"]["metrics"]
@@ -213,7 +201,7 @@ def test_half_precision(results, run):
     assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.95
 
 
-@with_adapters()
+@in_each(ADAPTER_RUNS)
 def test_same_export(results, run):
     """With the adapter that it started from, joined to one of twice the rank; the scaling, 16, is a factor in B."""
     results("ddp", 1), results(*run)

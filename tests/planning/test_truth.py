@@ -27,7 +27,7 @@ TEXT = " ".join(f"w{i % 32}" for i in range(40))
 CPU = Device("cpu", 24 * GB, None, None, None)
 METHODS = ["ppo", "shared critic", "grpo", "dpo", "reward", "sft"]
 ADAPTED = ["adapted ppo", "adapted sft"]
-SHORT = ["ppo", "sft", "adapted ppo"]
+SHORT = ["ppo", "adapted sft"]
 
 
 def adamw(parameters):
