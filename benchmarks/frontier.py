@@ -9,9 +9,10 @@ frontier_tasks.py describes the tasks. With --trl-python, TRL's trainers run, to
 same way, with the random numbers of the recipes that have batches of 64 prompts and one response to each, such as
 `ppo.yaml` (frontier_trl.py).
 
-*KL at the score of* another run, `ppo.yaml` or a trainer of TRL with the same seed, is the lowest KL at which a run
-reaches the score that the other ends with, as a fraction of the other's KL. The CPU seconds of TRL are those of its
-training alone; ours include loading and the measurements during the run.
+*Rise / √KL* is that of the score of the last policy. *KL at the score of* another run, `ppo.yaml` or a trainer of TRL
+with the same seed, is the lowest KL at which a run reaches the score that the other ends with, as a fraction of the
+other's KL. The CPU seconds of TRL are those of its training alone; ours include loading and the measurements during
+the run.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ A run whose number of iterations is not a multiple of the number of measurements
 SAMPLES = 64
 """The number of responses of the start to each held-out prompt; they give the curves of what needs no training."""
 TASKS = ("happy", "sentiment", "randomwalks", "quickstart")
-STEPWISE = ("reinforce", "a2c", "rloo")
+STEPWISE = ("reinforce", "a2c", "a3c", "rloo")
 """Recipes with one optimizer step in an iteration, which have three times the learning rate."""
 
 
@@ -69,7 +70,9 @@ class Variant(NamedTuple):
 VARIANTS = {
     **{f"{name}.yaml": Variant(name, {}) for name in ("ppo", "ppo_penalty", "a2c", "reinforce", "reinforce_pp")},
     **{f"{name}.yaml": Variant(name, {}) for name in ("grpo", "dr_grpo", "rloo", "trpo")},
+    "a3c.yaml": Variant("a3c", {"model.engine.workers": 0}),  # the same weights as with workers
     "ppo, λ = 0.7": Variant("ppo", {"model.advantages.lam": 0.7}),
+    "ppo, λ = 0.7, kl 0.2": Variant("ppo", {"model.advantages.lam": 0.7, "model.kl.coef": 0.2}),
     "ppo, λ = 0.95": Variant("ppo", {"model.advantages.lam": 0.95}),
     "ppo, 4 × 4 steps": Variant("ppo", {"model.update.epochs": 4, "model.update.minibatches": 4}),
     "ppo, constant rate": Variant("ppo", {"model.actor_scheduler": "null"}),
@@ -139,7 +142,10 @@ def options(variant: Variant, task: Task, seed: int, responses: int, folder: str
     }
     if variant.recipe != "trpo":
         values["model.actor_optimizer.lr"] = rate
-    if config["model"]["init_args"].get("critic") is not None:
+    critic = config["model"]["init_args"].get("critic")
+    if critic == "shared":
+        values["model.critic_optimizer.lr"] = 10 * task.critic_rate  # of its head alone
+    elif critic is not None:
         values["model.critic_optimizer.lr"] = task.critic_rate
         values["model.critic"] = "actor" if task.reward_model is None else "reward"  # as in TRL
     return ["fit", *(f"--{name}={value}" for name, value in (values | variant.options).items())]
@@ -192,8 +198,11 @@ def measure(arguments: argparse.Namespace) -> None:
         settings = itertools.product(range(1, arguments.seeds + 1), tasks, arguments.variants)
         wanted = [(task, name, seed) for seed, task, name in settings if (task, name, seed) not in done]
         with ProcessPoolExecutor(arguments.jobs) as pool:
-            asked = [pool.submit(run, tasks[task], name, seed, arguments) for task, name, seed in wanted]
-            for (task_name, name, seed), future in zip(wanted, asked, strict=True):
+            asked = {
+                pool.submit(run, tasks[task], name, seed, arguments): (task, name, seed) for task, name, seed in wanted
+            }
+            for future in as_completed(asked):
+                task_name, name, seed = asked[future]
                 results["runs"].append({"task": task_name, "variant": name, "seed": seed} | future.result())
                 path.write_text(json.dumps(results))
                 print(json.dumps(results["runs"][-1]), file=sys.stderr, flush=True)
@@ -213,6 +222,12 @@ def kl_ratio(result: dict[str, Any], rival: dict[str, Any]) -> float:
     """Return the KL at which a run reaches the rival's last score, divided by the rival's last KL; inf if never."""
     end = path_of(rival)[-1]
     return kl_at_score(path_of(result), end.score) / end.kl
+
+
+def efficiency(result: dict[str, Any]) -> float:
+    """Return by how much the score has risen at the end of a run, divided by the root of the KL."""
+    start, *_, end = path_of(result)
+    return (end.score - start.score) / math.sqrt(max(end.kl, 1e-6))
 
 
 def curve(scores: torch.Tensor) -> list[tuple[str, Point, str]]:
@@ -235,18 +250,21 @@ def table(results: dict[str, Any]) -> str:
     """Return the means over the seeds in Markdown."""
     measured = {result["variant"] for result in results["runs"]}
     rivals = [name for name in ("ppo.yaml", *frontier_trl.TRAINERS) if name in measured]
-    heads = ["task", "policy", "score", "KL", "length", "distinct bigrams", "self-similarity", "CPU s"]
+    heads = ["task", "policy", "score", "KL", "length", "distinct bigrams", "self-similarity", "rise / √KL", "CPU s"]
     heads += [*(f"KL at the score of {rival} (seeds)" for rival in rivals), "effective samples"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for task, scores in results["start"].items():
         for name, point, effective in curve(torch.tensor(scores)):
-            cells = [task, name, f"{point.score:.3f}", f"{point.kl:.2f}", *[""] * (4 + len(rivals)), effective]
+            cells = [task, name, f"{point.score:.3f}", f"{point.kl:.2f}", *[""] * (5 + len(rivals)), effective]
             lines.append(f"| {' | '.join(cells)} |")
         runs = [result for result in results["runs"] if result["task"] == task]
-        for name in dict.fromkeys(result["variant"] for result in runs):
+        for name in (*VARIANTS, *frontier_trl.TRAINERS):
             found = [result for result in runs if result["variant"] == name]
+            if not found:
+                continue
             last = [result["points"][-1] for result in found]
             cells = [f"{statistics.mean(p[key] for p in last):.{digits}f}" for key, digits in DIGITS.items()]
+            cells.append(f"{statistics.mean(map(efficiency, found)):.2f}")
             cells.append(f"{statistics.mean(result['seconds'] for result in found):.0f}")
             cells += [compared(found, [result for result in runs if result["variant"] == rival]) for rival in rivals]
             lines.append(f"| {' | '.join([task, name, *cells, ''])} |")

@@ -38,7 +38,7 @@ class Task(NamedTuple):
     reward_model: str | None = None  # a model folder; its scores are normalised
     function: str | None = None  # FILE.py:NAME, which needs nothing of lit-rlhf
     truncation_penalty: float = 0.0  # in units of the score
-    rate: float = 3e-4  # the learning rate of an actor with several optimizer steps in an iteration
+    rate: float = 1e-4  # the learning rate of an actor with several optimizer steps in an iteration
     critic_rate: float = 1e-3  # the learning rate of the critic
 
     def rewards(self) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ def randomwalks(folder: Path, iterations: int | None = None) -> Task:
         }
         quietly(["fit", *(f"--{name}={value}" for name, value in values.items())])
     source = f"{file}:prompts"
-    return Task(str(folder / "export"), source, source, 11, function=f"{file}:optimality", rate=1e-4)
+    return Task(str(folder / "export"), source, source, 11, function=f"{file}:optimality")
 
 
 def quickstart(folder: Path, iterations: int | None = None) -> Task:
@@ -110,7 +110,6 @@ def quickstart(folder: Path, iterations: int | None = None) -> Task:
         max_tokens=64,
         reward_model=str(folder / "reward" / "export"),
         truncation_penalty=1.0,
-        rate=1e-4,
         critic_rate=5e-4,
     )
 

@@ -3,8 +3,8 @@
     python benchmarks/recipes.py            # prints the table
     python benchmarks/recipes.py --write    # also puts it into docs/algorithms.md
 
-The recipes are those of configs/; this script sets only the model, the task, the learning rates and the KL coefficient
-(to 0, so that the optimum is the optimum of the task).
+The recipes are those of configs/; this script sets only the model, the task, the learning rates or the size of the
+trust region, and the KL coefficient (to 0, so that the optimum is the optimum of the task).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from lit_rlhf.cli import main  # noqa: E402
 
 RECIPES = ("reinforce", "reinforce_pp", "a2c", "a3c", "ppo_penalty", "ppo", "trpo", "grpo", "dr_grpo", "rloo")
 STEPS = {"bandit": 1, "chain": 4}
-RATE = 1e-2
+RATE, MAX_KL = 1e-2, 0.02
 GOAL, HELD = 0.95, 5
 
 
@@ -63,7 +63,9 @@ def options(recipe: str, world: str, seed: int, iterations: int, folder: str, go
             {"class_path": "worlds.Watch", "init_args": {"world": world, "goal": goal, "held": HELD}}
         ),
     }
-    if recipe != "trpo":
+    if recipe == "trpo":
+        values["model.region.max_kl"] = MAX_KL
+    else:
         values["model.actor_optimizer.lr"] = RATE
     if recipe in ("a2c", "a3c", "ppo", "ppo_penalty", "trpo"):
         values["model.critic_optimizer.lr"] = RATE
