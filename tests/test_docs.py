@@ -21,6 +21,7 @@ from lit_rlhf.progress import listen, stop_listening
 from lit_rlhf.rewards import RemoteReward, make_reward_inputs
 from lit_rlhf.testing import Recorder
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
 SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "lit_rlhf").rglob("*.py"))

@@ -28,6 +28,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # which pytest needs there
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 OUTPUTS = {"text": "what a run printed", "mermaid": "a drawing", "json": "records, which tests/data/test_page.py reads"}
 OTHER_PROGRAMS = {"ruff", "mypy", "mkdocs", "srun", "apt-get", "wandb"}
 """Programs whose commands are not checked; of srun, the command that it starts is."""

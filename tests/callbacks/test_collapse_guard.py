@@ -12,6 +12,7 @@ from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.testing import Recorder, assert_exact_resume, tiny_ppo
 from lit_rlhf.testing.runs import as_reward, tiny_data, train
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 HEALTHY = {
     "objective/entropy": 2.0,
     "objective/score": 0.5,

@@ -10,6 +10,7 @@ from lit_rlhf.callbacks import IterationCheckpoint, KLGuard
 from lit_rlhf.checkpoints import read_checkpoint
 from lit_rlhf.testing import Recorder
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 EVERY_TWO = {"validation": True, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 

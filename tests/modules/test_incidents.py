@@ -29,6 +29,7 @@ from lit_rlhf.generation.sampling import draw
 from lit_rlhf.modules import incidents
 from lit_rlhf.testing.runs import low_words
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 NAN, INFINITY = float("nan"), float("inf")
 FIRST_PAIR = {"prompt": "w1", "chosen": " w2", "rejected": " w3"}
 BAD_PAIR = {"prompt": "w4 w5", "chosen": " w30 w7", "rejected": " w9 w9 w8"}

@@ -15,6 +15,7 @@ from lit_rlhf.cli import main
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards import ChatEndpoint, Judge, PairwiseJudge, make_reward_inputs
 
+pytestmark = pytest.mark.usefixtures("without_plans")
 KEY = "s3cr3t-0123456789"
 QUOTATION = re.compile(r"<(\w+)-([0-9a-f]{8})>\n(.*?)\n</\1-\2>", flags=re.DOTALL)
 
