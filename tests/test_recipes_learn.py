@@ -11,15 +11,18 @@ recipes, worlds = (pytest.importorskip(name) for name in ("recipes", "worlds"))
 pytestmark = pytest.mark.usefixtures("without_plans")
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def in_short(names, some):
+    """Return parameters of which only some are in the short form of a test."""
+    return [pytest.param(name, marks=() if name in some else pytest.mark.long) for name in names]
+
+
+@pytest.mark.parametrize("recipe", in_short(recipes.RECIPES, ("reinforce", "a3c", "ppo", "trpo", "grpo")))
 def test_one_token_of_three(recipe, monkeypatch):
     preloaded.fork_workers(monkeypatch.setattr)
     assert recipes.reached(recipes.run(recipe, "bandit", seed=1, iterations=40)) is not None
 
 
-@pytest.mark.parametrize(
-    "recipe", ["grpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("ppo", "reinforce"))]
-)
+@pytest.mark.parametrize("recipe", in_short(("grpo", "ppo", "reinforce"), ("grpo",)))
 def test_steps_of_a_markov_chain(recipe):
     shares = recipes.run(recipe, "chain", seed=1, iterations=80)
     assert shares[0] < 0.5

@@ -21,7 +21,7 @@ WHOLE = "(?!lora).*"
 """A regular expression for the cases without adapters."""
 FEW_ADAPTERS = "(?!lora).*|lora (ppo|stacked|shared|half|half sft)"
 """A regular expression for these cases and, as the short form of those with adapters, some of them."""
-FEW = "ppo|grpo|trpo|dapo|reward|packed"
+FEW = "ppo|grpo|dapo|packed"
 """A regular expression for some of these cases."""
 RUNS = {
     ("ddp", 2, FEW): (),
