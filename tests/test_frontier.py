@@ -158,6 +158,21 @@ def test_the_judge_in_trls_process_calls_a_function_with_texts(walks):
     assert judge.means == [0.5]  # without the penalty
 
 
+def test_a_critic_on_the_actors_trunk_stays_there(walks):
+    """Its head, which is new, has a larger learning rate than a critic that starts from a model."""
+    given = {
+        name: dict(word.removeprefix("--").split("=", 1) for word in frontier.options(variant, walks, 1, 64, "run")[1:])
+        for name, variant in frontier.VARIANTS.items()
+    }
+    assert given["ppo.yaml"]["model.critic"] == "actor"
+    assert float(given["ppo.yaml"]["model.critic_optimizer.lr"]) == walks.critic_rate
+    for name in ("a2c.yaml", "a3c.yaml"):
+        assert "model.critic" not in given[name]
+        assert float(given[name]["model.critic_optimizer.lr"]) == pytest.approx(10 * walks.critic_rate)
+        assert float(given[name]["model.actor_optimizer.lr"]) == pytest.approx(3 * walks.rate)
+    assert "model.critic_optimizer.lr" not in given["rloo.yaml"]
+
+
 def test_the_arguments_of_trls_process(walks, tmp_path):
     trl_train = pytest.importorskip("trl_train")
     model = walks._replace(reward_model="reward", function=None, truncation_penalty=1.0)
