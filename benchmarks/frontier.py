@@ -246,10 +246,15 @@ def curve(scores: torch.Tensor) -> list[tuple[str, Point, str]]:
     return found
 
 
+def names_of(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the variants and trainers that have runs, in the order in which they are listed above."""
+    found = {result["variant"] for result in runs}
+    return [name for name in (*VARIANTS, *frontier_trl.TRAINERS) if name in found]
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the means over the seeds in Markdown."""
-    measured = {result["variant"] for result in results["runs"]}
-    rivals = [name for name in ("ppo.yaml", *frontier_trl.TRAINERS) if name in measured]
+    rivals = [name for name in names_of(results["runs"]) if name == "ppo.yaml" or name in frontier_trl.TRAINERS]
     heads = ["task", "policy", "score", "KL", "length", "distinct bigrams", "self-similarity", "rise / √KL", "CPU s"]
     heads += [*(f"KL at the score of {rival} (seeds)" for rival in rivals), "effective samples"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -258,10 +263,8 @@ def table(results: dict[str, Any]) -> str:
             cells = [task, name, f"{point.score:.3f}", f"{point.kl:.2f}", *[""] * (5 + len(rivals)), effective]
             lines.append(f"| {' | '.join(cells)} |")
         runs = [result for result in results["runs"] if result["task"] == task]
-        for name in (*VARIANTS, *frontier_trl.TRAINERS):
+        for name in names_of(runs):
             found = [result for result in runs if result["variant"] == name]
-            if not found:
-                continue
             last = [result["points"][-1] for result in found]
             cells = [f"{statistics.mean(p[key] for p in last):.{digits}f}" for key, digits in DIGITS.items()]
             cells.append(f"{statistics.mean(map(efficiency, found)):.2f}")
@@ -297,7 +300,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         best = [point for name, point, _ in curve(torch.tensor(results["start"][task])) if name.startswith("best")]
         axis.plot([p.kl**0.5 for p in best], [p.score for p in best], "k.-", label="best of n of the start")
         runs = [result for result in results["runs"] if result["task"] == task]
-        for number, name in enumerate(dict.fromkeys(result["variant"] for result in runs)):
+        for number, name in enumerate(names_of(results["runs"])):  # one colour in all panels
             for result in (result for result in runs if result["variant"] == name):
                 points, label = path_of(result), name if result["seed"] == 1 else None
                 roots = [max(point.kl, 0.0) ** 0.5 for point in points]
