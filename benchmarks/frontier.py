@@ -304,7 +304,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             for result in (result for result in runs if result["variant"] == name):
                 points, label = path_of(result), name if result["seed"] == 1 else None
                 roots = [max(point.kl, 0.0) ** 0.5 for point in points]
-                axis.plot(roots, [point.score for point in points], color=f"C{number % 10}", alpha=0.6, label=label)
+                style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+                axis.plot(roots, [point.score for point in points], **style, alpha=0.6, label=label)
         axis.set(title=task, xlabel="√KL to the start, √nats per response")
     axes[0][0].set_ylabel("score on held-out prompts")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
