@@ -12,6 +12,8 @@ from lit_rlhf.compat import block_weight, multiply_by_blocks, selected_adapters
 from lit_rlhf.models.adapters import adapted_layers, merged_weight, selected_by, whole_model
 from lit_rlhf.models.sharding import is_sharded
 
+PACKED_ELEMENTS = 2**16
+"""The minimum number of elements of a weight that is packed; PyTorch's own products with smaller ones are faster."""
 MOVED_BYTES = 2**20
 """The minimum size, in bytes, of a base layer's weight that is moved into blocks instead of being copied.
 
@@ -28,7 +30,7 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     copies need as much memory as weights of that precision. A large frozen weight below adapters is not copied if it
     already has that precision: it is moved, and moved back unchanged at the end, unless the model is sharded or an
     adapter uses DoRA. No gradients are computed inside the context. Only weights on the CPU that are used in float32 or
-    bfloat16 are packed.
+    bfloat16 are packed, and of layers without adapters only weights of at least ``PACKED_ELEMENTS`` elements.
 
     Args:
         model: The model, or a view of a base with adapters. Its weights must not change inside the context, and only
@@ -124,7 +126,7 @@ def _linear_layers(model: nn.Module, may_move: bool) -> Iterator[tuple[Any, nn.L
     adapted: list[Any] = adapted_layers(model)
     inside = {id(part) for layer in adapted for part in layer.modules() if part is not layer}
     for module in model.modules():
-        if type(module) is nn.Linear and id(module) not in inside and _can_be_packed(module.weight):
+        if type(module) is nn.Linear and id(module) not in inside and _is_large_enough(module.weight):
             yield module, module
     for layer in adapted:
         base = layer.get_base_layer()
@@ -147,6 +149,10 @@ def _can_be_moved(layer: Any, weight: Tensor) -> bool:
     """
     is_dora = any(name in layer.lora_variant for name in selected_adapters(layer))
     return weight.nbytes >= MOVED_BYTES and weight.dtype == _compute_dtype(weight) and not is_dora
+
+
+def _is_large_enough(weight: Tensor) -> bool:
+    return weight.numel() >= PACKED_ELEMENTS and _can_be_packed(weight)
 
 
 def _can_be_packed(weight: Tensor) -> bool:

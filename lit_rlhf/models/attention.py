@@ -68,14 +68,27 @@ def _attend_to_cache(
     """Compute attention to cached keys and values, [B, heads, N, D] → [B, N, heads, D].
 
     In a decoding step, the heads of a group, which share keys and values, become the queries of a single head. Every
-    key and value is then read once; transformers repeats keys and values for each head if the step is compiled.
+    key and value is then read once; transformers repeats keys and values for each head.
     """
-    groups = query.shape[1] // key.shape[1]
-    if mask is None or groups == 1 or query.shape[2] > 1:
+    if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
-    grouped = query.reshape(len(query), key.shape[1], groups, query.shape[3])
-    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=options["scaling"])
+    grouped = query.reshape(len(query), key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
+    attend = _one_query_by_products if query.device.type == "cpu" else F.scaled_dot_product_attention
+    out = attend(grouped, key, value, attn_mask=mask, scale=options["scaling"])
     return out.reshape(len(query), 1, query.shape[1], value.shape[3]), None
+
+
+def _one_query_by_products(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Compute the same as ``scaled_dot_product_attention``, for few queries of many rows on a CPU.
+
+    Torch's function divides the work among threads so badly that two take longer than one.
+    """
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(2, 3)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value
 
 
 @torch.compiler.disable  # otherwise there would be a graph for every number of texts

@@ -12,6 +12,11 @@ from lit_rlhf.models.adapters import AdapterView, LoRA, adapted_layers, adapter_
 from lit_rlhf.models.precision import store_in_bfloat16
 
 
+@pytest.fixture(autouse=True)
+def small_weights_are_packed(monkeypatch):
+    monkeypatch.setattr(packing, "PACKED_ELEMENTS", 0)
+
+
 @pytest.fixture
 def layers():
     torch.manual_seed(0)
@@ -39,6 +44,13 @@ def test_in_the_precision_of_autocast(layers):
             found = layers(x)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+@torch.no_grad()
+def test_small_weights_are_not_packed(monkeypatch, layers):
+    monkeypatch.setattr(packing, "PACKED_ELEMENTS", 24 * 40)
+    with packed_weights(layers, 2):
+        assert [name for name, layer in layers.named_modules() if "forward" in vars(layer)] == ["0"]
 
 
 def test_the_layers_are_restored(layers):

@@ -285,3 +285,13 @@ def test_a_compiled_decoding_step_does_not_repeat_keys(tiny_model):
     repeated = keys.repeat_interleave(groups, 1)
     expected = torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(50) > 20, torch.arange(50).float().neg()])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_of_one_query_by_products(mask, scale):
+    query, key, value = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 50, 8), torch.randn(3, 4, 50, 8)
+    mask = None if mask is None else mask.expand(3, 1, 1, 50)
+    found = attention._one_query_by_products(query, key, value, mask, scale)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
