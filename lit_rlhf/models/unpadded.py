@@ -5,6 +5,7 @@ the responses to one prompt, begin alike: the row holds their common beginning o
 follows it in each text attends to it and to itself.
 """
 
+import json
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from lit_rlhf.models.weights import with_weights
 
 _NOT_SUPPORTED = (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError)
 """The errors of a model that another attention does not fit."""
+_NAMES = ("_name_or_path", "architectures")
+"""The fields of a configuration that say where a model comes from, not how it computes."""
+_fits: dict[tuple[type, str], bool] = {}
+"""Whether the attention of attention.py fits the models of a class and a configuration that have been tried so far."""
 
 
 class HiddenStates(NamedTuple):
@@ -113,14 +118,17 @@ def use_unpadded_attention(model: PreTrainedModel) -> None:
     """Make a model use the attention of attention.py if that leaves the model's output unchanged.
 
     The output would change for models that add something to causal or sliding-window softmax attention (ALiBi, soft
-    caps, attention sinks), and for state-space models.
+    caps, attention sinks), and for state-space models. A process tries it once for all models of a configuration.
     """
     if not may_be_unpadded(model):
         return
     before = attention_of(model.config)
-    tried = with_weights(model)
-    fits = keeps_texts_apart(tried, UNPADDED) and _continues_beginnings(tried)
-    model.set_attn_implementation(UNPADDED if fits else before)
+    options = {name: value for name, value in model.config.to_dict().items() if name not in _NAMES}
+    key = type(model), json.dumps(options, sort_keys=True, default=str)
+    if key not in _fits:
+        tried = with_weights(model)
+        _fits[key] = keeps_texts_apart(tried, UNPADDED) and _continues_beginnings(tried)
+    model.set_attn_implementation(UNPADDED if _fits[key] else before)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_rlhf.models import attention
+from lit_rlhf.models import attention, unpadded
 from lit_rlhf.models.attention import UNPADDED
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.models.unpadded import is_unpadded, last_hidden_state, use_unpadded_attention
@@ -117,6 +117,7 @@ def test_a_model_that_cannot_continue_a_beginning_keeps_its_attention(tiny_model
     model.set_attn_implementation("sdpa")
     attend = attention._attend_within
     monkeypatch.setattr(attention, "_attend_within", lambda *inputs: attend(*inputs[:-1], None))  # without keys
+    monkeypatch.setattr(unpadded, "_fits", {})
     use_unpadded_attention(model)
     assert model.config._attn_implementation == "sdpa"
 
@@ -186,6 +187,15 @@ def test_models_with_soft_caps_keep_their_attention(tiny_model):
               "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     model = load_model(RandomWeights(config=config, tokenizer=str(tiny_model("llama"))))
     assert not is_unpadded(model.base_model)
+
+
+def test_the_attention_is_tried_once_for_each_configuration(tiny_model, monkeypatch):
+    tried = []
+    monkeypatch.setattr(unpadded, "_fits", {})
+    monkeypatch.setattr(unpadded, "keeps_texts_apart", lambda model, attention: tried.append(type(model).__name__))
+    for task, seed in (("causal", 0), ("causal", 1), ("score", 2)):
+        load_model(str(tiny_model("llama", task=task, seed=seed)), task)
+    assert tried == ["LlamaForCausalLM", "LlamaForSequenceClassification"]
 
 
 def test_leaving_out_padding_twice_changes_nothing(tiny_model):
