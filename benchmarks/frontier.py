@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -80,6 +79,8 @@ VARIANTS = {
     "ppo, critic warmed up": Variant("ppo", {"model.update.critic_warmup": 5}),
     "ppo, batches of 256": Variant("ppo", {"data.batch_size": 256}),
 }
+RECIPES = [name for name in VARIANTS if name.endswith(".yaml")]
+"""The variants that run by default."""
 
 
 class _Scores(lightning.Callback):
@@ -184,6 +185,11 @@ def make_tasks(arguments: argparse.Namespace, folder: Path) -> dict[str, Task]:
     return {name: made[name]() for name in arguments.tasks}
 
 
+def variants_of(task: Task, arguments: argparse.Namespace) -> list[str]:
+    """Return the variants that run on a task: those asked for or, by default, the recipes and the task's rivals."""
+    return arguments.variants or [*RECIPES, *(task.rivals if arguments.trl_python else ())]
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """Measure what the file does not hold yet, and add each result to it."""
     path: Path = arguments.json
@@ -195,8 +201,9 @@ def measure(arguments: argparse.Namespace) -> None:
                 results["start"][name] = scores_of_start(task, arguments.samples).tolist()
                 path.write_text(json.dumps(results))
         done = {(r["task"], r["variant"], r["seed"]) for r in results["runs"]}
-        settings = itertools.product(range(1, arguments.seeds + 1), tasks, arguments.variants)
-        wanted = [(task, name, seed) for seed, task, name in settings if (task, name, seed) not in done]
+        chosen = [(name, variant) for name, task in tasks.items() for variant in variants_of(task, arguments)]
+        settings = [(*names, seed) for seed in range(1, arguments.seeds + 1) for names in chosen]
+        wanted = [setting for setting in settings if setting not in done]
         with ProcessPoolExecutor(arguments.jobs) as pool:
             asked = {
                 pool.submit(run, tasks[task], name, seed, arguments): (task, name, seed) for task, name, seed in wanted
@@ -319,8 +326,15 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--reviews", type=Path, help="labelled sentences, for the task sentiment")
     parser.add_argument("--models", type=Path, help="keep the models of the tasks in this folder, and use those in it")
     parser.add_argument("--trl-python", type=Path, help="the Python of an environment with TRL (README.md)")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, help="default: happy and, with --reviews, sentiment")
-    parser.add_argument("--variants", nargs="*", choices=(*VARIANTS, *frontier_trl.TRAINERS))
+    parser.add_argument(
+        "--tasks", nargs="*", choices=TASKS, help="default: sentiment (happy without --reviews) and randomwalks"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=(*VARIANTS, *frontier_trl.TRAINERS),
+        help="default: the recipes and, with --trl-python, TRL's PPO or, for randomwalks, its GRPO and RLOO",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--responses", type=int, default=RESPONSES, help="the number of responses in a run")
@@ -330,10 +344,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="also draw the frontier to this file; needs matplotlib")
     parser.add_argument("--json", type=Path, default=Path("frontier.json"))
     arguments = parser.parse_args(words)
-    arguments.tasks = arguments.tasks or ["happy", *(["sentiment"] if arguments.reviews else [])]
-    arguments.variants = arguments.variants or [*VARIANTS, *(frontier_trl.TRAINERS if arguments.trl_python else ())]
+    arguments.tasks = arguments.tasks or ["sentiment" if arguments.reviews else "happy", "randomwalks"]
     if not arguments.table:
-        needed = [name for name in arguments.variants if name in frontier_trl.TRAINERS]
+        needed = [name for name in arguments.variants or () if name in frontier_trl.TRAINERS]
         if needed and not arguments.trl_python:
             parser.error(f"--trl-python is missing: {needed[0]} needs it")
         if not arguments.stories and {"happy", "sentiment"} & set(arguments.tasks):

@@ -40,6 +40,7 @@ class Task(NamedTuple):
     truncation_penalty: float = 0.0  # in units of the score
     rate: float = 1e-4  # the learning rate of an actor with several optimizer steps in an iteration
     critic_rate: float = 1e-3  # the learning rate of the critic
+    rivals: tuple[str, ...] = ("TRL PPO, kl 0.05", "TRL PPO, kl 0.2")  # the trainers of TRL that run by default
 
     def rewards(self) -> list[dict[str, Any]]:
         """Return the rewards as a configuration gives them."""
@@ -92,7 +93,8 @@ def randomwalks(folder: Path, iterations: int | None = None) -> Task:
         }
         quietly(["fit", *(f"--{name}={value}" for name, value in values.items())])
     source = f"{file}:prompts"
-    return Task(str(folder / "export"), source, source, 11, function=f"{file}:optimality")
+    function, rivals = f"{file}:optimality", ("TRL GRPO", "TRL RLOO")
+    return Task(str(folder / "export"), source, source, 11, function=function, rivals=rivals)
 
 
 def quickstart(folder: Path, iterations: int | None = None) -> Task:

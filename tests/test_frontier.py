@@ -200,6 +200,14 @@ def test_the_table_compares_runs_with_those_of_trl():
     assert cells[rival] == "1.00 (1 of 1)"
 
 
+def test_the_variants_that_run_by_default(walks):
+    default, asked = (argparse.Namespace(variants=names, trl_python="python") for names in (None, ["ppo, full KL"]))
+    assert frontier.variants_of(walks, default)[-2:] == ["TRL GRPO", "TRL RLOO"]
+    assert frontier.variants_of(walks._replace(rivals=()), default) == frontier.RECIPES
+    assert frontier.variants_of(walks, asked) == ["ppo, full KL"]
+    assert len(frontier.RECIPES) == 10
+
+
 def test_trls_trainers_need_trls_environment(capsys):
     with pytest.raises(SystemExit):
         frontier.main(["--tasks", "randomwalks", "--variants", "TRL GRPO"])
@@ -216,7 +224,7 @@ def test_the_benchmark_in_miniature(tiny_model, tmp_path, monkeypatch, capsys):
     reviews.write_text("\n".join(json.dumps({"text": f"w{i} w{i + 8} w1", "label": i % 2}) for i in range(8)))
     words = ["--stories", str(tiny_model("llama")), "--reviews", str(reviews), "--json", str(measured), "--seeds", "1"]
     small = ["--responses", "64", "--samples", "2", "--model-iterations", "2"]
-    frontier.main([*words, *small, "--variants", "ppo.yaml"])
+    frontier.main([*words, *small, "--variants", "ppo.yaml", "--tasks", "happy", "sentiment"])
     frontier.main([*words, *small, "--variants", "ppo, full KL", "--tasks", "happy"])  # adds to the file
     results = json.loads(measured.read_text())
     ran = [(result["task"], result["variant"]) for result in results["runs"]]
