@@ -1,6 +1,7 @@
 """The blocks, the inline code, the commands and the options of all pages: the READMEs, CONTRIBUTING and docs/."""
 
 import collections.abc
+import functools
 import inspect
 import re
 import shlex
@@ -66,6 +67,7 @@ def blocks(*kinds: str, page: str | None = None) -> list[Block]:
     return [block for block in found if block.kind in (kinds or (block.kind,)) and block.page == (page or block.page)]
 
 
+@functools.cache
 def spans() -> list[Span]:
     """Return the inline code of all pages, each once for a page."""
     found = {}
@@ -133,6 +135,7 @@ def _kinds(annotation):
     return [annotation, *(kind for derived in annotation.__subclasses__() for kind in _kinds(derived))]
 
 
+@functools.cache
 def _options(kind):
     """Return the types of a class's options by their names."""
     hints = typing.get_type_hints(kind.__init__)

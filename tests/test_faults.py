@@ -17,8 +17,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 faults, faults_damage, faults_runs = (pytest.importorskip(name) for name in ("faults", "faults_damage", "faults_runs"))
 
-KILLS = {"ppo": 2, "trpo": 1, "dpo": 1, "reward": 3, "sft": 4, "ppo-fsdp2": 1}
+KILLS = {"ppo": 2, "trpo": 1, "dpo": 1, "reward": 2, "sft": 2, "ppo-fsdp2": 1}
 """The number of times that a run of each kind is killed."""
+LONG = ("trpo", "dpo", "ppo-fsdp2")
+"""The kinds whose runs are killed in the long form only."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def setting(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "kind",
-    [*(kind for kind in KILLS if kind != "ppo-fsdp2"), pytest.param("ppo-fsdp2", marks=pytest.mark.long)],
+    [pytest.param(kind, marks=pytest.mark.long) if kind in LONG else kind for kind in KILLS],
 )
 def test_killed_at_random_moments(setting, kind):
     row = faults.kill(setting, kind, KILLS[kind], random.Random(kind))

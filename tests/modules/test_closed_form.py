@@ -48,7 +48,8 @@ def total_variation(module):
     ids=["short", "long"],
 )
 @pytest.mark.parametrize(
-    ("estimator", "whiten"), [("k1", False), ("full", True), pytest.param("full", False, marks=pytest.mark.long)]
+    ("estimator", "whiten"),
+    [("k1", False), *(pytest.param("full", whiten, marks=pytest.mark.long) for whiten in (True, False))],
 )
 def test_ppo(make_trainer, estimator, whiten, batch_size, iterations, lr, distance):
     module = PolicyGradient(

@@ -356,7 +356,7 @@ def in_proportion(odds, places):
     ("places", "longest", "steps", "lr", "beta"),
     [
         (2, 1, 40, 2e-2, 0.5),
-        (3, 1, 30, 2e-2, 1.0),
+        pytest.param(3, 1, 30, 2e-2, 1.0, marks=pytest.mark.long),
         *(pytest.param(2, 2, 160, 1e-2, beta, marks=pytest.mark.long) for beta in (0.5, 1.0)),
         pytest.param(3, 1, 80, 1e-2, 0.5, marks=pytest.mark.long),
     ],

@@ -124,8 +124,15 @@ def test_a_fault_stops_the_run_before_the_update(make_module, fit, tiny_model, f
         assert all(torch.equal(weights[name], start[name]) for name in start)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("llama", "bf16-mixed"),
+        ("gpt2", "32-true"),
+        pytest.param("llama", "32-true", marks=pytest.mark.long),
+        pytest.param("gpt2", "bf16-mixed", marks=pytest.mark.long),
+    ],
+)
 def test_a_healthy_run_is_not_stopped(make_module, fit, tiny_model, precision, architecture):
     recorder = Recorder()
     options = {"actor": str(tiny_model(architecture)), "sampling": SAMPLING, "iterations": 6}

@@ -19,20 +19,21 @@ SHARED = ("several", "grpo", "rloo", "reward", "dpo")
 ADAPTERS = ("lora ppo", "lora stacked", "lora shared", "lora ahead", "lora trpo", "lora sft", "lora reward", "lora dpo")
 WHOLE = "(?!lora).*"
 """A regular expression for the cases without adapters."""
-FEW_ADAPTERS = "(?!lora).*|lora (ppo|stacked|shared|half|half sft)"
-"""A regular expression for these cases and, as the short form of those with adapters, some of them."""
+MOST = "(?!lora|penalty|rloo|three|sft).*|lora (ppo|stacked|half|half sft)"
+"""A regular expression for the cases of the short form on FSDP2, some with adapters."""
 FEW = "ppo|grpo|dapo|packed"
 """A regular expression for some of these cases."""
 RUNS = {
     ("ddp", 2, FEW): (),
     ("ddp", 4, ".*"): pytest.mark.long,
-    ("fsdp2", 2, FEW_ADAPTERS): (),
+    ("fsdp2", 2, MOST): (),
+    ("fsdp2", 2, WHOLE): pytest.mark.long,
     ("fsdp2", 4, WHOLE): pytest.mark.long,
     ("fsdp", 2, WHOLE): pytest.mark.long,
 }
 """Strategies, numbers of processes and cases, and the marks of these runs."""
 ADAPTER_RUNS = {
-    ("fsdp2", 2, FEW_ADAPTERS): (),
+    ("fsdp2", 2, MOST): (),
     ("ddp", 2, "lora.*"): pytest.mark.long,
     ("fsdp2", 2, "lora.*"): pytest.mark.long,
     ("fsdp2", 4, "lora.*"): pytest.mark.long,
@@ -143,7 +144,7 @@ def test_the_iteration_changed_the_weights(results, tiny_model, case):
         assert (weights["actor.model.model.norm.weight"] - start).abs().max() > 1e-4
 
 
-@in_each({("ddp", 2, FEW): (), ("fsdp2", 2, FEW_ADAPTERS): ()})
+@in_each({("ddp", 2, FEW): (), ("fsdp2", 2, MOST): ()})
 def test_hooks_get_the_rows_of_their_process_in_order(results, run):
     found = results(*run)["ppo"]
     score = pytest.approx(found["metrics"]["objective/score"])
