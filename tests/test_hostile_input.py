@@ -186,23 +186,20 @@ def test_what_is_no_file(older, capsys, make):
     wrong.check(wrong.refusal(capsys, wrong.fit(data__train="x.jsonl")), r"data\.train", r"no file x\.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("line", "prompt"),
-    [
-        (rb'{"prompt": "w1 \ud800 w2"}', "w1 � w2"),
-        (rb'{"prompt": "w1 \u0000 w2"}', "w1 \0 w2"),
-        (b'{"prompt": "w0", "prompt": "w1"}', "w1"),
-        (b'{"prompt": "w1", "a": 1e400, "b": NaN}', "w1"),
-        (b'{"prompt": "w1 {prompt} {{ 7 * 7 }}"}', "w1 {prompt} {{ 7 * 7 }}"),
-        (b'{"prompt": "w1", "image": "../../../etc/passwd", "path": "/dev/zero"}', "w1"),
-        (b"\xef\xbb\xbf" + b'{"prompt": "w1"}\r', "w1"),
-    ],
-)
-def test_what_is_harmless_is_trained_on(folder, line, prompt):
-    (folder / "x.jsonl").write_bytes((line + b"\n") * 4)
-    main([*wrong.fit(data__train="x.jsonl"), "--report.at_end=false"])
+def test_what_is_harmless_is_trained_on(folder):
+    prompts = {
+        b"\xef\xbb\xbf" + b'{"prompt": "w1"}\r': "w1",
+        rb'{"prompt": "w1 \ud800 w2"}': "w1 � w2",
+        rb'{"prompt": "w1 \u0000 w2"}': "w1 \0 w2",
+        b'{"prompt": "w0", "prompt": "w2"}': "w2",
+        b'{"prompt": "w3", "a": 1e400, "b": NaN}': "w3",
+        b'{"prompt": "w1 {prompt} {{ 7 * 7 }}"}': "w1 {prompt} {{ 7 * 7 }}",
+        b'{"prompt": "w4", "image": "../../../etc/passwd", "path": "/dev/zero"}': "w4",
+    }
+    (folder / "x.jsonl").write_bytes(b"\n".join(prompts))
+    main([*wrong.fit(data__train="x.jsonl", data__batch_size=7), "--report.at_end=false", "--samples.count=7"])
     samples = (folder / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(samples[0])["prompt"] == prompt
+    assert sorted(json.loads(sample)["prompt"] for sample in samples) == sorted(prompts.values())
 
 
 def tokens(folder):

@@ -17,7 +17,9 @@ def distinct_words(responses):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
-@pytest.mark.parametrize("objective", [Clip, KLPenalty, None], ids=["clip", "penalty", "trpo"])
+@pytest.mark.parametrize(
+    "objective", [Clip, pytest.param(KLPenalty, marks=pytest.mark.long), None], ids=["clip", "penalty", "trpo"]
+)
 def test_fsdp_and_fsdp2_compute_the_same_in_half_precision(one_process, fit, tiny_model, objective):
     """Both round the same weights and use those of the last step; TRPO's actor changes often within a training step."""
     options = {"actor": str(tiny_model("llama")), "rewards": [RewardFunction(f"{__file__}:distinct_words")]}

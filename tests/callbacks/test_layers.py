@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 
+from lit_rlhf import Update
 from lit_rlhf.callbacks import ActivationCheckpointing, CompileLayers
 from lit_rlhf.callbacks.layers import decoder_layers
 from lit_rlhf.errors import UserError
@@ -45,10 +46,14 @@ def test_activation_checkpointing_keeps_less(make_module, fit):
     assert 0 < kept[1] < 0.9 * kept[0]
 
 
-def test_compiled_layers_give_the_same(make_module, fit):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_layers_give_the_same(make_module, fit, monkeypatch, backend):
     """They are recomputed in the backward pass as well."""
     torch.compiler.reset()
-    plain, compiled = run(make_module, fit), run(make_module, fit, ActivationCheckpointing(), CompileLayers())
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    options = {"update": Update(epochs=1, minibatches=2)}
+    plain = run(make_module, fit, **options)
+    compiled = run(make_module, fit, ActivationCheckpointing(), CompileLayers(), **options)
     for before, after in zip(plain[0], compiled[0], strict=True):
         assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
     assert compiled[1].keys() == plain[1].keys()

@@ -88,7 +88,7 @@ def both(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
-@pytest.mark.parametrize("strategy", ["auto", "fsdp2", "fsdp"])
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_half_the_bytes_give_the_same_bits(request, both, make_module, fit, tiny_model, strategy):
     """Reference and reward model hold fewer bytes; metrics, weights and held-out scores do not change."""
     if strategy != "auto":

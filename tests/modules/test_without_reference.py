@@ -31,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [*CASES, "trpo"])
+@pytest.mark.parametrize("case", [pytest.param("ppo", marks=pytest.mark.long), "grpo", "lora", "trpo"])
 def test_the_weights_are_those_of_a_coefficient_of_0(make_module, tiny_model, fit, case):
     def make(**options):
         if case == "trpo":
