@@ -239,6 +239,7 @@ class ScoredRollout:
     rewards: Mapping[str, Tensor]  # [B] for each reward, unweighted; NaN where it failed, if it leaves out such rows
     scores: Tensor  # [B], the weighted sum of the rewards; NaN where one of them failed
     shaped_scores: Tensor  # [B], after normalisation, clipping and the penalty for truncated responses
+    potentials: Tensor | None = None  # [B, T], of the state before each token, in the units of these scores; None for 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,8 +40,8 @@ def check_settings(
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
             critic, the estimator or dynamic sampling compares the responses to a prompt but each prompt has only one, a
             critic would be trained although nothing uses it, the critic is to be warmed up but there is none with its
-            own weights, the estimator and the correction would both weight the tokens, or dynamic sampling would have
-            to draw further prompts while `Ahead` generates.
+            own weights, potentials have no effect or do not fit another setting, the estimator and the correction would
+            both weight the tokens, or dynamic sampling would have to draw further prompts while `Ahead` generates.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")
@@ -66,6 +66,12 @@ def check_settings(
                 "generates before the scores say how many prompts are needed"
             )
     name = type(advantages).__name__
+    if scores.shaping.potential_every is not None:
+        if advantages.needs_group:
+            raise UserError(f"model.scores.potential_every has no effect with {name}, which compares whole responses")
+        if bootstrap_truncated or scores.can_fail:
+            other = "model.bootstrap_truncated" if bootstrap_truncated else "a reward with on_failure: leave_out"
+            raise UserError(f"model.scores.potential_every cannot be combined with {other}")
     if advantages.weights_by_ratio and correction is not None and correction.uses_ratio:
         raise UserError(f"model.correction weights the tokens, as {name} already does: set it, or its level, to null")
     if advantages.needs_group:

@@ -39,6 +39,7 @@ from lit_rlhf.modules.hooks import call_hook
 from lit_rlhf.modules.incidents import check_iteration, check_sampled, sampling_explained
 from lit_rlhf.modules.metrics import Metrics, Stopwatch, measure_experience
 from lit_rlhf.modules.module import AlignmentModule, OptimizerFactories
+from lit_rlhf.modules.potentials import potentials
 from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
 from lit_rlhf.modules.rollouts import Rollouts
 from lit_rlhf.modules.update import Update
@@ -255,6 +256,7 @@ class OnPolicy(AlignmentModule):
             rewards=rewards,
             scores=scores,
             shaped_scores=self.scores.shape(scores, rollout.terminated, self.sum_over_ranks),
+            potentials=potentials(self, rollout, batch),
         )
 
     def actor_outputs(self, rollout: Rollout, other: Actor | None = None) -> ActorOutputs:
@@ -272,7 +274,7 @@ class OnPolicy(AlignmentModule):
             assert scored.ref_logprobs is not None
             kl = self.reference_kl.estimate(scored.old_logprobs, scored.ref_logprobs, scored.full_kl)
         return Trajectory(
-            rewards=token_rewards(scored.shaped_scores, mask, kl, self.kl.coef),
+            rewards=token_rewards(scored.shaped_scores, mask, kl, self.kl.coef, scored.potentials),
             values=scored.values,
             mask=mask,
             bootstrap=scored.bootstrap,

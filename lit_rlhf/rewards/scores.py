@@ -25,9 +25,14 @@ class ScoreShaping:
             the run so far.
         clip: The limit of the score, which is clipped to [−clip, clip]; None for no limit.
         truncation_penalty: The amount that is subtracted from the score of a truncated response; 0 or more.
+        potential_every: The number of tokens after which the beginning of a response is scored again. The rewards of
+            its tokens are then the differences of these scores, instead of one score at the end: potential-based
+            shaping (see `token_rewards`). Each token is so rewarded for what it changes, which makes advantages less
+            noisy if the rewards can judge unfinished responses. The rewards compute T / potential_every scores for a
+            response of T tokens. None for no potentials.
 
     Raises:
-        ValueError: if clip is not positive, or truncation_penalty is negative.
+        ValueError: if clip is not positive, truncation_penalty is negative, or potential_every is less than 1.
 
     >>> shaping = ScoreShaping(clip=5.0, truncation_penalty=1.0)
     >>> scores, terminated = torch.tensor([7.0, 7.0]), torch.tensor([True, False])
@@ -38,6 +43,7 @@ class ScoreShaping:
     normalize: bool = False
     clip: float | None = None
     truncation_penalty: float = 0.0
+    potential_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.clip is not None and self.clip <= 0:
@@ -46,6 +52,8 @@ class ScoreShaping:
             raise ValueError(
                 f"scores.truncation_penalty must be 0 or more (it is subtracted), not {self.truncation_penalty}"
             )
+        if self.potential_every is not None and self.potential_every < 1:
+            raise ValueError(f"scores.potential_every must be 1 or more, or null, not {self.potential_every}")
 
 
 class CheckedAnswers(NamedTuple):
@@ -227,11 +235,17 @@ class Scores(nn.Module):
         """
         if self.shaping.normalize:
             self._update_statistics(scores.double(), reduce)
+        scores = self.scale(scores)
+        return torch.where(terminated, scores, scores - self.shaping.truncation_penalty)
+
+    def scale(self, scores: Tensor) -> Tensor:
+        """Return scores, [B], normalised by the statistics so far, and clipped, as ``shaping`` specifies."""
+        if self.shaping.normalize:
             std = (self.squares / self.count).sqrt()
             scores = ((scores.double() - self.mean) / (std + 1e-8)).to(scores.dtype)
         if self.shaping.clip is not None:
             scores = scores.clamp(-self.shaping.clip, self.shaping.clip)
-        return torch.where(terminated, scores, scores - self.shaping.truncation_penalty)
+        return scores
 
     def _iterate(self) -> Iterator[Reward]:
         return iter(self.rewards)  # type: ignore[arg-type]

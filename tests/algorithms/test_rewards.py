@@ -23,14 +23,18 @@ def test_equals_a_loop(seed):
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(6, 7, generator=g) < 0.5
     mask[torch.arange(6), torch.randint(7, (6,), generator=g)] = True
-    scores, kl = torch.randn(6, generator=g), torch.randn(6, 7, generator=g)
-    expected = torch.zeros(6, 7)
+    scores, kl, potentials = torch.randn(6, generator=g), *torch.randn(2, 6, 7, generator=g)
+    expected, shaped = torch.zeros(6, 7), torch.zeros(6, 7)
     for row in range(6):
         tokens = [t for t in range(7) if mask[row, t]]
         for t in tokens:
             expected[row, t] = -0.3 * kl[row, t]
         expected[row, tokens[-1]] += scores[row]
+        for t, following in zip(tokens, [*tokens[1:], None], strict=True):
+            shaped[row, t] = (0.0 if following is None else potentials[row, following]) - potentials[row, t]
     torch.testing.assert_close(token_rewards(scores, mask, kl, coef=0.3), expected)
+    outside = potentials.masked_fill(~mask, NAN)
+    torch.testing.assert_close(token_rewards(scores, mask, kl, 0.3, outside), expected + shaped)
 
 
 def test_a_response_without_tokens_has_no_reward():
