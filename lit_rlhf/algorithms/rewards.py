@@ -53,9 +53,7 @@ def token_rewards(
     if potentials is not None:
         before, time = torch.where(mask, potentials, 0.0), mask.shape[1]
         tokens = torch.arange(time, device=mask.device).expand_as(mask).masked_fill(~mask, time)
-        following = F.pad(
-            tokens.flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=time
-        )  # of each
+        following = F.pad(tokens[:, 1:], (0, 1), value=time).flip(1).cummin(1).values.flip(1)  # the next token's index
         rewards = rewards + F.pad(before, (0, 1)).gather(1, following) - before
     last_token = mask.shape[1] - 1 - mask.flip(1).byte().argmax(1)
     rewards[torch.arange(len(mask), device=mask.device), last_token] += scores
