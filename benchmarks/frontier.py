@@ -66,12 +66,15 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
 
+POTENTIALS = {"model.advantages.lam": 0.7, "model.critic": "actor", "model.scores.potential_every": 4}
+"""The options of PPO with potential-based shaping; its critic predicts only what is still to be gained, at first 0."""
 VARIANTS = {
     **{f"{name}.yaml": Variant(name, {}) for name in ("ppo", "ppo_penalty", "a2c", "reinforce", "reinforce_pp")},
     **{f"{name}.yaml": Variant(name, {}) for name in ("grpo", "dr_grpo", "rloo", "trpo")},
     "a3c.yaml": Variant("a3c", {"model.engine.workers": 0}),  # the same weights as with workers
     "ppo, λ = 0.7": Variant("ppo", {"model.advantages.lam": 0.7}),
     "ppo, λ = 0.7, kl 0.2": Variant("ppo", {"model.advantages.lam": 0.7, "model.kl.coef": 0.2}),
+    **{f"ppo, potentials, kl {kl}": Variant("ppo", POTENTIALS | {"model.kl.coef": kl}) for kl in (0.1, 0.2, 0.3, 0.5)},
     "ppo, λ = 0.95": Variant("ppo", {"model.advantages.lam": 0.95}),
     "ppo, 4 × 4 steps": Variant("ppo", {"model.update.epochs": 4, "model.update.minibatches": 4}),
     "ppo, constant rate": Variant("ppo", {"model.actor_scheduler": "null"}),
