@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 faults, faults_damage, faults_runs = (pytest.importorskip(name) for name in ("faults", "faults_damage", "faults_runs"))
 
-KILLS = {"ppo": 2, "trpo": 1, "dpo": 1, "reward": 2, "sft": 2, "ppo-fsdp2": 1}
+KILLS = {"ppo": 1, "trpo": 1, "dpo": 1, "reward": 2, "sft": 2, "ppo-fsdp2": 1}
 """The number of times that a run of each kind is killed."""
 LONG = ("trpo", "dpo", "ppo-fsdp2")
 """The kinds whose runs are killed in the long form only."""

@@ -234,7 +234,9 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}REST{% endfor %}{%
         (put("x.jsonl", GOOD, b"[" * (100 * 2**20)), ["line 2", "32 MiB"]),
         (tokens, [r"model\.actor", "1000004 tokens", "50000"]),
         (template("{% for i in range(10**9) %}{% endfor %}"), ["record 1", "Range too big"]),
-        (template(LOOP.replace("REST", "")), ["record 1", "more than 3 s", "does it loop"]),
+        pytest.param(
+            template(LOOP.replace("REST", "")), ["record 1", "more than 3 s", "does it loop"], marks=pytest.mark.long
+        ),
         (template(LOOP.replace("REST", "{{ messages[0].content }}" * 99)), ["record 1", "more than (3 s|512 MiB)"]),
         (template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), ["record 1", "recursion"]),
         (template("{{ messages.__class__.__mro__ }}"), ["record 1", "__class__", "unsafe"]),

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_steps_that_break_the_bound_are_not_taken(make_trpo, fit):
 def kl_after_the_step(module, rollout):
     """Return KL(π_old ‖ π) at each response token, summed over the vocabulary, from the logits of the models."""
     before, after = (
-        torch.log_softmax(model.model(input_ids=rollout.tokens).logits / model.temperature, -1)
+        torch.log_softmax(deepcopy(model.model).double()(input_ids=rollout.tokens).logits / model.temperature, -1)
         for model in (module.old, module.actor)
     )
     return rollout.before_responses((before.exp() * (before - after)).sum(-1)).detach()
