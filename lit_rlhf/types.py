@@ -223,6 +223,17 @@ class RewardInputs:
     rollout: Rollout
     iteration: int = 0  # the number of iterations that were completed before
 
+    def select(self, rows: Tensor) -> "RewardInputs":
+        """Return the responses at the given indices, [b] int64."""
+        indices = rows.tolist()
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in indices],
+            responses=[self.responses[i] for i in indices],
+            columns={name: [values[i] for i in indices] for name, values in self.columns.items()},
+            rollout=self.rollout.select(rows),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:

@@ -15,7 +15,8 @@ def potentials(module: Any, rollout: Rollout, batch: PromptBatch) -> Tensor | No
     """Return the potential of the state before each token, [B, T], in units of the shaped score; 0 outside the mask.
 
     Every ``scores.potential_every`` tokens, from the first on, the potential is the score of what the response contains
-    so far, and it stays the same until the next of these tokens. All processes call this function together.
+    so far, and it stays the same until the next of these tokens. Responses that have ended are not scored again. All
+    processes call this function together.
 
     Args:
         module: The `OnPolicy` module that trains.
@@ -34,9 +35,12 @@ def potentials(module: Any, rollout: Rollout, batch: PromptBatch) -> Tensor | No
     found = torch.zeros_like(rollout.rollout_logprobs)
     (longest,) = module.max_over_ranks(found.shape[1])  # each call of a sharded reward model gathers its weights
     for start in range(0, longest, every):
+        rows = (rollout.response_lengths > start).nonzero().squeeze(1)
+        rows = rows if len(rows) else rows.new_zeros(1)  # one row, whose score is not used, for the call
         beginnings = first_tokens(rollout, start, module.special_tokens.pad)
-        _, scores = module.scores.judge(decode(beginnings, batch, module.tokenizer, int(module.iteration)))
-        found[:, start : start + every] = module.scores.scale(scores)[:, None]
+        inputs = decode(beginnings, batch, module.tokenizer, int(module.iteration)).select(rows)
+        _, scores = module.scores.judge(inputs)
+        found[rows, start : start + every] = module.scores.scale(scores)[:, None]
     return found.masked_fill(~rollout.response_mask, 0.0)
 
 

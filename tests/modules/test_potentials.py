@@ -1,7 +1,11 @@
 """Potential-based shaping: tokens are rewarded for what they change in the score of the response so far."""
 
+import functools
 import itertools
+import tempfile
+from pathlib import Path
 
+import lightning
 import pytest
 import torch
 
@@ -9,9 +13,11 @@ from lit_rlhf import GAE, FixedKL, GroupNormalized, PolicyGradient, RewardFuncti
 from lit_rlhf.errors import UserError
 from lit_rlhf.modules.potentials import first_tokens
 from lit_rlhf.testing import Recorder, assert_exact_resume, assert_same_on_ranks, tiny_ppo
+from lit_rlhf.testing.models import make_tiny_model
 from lit_rlhf.testing.runs import low_words
 
 EVERY = 3
+STOP = [f"w{number}" for number in range(0, 32, 6)]  # responses then have different lengths
 
 
 def options(**more):
@@ -46,9 +52,16 @@ def test_the_rewards_are_differences_of_the_scores_of_beginnings(make_module, fi
     assert (scored.potentials[~scored.rollout.response_mask] == 0).all()
 
 
-def test_responses_may_end_between_beginnings(make_module, fit):
-    recorder = Recorder()
-    module = make_module(**options(sampling=Sampling(max_tokens=7)))
+def test_responses_that_end_between_beginnings_are_not_scored_again(make_module, fit):
+    recorder, scored_texts = Recorder(), []
+
+    def reward(responses):
+        scored_texts.extend(responses)
+        return low_words(responses)
+
+    module = make_module(
+        **options(rewards=[RewardFunction(reward)], sampling=Sampling(max_tokens=7, stop=STOP), iterations=1)
+    )
     fit(module, [recorder])
     scored = recorder.outputs[-1]["scored_rollout"]
     sums = module.reward(scored).rewards.sum(1)
@@ -56,6 +69,9 @@ def test_responses_may_end_between_beginnings(make_module, fit):
     whole = first_tokens(scored.rollout, 7, module.special_tokens.pad)
     assert torch.equal(whole.tokens, scored.rollout.tokens)
     assert torch.equal(whole.terminated, scored.rollout.terminated)
+    lengths = scored.rollout.response_lengths
+    assert len(lengths.unique()) > 2
+    assert len(scored_texts) == len(lengths) + int((lengths.double() / EVERY).ceil().sum())
 
 
 @pytest.mark.parametrize(
@@ -85,6 +101,37 @@ def test_resuming_is_exact():
     assert_exact_resume(make)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
-def test_the_same_on_two_processes(strategy):
-    assert_same_on_ranks(make, strategy=strategy)
+@functools.cache
+def scorer() -> str:
+    """Write a reward model, once per process."""
+    return str(make_tiny_model(Path(tempfile.mkdtemp()), task="score", seed=3))
+
+
+def make_scored() -> PolicyGradient:
+    sampling = Sampling(max_tokens=24, stop=STOP)
+    return tiny_ppo([RewardModel(scorer())], advantages=GAE(lam=0.7), **options(sampling=sampling))
+
+
+class DifferentLengths(lightning.Callback):
+    """Fails at the end of a run on several processes, unless they once had different numbers of beginnings."""
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def on_rewards(self, trainer, pl_module, scored, trajectory):
+        count = -(-scored.rollout.response_mask.shape[1] // EVERY)
+        most, fewest = pl_module.max_over_ranks(count, -count)
+        self.found |= most > -fewest
+
+    def on_train_end(self, trainer, pl_module):
+        assert self.found or trainer.world_size == 1
+
+
+def different_lengths() -> list[lightning.Callback]:
+    return [DifferentLengths()]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
+def test_the_same_on_two_processes_whose_responses_have_different_lengths(strategy):
+    """Each beginning is a call of the reward model, whose weights FSDP2 gathers on all processes."""
+    assert_same_on_ranks(make_scored, callbacks=different_lengths, strategy=strategy, timeout=120)
