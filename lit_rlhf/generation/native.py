@@ -18,6 +18,7 @@ from lit_rlhf.generation.sampling import draw
 from lit_rlhf.generation.static import StaticStep, cast_weights
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapters import whole_model
+from lit_rlhf.models.positions import learned_positions
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.progress import tell
 from lit_rlhf.randomness import Stream, uniforms
@@ -339,10 +340,8 @@ def _check_positions(actor: Actor, longest_prompt: int, max_tokens: int) -> None
     Raises:
         UserError: if they need more positions than the model has learned.
     """
-    config = actor.model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    is_rotary = getattr(config, "rope_parameters", None) is not None  # rotary positions are computed, without a limit
-    if positions is not None and not is_rotary and longest_prompt + max_tokens > positions:
+    positions = learned_positions(actor.model.config)
+    if positions is not None and longest_prompt + max_tokens > positions:
         raise UserError(
             f"model.sampling.max_tokens: a prompt of {longest_prompt} tokens and a response of up to {max_tokens} need "
             f"more than the model's {positions} positions (max_position_embeddings in its config)"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.compat import attention_can_be_set, attention_of
 from lit_rlhf.models.attention import UNPADDED
+from lit_rlhf.models.positions import check_positions
 from lit_rlhf.models.weights import with_weights
 
 _NOT_SUPPORTED = (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError)
@@ -70,8 +71,13 @@ def last_hidden_state(
             row do not attend to each other. None if each row is one text.
         shared: The number of leading tokens that a text has in common with the text before it, and that are computed
             once for both, [B] int64, as `shared_beginnings` returns it; None to share nothing, as for packed rows.
+
+    Raises:
+        UserError: if a text is longer than the positions that the model has learned.
     """
     if not is_unpadded(trunk):
+        if positions is None:
+            check_positions(trunk.config, tokens.shape[1])
         hidden = trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
         return HiddenStates(hidden.flatten(0, 1), torch.arange(tokens.numel(), device=tokens.device).view_as(tokens))
     if shared is not None and shares_beginnings(trunk) and shared.any():
@@ -79,6 +85,7 @@ def last_hidden_state(
     else:
         row = _arrange(real, positions)
     longest = torch.stack([row.query_bounds.diff().amax(), row.key_bounds.diff().amax()]).tolist()
+    check_positions(trunk.config, longest[1])
     hidden = trunk(
         input_ids=tokens.flatten()[row.tokens][None],
         position_ids=row.positions[None],
