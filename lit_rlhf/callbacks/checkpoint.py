@@ -173,17 +173,21 @@ class IterationCheckpoint(ModelCheckpoint):
             self._write(trainer, iteration_of(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value of the metric so far with its iteration, and the iterations of the checkpoints."""
+        """Return the metric, its best value so far with its iteration, and the iterations of the checkpoints."""
         return {
             "best": self.best,
+            "metric": self.metric,
+            "better": self.better,
             "best_iteration": self.best_iteration,
             "saved_iteration": self.saved_iteration,
             "files": list(self.files),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.best = state_dict["best"]
+        """Restore what ``state_dict`` returned; of another metric or mode, the best value says nothing."""
+        own = self.metric, self.better
+        if own == (state_dict.get("metric", self.metric), state_dict.get("better", self.better)):
+            self.best = state_dict["best"]
         self.best_iteration = state_dict["best_iteration"]
         self.saved_iteration = state_dict["saved_iteration"]
         self.files = list(state_dict["files"])

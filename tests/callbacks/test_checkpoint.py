@@ -46,6 +46,24 @@ def test_resumed_from_last_it_continues_to_count(make_module, fit, tmp_path):
     assert iteration(tmp_path / "checkpoints" / "last.ckpt") == 4
 
 
+@pytest.mark.parametrize(("monitor", "mode", "is_best"), [("val/length", "max", True), ("val/score", "min", True),
+                                                          ("val/score", "max", False)])  # fmt: skip
+def test_the_best_of_another_metric_or_mode_says_nothing_in_a_resumed_run(
+    make_module, fit, tmp_path, monitor, mode, is_best
+):
+    often = {"validation": True, "val_check_interval": 1}
+    first = IterationCheckpoint(every_n=1, monitor="val/score")
+    fit(make_module(iterations=1), [first], **often)
+    path = tmp_path / "checkpoints" / "iteration-000001.ckpt"
+    state = torch.load(path, weights_only=False)
+    (own,) = [saved for saved in state["callbacks"].values() if "saved_iteration" in saved]
+    assert own["best"] == first.best
+    own["best"] = {"max": 1e9, "min": -1e9}[mode]  # nothing is better
+    torch.save(state, path)
+    fit(make_module(iterations=2), [IterationCheckpoint(monitor=monitor, mode=mode)], ckpt_path=str(path), **often)
+    assert iteration(tmp_path / "checkpoints" / "best.ckpt") == 1 + is_best
+
+
 def test_an_epoch_that_ends_is_resumed_in_the_next(make_module, fit, tmp_path):
     """With 48 prompts in batches of 8, the sixth iteration ends an epoch."""
     whole = make_module(iterations=8)
