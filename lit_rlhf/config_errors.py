@@ -8,11 +8,11 @@ field, the last class is the one whose option is wrong, and the innermost line s
 import difflib
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_rlhf import compat
-from lit_rlhf.components import components, option_names
+from lit_rlhf.components import components, is_options_group, option_names, options
 from lit_rlhf.foreign_options import own_name
 
 NOT_IN_MODULE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
@@ -196,6 +196,24 @@ def _class(path: str) -> Any:
     """Return the class at an import path, or None if its module has no such class."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name, None)
+
+
+def missing_options(field: str, class_path: str, given: Mapping[str, Any]) -> str:
+    """Return a message about a group of options that is null, or an empty string; jsonargparse accepts null for it.
+
+    Args:
+        field: The option that the class is given for.
+        class_path: The import path of the class.
+        given: The values of the options of the class.
+
+    >>> missing_options("model", "lit_rlhf.PolicyGradient", {"sampling": None}).partition(" min_tokens")[0]
+    'model.sampling should be a mapping of options (max_tokens,'
+    """
+    for option in options(_class(class_path)):
+        if is_options_group(option.hint) and given.get(option.name, {}) is None:
+            names = ", ".join(option_names(option.hint))
+            return f"{field}.{option.name} should be a mapping of options ({names}), not null"
+    return ""
 
 
 def _class_names(field: str) -> list[str]:

@@ -37,7 +37,7 @@ from lit_rlhf.command_words import check_config_files, chosen_class, help_words
 from lit_rlhf.components import class_names
 from lit_rlhf.config_changes import describe_changes
 from lit_rlhf.config_comments import with_comments
-from lit_rlhf.config_errors import chosen_options, explain
+from lit_rlhf.config_errors import chosen_options, explain, missing_options
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.early_check import store, stored
 from lit_rlhf.errors import UserError, one_line
@@ -193,7 +193,7 @@ class CLI(LightningCLI):
         sys.exit()
 
     def _check_groups(self) -> None:
-        """Check that each group of options, such as ``trainer``, is a mapping; jsonargparse accepts any value.
+        """Check that each group of options, such as ``trainer`` or ``model.sampling``, is a mapping, as it must be.
 
         Raises:
             UserError: if a group is not.
@@ -203,6 +203,9 @@ class CLI(LightningCLI):
         for name, (_, is_choice) in self.command_parser.option_groups.items():
             if not is_choice and name in config and not isinstance(config[name], Namespace):
                 raise UserError(f"{name} should be a mapping of options, not {config[name]!r}")
+            chosen = config.get(name) if is_choice else None
+            if chosen and (mistake := missing_options(name, chosen.class_path, vars(chosen.get("init_args", {})))):
+                raise UserError(mistake)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run uses, with their options."""

@@ -107,6 +107,7 @@ def test_config_files(older, capsys, prepare, patterns):
     [
         ({"model__rewards": VALUE_BOMB + "]"}, [r"model\.rewards", "20000 values"]),
         ({"model__rewards": "[" * 3000 + "]" * 3000}, [r"model\.rewards", "50 lists"]),
+        ({"model__guard": "null"}, [r"model\.guard should be a mapping of options \(responses, bound\), not null"]),
         ({"model__" + "a" * 10**5: 3}, ["no option '--model.aaaa"]),
         ({"a." * 3000 + "b": 3}, [r"no option '--a\.a\.a"]),
         ({"model__a\nb": 3}, [r"no option 'model\.a\\n", "actor"]),
