@@ -9,10 +9,11 @@ frontier_tasks.py describes the tasks. With --trl-python, TRL's trainers run, to
 same way, with the random numbers of the recipes that have batches of 64 prompts and one response to each, such as
 `ppo.yaml` (frontier_trl.py).
 
-*Rise / √KL* is that of the score of the last policy. *KL at the score of* another run, `ppo.yaml` or a trainer of TRL
-with the same seed, is the lowest KL at which a run reaches the score that the other ends with, as a fraction of the
-other's KL. The CPU seconds of TRL are those of its training alone; ours include loading and the measurements during
-the run.
+*Needed / KL* is the least KL with which any policy could have the score of a run's last policy, that of the tilted
+policy, as a fraction of the run's KL; it is empty where the samples of the start do not reach the score. *KL at the
+score of* another run, `ppo.yaml` or a trainer of TRL with the same seed, is the lowest KL at which a run reaches the
+score that the other ends with, as a fraction of the other's KL. The CPU seconds of TRL are those of its training alone;
+ours include loading and the measurements during the run.
 """
 
 import argparse
@@ -39,7 +40,7 @@ import frontier_trl  # noqa: E402
 import lightning  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from frontier_curves import Point, best_of_n, kl_at_score, tilted  # noqa: E402
+from frontier_curves import Point, best_of_n, kl_at_score, least_kl, tilted  # noqa: E402
 from frontier_tasks import Task  # noqa: E402
 
 from lit_rlhf import LeaveOneOut, PolicyGradient, Prompts, Sampling  # noqa: E402
@@ -52,7 +53,7 @@ HELD_OUT, MEASUREMENTS = 576, 4
 
 A run whose number of iterations is not a multiple of the number of measurements has more measurements.
 """
-SAMPLES = 64
+SAMPLES = 256
 """The number of responses of the start to each held-out prompt; they give the curves of what needs no training."""
 TASKS = ("happy", "sentiment", "randomwalks", "quickstart")
 STEPWISE = ("reinforce", "a2c", "a3c", "rloo")
@@ -234,10 +235,15 @@ def kl_ratio(result: dict[str, Any], rival: dict[str, Any]) -> float:
     return kl_at_score(path_of(result), end.score) / end.kl
 
 
-def efficiency(result: dict[str, Any]) -> float:
-    """Return by how much the score has risen at the end of a run, divided by the root of the KL."""
-    start, *_, end = path_of(result)
-    return (end.score - start.score) / math.sqrt(max(end.kl, 1e-6))
+def needed_share(result: dict[str, Any], scores: torch.Tensor) -> float:
+    """Return the least KL with which a policy could have a run's last score, divided by the run's KL.
+
+    Args:
+        result: The run.
+        scores: [P, k], the scores of k responses of the start to each prompt.
+    """
+    end = path_of(result)[-1]
+    return least_kl(scores, end.score) / max(end.kl, 1e-6)
 
 
 def curve(scores: torch.Tensor) -> list[tuple[str, Point, str]]:
@@ -250,7 +256,7 @@ def curve(scores: torch.Tensor) -> list[tuple[str, Point, str]]:
     """
     sizes = [2**i for i in range(int(math.log2(scores.shape[1])) + 1)]
     found = [(f"best of {n}", best_of_n(scores, n), "") for n in sizes]
-    for share in (4.0, 2.0, 1.0, 0.5):
+    for share in (4.0, 2.0, 1.0, 0.5, 0.25):
         at = tilted(scores, share * float(scores.std(1).mean()))
         found.append((f"tilted, {share:g} standard deviations", Point(at.kl, at.score), f"{at.effective_samples:.1f}"))
     return found
@@ -265,7 +271,7 @@ def names_of(runs: list[dict[str, Any]]) -> list[str]:
 def table(results: dict[str, Any]) -> str:
     """Return the means over the seeds in Markdown."""
     rivals = [name for name in names_of(results["runs"]) if name == "ppo.yaml" or name in frontier_trl.TRAINERS]
-    heads = ["task", "policy", "score", "KL", "length", "distinct bigrams", "self-similarity", "rise / √KL", "CPU s"]
+    heads = ["task", "policy", "score", "KL", "length", "distinct bigrams", "self-similarity", "needed / KL", "CPU s"]
     heads += [*(f"KL at the score of {rival} (seeds)" for rival in rivals), "effective samples"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for task, scores in results["start"].items():
@@ -277,7 +283,8 @@ def table(results: dict[str, Any]) -> str:
             found = [result for result in runs if result["variant"] == name]
             last = [result["points"][-1] for result in found]
             cells = [f"{statistics.mean(p[key] for p in last):.{digits}f}" for key, digits in DIGITS.items()]
-            cells.append(f"{statistics.mean(map(efficiency, found)):.2f}")
+            share = statistics.mean(needed_share(result, torch.tensor(scores)) for result in found)
+            cells.append(f"{share:.2f}" if share < math.inf else "")
             cells.append(f"{statistics.mean(result['seconds'] for result in found):.0f}")
             cells += [compared(found, [result for result in runs if result["variant"] == rival]) for rival in rivals]
             lines.append(f"| {' | '.join([task, name, *cells, ''])} |")
@@ -294,6 +301,7 @@ def compared(found: list[dict[str, Any]], rivals: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(reached):.2f} ({len(reached)} of {len(ratios)})"
 
 
+LABELS = {"best": "best of n of the start", "tilted": "tilted: the best policy at its KL"}
 DIGITS = {"score": 3, "kl_to_ref": 2, "length": 1, "distinct_2": 3, "self_similarity": 3}
 
 
@@ -307,8 +315,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     tasks = list(results["start"])
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
-        best = [point for name, point, _ in curve(torch.tensor(results["start"][task])) if name.startswith("best")]
-        axis.plot([p.kl**0.5 for p in best], [p.score for p in best], "k.-", label="best of n of the start")
+        points = curve(torch.tensor(results["start"][task]))
+        for kind, style in (("best", "k.-"), ("tilted", "k.:")):
+            best = [point for name, point, _ in points if name.startswith(kind)]
+            axis.plot([p.kl**0.5 for p in best], [p.score for p in best], style, label=LABELS[kind])
         runs = [result for result in results["runs"] if result["task"] == task]
         for number, name in enumerate(names_of(results["runs"])):  # one colour in all panels
             for result in (result for result in runs if result["variant"] == name):
@@ -318,7 +328,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 axis.plot(roots, [point.score for point in points], **style, alpha=0.6, label=label)
         axis.set(title=task, xlabel="√KL to the start, √nats per response")
     axes[0][0].set_ylabel("score on held-out prompts")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    lines = {line.get_label(): line for axis in reversed(axes[0]) for line in axis.get_lines()}
+    shown = [lines[name] for name in (*LABELS.values(), *names_of(results["runs"])) if name in lines]
+    figure.legend(handles=shown, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -89,6 +89,33 @@ def tilted(scores: Tensor, coef: float) -> Tilted:
     )
 
 
+def least_kl(scores: Tensor, score: float) -> float:
+    """Return the KL of the tilted policy that has a score: every policy with this score has at least this KL.
+
+    The coefficient is found by bisection. The estimate is too high where the tilted policy is worth few samples.
+
+    Args:
+        scores: [P, k], the scores of k responses of the start to each prompt.
+        score: The score to reach.
+
+    Returns:
+        The KL in nats per response; 0 up to the start's score, and infinity if the samples do not reach the score.
+
+    >>> round(least_kl(torch.tensor([[0.0, 1.0]]), score=0.731), 3)
+    0.111
+    """
+    if score <= float(scores.double().mean()):
+        return 0.0
+    low, high = 1e-3, 1e3  # of the coefficient, in standard deviations
+    unit = float(scores.double().std(1).mean())
+    if unit == 0 or tilted(scores, low * unit).score < score:
+        return math.inf
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if tilted(scores, middle * unit).score > score else (low, middle)
+    return tilted(scores, high * unit).kl
+
+
 def kl_at_score(points: Sequence[Point], score: float) -> float:
     """Return the lowest KL at which the points reach a score, interpolated over √KL; infinity if they do not.
 

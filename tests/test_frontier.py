@@ -60,6 +60,16 @@ def test_no_policy_beats_the_tilted_one_at_its_coefficient():
         assert at.score - 0.5 * at.kl >= float((weights * scores).sum()) - 0.5 * kl
 
 
+def test_the_least_kl_is_that_of_the_tilted_policy_with_the_score():
+    scores = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).double()
+    for coef in (0.3, 1.0, 3.0):
+        at = curves.tilted(scores, coef)
+        assert curves.least_kl(scores, at.score) == pytest.approx(at.kl, rel=1e-6)
+    assert curves.least_kl(scores, float(scores.mean())) == 0
+    assert curves.least_kl(scores, float(scores.max()) + 1) == math.inf
+    assert curves.least_kl(torch.ones(2, 3), 2.0) == math.inf
+
+
 def test_kl_at_a_score():
     points = [Point(0.0, 1.0), Point(1.0, 2.0), Point(9.0, 1.5), Point(16.0, 3.0)]
     assert curves.kl_at_score(points, 1.5) == pytest.approx(0.25)  # the first of three times, at half of √1
