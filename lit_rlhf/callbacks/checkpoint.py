@@ -1,5 +1,6 @@
 """A callback that saves checkpoints by iteration and by time, and when a signal asks for one."""
 
+import math
 import os
 import signal
 import threading
@@ -223,6 +224,8 @@ class IterationCheckpoint(ModelCheckpoint):
                 return False  # before the first validation
             raise UserError(f"checkpoint.monitor: there is no metric {metric!r}; the metrics are: {', '.join(metrics)}")
         value = float(metrics[metric])
+        if math.isnan(value):  # a reward failed for all responses, for example
+            return False
         if self.best is not None and (value <= self.best if self.better == "max" else value >= self.best):
             return False
         self.best = value

@@ -1,8 +1,10 @@
 import errno
+import math
 import os
 import signal
 from contextlib import nullcontext
 
+import lightning
 import pytest
 import torch
 
@@ -44,6 +46,23 @@ def test_resumed_from_last_it_continues_to_count(make_module, fit, tmp_path):
     fit(make_module(iterations=2), [IterationCheckpoint(every_n=1)])
     fit(make_module(iterations=4), [IterationCheckpoint(every_n=1)], ckpt_path="last")
     assert iteration(tmp_path / "checkpoints" / "last.ckpt") == 4
+
+
+class Measured(lightning.Callback):
+    """Logs 1000 in the first validation, NaN in the third one, and 0 in the others."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/measured", {1: 1e3, 3: math.nan}.get(int(pl_module.iteration), 0.0))
+
+
+def test_a_validation_without_a_score_is_not_the_best(make_module, fit, tmp_path):
+    checkpoint = IterationCheckpoint(every_n=100, keep_last=1, monitor="val/measured")
+    options = {"validation": True, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    fit(make_module(iterations=4), [Measured(), checkpoint], **options)
+    assert (checkpoint.best, checkpoint.best_iteration) == (1e3, 1)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "iteration-000001.ckpt", "iteration-000004.ckpt"}
+    assert iteration(tmp_path / "checkpoints" / "best.ckpt") == 1
 
 
 @pytest.mark.parametrize(("monitor", "mode", "is_best"), [("val/length", "max", True), ("val/score", "min", True),
