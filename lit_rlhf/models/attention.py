@@ -119,7 +119,7 @@ def _attend_within(
     Returns:
         [1, N, heads, D].
     """
-    if query.is_cuda and _has_varlen(query):
+    if query.is_cuda and _has_varlen(query, value):
         return _by_varlen(query, key, value, scale, sliding_window, bounds, longest, keys)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -147,13 +147,16 @@ def _keys(x: Tensor, lengths: list[int], before: list[int]) -> list[Tensor]:
     return segments
 
 
-def _has_varlen(query: Tensor) -> bool:
+def _has_varlen(query: Tensor, value: Tensor) -> bool:
     """Return whether flash attention for texts of different lengths may be used.
 
-    Flash attention can be differentiated only once, so TRPO, which differentiates twice, disables it.
+    Flash attention has heads of at most 256 numbers, as many in values as in queries and keys; the values of multi-head
+    latent attention (DeepSeek-V2) have fewer. It can be differentiated only once, so TRPO, which differentiates twice,
+    disables it.
     """
     allowed = {"scale", "window_size"} <= _options_of(varlen_attn) and torch.backends.cuda.flash_sdp_enabled()
-    return allowed and _computes_in_half(query) and query.shape[-1] % 8 == 0
+    size = query.shape[-1]
+    return allowed and _computes_in_half(query) and size % 8 == 0 and size <= 256 and value.shape[-1] == size
 
 
 @cache

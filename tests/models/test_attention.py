@@ -265,10 +265,20 @@ def test_every_version_of_flash_attention(monkeypatch, varlen, window, shared):
         texts |= {"bounds": (bounds, torch.tensor([0, 5, 11, 22]).int()), "longest": (6, 11), "keys": keys}
     expected = attention._attend_within(query.float(), key.float(), value.float(), **texts)
     monkeypatch.setattr(attention, "varlen_attn", varlen)
-    assert attention._has_varlen(query) == (varlen in (of_2_11, of_2_12))
-    if attention._has_varlen(query):
+    assert attention._has_varlen(query, value) == (varlen in (of_2_11, of_2_12))
+    if attention._has_varlen(query, value):
         found = attention._by_varlen(query, key, value, *texts.values())
         torch.testing.assert_close(found.float(), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "of_values", "expected"), [(256, 256, True), (24, 16, False), (264, 264, False), (12, 12, False)]
+)
+def test_heads_that_flash_attention_does_not_take(monkeypatch, size, of_values, expected):
+    """Values of another size than queries (DeepSeek-V2), and large heads (Gemma 4)."""
+    monkeypatch.setattr(attention, "varlen_attn", of_2_12)
+    query, value = (torch.zeros(1, 2, 3, n, dtype=torch.bfloat16) for n in (size, of_values))
+    assert attention._has_varlen(query, value) == expected
 
 
 def test_a_compiled_decoding_step_does_not_repeat_keys(tiny_model):
