@@ -160,7 +160,7 @@ class PolicyGradient(OnPolicy):
         for minibatch in track(self.minibatches(experience), "update", "minibatches", count):
             if not step_within_target(self, minibatch, losses, metrics):
                 break
-        if self.objective.follows_kl:
+        if self.objective.follows_kl and not losses.only_critic:
             self._follow_kl(experience, metrics)
 
     @torch.no_grad()

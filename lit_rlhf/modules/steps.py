@@ -42,7 +42,7 @@ def losses_of(module: OnPolicy) -> Losses:
         kl_coef=module.kl.coef,
         update=module.update,
         max_tokens=module.sampling.max_tokens,
-        only_critic=module.update.critic_warmup > 0 and int(module.iteration) < module.update.critic_warmup,
+        only_critic=module.update.trains_only_critic(int(module.iteration)),
     )
 
 

@@ -31,9 +31,10 @@ class Update:
             down; None for no clipping.
         target_kl: The largest KL to the old policy, in nats per token; the first minibatch that exceeds it ends the
             update, without a step. None for no limit.
-        critic_warmup: The number of iterations at the beginning of the run in which only the critic learns, and the
-            actor keeps its initial weights. Early advantages are noise if the critic knows nothing yet (Yuan et al.
-            2025, VC-PPO, arXiv 2503.01491, section 3.1). It needs a critic with its own weights.
+        critic_warmup: The number of iterations at the beginning of the run in which only the critic learns. The actor
+            keeps its initial weights, and coefficients that adapt to the KL keep their values. Early advantages are
+            noise if the critic knows nothing yet (Yuan et al. 2025, VC-PPO, arXiv 2503.01491, section 3.1). It needs a
+            critic with its own weights.
 
     Raises:
         ValueError: if a number is out of range, or aggregation is not one of the three.
@@ -55,6 +56,10 @@ class Update:
     clip_grad_norm: float | None = 1.0
     target_kl: float | None = None
     critic_warmup: int = 0
+
+    def trains_only_critic(self, iteration: int) -> bool:
+        """Return whether only the critic learns in an iteration, given the number of iterations before it."""
+        return iteration < self.critic_warmup
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "max_tokens"):

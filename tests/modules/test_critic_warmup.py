@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from lit_rlhf import GAE, TRPO, Update, UserError
+from lit_rlhf import GAE, TRPO, AdaptiveKL, KLPenalty, Update, UserError
+from lit_rlhf.testing import Recorder
 
 
 def adam(parameters):
@@ -37,6 +38,29 @@ def test_the_actor_keeps_its_weights_while_the_critic_warms_up(trpo, make_module
     fit(module, [weights])
     assert [torch.equal(*pair) for pair in itertools.pairwise(weights.actor)] == [True, True, False]
     assert [torch.equal(*pair) for pair in itertools.pairwise(weights.critic)] == [False, False, False]
+
+
+def test_coefficients_that_adapt_to_the_kl_wait_for_the_actor(make_module, fit):
+    """While the actor does not move, its KL to the old policy is 0, which says nothing about the coefficients."""
+    recorder, update = Recorder(), Update(epochs=1, minibatches=2, critic_warmup=2)
+    controller = AdaptiveKL(coef=0.2, target=1.0, horizon=100)
+    module = make_module(update=update, iterations=3, objective=KLPenalty(), kl=controller, actor_optimizer=adam)
+    betas, beta = [], module.objective.beta
+    fit(module, [recorder, Betas(betas)])
+    assert betas[:2] == [beta, beta]
+    assert betas[2] != beta
+    assert [metrics["objective/kl_coef"] for metrics in recorder.metrics] == [pytest.approx(0.2)] * 3
+    assert module.kl.coef != 0.2
+
+
+class Betas(lightning.Callback):
+    """Adds the coefficient of the KL penalty after each iteration to a list."""
+
+    def __init__(self, betas):
+        self.betas = betas
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.betas.append(pl_module.objective.beta)
 
 
 @pytest.mark.parametrize("critic", [None, "shared"])
