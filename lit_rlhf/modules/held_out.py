@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from lit_rlhf.algorithms.pass_rates import majority_correct, pass_at_k
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.modules.decoding import decode
 from lit_rlhf.modules.diversity import DistinctNGrams, SelfSimilarity
-from lit_rlhf.modules.failed_rewards import FAILED_FRACTION, has_failed, tell_failures
+from lit_rlhf.modules.failed_rewards import FAILED_FRACTION, failed_prompts, has_failed, tell_failures
 from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.incidents import check_rewards
 from lit_rlhf.modules.metrics import Metrics, pop_standard_deviation
@@ -50,33 +51,54 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         rollout = module.generate(batch, actor, Stream.VALIDATION, batch_idx)
         return decode(rollout, batch, module.tokenizer, int(module.iteration))
 
-    def judge(reward_inputs: RewardInputs) -> tuple[dict[str, Tensor], Tensor]:
-        rewards, scores = module.scores.judge(reward_inputs)
-        left_out = module.scores.left_out(rewards)
-        check_rewards(
-            {name: x.masked_fill(left_out[name], 0.0) for name, x in rewards.items()}, reward_inputs.responses
-        )
-        return rewards, scores
-
     with module.with_averaged_weights():
         inputs = respond(module.actor)
         logprobs = module.actor_outputs(inputs.rollout).logprobs
-    rewards, scores = judge(inputs)
+    rewards, scores = _judge(module, inputs)
     measure_held_out(module.held_out, inputs.rollout, scores, rewards)
     outputs = {"reward_inputs": inputs, "scores": scores, "rewards": rewards}
     if module.reference is not None:
         if batch_idx not in module.reference_answers:  # once per run, because the reference does not change
             answers = respond(module.reference)
-            module.reference_answers[batch_idx] = answers.responses, judge(answers)[1]
-        reference = module.reference_answers[batch_idx]
+            judged = _judge(module, answers)[1]
+            on_cpu = replace(answers, rollout=answers.rollout.to(torch.device("cpu")))
+            module.reference_answers[batch_idx] = on_cpu, judged
+        elif module.scores.can_fail:
+            module.reference_answers[batch_idx] = _judge_failed_again(module, *module.reference_answers[batch_idx])
+        answers, reference_scores = module.reference_answers[batch_idx]
         kl_of_tokens = k1(logprobs, response_logprobs(module.reference, inputs.rollout, module.max_tokens))
         kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
-        measure_against_reference(module.held_out, scores, reference[1], kl_to_ref)
+        measure_against_reference(module.held_out, scores, reference_scores, kl_to_ref)
+        reference = answers.responses, reference_scores
         outputs |= {"kl_to_ref": kl_to_ref, "kl_of_tokens": kl_of_tokens, "reference": reference}
     if module.scores.can_fail:
         module.held_out.add(FAILED_FRACTION, has_failed(rewards).float())
     measure_answers(module.held_out, module.scores, inputs, rewards, module.sampling.responses)
     return outputs
+
+
+def _judge(module: Any, inputs: RewardInputs) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the rewards of responses by name, and their scores, [B] each; NaN where a reward that may fail did so."""
+    rewards, scores = module.scores.judge(inputs)
+    left_out = module.scores.left_out(rewards)
+    check_rewards({name: x.masked_fill(left_out[name], 0.0) for name, x in rewards.items()}, inputs.responses)
+    return rewards, scores
+
+
+def _judge_failed_again(module: Any, inputs: RewardInputs, scores: Tensor) -> tuple[RewardInputs, Tensor]:
+    """Judge the responses again to those prompts for which a reward failed; all processes call this function together.
+
+    Returns:
+        The responses, and their scores, [B].
+    """
+    failed = failed_prompts(scores, module.sampling.responses).repeat_interleave(module.sampling.responses)
+    if not module.max_over_ranks(int(failed.any()))[0]:
+        return inputs, scores
+    rows = failed.nonzero().squeeze(1)
+    rows = rows if len(rows) else rows.new_zeros(1)  # one row, whose score is not used, for the collectives of a call
+    selected = inputs.select(rows.cpu())
+    again = _judge(module, replace(selected, rollout=selected.rollout.to(scores.device)))[1]
+    return inputs, torch.where(failed, scores.index_copy(0, rows, again), scores)
 
 
 def measure_held_out(metrics: Metrics, rollout: Rollout, scores: Tensor, rewards: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -46,7 +46,7 @@ from lit_rlhf.modules.update import Update
 from lit_rlhf.randomness import Stream, generator
 from lit_rlhf.rewards import Reward, RewardModel, Scores, ScoreShaping
 from lit_rlhf.strategies import FSDP
-from lit_rlhf.types import Experience, PromptBatch, Rollout, ScoredRollout, Trajectory
+from lit_rlhf.types import Experience, PromptBatch, RewardInputs, Rollout, ScoredRollout, Trajectory
 
 
 class OnPolicy(AlignmentModule):
@@ -112,7 +112,7 @@ class OnPolicy(AlignmentModule):
         self.max_tokens = update.max_tokens
         self.value_grad_scale = value_grad_scale
         self.scores = Scores(rewards or [], scores)
-        self.reference_answers: dict[int, tuple[Sequence[str], Tensor]] = {}  # responses and scores by held-out batch
+        self.reference_answers: dict[int, tuple[RewardInputs, Tensor]] = {}  # with their scores, by held-out batch
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
         parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction
         check_settings(*parts, update, critic=critic, bootstrap_truncated=bootstrap_truncated)
@@ -318,7 +318,7 @@ class OnPolicy(AlignmentModule):
         counts = [float(len(trajectory.mask)), float(trajectory.mask.sum())]
         responses, tokens = self.sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=self.device)).tolist()
         logged = metrics.compute()
-        if self.reference is not None:
+        if self.reference is not None and not self.update.trains_only_critic(int(self.iteration)):
             self.kl.update(logged["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
         self.count_iteration()

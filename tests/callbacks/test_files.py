@@ -79,7 +79,7 @@ def test_samples_are_the_first_responses_with_their_scores(make_module, fit, tmp
         assert set(line["reference"]) == {"response", "score"}
     answers, scores = fitted.reference_answers[0]
     assert [x["reference"] for x in lines[6:]] == [
-        {"response": answers[i], "score": pytest.approx(float(scores[i]))} for i in range(3)
+        {"response": answers.responses[i], "score": pytest.approx(float(scores[i]))} for i in range(3)
     ]
 
 

@@ -316,6 +316,25 @@ def test_a_validation_without_any_score(tmp_path, capsys):
     assert math.isfinite(metrics["val/kl_to_ref"])
 
 
+def test_the_reference_is_judged_again_where_a_reward_failed(tmp_path):
+    """The service fails in the first validation for some of the reference's responses, and works from then on."""
+
+    def fails_at_first(responses):
+        judged.append(responses)
+        return fails_at_w3(responses) if len(judged) <= 2 else low_words(responses)
+
+    judged = []  # in each validation, the actor's responses and then, if they must be judged, the reference's
+    module = ppo(leave_out(fails_at_first), iterations=1, update=Update(epochs=1, minibatches=1))
+    watch, _ = fit(module, tmp_path, limit_val_batches=1, val_check_interval=1, num_sanity_val_steps=1)
+    first, later = (outputs["reference"] for outputs in watch.validations)
+    assert list(first[0]) == list(later[0])
+    failed = first[1].isnan().view(-1, N).any(1).repeat_interleave(N)
+    assert 0 < failed.sum() < len(failed)
+    assert judged[-1] == [response for response, again in zip(first[0], failed.tolist(), strict=True) if again]
+    assert later[1].tolist() == pytest.approx(low_words(later[0]))
+    assert math.isfinite(watch.held_out["val/win_rate"])
+
+
 def normalized():
     return tiny_ppo([leave_out()], scores=ScoreShaping(normalize=True))
 
