@@ -86,6 +86,20 @@ class FSDP2(ModelParallelStrategy):
         if self.lightning_module is not None:
             set_device(self.lightning_module, self.root_device)
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state for a checkpoint, which is at step 0 if the optimizer has not stepped yet.
+
+        To know the state's tensors, torch makes an optimizer without a state step once, with a learning rate and
+        gradients of 0, which would count as the first step in the bias correction of Adam.
+        """
+        has_stepped = bool(optimizer.state)
+        saved = super().optimizer_state(optimizer)
+        if not has_stepped:
+            for state in (*optimizer.state.values(), *saved.get("state", {}).values()):
+                if "step" in state:
+                    state["step"] = state["step"] * 0
+        return saved
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint with its checksums; a folder gets its name only when it is complete and on the disk."""
         if not self.saves_folders:

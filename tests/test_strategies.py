@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty
+from lit_rlhf.callbacks import IterationCheckpoint
 from lit_rlhf.modules import TRPO, PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.strategies import FSDP
@@ -14,6 +15,25 @@ def sgd(parameters):
 
 def distinct_words(responses):
     return [len(set(response.split())) / 10 for response in responses]
+
+
+def test_an_optimizer_that_has_not_stepped_is_saved_at_step_0(one_process, fit, make_module, tmp_path):
+    """While only the critic learns, the actor's optimizer has no state; a checkpoint then leaves it at its start."""
+
+    def finished(name, every_n):
+        options = {"iterations": 2, "update": Update(epochs=1, minibatches=1, critic_warmup=1)}
+        module, folder = make_module(**options), tmp_path / name
+        checkpoint = IterationCheckpoint(every_n=every_n, keep_last=2, dirpath=str(folder))
+        fit(module, [checkpoint], strategy="fsdp2", devices=1, inference_mode=False)
+        return {key: value.full_tensor() for key, value in module.actor.state_dict().items()}, folder
+
+    expected, _ = finished("whole", every_n=2)
+    found, folder = finished("saved", every_n=1)
+    resumed = make_module(iterations=2, update=Update(epochs=1, minibatches=1, critic_warmup=1))
+    fit(resumed, strategy="fsdp2", devices=1, inference_mode=False, ckpt_path=str(folder / "iteration-000001.ckpt"))
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        assert torch.equal(resumed.actor.state_dict()[name].full_tensor(), weight), name
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
