@@ -242,7 +242,8 @@ class Scores(nn.Module):
         """Return scores, [B], normalised by the statistics so far, and clipped, as ``shaping`` specifies."""
         if self.shaping.normalize:
             std = (self.squares / self.count).sqrt()
-            scores = ((scores.double() - self.mean) / (std + 1e-8)).to(scores.dtype)
+            differ = std > 1e-6 * self.mean.abs()  # by more than rounding; else the scores are only centred
+            scores = ((scores.double() - self.mean) / torch.where(differ, std + 1e-8, 1.0)).to(scores.dtype)
         if self.shaping.clip is not None:
             scores = scores.clamp(-self.shaping.clip, self.shaping.clip)
         return scores

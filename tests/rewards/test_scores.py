@@ -118,6 +118,15 @@ def test_equal_scores_are_normalised_to_zero():
     assert shape(scores, [0.1, 0.1, 0.1]).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("equal", [0.0, 0.1, 1e6 / 3])
+def test_other_scores_beside_equal_ones_are_only_centred(equal):
+    """The scores of the beginnings of responses, for example, are normalised by the statistics of the whole ones."""
+    scores = Scores([], ScoreShaping(normalize=True))
+    for _ in range(3):
+        assert shape(scores, [equal] * 7).abs().max() < 0.1
+    assert scores.scale(torch.tensor([equal - 2.0])).tolist() == pytest.approx([-2.0], abs=0.1)
+
+
 def test_clip_then_truncation_penalty():
     scores = Scores([], ScoreShaping(clip=2.0, truncation_penalty=1.5))
     assert shape(scores, [5.0, 5.0, -5.0, -5.0, 1.0], [True, False, True, False, False]).tolist() == [
