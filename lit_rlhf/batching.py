@@ -94,8 +94,11 @@ def balance(items: Sequence[Item], max_tokens: int, world_size: int, pads: bool)
     [[tensor([0]), tensor([1])], [tensor([2]), tensor([3])]]
     """
     parts: list[list[Item]] = [[] for _ in range(world_size)]
+    totals = [0] * world_size
     for item in sorted(items, key=lambda item: -item.tokens):
-        min(parts, key=lambda part: sum(item.tokens for item in part)).append(item)
+        rank = totals.index(min(totals))
+        parts[rank].append(item)
+        totals[rank] += item.tokens
     by_rank = [pack(part, max_tokens, pads) for part in parts]
     count = max(len(groups) for groups in by_rank)
     for groups in by_rank:
