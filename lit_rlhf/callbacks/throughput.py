@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import lightning
 import torch
+from torch import Tensor
 
 from lit_rlhf.callbacks.plan import run_setting
 from lit_rlhf.errors import UserError
@@ -15,7 +16,7 @@ from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.planning.hardware import Device, this_gpu
 from lit_rlhf.planning.setting import Setting
 from lit_rlhf.planning.speed import work
-from lit_rlhf.types import Rollout
+from lit_rlhf.types import Experience, Rollout
 
 
 class Throughput(OnPolicyCallback):
@@ -26,6 +27,7 @@ class Throughput(OnPolicyCallback):
 
     - The tokens of the iteration, divided by the seconds of the phase. In ``generate``, these are the tokens of the
       responses; in the other phases, each token of the prompts and responses counts once, however often it is read.
+      In ``update``, only the responses count that the update learns from.
     - The utilisation: the FLOPs of the phase, divided by the FLOPs that all devices could do in the same time at the
       peak rate. The phase's FLOPs are those that ``lit-rlhf plan`` computes, here for the mean lengths of the
       iteration's prompts and responses. They include the recomputation of activations, and assume that no target KL
@@ -52,8 +54,7 @@ class Throughput(OnPolicyCallback):
         self.peak_tflops = peak_tflops
         self._setting: Setting | None = None
         self._peak: float | None = None  # FLOPs per second of all devices
-        # the responses of this process, the tokens of their prompts, and the tokens of the responses:
-        self._counts = torch.zeros(3, dtype=torch.float64)
+        self._drawn = self._learned = _counts()  # of this process, in this iteration
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Find the peak rate and, if the rate is known, the setting of the run, from which the FLOPs are computed."""
@@ -69,28 +70,58 @@ class Throughput(OnPolicyCallback):
                 if trainer.is_global_zero:
                     print(f"Throughput: no utilisation ({error})")
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Forget the counts of the iteration before."""
+        self._drawn = _counts()
+
     def on_rollout_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, rollout: Rollout
     ) -> None:
-        """Count this process's responses, the tokens in their prompts, and the tokens in the responses."""
-        lengths = torch.stack(
-            [torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths]
-        )
-        self._counts = lengths.sum(1, dtype=torch.float64)
+        """Count the responses of a draw."""
+        self._drawn = self._drawn.to(rollout.tokens.device) + _counts(rollout)
+
+    def on_advantages(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, experience: Experience
+    ) -> None:
+        """Count the responses that the update learns from."""
+        self._learned = _counts(experience.rollout, experience.rollout.response_mask.any(1))
 
     def on_update_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, metrics: Mapping[str, float]
     ) -> None:
         """Log the tokens per second and the utilisation of each phase."""
         assert isinstance(pl_module, AlignmentModule)
-        rows, prompts, responses = pl_module.sum_over_ranks(self._counts.to(pl_module.device)).tolist()
-        tokens = {"generate": responses, "judge": prompts + responses, "update": prompts + responses}
+        counts = torch.stack([self._drawn.to(pl_module.device), self._learned.to(pl_module.device)])
+        drawn, learned = pl_module.sum_over_ranks(counts).tolist()
+        tokens = {"generate": drawn[2], "judge": drawn[1] + drawn[2], "update": learned[1] + learned[2]}
         seconds = {phase: metrics[f"time/{phase}"] for phase in tokens}
         logged = {f"perf/{phase}_tokens_per_second": tokens[phase] / seconds[phase] for phase in tokens}
         if self._setting is not None and self._peak is not None:
-            for phase, flops in phase_flops(self._setting, round(rows), prompts / rows, responses / rows).items():
-                logged[f"perf/{phase}_utilisation"] = flops / (seconds[phase] * self._peak)
+            flops = phase_flops(self._setting, *_means(drawn))
+            flops["update"] = (flops if drawn == learned else phase_flops(self._setting, *_means(learned)))["update"]
+            logged |= {f"perf/{phase}_utilisation": flops[phase] / (seconds[phase] * self._peak) for phase in flops}
         pl_module.log_dict(logged, batch_size=1)
+
+
+def _counts(rollout: Rollout | None = None, rows: Tensor | None = None) -> Tensor:
+    """Return the number of responses, of the tokens in their prompts, and of the tokens in them, [3] float64.
+
+    Args:
+        rollout: The responses, B rows; None for no responses.
+        rows: The rows to count, [B] bool; None for all.
+    """
+    if rollout is None:
+        return torch.zeros(3, dtype=torch.float64)
+    lengths = torch.stack([torch.ones_like(rollout.prompt_lengths), rollout.prompt_lengths, rollout.response_lengths])
+    return (lengths if rows is None else lengths * rows).sum(1, dtype=torch.float64)
+
+
+def _means(counts: Sequence[float]) -> tuple[int, float, float]:
+    """Return the number of responses, and the mean numbers of tokens in their prompts and in them."""
+    rows, prompts, responses = counts
+    return round(rows), prompts / rows, responses / rows
 
 
 def phase_flops(setting: Setting, rows: int, prompt_tokens: float, response_tokens: float) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_rlhf import SFT, Demonstrations, Update
+from lit_rlhf import SFT, Demonstrations, DynamicSampling, RewardFunction, Update
 from lit_rlhf.callbacks import GradientShares, Throughput
 from lit_rlhf.callbacks.throughput import phase_flops
 from lit_rlhf.planning.speed import forward_flops, training_flops
@@ -76,6 +76,29 @@ def test_the_utilisation_is_that_of_the_plans_flops(run):
     assert metrics["perf/judge_utilisation"] * metrics["time/judge"] * 0.5e12 == pytest.approx(judges, rel=1e-5)
     assert 0 < metrics["perf/generate_utilisation"] < 1
     assert set(phase_flops(setting, 32, 3.0, 8.0)) == {"generate", "judge", "update"}
+
+
+def test_all_draws_of_dynamic_sampling_count(tmp_path):
+    """The update counts the responses that it learns from, and the other phases those of both draws."""
+    from lit_rlhf.testing.runs import tiny_data, train
+
+    module = tiny_ppo([RewardFunction(one_of_many)], iterations=2, dynamic_sampling=DynamicSampling(max_draws=2))
+    run = train(module, tiny_data(module), [Throughput()], folder=tmp_path)
+    for outputs, metrics in zip(run.outputs, run.metrics, strict=True):
+        rollout = outputs["scored_rollout"].rollout
+        assert metrics["dynamic_sampling/draws"] == 2
+        rows = int(metrics["dynamic_sampling/prompts"]) * module.sampling.responses
+        assert rows < len(rollout.tokens)
+        drawn = int(rollout.response_lengths.sum())
+        assert metrics["perf/generate_tokens_per_second"] * metrics["time/generate"] == pytest.approx(drawn, rel=1e-5)
+        learned = metrics["perf/update_tokens_per_second"] * metrics["time/update"]
+        assert 0 < learned < metrics["perf/judge_tokens_per_second"] * metrics["time/judge"]
+        assert learned <= rows * rollout.tokens.shape[1]
+
+
+def one_of_many(responses):
+    """Return 1 for a response with the word w3, else 0, so that the responses to many prompts have equal scores."""
+    return [float("w3" in response.split()) for response in responses]
 
 
 def test_without_a_peak_there_is_no_utilisation(make_module, fit):
