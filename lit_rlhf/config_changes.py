@@ -1,9 +1,18 @@
-"""What a resumed run has changed in its configuration, in lines for the terminal."""
+"""The configuration in the folder of a run, and what a resumed run has changed in it, in lines for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import lightning
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lit_rlhf.callbacks.logged_runs import log_config
+from lit_rlhf.files import write_text
+from lit_rlhf.modules.module import iteration_of
 
 SHOWN = 10
 """The number of changes that are listed; of further ones, only the number is given."""
@@ -29,6 +38,46 @@ class Change(NamedTuple):
     before: Any
     now: Any
     owner: str = ""
+
+
+class SaveConfig(SaveConfigCallback):
+    """A callback that writes the configuration to ``config.yaml`` in the run's folder, and to the loggers.
+
+    If the run is resumed, the callback prints what differs from the configuration that the run had before, and keeps
+    that file until the run has done an iteration: options with which it fails at once are not those of the run.
+    """
+
+    text = ""  # the configuration of a resumed run, until it is written
+
+    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Save the configuration of a new training run; the other commands must not overwrite it."""
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        if self.config.ckpt_path is None:
+            write_text(Path(trainer.default_root_dir, "config.yaml"), text)
+        log_config(trainer.loggers, yaml.safe_load(text))
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Print what differs from the earlier configuration of a resumed run, once its checkpoint is loaded."""
+        if trainer.ckpt_path is None or not trainer.is_global_zero:
+            return
+        file, self.text = Path(trainer.default_root_dir, "config.yaml"), self.parser.dump(self.config, skip_none=False)
+        is_own = file.parent.resolve() in Path(trainer.ckpt_path).resolve().parents
+        if is_own and file.is_file() and file.read_text(encoding="utf-8") != self.text:
+            before, now = (yaml.safe_load(t) for t in (file.read_text(encoding="utf-8"), self.text))
+            for line in describe_changes(before, now, iteration_of(pl_module)):
+                print(line, flush=True)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Save the configuration of a resumed run after its first iteration."""
+        if self.text:
+            write_text(Path(trainer.default_root_dir, "config.yaml"), self.text)
+            self.text = ""
+
+    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Save the configuration of a resumed run that has done no further iteration."""
+        self.on_train_batch_end(trainer)
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], iteration: int) -> list[str]:

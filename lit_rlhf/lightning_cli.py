@@ -16,7 +16,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
@@ -29,22 +29,20 @@ from lit_rlhf import compat, recipes
 from lit_rlhf.callbacks import IterationCheckpoint, ProgressBar
 from lit_rlhf.callbacks.defaults import UNNAMED, WITH_OPTIONS
 from lit_rlhf.callbacks.logged_rows import keep_csv
-from lit_rlhf.callbacks.logged_runs import LOGGED, continued, log_config
+from lit_rlhf.callbacks.logged_runs import LOGGED, continued
 from lit_rlhf.callbacks.older_run import OlderRun
 from lit_rlhf.callbacks.run_lock import RunLock
 from lit_rlhf.checkpoints import numbered
 from lit_rlhf.command_words import check_config_files, chosen_class, help_words
 from lit_rlhf.components import class_names
-from lit_rlhf.config_changes import describe_changes
+from lit_rlhf.config_changes import SaveConfig
 from lit_rlhf.config_comments import with_comments
 from lit_rlhf.config_errors import chosen_options, explain, missing_options
 from lit_rlhf.data import Demonstrations, Preferences, Prompts  # noqa: F401
 from lit_rlhf.early_check import store, stored
 from lit_rlhf.errors import UserError, one_line
-from lit_rlhf.files import write_text
 from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
-from lit_rlhf.modules.module import iteration_of
 from lit_rlhf.schema import config_schema
 from lit_rlhf.trainer_options import (
     check_gradient_options,
@@ -104,34 +102,6 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the file or the recipe that the option names."""
         super().__call__(parser, cfg, str(recipes.find(values)), option_string)
-
-
-class SaveConfig(SaveConfigCallback):
-    """A callback that writes the configuration to ``config.yaml`` in the run's folder, and to the loggers.
-
-    If the run is resumed, the callback prints what differs from the configuration that the run had before.
-    """
-
-    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Save the configuration of a new training run; the other commands must not overwrite it."""
-        if stage != "fit":
-            return
-        text = self.parser.dump(self.config, skip_none=False)
-        if self.config.ckpt_path is None:
-            write_text(Path(trainer.default_root_dir, "config.yaml"), text)
-        log_config(trainer.loggers, yaml.safe_load(text))
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the configuration of a resumed run, once its checkpoint is loaded, and print what differs."""
-        if trainer.ckpt_path is None or not trainer.is_global_zero:
-            return
-        file, text = Path(trainer.default_root_dir, "config.yaml"), self.parser.dump(self.config, skip_none=False)
-        is_own = file.parent.resolve() in Path(trainer.ckpt_path).resolve().parents
-        if is_own and file.is_file() and file.read_text(encoding="utf-8") != text:
-            before, now = (yaml.safe_load(t) for t in (file.read_text(encoding="utf-8"), text))
-            for line in describe_changes(before, now, iteration_of(pl_module)):
-                print(line, flush=True)
-        write_text(file, text)
 
 
 class CLI(LightningCLI):

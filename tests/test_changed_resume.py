@@ -92,6 +92,22 @@ def test_the_command_line_wins_and_what_differs_is_said(runs):
     assert "resume: " not in again.stdout
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--model.actor_optimizer", "SGD"], "the optimizer policy is SGD, which cannot continue"),
+        (["--model.rewards", '[{"class_path": "ExactAnswer", "init_args": {"column": "nope"}}]'], "nope"),
+    ],
+)
+def test_options_with_which_a_resumed_run_fails_are_not_kept(runs, changes, message):
+    config = (runs / "killed" / "config.yaml").read_text()
+    resume = ["--config", "killed/config.yaml", "--ckpt_path", "last", "--model.iterations", "9", *changes]
+    done = lit_rlhf(*resume, cwd=runs)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert (runs / "killed" / "config.yaml").read_text() == config
+
+
 def test_what_does_not_fit_the_checkpoint_is_refused_and_changes_nothing(runs, tiny_model):
     before = (runs / "whole" / "config.yaml").read_text()
     words = ["--config", "whole/config.yaml", "--ckpt_path", "last", "--model.actor", str(tiny_model("gpt2"))]
