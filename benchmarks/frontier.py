@@ -57,7 +57,7 @@ SAMPLES = 256
 """The number of responses of the start to each held-out prompt; they give the curves of what needs no training."""
 TASKS = ("happy", "sentiment", "randomwalks", "quickstart")
 STEPWISE = ("reinforce", "a2c", "a3c", "rloo")
-"""Recipes with one optimizer step in an iteration, which have three times the learning rate."""
+"""Recipes with the vanilla policy gradient, one step on each response, which have three times the learning rate."""
 
 
 class Variant(NamedTuple):
