@@ -23,9 +23,8 @@ NO_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is n
 REFUSED_OPTIONS = {
     r"`devices` selected with": "trainer.devices",
     r"\S+ is not in bounds, numpy accepts": "seed_everything",
-    r"Invalid (learning rate|lr|beta|eps|weight_decay|momentum|alpha|rho|dampening|lambd|tau)": "an optimizer's option",
 }
-"""The patterns of refusals by Lightning and ``torch.optim`` that are no MisconfigurationException, and the options."""
+"""The patterns of refusals by Lightning and NumPy that are no MisconfigurationException, and the options."""
 
 
 def check_numbers(options: Any, path: str = "") -> None:
@@ -110,7 +109,7 @@ def check_gradient_options(trainer: lightning.Trainer, module: lightning.Lightni
 
 @contextlib.contextmanager
 def refusals_as_user_errors() -> Iterator[None]:
-    """Return a context that turns the refusals of an option by Lightning and torch into a one-line `UserError`."""
+    """Return a context that turns the refusals of an option by libraries into a one-line `UserError`."""
     try:
         yield
     except MisconfigurationException as error:
