@@ -47,7 +47,7 @@ from lit_rlhf.models.precision import check_precision
 from lit_rlhf.modules.module import iteration_of
 from lit_rlhf.schema import config_schema
 from lit_rlhf.trainer_options import (
-    check_gradient_options,
+    check_automatic_options,
     check_interval,
     check_numbers,
     folder_of_run,
@@ -243,16 +243,16 @@ class CLI(LightningCLI):
         _check_checkpoint(config.ckpt_path, checkpoints)
 
     def before_fit(self) -> None:
-        """Check the Trainer's options for gradients, lock the folder, and rename it if an older run is not resumed.
+        """Check the Trainer's options and callbacks, lock the folder, and rename it if an older run is not resumed.
 
         LightningCLI calls this method. Only process 0 locks and renames the folder; the Trainer knows which process
         this is, however the processes were started.
 
         Raises:
-            UserError: if the Trainer's options clip or accumulate gradients, if another run is training in the folder,
-                or if the folder cannot be written.
+            UserError: if an option or a callback works only in automatic optimization, if another run is training in
+                the folder, or if the folder cannot be written.
         """
-        check_gradient_options(self.trainer, self.model)
+        check_automatic_options(self.trainer, self.model)
         if not self.trainer.is_global_zero:
             return
         folder, callbacks = Path(self.trainer.default_root_dir), self.trainer.callbacks  # type: ignore[attr-defined]

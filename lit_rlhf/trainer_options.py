@@ -9,7 +9,12 @@ from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from lit_rlhf import compat
 from lit_rlhf.config_errors import explain
@@ -25,6 +30,18 @@ REFUSED_OPTIONS = {
     r"\S+ is not in bounds, numpy accepts": "seed_everything",
 }
 """The patterns of refusals by Lightning and NumPy that are no MisconfigurationException, and the options."""
+
+CUT = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
+"""Why gradients are not accumulated over batches."""
+AVERAGED = "weights are averaged by model.averaging, in the modules that have this option"
+"""Why no callback may average weights."""
+REFUSED_CALLBACKS: dict[type[lightning.Callback], str] = {
+    GradientAccumulationScheduler: CUT,
+    StochasticWeightAveraging: AVERAGED,
+    WeightAveraging: AVERAGED,
+    LearningRateFinder: "it would train on batches that are not iterations of the run; choose the rate by short runs",
+}
+"""The callbacks of Lightning, with their subclasses, that work only in automatic optimization, and the reasons."""
 
 
 def check_numbers(options: Any, path: str = "") -> None:
@@ -90,21 +107,22 @@ def folder_of_run(folder: Path) -> Iterator[None]:
         raise UserError(f"{option}, but this folder cannot be made: {error}") from error
 
 
-def check_gradient_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-    """Check that no option is set that Lightning applies only in automatic optimization.
+def check_automatic_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    """Check that no option or callback is set that Lightning applies only in automatic optimization.
 
     Raises:
-        UserError: if the Trainer's options clip or accumulate gradients.
+        UserError: if the Trainer's options clip or accumulate gradients, or if a callback is among `REFUSED_CALLBACKS`.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if trainer.gradient_clip_val is not None:
         own = "model.update.clip_grad_norm" if isinstance(module, OnPolicy) else "model.clip_grad_norm"
         raise UserError(f"trainer.gradient_clip_val must be null: gradients are clipped by {own}")
-    cut = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
     if trainer.accumulate_grad_batches != 1:
-        raise UserError(f"trainer.accumulate_grad_batches must be 1: {cut}")
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        raise UserError(f"trainer.callbacks must not contain GradientAccumulationScheduler: {cut}")
+        raise UserError(f"trainer.accumulate_grad_batches must be 1: {CUT}")
+    for callback in callbacks:
+        for refused, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, refused):
+                raise UserError(f"trainer.callbacks must not contain {type(callback).__name__}: {reason}")
 
 
 @contextlib.contextmanager

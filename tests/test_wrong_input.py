@@ -216,7 +216,10 @@ def test_a_misspelt_option_in_a_file(folder, capsys, right, wrong, name):
     check(message, "no option", mistake, "|".join(meant(n) for n in name.split("|")))
 
 
-ACCUMULATION = "[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]"
+def callback(class_path, options="{}") -> str:
+    return f"[{{class_path: {class_path}, init_args: {options}}}]"
+
+
 MODULES = "DPO, PolicyGradient, RewardModeling, SFT, TRPO"
 DATA = "Demonstrations, Preferences, Prompts"
 
@@ -259,7 +262,14 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"trainer__precision": "transformer-engine"}, [r"trainer\.precision", "'transformer-engine'"]),
         ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"by model\.update\.clip_grad_norm$"]),
         ({"trainer__accumulate_grad_batches": 2}, [r"trainer\.accumulate_grad_batches", "micro-batches", "batch_size"]),
-        ({"trainer__callbacks": ACCUMULATION}, [r"trainer\.callbacks must not", "GradientAccumulationScheduler"]),
+        (
+            {"trainer__callbacks": callback("GradientAccumulationScheduler", "{scheduling: {0: 2}}")},
+            [r"trainer\.callbacks must not", "GradientAccumulationScheduler"],
+        ),
+        ({"trainer__callbacks": callback("WeightAveraging")}, [r"not contain WeightAveraging: .* model\.averaging"]),
+        ({"trainer__callbacks": callback("EMAWeightAveraging")}, ["not contain EMAWeightAveraging: "]),
+        ({"trainer__callbacks": callback("StochasticWeightAveraging", "{swa_lrs: 0.1}")}, ["StochasticWeightAv.*: w"]),
+        ({"trainer__callbacks": callback("LearningRateFinder")}, ["not contain LearningRateFinder: .* iterations"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):
