@@ -48,7 +48,7 @@ from lit_rlhf.modules.module import iteration_of
 from lit_rlhf.schema import config_schema
 from lit_rlhf.trainer_options import (
     check_automatic_options,
-    check_interval,
+    check_intervals,
     check_numbers,
     folder_of_run,
     refusals_as_user_errors,
@@ -228,7 +228,7 @@ class CLI(LightningCLI):
         if config.get("weights_only") is False:
             raise UserError("weights_only must be true or null, because a checkpoint could otherwise execute code")
         check_numbers(config)
-        check_interval(config.trainer.check_val_every_n_epoch)
+        check_intervals(config.trainer.check_val_every_n_epoch, config.trainer.val_check_interval)
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):
             if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":

@@ -72,17 +72,21 @@ def check_numbers(options: Any, path: str = "") -> None:
         raise UserError(f"{path} is {options}, but a whole number may not exceed {LARGEST_INTEGER}")
 
 
-def check_interval(epochs: int | None) -> None:
-    """Check the number of epochs between validations, ``trainer.check_val_every_n_epoch``.
+def check_intervals(epochs: int | None, batches: Any) -> None:
+    """Check the options that say when there is a validation.
+
+    Args:
+        epochs: The number of epochs between validations, ``trainer.check_val_every_n_epoch``.
+        batches: The option ``trainer.val_check_interval``: a number of batches, a part of an epoch, or a time.
 
     Raises:
-        UserError: if the number is less than 1.
+        UserError: if a number is not positive.
     """
+    without = "trainer.limit_val_batches: 0 leaves validation out"
     if epochs is not None and epochs < 1:
-        raise UserError(
-            f"trainer.check_val_every_n_epoch must be 1 or more, or null, not {epochs}; "
-            "trainer.limit_val_batches: 0 leaves validation out"
-        )
+        raise UserError(f"trainer.check_val_every_n_epoch must be 1 or more, or null, not {epochs}; {without}")
+    if isinstance(batches, int | float) and batches <= 0:
+        raise UserError(f"trainer.val_check_interval must be positive, not {batches}; {without}")
 
 
 @contextlib.contextmanager

@@ -128,6 +128,10 @@ def test_config_files(older, capsys, prepare, patterns):
         ({"trainer__default_root_dir": "prompts.jsonl"}, [r"trainer\.default_root_dir", r"prompts\.jsonl", "exists"]),
         ({"trainer__default_root_dir": "a" * 5000}, [r"trainer\.default_root_dir", "too long"]),
         ({"trainer__check_val_every_n_epoch": 0}, [r"trainer\.check_val_every_n_epoch", "1 or more", "null", "0"]),
+        (
+            {"trainer__val_check_interval": 0},
+            [r"trainer\.val_check_interval must be positive, not 0; .*limit_val_batch"],
+        ),
         ({"trainer__devices": -3}, [r"trainer\.devices", "> 0"]),
         ({"seed_everything": -1}, ["seed_everything", "-1", "4294967295"]),
         ({"weights_only": "false"}, ["weights_only", "true or null", "execute code"]),
