@@ -50,6 +50,7 @@ from lit_rlhf.trainer_options import (
     check_automatic_options,
     check_intervals,
     check_numbers,
+    check_predict,
     folder_of_run,
     refusals_as_user_errors,
 )
@@ -305,7 +306,8 @@ class CLI(LightningCLI):
         """Construct the model, the data module and the Trainer.
 
         Raises:
-            UserError: if one of the three refuses a value, or if the precision is not supported.
+            UserError: if one of the three refuses a value, if the precision is not supported, or if ``predict`` is
+                called for a model that cannot predict.
         """
         try:
             with self._logged_runs():
@@ -314,6 +316,8 @@ class CLI(LightningCLI):
             raise
         except ValueError as error:
             raise UserError(explain(str(error))) from error
+        if self.subcommand == "predict":
+            check_predict(self.model)
 
 
 def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "lit-rlhf") -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from lit_rlhf import compat
 from lit_rlhf.config_errors import explain
 from lit_rlhf.errors import UserError
+from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
 
 LARGEST_INTEGER = 2**63 - 1
@@ -127,6 +128,19 @@ def check_automatic_options(trainer: lightning.Trainer, module: lightning.Lightn
         for refused, reason in REFUSED_CALLBACKS.items():
             if isinstance(callback, refused):
                 raise UserError(f"trainer.callbacks must not contain {type(callback).__name__}: {reason}")
+
+
+def check_predict(module: lightning.LightningModule) -> None:
+    """Check that a module can write responses, before the Trainer looks for the data of ``predict``.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if type(module).predict_step is AlignmentModule.predict_step:
+        raise UserError(
+            f"predict: {type(module).__name__} writes no responses; give the folder of an exported language model to "
+            "an on-policy module: lit-rlhf predict --config ppo --model.actor EXPORT --data.predict prompts.jsonl"
+        )
 
 
 @contextlib.contextmanager

@@ -575,3 +575,11 @@ def test_data_for_another_module(tmp_path, tiny_model, capsys, module, data, opt
     words = ["fit", "--model", module, f"--model.{option}", str(tiny_model("llama")), "--data", data]
     words += ["--data.train", str(path), "--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path / "run")]
     check(refusal(capsys, [*words, "--trainer.accelerator", "cpu"]), f"data: {module} takes", "this data module gives")
+
+
+@pytest.mark.parametrize(("module", "data"), [("SFT", "Demonstrations"), ("DPO", "Preferences"), ("SFT", "Prompts")])
+@pytest.mark.parametrize("source", ["validation", "train"])
+def test_predict_with_a_module_that_writes_no_responses(folder, capsys, module, data, source):
+    words = ["predict", f"--model={module}", "--model.actor=./model", f"--data={data}"]
+    message = refusal(capsys, [*words, f"--data.{source}=prompts.jsonl", "--trainer.accelerator=cpu"])
+    check(message, f"^predict: {module} writes no responses; .* --config ppo --model.actor EXPORT")
