@@ -45,9 +45,10 @@ from lit_rlhf.lost_processes import exit_with_peers
 from lit_rlhf.models.precision import check_precision
 from lit_rlhf.schema import config_schema
 from lit_rlhf.trainer_options import (
-    check_gradient_options,
-    check_interval,
+    check_automatic_options,
+    check_intervals,
     check_numbers,
+    check_predict,
     folder_of_run,
     refusals_as_user_errors,
 )
@@ -198,7 +199,7 @@ class CLI(LightningCLI):
         if config.get("weights_only") is False:
             raise UserError("weights_only must be true or null, because a checkpoint could otherwise execute code")
         check_numbers(config)
-        check_interval(config.trainer.check_val_every_n_epoch)
+        check_intervals(config.trainer.check_val_every_n_epoch, config.trainer.val_check_interval)
         folder = config.trainer.default_root_dir
         for logger in _one_or_more(config.trainer.logger):
             if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("save_dir") == ".":
@@ -213,16 +214,16 @@ class CLI(LightningCLI):
         _check_checkpoint(config.ckpt_path, checkpoints)
 
     def before_fit(self) -> None:
-        """Check the Trainer's options for gradients, lock the folder, and rename it if an older run is not resumed.
+        """Check the Trainer's options and callbacks, lock the folder, and rename it if an older run is not resumed.
 
         LightningCLI calls this method. Only process 0 locks and renames the folder; the Trainer knows which process
         this is, however the processes were started.
 
         Raises:
-            UserError: if the Trainer's options clip or accumulate gradients, if another run is training in the folder,
-                or if the folder cannot be written.
+            UserError: if an option or a callback works only in automatic optimization, if another run is training in
+                the folder, or if the folder cannot be written.
         """
-        check_gradient_options(self.trainer, self.model)
+        check_automatic_options(self.trainer, self.model)
         if not self.trainer.is_global_zero:
             return
         folder, callbacks = Path(self.trainer.default_root_dir), self.trainer.callbacks  # type: ignore[attr-defined]
@@ -275,7 +276,8 @@ class CLI(LightningCLI):
         """Construct the model, the data module and the Trainer.
 
         Raises:
-            UserError: if one of the three refuses a value, or if the precision is not supported.
+            UserError: if one of the three refuses a value, if the precision is not supported, or if ``predict`` is
+                called for a model that cannot predict.
         """
         try:
             with self._logged_runs():
@@ -284,6 +286,8 @@ class CLI(LightningCLI):
             raise
         except ValueError as error:
             raise UserError(explain(str(error))) from error
+        if self.subcommand == "predict":
+            check_predict(self.model)
 
 
 def run(args: Sequence[str] | None = None, cli: type[CLI] = CLI, prog: str = "lit-rlhf") -> None:

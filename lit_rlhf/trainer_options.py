@@ -9,11 +9,17 @@ from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from lit_rlhf import compat
 from lit_rlhf.config_errors import explain
 from lit_rlhf.errors import UserError
+from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
 
 LARGEST_INTEGER = 2**63 - 1
@@ -23,9 +29,20 @@ NO_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is n
 REFUSED_OPTIONS = {
     r"`devices` selected with": "trainer.devices",
     r"\S+ is not in bounds, numpy accepts": "seed_everything",
-    r"Invalid (learning rate|lr|beta|eps|weight_decay|momentum|alpha|rho|dampening|lambd|tau)": "an optimizer's option",
 }
-"""The patterns of refusals by Lightning and ``torch.optim`` that are no MisconfigurationException, and the options."""
+"""The patterns of refusals by Lightning and NumPy that are no MisconfigurationException, and the options."""
+
+CUT = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
+"""Why gradients are not accumulated over batches."""
+AVERAGED = "weights are averaged by model.averaging, in the modules that have this option"
+"""Why no callback may average weights."""
+REFUSED_CALLBACKS: dict[type[lightning.Callback], str] = {
+    GradientAccumulationScheduler: CUT,
+    StochasticWeightAveraging: AVERAGED,
+    WeightAveraging: AVERAGED,
+    LearningRateFinder: "it would train on batches that are not iterations of the run; choose the rate by short runs",
+}
+"""The callbacks of Lightning, with their subclasses, that work only in automatic optimization, and the reasons."""
 
 
 def check_numbers(options: Any, path: str = "") -> None:
@@ -56,17 +73,21 @@ def check_numbers(options: Any, path: str = "") -> None:
         raise UserError(f"{path} is {options}, but a whole number may not exceed {LARGEST_INTEGER}")
 
 
-def check_interval(epochs: int | None) -> None:
-    """Check the number of epochs between validations, ``trainer.check_val_every_n_epoch``.
+def check_intervals(epochs: int | None, batches: Any) -> None:
+    """Check the options that say when there is a validation.
+
+    Args:
+        epochs: The number of epochs between validations, ``trainer.check_val_every_n_epoch``.
+        batches: The option ``trainer.val_check_interval``: a number of batches, a part of an epoch, or a time.
 
     Raises:
-        UserError: if the number is less than 1.
+        UserError: if a number is not positive.
     """
+    without = "trainer.limit_val_batches: 0 leaves validation out"
     if epochs is not None and epochs < 1:
-        raise UserError(
-            f"trainer.check_val_every_n_epoch must be 1 or more, or null, not {epochs}; "
-            "trainer.limit_val_batches: 0 leaves validation out"
-        )
+        raise UserError(f"trainer.check_val_every_n_epoch must be 1 or more, or null, not {epochs}; {without}")
+    if isinstance(batches, int | float) and batches <= 0:
+        raise UserError(f"trainer.val_check_interval must be positive, not {batches}; {without}")
 
 
 @contextlib.contextmanager
@@ -91,26 +112,40 @@ def folder_of_run(folder: Path) -> Iterator[None]:
         raise UserError(f"{option}, but this folder cannot be made: {error}") from error
 
 
-def check_gradient_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-    """Check that no option is set that Lightning applies only in automatic optimization.
+def check_automatic_options(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    """Check that no option or callback is set that Lightning applies only in automatic optimization.
 
     Raises:
-        UserError: if the Trainer's options clip or accumulate gradients.
+        UserError: if the Trainer's options clip or accumulate gradients, or if a callback is among `REFUSED_CALLBACKS`.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if trainer.gradient_clip_val is not None:
         own = "model.update.clip_grad_norm" if isinstance(module, OnPolicy) else "model.clip_grad_norm"
         raise UserError(f"trainer.gradient_clip_val must be null: gradients are clipped by {own}")
-    cut = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
     if trainer.accumulate_grad_batches != 1:
-        raise UserError(f"trainer.accumulate_grad_batches must be 1: {cut}")
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        raise UserError(f"trainer.callbacks must not contain GradientAccumulationScheduler: {cut}")
+        raise UserError(f"trainer.accumulate_grad_batches must be 1: {CUT}")
+    for callback in callbacks:
+        for refused, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, refused):
+                raise UserError(f"trainer.callbacks must not contain {type(callback).__name__}: {reason}")
+
+
+def check_predict(module: lightning.LightningModule) -> None:
+    """Check that a module can write responses, before the Trainer looks for the data of ``predict``.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if type(module).predict_step is AlignmentModule.predict_step:
+        raise UserError(
+            f"predict: {type(module).__name__} writes no responses; give the folder of an exported language model to "
+            "an on-policy module: lit-rlhf predict --config ppo --model.actor EXPORT --data.predict prompts.jsonl"
+        )
 
 
 @contextlib.contextmanager
 def refusals_as_user_errors() -> Iterator[None]:
-    """Return a context that turns the refusals of an option by Lightning and torch into a one-line `UserError`."""
+    """Return a context that turns the refusals of an option by libraries into a one-line `UserError`."""
     try:
         yield
     except MisconfigurationException as error:

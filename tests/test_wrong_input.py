@@ -216,7 +216,10 @@ def test_a_misspelt_option_in_a_file(folder, capsys, right, wrong, name):
     check(message, "no option", mistake, "|".join(meant(n) for n in name.split("|")))
 
 
-ACCUMULATION = "[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]"
+def callback(class_path, options="{}") -> str:
+    return f"[{{class_path: {class_path}, init_args: {options}}}]"
+
+
 MODULES = "DPO, PolicyGradient, RewardModeling, SFT, TRPO"
 DATA = "Demonstrations, Preferences, Prompts"
 
@@ -252,6 +255,8 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"model__sampling__max_tokens": 0}, ["sampling|Sampling", "max_tokens", "1 or more", "0"]),
         ({"model__sampling__temperature": 0}, [r"sampling\.temperature", "positive"]),
         ({"model__scores__clip": -1}, ["scores|ScoreShaping", "clip", "positive", "-1"]),
+        ({"model__value_grad_scale": -5, "model__critic": "shared"}, [r"value_grad_scale must be 0 or more, not -5"]),
+        ({"model__value_grad_scale": 0.5}, [r"value_grad_scale is 0\.5, but no critic is on the .*critic to shared$"]),
         ({"model__iterations": 0}, [r"model\.iterations", "1 or more", "0"]),
         ({"checkpoint__every_n": 0}, ["checkpoint|Checkpoint", "every_n", "1 or more", "0"]),
         ({"trainer__precision": "bf16-true"}, [r"trainer\.precision", "32-true or bf16-mixed", "'bf16-true'"]),
@@ -259,7 +264,14 @@ def test_the_error_for_an_unknown_class_names_the_existing_ones(folder, capsys, 
         ({"trainer__precision": "transformer-engine"}, [r"trainer\.precision", "'transformer-engine'"]),
         ({"trainer__gradient_clip_val": 1}, [r"trainer\.gradient_clip_val", r"by model\.update\.clip_grad_norm$"]),
         ({"trainer__accumulate_grad_batches": 2}, [r"trainer\.accumulate_grad_batches", "micro-batches", "batch_size"]),
-        ({"trainer__callbacks": ACCUMULATION}, [r"trainer\.callbacks must not", "GradientAccumulationScheduler"]),
+        (
+            {"trainer__callbacks": callback("GradientAccumulationScheduler", "{scheduling: {0: 2}}")},
+            [r"trainer\.callbacks must not", "GradientAccumulationScheduler"],
+        ),
+        ({"trainer__callbacks": callback("WeightAveraging")}, [r"not contain WeightAveraging: .* model\.averaging"]),
+        ({"trainer__callbacks": callback("EMAWeightAveraging")}, ["not contain EMAWeightAveraging: "]),
+        ({"trainer__callbacks": callback("StochasticWeightAveraging", "{swa_lrs: 0.1}")}, ["StochasticWeightAv.*: w"]),
+        ({"trainer__callbacks": callback("LearningRateFinder")}, ["not contain LearningRateFinder: .* iterations"]),
     ],
 )
 def test_values_out_of_range(folder, capsys, changes, patterns):
@@ -565,3 +577,11 @@ def test_data_for_another_module(tmp_path, tiny_model, capsys, module, data, opt
     words = ["fit", "--model", module, f"--model.{option}", str(tiny_model("llama")), "--data", data]
     words += ["--data.train", str(path), "--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path / "run")]
     check(refusal(capsys, [*words, "--trainer.accelerator", "cpu"]), f"data: {module} takes", "this data module gives")
+
+
+@pytest.mark.parametrize(("module", "data"), [("SFT", "Demonstrations"), ("DPO", "Preferences"), ("SFT", "Prompts")])
+@pytest.mark.parametrize("source", ["validation", "train"])
+def test_predict_with_a_module_that_writes_no_responses(folder, capsys, module, data, source):
+    words = ["predict", f"--model={module}", "--model.actor=./model", f"--data={data}"]
+    message = refusal(capsys, [*words, f"--data.{source}=prompts.jsonl", "--trainer.accelerator=cpu"])
+    check(message, f"^predict: {module} writes no responses; .* --config ppo --model.actor EXPORT")

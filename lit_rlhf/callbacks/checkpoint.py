@@ -62,7 +62,8 @@ class IterationCheckpoint(ModelCheckpoint):
     Raises:
         ValueError: if ``every_n``, ``keep_last`` or ``keep_every_n`` is less than 1, or if ``every_minutes`` is not
             positive.
-        UserError: during training, if there is no metric with the name ``monitor``.
+        UserError: during training, if there is no metric with the name ``monitor``; before it, if this is a metric of
+            the validation, but there is no data for that.
         KeyboardInterrupt: after an iteration during which a process received Ctrl-C.
         SystemExit: after an iteration during which a process received SIGTERM.
 
@@ -106,7 +107,14 @@ class IterationCheckpoint(ModelCheckpoint):
         """Set the folder to ``checkpoints`` in the run's folder if none was given; write as `AnyCheckpoint` does.
 
         A plugin of the user's own for checkpoints is left as it is.
+
+        Raises:
+            UserError: if ``monitor`` is a metric of the validation, but the data module has no data for that.
         """
+        sources = getattr(trainer.datamodule, "sources", {})  # type: ignore[attr-defined]
+        without_validation = "validation" in sources and sources["validation"] is None
+        if stage == "fit" and without_validation and self.metric is not None and self.metric.startswith("val/"):
+            raise UserError(f"checkpoint.monitor is {self.metric!r}, but data.validation is not set")
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

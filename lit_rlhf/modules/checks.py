@@ -21,6 +21,7 @@ def check_settings(
     update: Update,
     *,
     critic: ModelSource | None,
+    value_grad_scale: float,
     bootstrap_truncated: bool,
 ) -> None:
     """Check that the settings of an on-policy module fit together.
@@ -34,14 +35,17 @@ def check_settings(
         correction: The correction for responses that another policy drew; None for no correction.
         update: The options of the update.
         critic: The source of the critic's weights, or ``shared`` for a critic on the actor's trunk; None for no critic.
+        value_grad_scale: The factor on the value loss's gradient into the actor's trunk.
         bootstrap_truncated: Whether the critic's value replaces the rewards after a truncated response.
 
     Raises:
         UserError: if there is no reward, the temperature is 0, truncated responses are to be bootstrapped without a
             critic, the estimator or dynamic sampling compares the responses to a prompt but each prompt has only one, a
             critic would be trained although nothing uses it, the critic is to be warmed up but there is none with its
-            own weights, potentials have no effect or do not fit another setting, the estimator and the correction would
-            both weight the tokens, or dynamic sampling would have to draw further prompts while `Ahead` generates.
+            own weights, the value loss's gradient into the trunk has a negative factor, or one that has no effect
+            because the critic is not on the trunk, potentials have no effect or do not fit another setting, the
+            estimator and the correction would both weight the tokens, or dynamic sampling would have to draw further
+            prompts while `Ahead` generates.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")
@@ -51,6 +55,13 @@ def check_settings(
         raise UserError(
             f"model.update.critic_warmup is {update.critic_warmup}, but the critic has no weights of its own "
             f"(model.critic: {'null' if critic is None else critic}): set it to 0"
+        )
+    if value_grad_scale < 0:
+        raise UserError(f"model.value_grad_scale must be 0 or more, not {value_grad_scale}")
+    if value_grad_scale != 1 and critic != "shared":
+        raise UserError(
+            f"model.value_grad_scale is {value_grad_scale}, but no critic is on the actor's trunk: set it to 1, or "
+            "model.critic to shared"
         )
     if bootstrap_truncated and critic is None:
         raise UserError("model.bootstrap_truncated needs a critic: it uses the value after the last token")

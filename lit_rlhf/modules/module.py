@@ -30,8 +30,7 @@ from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.modules.averaging import AveragedWeights
 from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.metrics import Metrics
-from lit_rlhf.modules.optimizer_options import OptimizerOptions
-from lit_rlhf.modules.schedules import LinearDecay
+from lit_rlhf.modules.optimizer_options import OptimizerOptions, make_optimizer, make_scheduler
 from lit_rlhf.strategies import FSDP, FSDP2
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -167,17 +166,20 @@ class AlignmentModule(lightning.LightningModule):
         return {name: list(getattr(self, self.role).own_parameters().values())}
 
     def configure_optimizers(self) -> Any:
-        """Return an optimizer for each entry of ``trained_parameters``, with the optimizer's schedule if it has one."""
+        """Return an optimizer for each entry of ``trained_parameters``, with the optimizer's schedule if it has one.
+
+        Raises:
+            UserError: if an optimizer or a schedule cannot be made, or cannot be used.
+        """
         configured = []
         for name, parameters in self.trained_parameters().items():
-            make_optimizer, make_scheduler = self.optimizer_factories[name]
-            entry: dict[str, Any] = {"optimizer": make_optimizer(parameters)}
-            scheduler = None if make_scheduler is None else make_scheduler(entry["optimizer"])
+            make, schedule = self.optimizer_factories[name]
+            optimizer = make_optimizer(make, parameters, name)
+            entry: dict[str, Any] = {"optimizer": optimizer}
+            scheduler = None if schedule is None else make_scheduler(schedule, optimizer, name, self.iterations)
             if scheduler is not None:
-                if isinstance(scheduler, LinearDecay):
-                    scheduler.set_iterations(self.iterations)
                 entry["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
-            self._options[name] = OptimizerOptions(entry["optimizer"], scheduler)
+            self._options[name] = OptimizerOptions(optimizer, scheduler)
             configured.append(entry)
         return configured
 
@@ -192,10 +194,8 @@ class AlignmentModule(lightning.LightningModule):
 
     def step_schedulers(self) -> None:
         """Step all learning-rate schedules; with manual optimization, Lightning leaves this to the module."""
-        schedulers: Any = self.lr_schedulers()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if scheduler is not None:
-                scheduler.step()
+        for name, options in self._options.items():
+            options.step_scheduler(name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the checkpoint belongs to, and the options with which the optimizers and schedules were made."""

@@ -115,7 +115,13 @@ class OnPolicy(AlignmentModule):
         self.reference_answers: dict[int, tuple[RewardInputs, Tensor]] = {}  # with their scores, by held-out batch
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
         parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction
-        check_settings(*parts, update, critic=critic, bootstrap_truncated=bootstrap_truncated)
+        check_settings(
+            *parts,
+            update,
+            critic=critic,
+            value_grad_scale=value_grad_scale,
+            bootstrap_truncated=bootstrap_truncated,
+        )
         if reference_kl is None:
             check_without_reference(kl, reference)
 

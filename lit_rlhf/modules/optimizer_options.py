@@ -1,15 +1,88 @@
-"""The options of optimizers and schedules in a resumed run: those of its configuration, not those of the checkpoint."""
+"""Optimizers and schedules: how they are made, and their options in a resumed run, which are not the checkpoint's."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.modules.schedules import LinearDecay
+
+PREFIXES = {"policy": "actor_", "value": "critic_"}
+"""What precedes ``optimizer`` and ``scheduler`` in the names of the options, by the optimizer's name in its module."""
+
+
+def make_optimizer(make: OptimizerCallable, parameters: list[nn.Parameter], name: str) -> Optimizer:
+    """Return an optimizer for some parameters.
+
+    Args:
+        make: The function that makes the optimizer.
+        parameters: The parameters.
+        name: The name of the optimizer in its module, for messages.
+
+    Raises:
+        UserError: if the optimizer refuses an option or a parameter, or if it cannot be used here.
+
+    >>> import torch
+    >>> make_optimizer(torch.optim.LBFGS, [nn.Parameter(torch.zeros(1))], "policy")
+    Traceback (most recent call last):
+        ...
+    lit_rlhf.errors.UserError: model.actor_optimizer must not be LBFGS, which computes the loss several times in a step
+    """
+    with refusals_of(name, "optimizer") as option:
+        optimizer = make(parameters)
+    if isinstance(optimizer, LBFGS):
+        raise UserError(f"{option} must not be LBFGS, which computes the loss several times in a step")
+    if isinstance(optimizer, SparseAdam):
+        raise UserError(f"{option} must not be SparseAdam, which takes only sparse gradients")
+    return optimizer
+
+
+def make_scheduler(make: LRSchedulerCallable, optimizer: Optimizer, name: str, iterations: int | None) -> LRScheduler:
+    """Return the learning-rate schedule of an optimizer.
+
+    Args:
+        make: The function that makes the schedule.
+        optimizer: The optimizer.
+        name: The name of the optimizer in its module, for messages.
+        iterations: The number of iterations of the run; None if it is not known.
+
+    Raises:
+        UserError: if the schedule refuses an option or the optimizer, if it cannot be used here, or if it needs the
+            number of iterations.
+    """
+    with refusals_of(name, "scheduler") as option:
+        scheduler = make(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(f"{option} must not be ReduceLROnPlateau, which needs a metric: schedules know only iterations")
+    if isinstance(scheduler, LinearDecay):
+        scheduler.set_iterations(iterations)
+    return scheduler
+
+
+@contextlib.contextmanager
+def refusals_of(name: str, kind: Literal["optimizer", "scheduler"]) -> Iterator[str]:
+    """Return a context that turns the refusal of a value by an optimizer or a schedule into a one-line `UserError`.
+
+    The value of the context is the name of the option that chooses the optimizer or the schedule.
+
+    Args:
+        name: The name of the optimizer in its module.
+        kind: Whether the optimizer or its schedule may refuse a value.
+    """
+    option = f"model.{PREFIXES.get(name, '')}{kind}"
+    try:
+        yield option
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 class OptimizerOptions:
@@ -49,6 +122,19 @@ class OptimizerOptions:
     def state(self) -> dict[str, Any]:
         """Return the options, for a checkpoint."""
         return self._made
+
+    def step_scheduler(self, name: str) -> None:
+        """Step the schedule, if there is one.
+
+        Args:
+            name: The name of the optimizer in its module, for messages.
+
+        Raises:
+            UserError: if the schedule refuses the step, such as ``OneCycleLR`` after its last one.
+        """
+        if self.scheduler is not None:
+            with refusals_of(name, "scheduler"):
+                self.scheduler.step()
 
     def use(self, saved: dict[str, Any], name: str, iteration: int) -> None:
         """Give the optimizer and its schedule, restored from a checkpoint, the options that the run has changed.

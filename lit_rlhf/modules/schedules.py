@@ -38,7 +38,7 @@ class LinearDecay(LRScheduler):
 
     def __init__(self, optimizer: torch.optim.Optimizer, warmup: int = 0) -> None:
         if warmup < 0:
-            raise ValueError(f"scheduler.warmup must be 0 or more, not {warmup}")
+            raise ValueError(f"warmup must be 0 or more, not {warmup}")
         self.warmup = warmup
         self.iterations: int | None = None  # no decay until this number is set
         super().__init__(optimizer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.modules import DPO, SFT, TRPO, RewardModeling
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.modules.on_policy import OnPolicy
+from lit_rlhf.modules.optimizer_options import make_optimizer
 from lit_rlhf.planning.adapted import AdaptedModels, saved_adapter
 from lit_rlhf.planning.dry_run import Outputs
 from lit_rlhf.planning.roles import Role, Stepping, stepping_of, whole
@@ -27,11 +29,12 @@ def models_of(module: AlignmentModule) -> Models:
     """Return the models of a module; they are built without weights.
 
     Raises:
-        UserError: if runs with the module's class cannot be planned, if the configuration or the tokenizer of a model
-            or the configuration of an adapter cannot be loaded, if an adapter does not name its base model, or if a
-            target module is not a linear layer or is the language-model head.
+        UserError: if runs with the module's class cannot be planned, if an optimizer cannot be used, if the
+            configuration or the tokenizer of a model or the configuration of an adapter cannot be loaded, if an adapter
+            does not name its base model, or if a target module is not a linear layer or is the language-model head.
     """
-    steps = {name: stepping_of(make) for name, (make, _) in module.optimizer_factories.items()}
+    factories = module.optimizer_factories.items()
+    steps = {name: stepping_of(partial(make_optimizer, make, name=name)) for name, (make, _) in factories}
     if isinstance(module, TRPO) or not isinstance(module, SFT | RewardModeling | DPO | OnPolicy):
         raise UserError(f"plan: {type(module).__name__} is not among the modules that can be planned")
     if module.adapter is not None:

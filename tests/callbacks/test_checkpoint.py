@@ -99,6 +99,12 @@ def test_an_unknown_metric_is_refused_with_the_existing_ones(make_module, fit):
         fit(make_module(iterations=1), [IterationCheckpoint(monitor="objective/scores")])
 
 
+def test_a_metric_of_the_validation_needs_data_for_it(make_module, fit, tmp_path):
+    with pytest.raises(UserError, match=r"^checkpoint\.monitor is 'val/score', but data\.validation is not set$"):
+        fit(make_module(iterations=1), [IterationCheckpoint(monitor="val/score")])
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_numbers_out_of_range():
     with pytest.raises(ValueError, match="every_n must be 1 or more, not 0"):
         IterationCheckpoint(every_n=0)

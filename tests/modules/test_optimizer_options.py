@@ -1,14 +1,22 @@
-"""A resumed run has the options of its optimizers and schedules from its configuration, not from the checkpoint."""
+"""Optimizers and schedules refuse values with the option's name; a resumed run has the options that it is given."""
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
 
 from lit_rlhf.callbacks import IterationCheckpoint
 from lit_rlhf.errors import UserError
-from lit_rlhf.modules import Update
+from lit_rlhf.modules import SFT, Update
 from lit_rlhf.modules.optimizer_options import OptimizerOptions
 from lit_rlhf.modules.schedules import LinearDecay
+from lit_rlhf.planning.models import models_of
 
 ONE_STEP = {"critic": None, "update": Update(epochs=1, minibatches=1)}
 
@@ -104,3 +112,43 @@ def test_options_that_stay_keep_what_the_run_has_made_of_them():
     new.load_state_dict(old.state_dict())
     options.use(old_options.state(), "policy", 3)
     assert new.param_groups[0]["lr"] == 0.025
+
+
+def sgd(**options):
+    return lambda parameters: torch.optim.SGD(parameters, **({"lr": 0.1} | options))
+
+
+WRONG_OPTIMIZERS = {
+    "Muon": (lambda p: torch.optim.Muon(p, lr=0.01), r"^model\.actor_optimizer: Muon only supports 2D parameters"),
+    "LBFGS": (torch.optim.LBFGS, r"^model\.actor_optimizer must not be LBFGS, which computes the loss several times"),
+    "SparseAdam": (torch.optim.SparseAdam, r"^model\.actor_optimizer must not be SparseAdam, .* sparse gradients$"),
+    "no momentum": (sgd(nesterov=True), r"^model\.actor_optimizer: Nesterov momentum requires a momentum"),
+    "negative rate": (sgd(lr=-1), r"^model\.actor_optimizer: Invalid learning rate: -1$"),
+}
+WRONG_SCHEDULES = {
+    "no end": (lambda o: OneCycleLR(o, 1.0), r"^model\.critic_scheduler: You must define either total_steps"),
+    "too short": (lambda o: OneCycleLR(o, 1.0, total_steps=1), r"^model\.critic_scheduler: Tried to step 2 times"),
+    "no period": (lambda o: CosineAnnealingWarmRestarts(o, T_0=-1), r"^model\.critic_scheduler: .* T_0, but got -1$"),
+    "no steps": (lambda o: StepLR(o, step_size=0), r"^model\.critic_scheduler: integer modulo by zero$"),
+    "metric": (ReduceLROnPlateau, r"^model\.critic_scheduler must not be ReduceLROnPlateau, which needs a metric"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIMIZERS)
+def test_the_refusal_of_an_optimizer_names_its_option(make_module, fit, name):
+    make, message = WRONG_OPTIMIZERS[name]
+    with pytest.raises(UserError, match=message):
+        fit(make_module(iterations=1, **ONE_STEP, actor_optimizer=make))
+
+
+@pytest.mark.parametrize("name", WRONG_SCHEDULES)
+def test_the_refusal_of_a_schedule_names_its_option(make_module, fit, name):
+    make, message = WRONG_SCHEDULES[name]
+    with pytest.raises(UserError, match=message):
+        fit(make_module(iterations=2, critic="actor", update=ONE_STEP["update"], critic_scheduler=make))
+
+
+def test_an_optimizer_that_cannot_be_used_cannot_be_planned(tiny_model):
+    module = SFT(actor=str(tiny_model("llama")), optimizer=torch.optim.LBFGS)
+    with pytest.raises(UserError, match=r"^model\.optimizer must not be LBFGS"):
+        models_of(module)

@@ -37,5 +37,5 @@ def test_a_longer_resumed_run_follows_the_new_line():
 
 
 def test_a_negative_warmup_is_refused():
-    with pytest.raises(ValueError, match=r"^scheduler\.warmup must be 0 or more, not -1$"):
+    with pytest.raises(ValueError, match=r"^warmup must be 0 or more, not -1$"):
         LinearDecay(torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup=-1)
