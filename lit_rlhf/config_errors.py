@@ -21,6 +21,9 @@ NOT_IN_MODULE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 NO_MODULE = re.compile(r"No module named '([^']+)'")
 """The pattern of a module that does not exist."""
 
+MISSING_PACKAGE = re.compile(r"Requirement '([^']+)' not met")
+"""The pattern of a package that a logger of Lightning needs, and that is not installed."""
+
 BESIDE_INIT_ARGS = re.compile(
     r"Not a valid subclass of [^{]*\{'class_path': '[^']+', (?:'init_args': .*\}, )?'(?!init_args')(\w+)'"
 )
@@ -45,6 +48,11 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
         return _class_expected(field, f": there is no module {matched[1]!r}")
     owner = _owner(message)
     option = next(filter(None, (pattern.search(message) for pattern in compat.UNKNOWN_OPTION)), None)
+    if owner and (matched := MISSING_PACKAGE.search(message)):
+        package = matched[1]
+        return f"trainer.logger: {owner.__name__} needs a package that is not installed: pip install '{package}'"
+    if owner and field and (matched := compat.MISSING_OPTION.search(message)):
+        return f"{field}.{matched[1]} is not set; {owner.__name__} needs it"
     if owner is not None and owner.__module__.startswith("lightning."):
         return _class_expected(field, " is not set")
     if option:
@@ -61,8 +69,6 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if matched := compat.ABSTRACT_CLASS.search(message):
         return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
     if matched := compat.MISSING_OPTION.search(message):
-        if field and owner:
-            return f"{field}.{matched[1]} is not set; {owner.__name__} needs it"
         return _class_expected(matched[1].rpartition(".")[2], " is not set")
     if matched := compat.UNKNOWN_COMMAND.search(message):
         choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
@@ -217,8 +223,9 @@ def missing_options(field: str, class_path: str, given: Mapping[str, Any]) -> st
 
 
 def _class_names(field: str) -> list[str]:
-    """Return the sorted names of the classes of lit_rlhf and ``torch.optim`` that an option accepts."""
+    """Return the sorted names of the classes of lit_rlhf, ``torch.optim`` and Lightning that an option accepts."""
     import lightning
+    from lightning.pytorch.loggers import Logger
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -238,6 +245,7 @@ def _class_names(field: str) -> list[str]:
         "rewards": Reward,
         "optimizer": Optimizer,
         "scheduler": LRScheduler,
+        "logger": Logger,
     }
     last = field.rpartition(".")[2]
     base = bases.get(last) or bases.get(last.rpartition("_")[2])

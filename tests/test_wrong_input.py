@@ -1,5 +1,6 @@
 """A user's mistake is reported in one line that names the field, what was found and what would be right."""
 
+import importlib.util
 import json
 import re
 
@@ -293,6 +294,32 @@ def test_an_interval_between_validations_longer_than_an_epoch(folder, capsys):
     message = refusal(capsys, fit(data__validation="prompts.jsonl", trainer__val_check_interval=5))
     check(message, r"trainer\.val_check_interval", r"\(5\)", r"\(2\)", r"check_val_every_n_epoch: null")
     assert not (folder / "run").exists()  # a run without an iteration leaves nothing that counts as an older run
+
+
+@pytest.mark.parametrize(
+    ("logger", "patterns"),
+    [
+        ("CSVLogger", [r"^trainer\.logger\.save_dir is not set; CSVLogger needs it$"]),
+        ("[TensorBoardLogger]", [r"^trainer\.logger\.save_dir is not set; TensorBoardLogger needs it$"]),
+        ("TensorBordLogger", [r"^trainer\.logger: ", meant("TensorBoardLogger")]),
+        ("CometLogger", [r"^trainer\.logger: CometLogger needs a package", "pip install 'comet-ml"]),
+    ],
+)
+def test_loggers(folder, capsys, logger, patterns):
+    if logger == "CometLogger" and importlib.util.find_spec("comet_ml"):
+        pytest.skip("the package is installed")
+    check(refusal(capsys, fit(trainer__logger=logger)), *patterns)
+
+
+def test_wandb_without_a_login(folder, capsys, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**options):
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    message = refusal(capsys, fit(trainer__logger="WandbLogger"))
+    check(message, r"^trainer\.logger: W&B has no API key", "`wandb login`", "WANDB_MODE=offline")
 
 
 def test_a_word_that_belongs_to_no_option(folder, capsys):
