@@ -24,6 +24,9 @@ NO_MODULE = re.compile(r"No module named '([^']+)'")
 MISSING_PACKAGE = re.compile(r"Requirement '([^']+)' not met")
 """The pattern of a package that a logger of Lightning needs, and that is not installed."""
 
+HELP_OPTION = re.compile(r"--([\w.]+)\.help: ")
+"""The pattern of an option, at the beginning of the message about a class whose help is asked for."""
+
 BESIDE_INIT_ARGS = re.compile(
     r"Not a valid subclass of [^{]*\{'class_path': '[^']+', (?:'init_args': .*\}, )?'(?!init_args')(\w+)'"
 )
@@ -41,7 +44,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
     known = [name for name in known if not name.endswith(".help")]
-    field = ".".join(compat.PARSER_KEY.findall(message))
+    field = ".".join(compat.PARSER_KEY.findall(message) or HELP_OPTION.findall(message))
     if matched := NOT_IN_MODULE.search(message):
         return unknown_class(field, f"{matched[1]}.{matched[2]}", _class_names(field))
     if matched := NO_MODULE.search(message):
@@ -246,6 +249,7 @@ def _class_names(field: str) -> list[str]:
         "optimizer": Optimizer,
         "scheduler": LRScheduler,
         "logger": Logger,
+        "callbacks": lightning.Callback,
     }
     last = field.rpartition(".")[2]
     base = bases.get(last) or bases.get(last.rpartition("_")[2])

@@ -419,6 +419,19 @@ def test_help_of_an_option_of_no_class(capsys):
     check(refusal(capsys, ["fit", "--model.adapter.help"]), "name the class", "--model CLASS --model.adapter.help")
 
 
+@pytest.mark.parametrize(
+    ("words", "patterns"),
+    [
+        (["--model.help", "Nope"], ["^model: there is no class 'Nope'", MODULES]),
+        (["--config=ppo", "--model.engine.help", "Aead"], [r"^model\.engine: ", meant("Ahead")]),
+        (["--trainer.logger.help", "TensorBordLogger"], [r"^trainer\.logger: ", meant("TensorBoardLogger")]),
+        (["--trainer.callbacks.help", "ErlyStopping"], [r"^trainer\.callbacks: ", meant("EarlyStopping")]),
+    ],
+)
+def test_help_of_a_class_that_does_not_exist(capsys, words, patterns):
+    check(refusal(capsys, ["fit", *words]), *patterns)
+
+
 def test_an_unknown_command(capsys):
     check(refusal(capsys, ["fti"]), "'fti'", meant("fit"), "validate, test, predict")
 
