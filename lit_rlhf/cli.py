@@ -18,12 +18,12 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 """The names of the environment variable from which torch reads the options of its GPU memory allocator."""
 
 COMMANDS = {
-    "quickstart": "quickstart",
+    "quickstart": "quickstart_cli",
     "init": "starter",
     "recipes": "recipes",
     "plan": "plan_cli",
     "report": "report_cli",
-    "export": "export",
+    "export": "export_cli",
     "schema": "schema_cli",
 }
 """The name of the module that runs each command; LightningCLI runs the commands that are not listed here."""

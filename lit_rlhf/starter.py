@@ -50,7 +50,7 @@ def write(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"init: the folder {folder} is not empty; give the name of a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    from lit_rlhf.schema_cli import schema_text
+    from lit_rlhf.whole_schema import schema_text
 
     schema = schema_text()
     for file in sorted((recipes.folder() / "starter").iterdir()):

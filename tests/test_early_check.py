@@ -84,6 +84,28 @@ def test_torch_is_not_imported(cache, command):
     assert "did you mean 'model.iterations'?" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quickstart", "--help"], ""),
+        (["quickstart", "--stage", "ppoo"], "argument --stage: invalid choice: 'ppoo'"),
+        (["quickstart", "--ppo-iterations", "-1"], "lit-rlhf: error: ppo-iterations must be 1 or more, not -1\n"),
+        (["quickstart", "--sft-iterations=1", "--lora"], "error: sft-iterations must be 2 or more, not 1\n"),
+        (["export"], "the following arguments are required: run"),
+        (["schema", "--help"], ""),
+    ],
+)
+def test_the_options_of_other_commands_are_read_before_torch_is_imported(words, message):
+    program = (
+        "import sys; from lit_rlhf.cli import main\n"
+        f"try: main({words})\n"
+        "except SystemExit: print({'torch', 'lightning', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_recipes_have_no_mistake(recipe):
     assert mistake_in(["fit", "--config", "ppo", "--config", recipe]) == ""

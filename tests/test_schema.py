@@ -9,7 +9,7 @@ import yaml
 
 from lit_rlhf import recipes
 from lit_rlhf.cli import main
-from lit_rlhf.schema_cli import schema_text
+from lit_rlhf.whole_schema import schema_text
 
 CONFIGS = sorted(recipes.folder().rglob("*.yaml"))
 PPO = yaml.safe_load(recipes.find_recipe("ppo").read_text())
