@@ -26,7 +26,10 @@ COMMANDS = {
     "export": "export_cli",
     "schema": "schema_cli",
 }
-"""The name of the module that runs each command; LightningCLI runs the commands that are not listed here."""
+"""The name of the module that runs each command."""
+
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+"""The commands that LightningCLI runs."""
 
 CHECKED = ("fit", "validate", "test", "predict", "plan")
 """The commands whose options are checked before torch and Lightning are imported."""
@@ -77,6 +80,10 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"lit-rlhf {__version__}")
         elif words[0] in COMMANDS:
             importlib.import_module(f"lit_rlhf.{COMMANDS[words[0]]}").main(words[1:])
+        elif words[0] not in LIGHTNING_COMMANDS and not words[0].startswith("-"):
+            from lit_rlhf.config_errors import unknown_command
+
+            raise UserError(unknown_command(words[0], [*LIGHTNING_COMMANDS, *COMMANDS]))
         else:
             from lit_rlhf import lightning_cli
 

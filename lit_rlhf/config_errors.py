@@ -74,8 +74,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if matched := compat.MISSING_OPTION.search(message):
         return _class_expected(matched[1].rpartition(".")[2], " is not set")
     if matched := compat.UNKNOWN_COMMAND.search(message):
-        choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
-        return f"there is no command {matched[1]!r}{_nearest(matched[1], choices)}; there are: {', '.join(choices)}"
+        return unknown_command(matched[1], [choice.strip(" '\"") for choice in matched[2].split(",")])
     if beside := BESIDE_INIT_ARGS.search(message):
         return f"{field}.{beside[1]} should be inside {field}.init_args"
     return _wrong_value(field, message)
@@ -129,6 +128,15 @@ def unknown_option(option: str, field: str, known: Sequence[str], owner: str, ot
     who = owner or (group if f"{group}." in " ".join(known) else "")
     listed = f"; {f'{who} has' if who else 'there are'}: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
     return f"there is no option {whole!r}{meant}{listed}"
+
+
+def unknown_command(name: str, known: Sequence[str]) -> str:
+    """Return a message about a command that does not exist, with the commands that do and the closest of them.
+
+    >>> unknown_command("fti", ["fit", "test"])
+    "there is no command 'fti', did you mean 'fit'?; there are: fit, test"
+    """
+    return f"there is no command {name!r}{_nearest(name, known)}; there are: {', '.join(known)}"
 
 
 def unknown_class(field: str, name: str, known: Sequence[str]) -> str:

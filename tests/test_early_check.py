@@ -93,6 +93,8 @@ def test_torch_is_not_imported(cache, command):
         (["quickstart", "--sft-iterations=1", "--lora"], "error: sft-iterations must be 2 or more, not 1\n"),
         (["export"], "the following arguments are required: run"),
         (["schema", "--help"], ""),
+        (["exprot"], "there is no command 'exprot', did you mean 'export'?"),
+        (["qickstart"], "there is no command 'qickstart', did you mean 'quickstart'?"),
     ],
 )
 def test_the_options_of_other_commands_are_read_before_torch_is_imported(words, message):
