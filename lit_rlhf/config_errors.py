@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_rlhf import compat
+from lit_rlhf import compat, recipes
 from lit_rlhf.components import components, is_options_group, option_names, options
 from lit_rlhf.foreign_options import own_name
 
@@ -27,23 +27,34 @@ MISSING_PACKAGE = re.compile(r"Requirement '([^']+)' not met")
 HELP_OPTION = re.compile(r"--([\w.]+)\.help: ")
 """The pattern of an option, at the beginning of the message about a class whose help is asked for."""
 
+NO_VALUE = re.compile(r"^argument --([\w.]+): expected one argument")
+"""The pattern of an option without its value; the name is only that of the group for the options of a chosen class."""
+
+STRAY_WORD = re.compile(r"[Uu]nrecognized arguments: (?!-)(\S+)")
+"""The pattern of a word that is neither an option nor an option's value."""
+
 BESIDE_INIT_ARGS = re.compile(
     r"Not a valid subclass of [^{]*\{'class_path': '[^']+', (?:'init_args': .*\}, )?'(?!init_args')(\w+)'"
 )
 """The pattern of an option that a file gives beside ``init_args`` instead of inside."""
 
 
-def explain(message: str, known: Sequence[str] = ()) -> str:
+def explain(message: str, known: Sequence[str] = (), words: Sequence[str] = ()) -> str:
     """Return one line that names the option that is wrong, the value or name found, and what would be right.
 
     Args:
         message: jsonargparse's message, often many lines.
         known: The options of the command and of the classes that were chosen, such as ``trainer.max_epochs``.
+        words: The words of the command line.
 
     >>> explain("unrecognized arguments: --trainer.max_epoch=1", ["trainer.max_epochs", "config"])
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
     known = [name for name in known if not name.endswith(".help")]
+    if matched := NO_VALUE.search(message):
+        return f"{_without_value(matched[1], words)} needs a value"
+    if matched := STRAY_WORD.search(message):
+        return _stray_word(matched[1], known)
     field = ".".join(compat.PARSER_KEY.findall(message) or HELP_OPTION.findall(message))
     if matched := NOT_IN_MODULE.search(message):
         return unknown_class(field, f"{matched[1]}.{matched[2]}", _class_names(field))
@@ -78,6 +89,28 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if beside := BESIDE_INIT_ARGS.search(message):
         return f"{field}.{beside[1]} should be inside {field}.init_args"
     return _wrong_value(field, message)
+
+
+def _without_value(group: str, words: Sequence[str]) -> str:
+    """Return the name of the first option of a group that the words of a command line give without a value."""
+    pairs = zip(words, [*words, "--"][1:], strict=True)
+    names = [word[2:] for word, after in pairs if after.startswith("--") and "=" not in word]
+    return next((name for name in names if name.startswith(f"{group}.")), group)
+
+
+def _stray_word(word: str, known: Sequence[str]) -> str:
+    """Return a message about a word that is neither an option nor a value, with the option that was probably meant.
+
+    >>> _stray_word("ppo", [])
+    "'ppo' is not an option, did you mean '--config ppo'?"
+    >>> _stray_word("model.actor=x", [])
+    "'model.actor=x' is not an option, did you mean '--model.actor=x'?"
+    """
+    if word in recipes.names() or word.endswith((".yaml", ".yml")):
+        meant = f", did you mean '--config {word}'?"
+    else:
+        meant = f", did you mean '--{word}'?" if "=" in word or word in known else ""
+    return f"{word!r} is not an option{meant}"
 
 
 def _wrong_value(field: str, text: str) -> str:

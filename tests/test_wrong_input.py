@@ -322,8 +322,24 @@ def test_wandb_without_a_login(folder, capsys, monkeypatch):
     check(message, r"^trainer\.logger: W&B has no API key", "`wandb login`", "WANDB_MODE=offline")
 
 
-def test_a_word_that_belongs_to_no_option(folder, capsys):
-    check(refusal(capsys, [*fit(), "prompts.jsonl"]), r"'prompts\.jsonl'")
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("prompts.jsonl", "'prompts.jsonl' is not an option"),
+        ("ppo", "'ppo' is not an option, did you mean '--config ppo'?"),
+        ("run.yaml", "'run.yaml' is not an option, did you mean '--config run.yaml'?"),
+        ("model.actor=x", "'model.actor=x' is not an option, did you mean '--model.actor=x'?"),
+        ("model.actor", "'model.actor' is not an option, did you mean '--model.actor'?"),
+    ],
+)
+def test_a_word_that_belongs_to_no_option(folder, capsys, word, message):
+    assert refusal(capsys, [*fit(), word]) == message
+
+
+@pytest.mark.parametrize("option", ["model.iterations", "data.train", "trainer.max_epochs"])
+def test_an_option_without_its_value(folder, capsys, option):
+    assert refusal(capsys, [*fit(), f"--{option}", "--model.kl.coef=1"]) == f"{option} needs a value"
+    assert refusal(capsys, [*fit(), f"--{option}"]) == f"{option} needs a value"
 
 
 @pytest.mark.parametrize(
