@@ -118,6 +118,7 @@ def test_a_csv_file_is_read_as_data_not_as_configuration(folder):
         ({"model__reference": "./nowhere"}, [r"model\.reference", r"\./nowhere"]),
         ({"model__critic": "./nowhere"}, [r"model\.critic", r"\./nowhere"]),
         ({"model__critic": "reward"}, [r"model\.critic", "'reward'", "RewardModel"]),
+        ({"model__critic": "shard"}, [r"^model\.critic: there is no folder 'shard', did you mean 'shared'\?$"]),
         ({"model__actor": None}, [r"model\.actor is not set", "folder"]),
         ({"model__rewards": None}, [r"model\.rewards", "at least one"]),
         ({"model__rewards": "[]"}, [r"model\.rewards", "at least one"]),
