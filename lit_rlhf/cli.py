@@ -31,7 +31,7 @@ COMMANDS = {
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 """The commands that LightningCLI runs."""
 
-CHECKED = ("fit", "validate", "test", "predict", "plan")
+CHECKED = (*LIGHTNING_COMMANDS, "plan")
 """The commands whose options are checked before torch and Lightning are imported."""
 
 HELP = """usage: lit-rlhf COMMAND [options]

@@ -154,8 +154,9 @@ def unknown_option(option: str, field: str, known: Sequence[str], owner: str, ot
     if option.partition(".")[0] not in known:
         option = option.partition(".init_args.")[0]  # the first name in a file that does not exist
     whole = ".".join(filter(None, [field, option]))
+    similar = "reward" if option == "actor" and "reward" in known else option  # the model that is trained
     own = own_name(whole, {*others, *(".".join(filter(None, [field, name])) for name in known)})
-    meant = f", did you mean {own!r}?" if own else _nearest(option, known, field)
+    meant = f", did you mean {own!r}?" if own else _nearest(similar, known, field)
     group = option.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == (group if f"{group}." in " ".join(known) else "")]
     who = owner or (group if f"{group}." in " ".join(known) else "")

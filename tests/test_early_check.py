@@ -43,6 +43,7 @@ def folder(cache, tmp_path, monkeypatch):
         ("--config", "grpo", "--model.advantages.lam", "0.9"),  # an option of GAE, which is not chosen
         ("--config", "dpo", "--model.update.max_tokens", "9"),
         ("--config", "dpo", "--model.learning_rate", "9"),
+        ("--config", "reward", "--model.actor", "model"),
         ("--config", "ppo", "--model.rewards.wieght", "2"),
         ("--config", "ppo", "--trainer.max_epoch", "2"),
         ("--config", "ppo", "--trianer.max_epoch", "2"),

@@ -348,6 +348,8 @@ def test_an_option_without_its_value(folder, capsys, option):
     [
         ("dpo", "model.update.max_tokens", "model.max_tokens"),  # the option of another module
         ("dpo", "model.optimzer.lr", "model.optimizer.lr"),
+        ("reward", "model.actor", "model.reward"),
+        ("ppo", "model.reward", "model.rewards"),
         ("ppo", "model.lam", "model.advantages.lam"),
         ("ppo", "model.adaptr.rank", "model.adapter.rank"),
         ("ppo", "trianer.max_epoch", "trainer.max_epochs"),
