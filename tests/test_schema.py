@@ -27,6 +27,12 @@ def valid(schema):
     return jsonschema.Draft7Validator(schema).is_valid
 
 
+def test_the_command_prints_the_schema(monkeypatch, capsys):
+    monkeypatch.setattr("lit_rlhf.whole_schema.schema_text", lambda: "{}\n")
+    main(["schema"])
+    assert capsys.readouterr().out == "{}\n"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(recipes.folder()).as_posix())
 def test_every_configuration_of_the_package_is_valid(valid, path):
     assert valid(yaml.safe_load(path.read_text()))
