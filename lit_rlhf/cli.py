@@ -18,17 +18,20 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 """The names of the environment variable from which torch reads the options of its GPU memory allocator."""
 
 COMMANDS = {
-    "quickstart": "quickstart",
+    "quickstart": "quickstart_cli",
     "init": "starter",
     "recipes": "recipes",
     "plan": "plan_cli",
     "report": "report_cli",
-    "export": "export",
+    "export": "export_cli",
     "schema": "schema_cli",
 }
-"""The name of the module that runs each command; LightningCLI runs the commands that are not listed here."""
+"""The name of the module that runs each command."""
 
-CHECKED = ("fit", "validate", "test", "predict", "plan")
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+"""The commands that LightningCLI runs."""
+
+CHECKED = (*LIGHTNING_COMMANDS, "plan")
 """The commands whose options are checked before torch and Lightning are imported."""
 
 HELP = """usage: lit-rlhf COMMAND [options]
@@ -77,6 +80,10 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"lit-rlhf {__version__}")
         elif words[0] in COMMANDS:
             importlib.import_module(f"lit_rlhf.{COMMANDS[words[0]]}").main(words[1:])
+        elif words[0] not in LIGHTNING_COMMANDS and not words[0].startswith("-"):
+            from lit_rlhf.config_errors import unknown_command
+
+            raise UserError(unknown_command(words[0], [*LIGHTNING_COMMANDS, *COMMANDS]))
         else:
             from lit_rlhf import lightning_cli
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_rlhf import compat
+from lit_rlhf import compat, recipes
 from lit_rlhf.components import components, is_options_group, option_names, options
 from lit_rlhf.foreign_options import own_name
 
@@ -21,30 +21,52 @@ NOT_IN_MODULE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 NO_MODULE = re.compile(r"No module named '([^']+)'")
 """The pattern of a module that does not exist."""
 
+MISSING_PACKAGE = re.compile(r"Requirement '([^']+)' not met")
+"""The pattern of a package that a logger of Lightning needs, and that is not installed."""
+
+HELP_OPTION = re.compile(r"--([\w.]+)\.help: ")
+"""The pattern of an option, at the beginning of the message about a class whose help is asked for."""
+
+NO_VALUE = re.compile(r"^argument --([\w.]+): expected one argument")
+"""The pattern of an option without its value; the name is only that of the group for the options of a chosen class."""
+
+STRAY_WORD = re.compile(r"[Uu]nrecognized arguments: (?!-)(\S+)")
+"""The pattern of a word that is neither an option nor an option's value."""
+
 BESIDE_INIT_ARGS = re.compile(
     r"Not a valid subclass of [^{]*\{'class_path': '[^']+', (?:'init_args': .*\}, )?'(?!init_args')(\w+)'"
 )
 """The pattern of an option that a file gives beside ``init_args`` instead of inside."""
 
 
-def explain(message: str, known: Sequence[str] = ()) -> str:
+def explain(message: str, known: Sequence[str] = (), words: Sequence[str] = ()) -> str:
     """Return one line that names the option that is wrong, the value or name found, and what would be right.
 
     Args:
         message: jsonargparse's message, often many lines.
         known: The options of the command and of the classes that were chosen, such as ``trainer.max_epochs``.
+        words: The words of the command line.
 
     >>> explain("unrecognized arguments: --trainer.max_epoch=1", ["trainer.max_epochs", "config"])
     "there is no option 'trainer.max_epoch', did you mean 'trainer.max_epochs'?; trainer has: trainer.max_epochs"
     """
     known = [name for name in known if not name.endswith(".help")]
-    field = ".".join(compat.PARSER_KEY.findall(message))
+    if matched := NO_VALUE.search(message):
+        return f"{_without_value(matched[1], words)} needs a value"
+    if matched := STRAY_WORD.search(message):
+        return _stray_word(matched[1], known)
+    field = ".".join(compat.PARSER_KEY.findall(message) or HELP_OPTION.findall(message))
     if matched := NOT_IN_MODULE.search(message):
         return unknown_class(field, f"{matched[1]}.{matched[2]}", _class_names(field))
     if matched := NO_MODULE.search(message):
         return _class_expected(field, f": there is no module {matched[1]!r}")
     owner = _owner(message)
     option = next(filter(None, (pattern.search(message) for pattern in compat.UNKNOWN_OPTION)), None)
+    if owner and (matched := MISSING_PACKAGE.search(message)):
+        package = matched[1]
+        return f"trainer.logger: {owner.__name__} needs a package that is not installed: pip install '{package}'"
+    if owner and field and (matched := compat.MISSING_OPTION.search(message)):
+        return f"{field}.{matched[1]} is not set; {owner.__name__} needs it"
     if owner is not None and owner.__module__.startswith("lightning."):
         return _class_expected(field, " is not set")
     if option:
@@ -61,15 +83,34 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
     if matched := compat.ABSTRACT_CLASS.search(message):
         return _class_expected(field, f": {matched[1].rpartition('.')[2]} is abstract, or class_path is missing")
     if matched := compat.MISSING_OPTION.search(message):
-        if field and owner:
-            return f"{field}.{matched[1]} is not set; {owner.__name__} needs it"
         return _class_expected(matched[1].rpartition(".")[2], " is not set")
     if matched := compat.UNKNOWN_COMMAND.search(message):
-        choices = [choice.strip(" '\"") for choice in matched[2].split(",")]
-        return f"there is no command {matched[1]!r}{_nearest(matched[1], choices)}; there are: {', '.join(choices)}"
+        return unknown_command(matched[1], [choice.strip(" '\"") for choice in matched[2].split(",")])
     if beside := BESIDE_INIT_ARGS.search(message):
         return f"{field}.{beside[1]} should be inside {field}.init_args"
     return _wrong_value(field, message)
+
+
+def _without_value(group: str, words: Sequence[str]) -> str:
+    """Return the name of the first option of a group that the words of a command line give without a value."""
+    pairs = zip(words, [*words, "--"][1:], strict=True)
+    names = [word[2:] for word, after in pairs if after.startswith("--") and "=" not in word]
+    return next((name for name in names if name.startswith(f"{group}.")), group)
+
+
+def _stray_word(word: str, known: Sequence[str]) -> str:
+    """Return a message about a word that is neither an option nor a value, with the option that was probably meant.
+
+    >>> _stray_word("ppo", [])
+    "'ppo' is not an option, did you mean '--config ppo'?"
+    >>> _stray_word("model.actor=x", [])
+    "'model.actor=x' is not an option, did you mean '--model.actor=x'?"
+    """
+    if word in recipes.names() or word.endswith((".yaml", ".yml")):
+        meant = f", did you mean '--config {word}'?"
+    else:
+        meant = f", did you mean '--{word}'?" if "=" in word or word in known else ""
+    return f"{word!r} is not an option{meant}"
 
 
 def _wrong_value(field: str, text: str) -> str:
@@ -113,13 +154,23 @@ def unknown_option(option: str, field: str, known: Sequence[str], owner: str, ot
     if option.partition(".")[0] not in known:
         option = option.partition(".init_args.")[0]  # the first name in a file that does not exist
     whole = ".".join(filter(None, [field, option]))
+    similar = "reward" if option == "actor" and "reward" in known else option  # the model that is trained
     own = own_name(whole, {*others, *(".".join(filter(None, [field, name])) for name in known)})
-    meant = f", did you mean {own!r}?" if own else _nearest(option, known, field)
+    meant = f", did you mean {own!r}?" if own else _nearest(similar, known, field)
     group = option.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == (group if f"{group}." in " ".join(known) else "")]
     who = owner or (group if f"{group}." in " ".join(known) else "")
     listed = f"; {f'{who} has' if who else 'there are'}: {', '.join(siblings)}" if 0 < len(siblings) < 30 else ""
     return f"there is no option {whole!r}{meant}{listed}"
+
+
+def unknown_command(name: str, known: Sequence[str]) -> str:
+    """Return a message about a command that does not exist, with the commands that do and the closest of them.
+
+    >>> unknown_command("fti", ["fit", "test"])
+    "there is no command 'fti', did you mean 'fit'?; there are: fit, test"
+    """
+    return f"there is no command {name!r}{_nearest(name, known)}; there are: {', '.join(known)}"
 
 
 def unknown_class(field: str, name: str, known: Sequence[str]) -> str:
@@ -217,8 +268,9 @@ def missing_options(field: str, class_path: str, given: Mapping[str, Any]) -> st
 
 
 def _class_names(field: str) -> list[str]:
-    """Return the sorted names of the classes of lit_rlhf and ``torch.optim`` that an option accepts."""
+    """Return the sorted names of the classes of lit_rlhf, ``torch.optim`` and Lightning that an option accepts."""
     import lightning
+    from lightning.pytorch.loggers import Logger
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -238,6 +290,8 @@ def _class_names(field: str) -> list[str]:
         "rewards": Reward,
         "optimizer": Optimizer,
         "scheduler": LRScheduler,
+        "logger": Logger,
+        "callbacks": lightning.Callback,
     }
     last = field.rpartition(".")[2]
     base = bases.get(last) or bases.get(last.rpartition("_")[2])

@@ -93,7 +93,7 @@ class Parser(LightningArgumentParser):
         known = compat.option_names(self)
         for group, base in (("model", lightning.LightningModule), ("data", lightning.LightningDataModule)):
             known += chosen_options(base, group, chosen_class(self.words, group))
-        print(f"lit-rlhf: error: {one_line(explain(str(message), known))}", file=sys.stderr)
+        print(f"lit-rlhf: error: {one_line(explain(str(message), known, self.words))}", file=sys.stderr)
         sys.exit(2)
 
 

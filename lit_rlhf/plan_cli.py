@@ -45,7 +45,14 @@ class PlanCLI(lightning_cli.CLI):
         super().add_default_arguments_to_parser(parser)
 
     def before_instantiate_classes(self) -> None:
-        """Do nothing, because a plan leaves the run's folder as it is."""
+        """Check the plan's own numbers; nothing else, because a plan leaves the run's folder as it is.
+
+        Raises:
+            UserError: if a number is less than 1.
+        """
+        for name in ("gpus", "prompt_tokens"):
+            if self.config[name] is not None and self.config[name] < 1:
+                raise UserError(f"{name} must be 1 or more, not {self.config[name]}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Return None, because a Trainer would need the devices, which this machine may lack."""

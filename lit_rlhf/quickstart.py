@@ -1,9 +1,7 @@
-"""``lit-rlhf quickstart``: train an aligned policy from random weights on a laptop, with this package alone."""
+"""The stages of ``lit-rlhf quickstart``, which trains an aligned policy from random weights on a laptop, alone."""
 
-import argparse
 import csv
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,52 +53,31 @@ class Evaluation:
     kl_to_sft: Tensor  # [B], in nats per response
 
 
-def main(args: Sequence[str]) -> None:
-    """Run the command ``lit-rlhf quickstart``.
+def quickstart(method: str, folder: Path, sft_iterations: int, ppo_iterations: int, lora: bool = False) -> None:
+    """Train a model in several stages, and print its evaluation after each.
 
     Args:
-        args: The arguments that follow ``lit-rlhf quickstart`` on the command line.
+        method: The last stage, ``ppo`` or ``dpo``.
+        folder: The folder for all files. If it has an SFT model already, DPO starts from this one.
+        sft_iterations: The number of iterations of SFT; with ``lora``, the first half of them train a base.
+        ppo_iterations: The number of iterations of PPO.
+        lora: Whether to train adapters of one base in all stages after a short first one.
 
     Raises:
         UserError: if ``lit-rlhf fit`` fails in one of the stages.
-        SystemExit: if an argument is unknown or wrong, or if it is ``--help``.
     """
-    parser = argparse.ArgumentParser(
-        prog="lit-rlhf quickstart",
-        description="Train a language model of a million parameters, from random weights, to write restaurant reviews "
-        "(SFT), train a reward model to predict which of two reviews people prefer, and then train the language model "
-        "to write reviews that the reward model scores highly (PPO). Takes about four minutes on two cores, and needs "
-        "no files, network, account or GPU. With --lora, the first half of SFT trains all weights of a base, and "
-        "every later stage trains a low-rank adapter of that base.",
-    )
-    parser.add_argument(
-        "--stage", choices=("ppo", "dpo"), default="ppo", help="dpo: run DPO instead of the reward model and PPO"
-    )
-    parser.add_argument(
-        "--lora", action="store_true", help="train adapters of one base in all stages after a short first one"
-    )
-    parser.add_argument(
-        "--dir",
-        type=Path,
-        default=None,
-        help="the folder for all files (default: runs/quickstart, or runs/quickstart_lora with --lora)",
-    )
-    parser.add_argument("--sft-iterations", type=int, default=500, help="iterations of SFT (default: %(default)s)")
-    parser.add_argument("--ppo-iterations", type=int, default=25, help="iterations of PPO (default: %(default)s)")
-    options = parser.parse_args(args)
     start, console = time.perf_counter(), Console()
-    folder = options.dir or Path("runs/quickstart_lora" if options.lora else "runs/quickstart")
-    stages = ["sft", "reward", "ppo"] if options.stage == "ppo" else ["sft", "dpo"]
-    if options.stage == "dpo" and (folder / "sft" / "export").exists():
+    stages = ["sft", "reward", "ppo"] if method == "ppo" else ["sft", "dpo"]
+    if method == "dpo" and (folder / "sft" / "export").exists():
         stages.remove("sft")  # start from the SFT model of an earlier quickstart, to compare DPO with its PPO
-    elif options.lora:
+    elif lora:
         stages.insert(0, "base")
     for number, stage in enumerate(stages, start=1):
         console.rule(f"{number}. {TITLES[stage]}")
-        run_stage(stage, folder, options.sft_iterations, options.ppo_iterations, lora=options.lora)
+        run_stage(stage, folder, sft_iterations, ppo_iterations, lora=lora)
     trained = [stage for stage in ("base", "sft", "ppo", "dpo") if (folder / stage / "export").exists()]
     evaluations = {stage: evaluate(folder, stage) for stage in trained}
-    if options.stage == "ppo":
+    if method == "ppo":
         report_iterations(folder / "ppo" / "metrics.csv", console)
     report(evaluations, console)
     console.print(f"\nDone in {time.perf_counter() - start:.0f} seconds. The runs are in {folder}", highlight=False)

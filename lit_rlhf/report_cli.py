@@ -16,8 +16,8 @@ def main(args: Sequence[str]) -> None:
         args: The arguments that follow ``lit-rlhf report`` on the command line.
 
     Raises:
-        UserError: if a folder is not a run's folder, if a run's samples or configuration cannot be parsed, or if two
-            folders are the same.
+        UserError: if a folder is not a run's folder, if a run's samples or configuration cannot be parsed, if two
+            folders are the same, or if the page cannot be written.
         SystemExit: if an argument is missing, unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(

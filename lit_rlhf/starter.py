@@ -18,7 +18,7 @@ def main(args: Sequence[str]) -> None:
         args: The arguments that follow ``lit-rlhf init`` on the command line.
 
     Raises:
-        UserError: if the folder is not empty, or is a file.
+        UserError: if the folder is not empty, is a file, or cannot be written.
         SystemExit: if an argument is missing, unknown or wrong, or if it is ``--help``.
     """
     parser = argparse.ArgumentParser(
@@ -28,7 +28,10 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("name", type=Path, help="the folder to write, which must be new or empty")
     folder = parser.parse_args(args).name
-    write(folder)
+    try:
+        write(folder)
+    except OSError as error:
+        raise UserError(f"init: the folder {folder} cannot be written: {error.strerror}") from error
     commands = (f"cd {folder}", "python -m pytest", "lit-rlhf fit --config config.yaml")
     print(f"{folder} is ready. The next commands:\n", *(f"  {command}" for command in commands), sep="\n")
 
@@ -46,10 +49,10 @@ def write(folder: Path) -> None:
         raise UserError(f"init: {folder} is a file; give the name of a new folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"init: the folder {folder} is not empty; give the name of a new folder")
-    from lit_rlhf.schema_cli import schema_text
+    folder.mkdir(parents=True, exist_ok=True)
+    from lit_rlhf.whole_schema import schema_text
 
     schema = schema_text()
-    folder.mkdir(parents=True, exist_ok=True)
     for file in sorted((recipes.folder() / "starter").iterdir()):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)

@@ -26,6 +26,8 @@ LARGEST_INTEGER = 2**63 - 1
 """The largest integer that torch and Arrow can hold."""
 NO_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is not available.* of the following: (.*)")
 """The pattern of the message of ``EarlyStopping`` about a metric that does not exist, and of the metrics that do."""
+NO_KEY = re.compile(r"No API key configured|api_key not configured")
+"""The pattern of the message of wandb about a user who is not logged in."""
 REFUSED_OPTIONS = {
     r"`devices` selected with": "trainer.devices",
     r"\S+ is not in bounds, numpy accepts": "seed_everything",
@@ -150,7 +152,7 @@ def refusals_as_user_errors() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(explain(str(error))) from error
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of wandb, too, which may not be installed
         if isinstance(error, UserError) or not (message := _refusal(" ".join(str(error).split()))):
             raise
         raise UserError(message) from error
@@ -166,6 +168,11 @@ def _refusal(message: str) -> str:
     if matched := NO_METRIC.match(message):
         known = ", ".join(sorted(re.findall(r"`([^`]+)`", matched[2])))
         return f"trainer.callbacks: EarlyStopping.monitor is {matched[1]!r}, but the metrics are {known}"
+    if NO_KEY.search(message):
+        return (
+            "trainer.logger: W&B has no API key; log in with `wandb login`, or set the environment variable "
+            "WANDB_MODE=offline, to write the run to files only"
+        )
     for pattern, option in REFUSED_OPTIONS.items():
         if re.match(pattern, message):
             return f"{option}: {message}"

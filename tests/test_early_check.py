@@ -43,6 +43,7 @@ def folder(cache, tmp_path, monkeypatch):
         ("--config", "grpo", "--model.advantages.lam", "0.9"),  # an option of GAE, which is not chosen
         ("--config", "dpo", "--model.update.max_tokens", "9"),
         ("--config", "dpo", "--model.learning_rate", "9"),
+        ("--config", "reward", "--model.actor", "model"),
         ("--config", "ppo", "--model.rewards.wieght", "2"),
         ("--config", "ppo", "--trainer.max_epoch", "2"),
         ("--config", "ppo", "--trianer.max_epoch", "2"),
@@ -82,6 +83,30 @@ def test_torch_is_not_imported(cache, command):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "2 set()\n"
     assert "did you mean 'model.iterations'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quickstart", "--help"], ""),
+        (["quickstart", "--stage", "ppoo"], "argument --stage: invalid choice: 'ppoo'"),
+        (["quickstart", "--ppo-iterations", "-1"], "lit-rlhf: error: ppo-iterations must be 1 or more, not -1\n"),
+        (["quickstart", "--sft-iterations=1", "--lora"], "error: sft-iterations must be 2 or more, not 1\n"),
+        (["export"], "the following arguments are required: run"),
+        (["schema", "--help"], ""),
+        (["exprot"], "there is no command 'exprot', did you mean 'export'?"),
+        (["qickstart"], "there is no command 'qickstart', did you mean 'quickstart'?"),
+    ],
+)
+def test_the_options_of_other_commands_are_read_before_torch_is_imported(words, message):
+    program = (
+        "import sys; from lit_rlhf.cli import main\n"
+        f"try: main({words})\n"
+        "except SystemExit: print({'torch', 'lightning', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("recipe", recipes.names())

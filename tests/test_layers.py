@@ -43,8 +43,8 @@ LAYERS = [
     ),
     ("early_check", "trainer_options"),
     ("lightning_cli",),
-    ("plan_cli", "quickstart", "report_cli", "schema_cli"),
-    ("starter",),
+    ("plan_cli", "quickstart", "report_cli", "whole_schema"),
+    ("export_cli", "quickstart_cli", "schema_cli", "starter"),
     ("cli",),
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

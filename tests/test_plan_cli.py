@@ -58,6 +58,9 @@ def test_the_configuration_of_a_run(config, capsys, tmp_path):
     [
         (["--gpu", "b200"], "'b200' is not in the table"),
         (["--model.update.max_token", "8"], "did you mean 'model.update.max_tokens'"),
+        (["--gpus", "0"], "gpus must be 1 or more, not 0"),
+        (["--gpus=-3"], "gpus must be 1 or more, not -3"),
+        (["--prompt_tokens", "0"], "prompt_tokens must be 1 or more, not 0"),
         (["--gpu", "h100", "--trainer.devices", "0,1"], "say how many GPUs to plan for"),
         (["--trainer.precision", "16-mixed"], "trainer.precision must be 32-true or bf16-mixed"),
         (["--data", "Demonstrations"], "PolicyGradient can be planned with Prompts, not with Demonstrations"),

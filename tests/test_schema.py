@@ -9,7 +9,7 @@ import yaml
 
 from lit_rlhf import recipes
 from lit_rlhf.cli import main
-from lit_rlhf.schema_cli import schema_text
+from lit_rlhf.whole_schema import schema_text
 
 CONFIGS = sorted(recipes.folder().rglob("*.yaml"))
 PPO = yaml.safe_load(recipes.find_recipe("ppo").read_text())
@@ -25,6 +25,12 @@ def schema():
 def valid(schema):
     jsonschema.Draft7Validator.check_schema(schema)
     return jsonschema.Draft7Validator(schema).is_valid
+
+
+def test_the_command_prints_the_schema(monkeypatch, capsys):
+    monkeypatch.setattr("lit_rlhf.whole_schema.schema_text", lambda: "{}\n")
+    main(["schema"])
+    assert capsys.readouterr().out == "{}\n"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(recipes.folder()).as_posix())

@@ -82,6 +82,16 @@ def test_the_test_fails_when_the_reward_is_broken(folder, tests, count):
     assert f"{count} failed" in done.stdout
 
 
+def test_a_folder_inside_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").touch()
+    with pytest.raises(SystemExit):
+        main(["init", "prompts.jsonl/x"])
+    assert capsys.readouterr().err == (
+        "lit-rlhf: error: init: the folder prompts.jsonl/x cannot be written: Not a directory\n"
+    )
+
+
 def test_a_folder_with_files_is_left_as_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()

@@ -1,5 +1,6 @@
 """A user's mistake is reported in one line that names the field, what was found and what would be right."""
 
+import importlib.util
 import json
 import re
 
@@ -117,6 +118,7 @@ def test_a_csv_file_is_read_as_data_not_as_configuration(folder):
         ({"model__reference": "./nowhere"}, [r"model\.reference", r"\./nowhere"]),
         ({"model__critic": "./nowhere"}, [r"model\.critic", r"\./nowhere"]),
         ({"model__critic": "reward"}, [r"model\.critic", "'reward'", "RewardModel"]),
+        ({"model__critic": "shard"}, [r"^model\.critic: there is no folder 'shard', did you mean 'shared'\?$"]),
         ({"model__actor": None}, [r"model\.actor is not set", "folder"]),
         ({"model__rewards": None}, [r"model\.rewards", "at least one"]),
         ({"model__rewards": "[]"}, [r"model\.rewards", "at least one"]),
@@ -307,8 +309,50 @@ def test_an_interval_between_validations_longer_than_an_epoch(folder, capsys):
     assert not (folder / "run").exists()  # a run without an iteration leaves nothing that counts as an older run
 
 
-def test_a_word_that_belongs_to_no_option(folder, capsys):
-    check(refusal(capsys, [*fit(), "prompts.jsonl"]), r"'prompts\.jsonl'")
+@pytest.mark.parametrize(
+    ("logger", "patterns"),
+    [
+        ("CSVLogger", [r"^trainer\.logger\.save_dir is not set; CSVLogger needs it$"]),
+        ("[TensorBoardLogger]", [r"^trainer\.logger\.save_dir is not set; TensorBoardLogger needs it$"]),
+        ("TensorBordLogger", [r"^trainer\.logger: ", meant("TensorBoardLogger")]),
+        ("CometLogger", [r"^trainer\.logger: CometLogger needs a package", "pip install 'comet-ml"]),
+    ],
+)
+def test_loggers(folder, capsys, logger, patterns):
+    if logger == "CometLogger" and importlib.util.find_spec("comet_ml"):
+        pytest.skip("the package is installed")
+    check(refusal(capsys, fit(trainer__logger=logger)), *patterns)
+
+
+def test_wandb_without_a_login(folder, capsys, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**options):
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    message = refusal(capsys, fit(trainer__logger="WandbLogger"))
+    check(message, r"^trainer\.logger: W&B has no API key", "`wandb login`", "WANDB_MODE=offline")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("prompts.jsonl", "'prompts.jsonl' is not an option"),
+        ("ppo", "'ppo' is not an option, did you mean '--config ppo'?"),
+        ("run.yaml", "'run.yaml' is not an option, did you mean '--config run.yaml'?"),
+        ("model.actor=x", "'model.actor=x' is not an option, did you mean '--model.actor=x'?"),
+        ("model.actor", "'model.actor' is not an option, did you mean '--model.actor'?"),
+    ],
+)
+def test_a_word_that_belongs_to_no_option(folder, capsys, word, message):
+    assert refusal(capsys, [*fit(), word]) == message
+
+
+@pytest.mark.parametrize("option", ["model.iterations", "data.train", "trainer.max_epochs"])
+def test_an_option_without_its_value(folder, capsys, option):
+    assert refusal(capsys, [*fit(), f"--{option}", "--model.kl.coef=1"]) == f"{option} needs a value"
+    assert refusal(capsys, [*fit(), f"--{option}"]) == f"{option} needs a value"
 
 
 @pytest.mark.parametrize(
@@ -316,6 +360,8 @@ def test_a_word_that_belongs_to_no_option(folder, capsys):
     [
         ("dpo", "model.update.max_tokens", "model.max_tokens"),  # the option of another module
         ("dpo", "model.optimzer.lr", "model.optimizer.lr"),
+        ("reward", "model.actor", "model.reward"),
+        ("ppo", "model.reward", "model.rewards"),
         ("ppo", "model.lam", "model.advantages.lam"),
         ("ppo", "model.adaptr.rank", "model.adapter.rank"),
         ("ppo", "trianer.max_epoch", "trainer.max_epochs"),
@@ -402,6 +448,19 @@ def test_help_of_an_option_that_has_options(capsys, words):
 
 def test_help_of_an_option_of_no_class(capsys):
     check(refusal(capsys, ["fit", "--model.adapter.help"]), "name the class", "--model CLASS --model.adapter.help")
+
+
+@pytest.mark.parametrize(
+    ("words", "patterns"),
+    [
+        (["--model.help", "Nope"], ["^model: there is no class 'Nope'", MODULES]),
+        (["--config=ppo", "--model.engine.help", "Aead"], [r"^model\.engine: ", meant("Ahead")]),
+        (["--trainer.logger.help", "TensorBordLogger"], [r"^trainer\.logger: ", meant("TensorBoardLogger")]),
+        (["--trainer.callbacks.help", "ErlyStopping"], [r"^trainer\.callbacks: ", meant("EarlyStopping")]),
+    ],
+)
+def test_help_of_a_class_that_does_not_exist(capsys, words, patterns):
+    check(refusal(capsys, ["fit", *words]), *patterns)
 
 
 def test_an_unknown_command(capsys):

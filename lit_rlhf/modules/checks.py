@@ -1,5 +1,8 @@
 """Checks of an on-policy module's settings before anything is loaded."""
 
+import difflib
+from pathlib import Path
+
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
 from lit_rlhf.algorithms.kl import FixedKL, KLController
@@ -9,6 +12,9 @@ from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.modules.dynamic_sampling import DynamicSampling
 from lit_rlhf.modules.update import Update
 from lit_rlhf.rewards import Scores
+
+CRITICS = ("actor", "reward", "shared")
+"""The values of the option ``critic`` that are no sources of weights of their own."""
 
 
 def check_settings(
@@ -44,13 +50,16 @@ def check_settings(
             critic would be trained although nothing uses it, the critic is to be warmed up but there is none with its
             own weights, the value loss's gradient into the trunk has a negative factor, or one that has no effect
             because the critic is not on the trunk, potentials have no effect or do not fit another setting, the
-            estimator and the correction would both weight the tokens, or dynamic sampling would have to draw further
-            prompts while `Ahead` generates.
+            estimator and the correction would both weight the tokens, dynamic sampling would have to draw further
+            prompts while `Ahead` generates, or the critic is a misspelt keyword.
     """
     if not scores.rewards:
         raise UserError("model.rewards is empty: name at least one reward")
     if sampling.temperature == 0:
         raise UserError("model.sampling.temperature must be positive: the most likely response alone teaches nothing")
+    if isinstance(critic, str) and critic not in CRITICS and "/" not in critic and not Path(critic).exists():
+        for nearest in difflib.get_close_matches(critic, CRITICS, n=1, cutoff=0.7):  # before the hub is asked
+            raise UserError(f"model.critic: there is no folder {critic!r}, did you mean {nearest!r}?")
     if update.critic_warmup and critic in (None, "shared"):
         raise UserError(
             f"model.update.critic_warmup is {update.critic_warmup}, but the critic has no weights of its own "

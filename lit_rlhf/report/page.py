@@ -31,9 +31,11 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         The path of the page.
 
     Raises:
-        UserError: if a folder is not the folder of a run, if its metrics, samples or configuration cannot be parsed, or
-            if two folders are the same.
+        UserError: if a folder is not the folder of a run, if its metrics, samples or configuration cannot be parsed, if
+            two folders are the same, or if the page cannot be written.
     """
+    if out is not None and (out.is_dir() or not out.suffix):
+        raise UserError(f"out should be a file, such as {out / 'report.html'}, not {out}")
     from lit_rlhf.report.charts import DARK, LIGHT, Table, make_charts, theme
 
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
@@ -47,9 +49,13 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, pictures: 
         "themes": {"light": theme(dark=False) | {"background": "transparent"}, "dark": theme(dark=True)},
         "colors": {"light": LIGHT, "dark": DARK},
     }
-    _write(out, _render(runs, data, charts, table.left_out))
-    if pictures:
-        _draw(out.with_suffix(""), charts, table.rows, theme(dark=False))
+    page = _render(runs, data, charts, table.left_out)
+    try:
+        _write(out, page)
+        if pictures:
+            _draw(out.with_suffix(""), charts, table.rows, theme(dark=False))
+    except OSError as error:
+        raise UserError(f"report: {out} cannot be written: {error}") from error
     return out
 
 

@@ -138,6 +138,10 @@ def test_mistakes_are_named(run_of_ppo, tmp_path, capsys):
     )
     with pytest.raises(UserError, match="a run is named twice"):
         write_report([run_of_ppo[0], run_of_ppo[0]])
+    (tmp_path / "rows.jsonl").touch()
+    for out, message in ((tmp_path, "out should be a file, such as"), (tmp_path / "rows.jsonl/x.html", "File exists")):
+        with pytest.raises(UserError, match=message):
+            write_report([run_of_ppo[0]], out)
 
 
 def test_a_report_that_fails_does_not_end_the_run(make_module, fit, tmp_path, capsys):
