@@ -25,7 +25,6 @@ def check_settings(
     advantages: AdvantageEstimator,
     correction: Correction | None,
     update: Update,
-    *,
     critic: ModelSource | None,
     value_grad_scale: float,
     bootstrap_truncated: bool,

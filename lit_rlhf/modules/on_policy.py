@@ -114,14 +114,8 @@ class OnPolicy(AlignmentModule):
         self.scores = Scores(rewards or [], scores)
         self.reference_answers: dict[int, tuple[RewardInputs, Tensor]] = {}  # with their scores, by held-out batch
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
-        parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction
-        check_settings(
-            *parts,
-            update,
-            critic=critic,
-            value_grad_scale=value_grad_scale,
-            bootstrap_truncated=bootstrap_truncated,
-        )
+        parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction, update
+        check_settings(*parts, critic, value_grad_scale, bootstrap_truncated)
         if reference_kl is None:
             check_without_reference(kl, reference)
 
@@ -324,7 +318,7 @@ class OnPolicy(AlignmentModule):
         counts = [float(len(trajectory.mask)), float(trajectory.mask.sum())]
         responses, tokens = self.sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=self.device)).tolist()
         logged = metrics.compute()
-        if self.reference is not None and not self.update.trains_only_critic(int(self.iteration)):
+        if self.reference is not None and not self.update.trains_only_critic(self.iteration):
             self.kl.update(logged["objective/kl_to_ref"], int(responses))
         self.step_schedulers()
         self.count_iteration()

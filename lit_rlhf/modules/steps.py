@@ -42,7 +42,7 @@ def losses_of(module: OnPolicy) -> Losses:
         kl_coef=module.kl.coef,
         update=module.update,
         max_tokens=module.sampling.max_tokens,
-        only_critic=module.update.trains_only_critic(int(module.iteration)),
+        only_critic=module.update.trains_only_critic(module.iteration),
     )
 
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
+from torch import Tensor
+
 from lit_rlhf.algorithms.masked import Aggregation
 
 
@@ -57,9 +59,12 @@ class Update:
     target_kl: float | None = None
     critic_warmup: int = 0
 
-    def trains_only_critic(self, iteration: int) -> bool:
-        """Return whether only the critic learns in an iteration, given the number of iterations before it."""
-        return iteration < self.critic_warmup
+    def trains_only_critic(self, iteration: Tensor) -> bool:
+        """Return whether only the critic learns in an iteration, given the number of iterations before it, [] int64.
+
+        The host waits for the device only in runs in which the critic is warmed up.
+        """
+        return self.critic_warmup > 0 and int(iteration) < self.critic_warmup
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "max_tokens"):
