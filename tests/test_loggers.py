@@ -229,7 +229,9 @@ def test_wandb_gets_nothing_twice_and_what_it_lacks(tmp_path, monkeypatch):
             logger.log_metrics(history[step], step)
             Detail("table", "samples/train", ["step"], [[step]], step).log(logger)
         logger.experiment.finish()
-    parts = files(tmp_path / "wandb", name)
+    parts, deadline = files(tmp_path / "wandb", name), time.monotonic() + 10
+    while not any(row.get("loss") == 3.5 for row in rows(parts[-1])) and time.monotonic() < deadline:
+        time.sleep(0.1)  # wandb's own process may still be writing
     logged = [list(rows(file)) for file in parts]
     losses = [[row["loss"] for row in part if "loss" in row] for part in logged]
     assert losses == [[0.5, 1.0, 1.5], [2.0], [2.5, 3.0, 3.5]]
