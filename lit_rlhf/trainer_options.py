@@ -32,7 +32,7 @@ REFUSED_OPTIONS = {
     r"`devices` selected with": "trainer.devices",
     r"\S+ is not in bounds, numpy accepts": "seed_everything",
 }
-"""The patterns of refusals by Lightning and NumPy that are no MisconfigurationException, and the options."""
+"""The patterns of the refusals by Lightning and NumPy that have another type of error, and the options."""
 
 CUT = "every batch is already cut into micro-batches; a larger data.batch_size takes no more memory in the update"
 """Why gradients are not accumulated over batches."""

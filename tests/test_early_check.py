@@ -73,14 +73,19 @@ def test_the_message_is_that_of_the_parser(folder, capsys, words):
     )
 
 
-@pytest.mark.parametrize("command", ["fit", "plan"])
-def test_torch_is_not_imported(cache, command):
+def with_imports(words):
+    """Run a command that exits, in a process that ends its output with the status and the heavy imports."""
     program = (
         "import sys; from lit_rlhf.cli import main\n"
-        f"try: main(['{command}', '--config', 'ppo', '--model.itreations', '3'])\n"
+        f"try: main({words})\n"
         "except SystemExit as exit_: print(exit_.code, {'torch', 'lightning', 'transformers'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("command", ["fit", "plan"])
+def test_torch_is_not_imported(cache, command):
+    done = with_imports([command, "--config", "ppo", "--model.itreations", "3"])
     assert done.stdout == "2 set()\n"
     assert "did you mean 'model.iterations'?" in done.stderr
 
@@ -99,12 +104,7 @@ def test_torch_is_not_imported(cache, command):
     ],
 )
 def test_the_options_of_other_commands_are_read_before_torch_is_imported(words, message):
-    program = (
-        "import sys; from lit_rlhf.cli import main\n"
-        f"try: main({words})\n"
-        "except SystemExit: print({'torch', 'lightning', 'transformers'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = with_imports(words)
     assert done.stdout.endswith("set()\n")
     assert message in done.stderr
 

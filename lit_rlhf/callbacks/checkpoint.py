@@ -62,8 +62,8 @@ class IterationCheckpoint(ModelCheckpoint):
     Raises:
         ValueError: if ``every_n``, ``keep_last`` or ``keep_every_n`` is less than 1, or if ``every_minutes`` is not
             positive.
-        UserError: during training, if there is no metric with the name ``monitor``; before it, if this is a metric of
-            the validation, but there is no data for that.
+        UserError: if ``monitor`` is a metric of the validation, but there is no data for validation; during training,
+            if there is no metric with this name.
         KeyboardInterrupt: after an iteration during which a process received Ctrl-C.
         SystemExit: after an iteration during which a process received SIGTERM.
 

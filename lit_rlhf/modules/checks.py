@@ -14,7 +14,7 @@ from lit_rlhf.modules.update import Update
 from lit_rlhf.rewards import Scores
 
 CRITICS = ("actor", "reward", "shared")
-"""The values of the option ``critic`` that are no sources of weights of their own."""
+"""The values of the option ``critic`` that are not models."""
 
 
 def check_settings(
@@ -56,21 +56,7 @@ def check_settings(
         raise UserError("model.rewards is empty: name at least one reward")
     if sampling.temperature == 0:
         raise UserError("model.sampling.temperature must be positive: the most likely response alone teaches nothing")
-    if isinstance(critic, str) and critic not in CRITICS and "/" not in critic and not Path(critic).exists():
-        for nearest in difflib.get_close_matches(critic, CRITICS, n=1, cutoff=0.7):  # before the hub is asked
-            raise UserError(f"model.critic: there is no folder {critic!r}, did you mean {nearest!r}?")
-    if update.critic_warmup and critic in (None, "shared"):
-        raise UserError(
-            f"model.update.critic_warmup is {update.critic_warmup}, but the critic has no weights of its own "
-            f"(model.critic: {'null' if critic is None else critic}): set it to 0"
-        )
-    if value_grad_scale < 0:
-        raise UserError(f"model.value_grad_scale must be 0 or more, not {value_grad_scale}")
-    if value_grad_scale != 1 and critic != "shared":
-        raise UserError(
-            f"model.value_grad_scale is {value_grad_scale}, but no critic is on the actor's trunk: set it to 1, or "
-            "model.critic to shared"
-        )
+    _check_critic(critic, value_grad_scale, update)
     if bootstrap_truncated and critic is None:
         raise UserError("model.bootstrap_truncated needs a critic: it uses the value after the last token")
     if dynamic_sampling is not None:
@@ -103,6 +89,29 @@ def check_settings(
                 f"model.critic must be null with {name}, which compares the responses to a prompt: the critic's "
                 "training would cost memory and time, and nothing but model.bootstrap_truncated uses it"
             )
+
+
+def _check_critic(critic: ModelSource | None, value_grad_scale: float, update: Update) -> None:
+    """Check that the critic is not a misspelt keyword, and that the options of its training have an effect.
+
+    Raises:
+        UserError: if it is, or if they have not.
+    """
+    if isinstance(critic, str) and critic not in CRITICS and "/" not in critic and not Path(critic).exists():
+        for nearest in difflib.get_close_matches(critic, CRITICS, n=1, cutoff=0.7):  # before the hub is asked
+            raise UserError(f"model.critic: there is no folder {critic!r}, did you mean {nearest!r}?")
+    if update.critic_warmup and critic in (None, "shared"):
+        raise UserError(
+            f"model.update.critic_warmup is {update.critic_warmup}, but the critic has no weights of its own "
+            f"(model.critic: {'null' if critic is None else critic}): set it to 0"
+        )
+    if value_grad_scale < 0:
+        raise UserError(f"model.value_grad_scale must be 0 or more, not {value_grad_scale}")
+    if value_grad_scale != 1 and critic != "shared":
+        raise UserError(
+            f"model.value_grad_scale is {value_grad_scale}, but no critic is on the actor's trunk: set it to 1, or "
+            "model.critic to shared"
+        )
 
 
 def check_without_reference(kl: KLController, reference: ModelSource | None) -> None:

@@ -64,7 +64,8 @@ def evaluate(module: Any, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
             on_cpu = replace(answers, rollout=answers.rollout.to(torch.device("cpu")))
             module.reference_answers[batch_idx] = on_cpu, judged
         elif module.scores.can_fail:
-            module.reference_answers[batch_idx] = _judge_failed_again(module, *module.reference_answers[batch_idx])
+            answers, before = module.reference_answers[batch_idx]
+            module.reference_answers[batch_idx] = answers, _judge_failed_again(module, answers, before)
         answers, reference_scores = module.reference_answers[batch_idx]
         kl_of_tokens = k1(logprobs, response_logprobs(module.reference, inputs.rollout, module.max_tokens))
         kl_to_ref = masked_sum(kl_of_tokens, inputs.rollout.response_mask, 1)
@@ -85,20 +86,25 @@ def _judge(module: Any, inputs: RewardInputs) -> tuple[dict[str, Tensor], Tensor
     return rewards, scores
 
 
-def _judge_failed_again(module: Any, inputs: RewardInputs, scores: Tensor) -> tuple[RewardInputs, Tensor]:
+def _judge_failed_again(module: Any, inputs: RewardInputs, scores: Tensor) -> Tensor:
     """Judge the responses again to those prompts for which a reward failed; all processes call this function together.
 
+    Args:
+        module: The `OnPolicy` module.
+        inputs: The responses, with a rollout on the CPU.
+        scores: [B], their scores so far.
+
     Returns:
-        The responses, and their scores, [B].
+        The scores, [B].
     """
     failed = failed_prompts(scores, module.sampling.responses).repeat_interleave(module.sampling.responses)
     if not module.max_over_ranks(int(failed.any()))[0]:
-        return inputs, scores
+        return scores
     rows = failed.nonzero().squeeze(1)
     rows = rows if len(rows) else rows.new_zeros(1)  # one row, whose score is not used, for the collectives of a call
     selected = inputs.select(rows.cpu())
     again = _judge(module, replace(selected, rollout=selected.rollout.to(scores.device)))[1]
-    return inputs, torch.where(failed, scores.index_copy(0, rows, again), scores)
+    return torch.where(failed, scores.index_copy(0, rows, again), scores)
 
 
 def measure_held_out(metrics: Metrics, rollout: Rollout, scores: Tensor, rewards: Mapping[str, Tensor]) -> None:
