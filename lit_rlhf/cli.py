@@ -6,6 +6,7 @@ Heavy libraries are imported only when a command needs them, so that ``lit-rlhf 
 import errno
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -72,22 +73,16 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     _configure_allocator()
     try:
-        if words and words[0] in CHECKED:
-            importlib.import_module("lit_rlhf.early_check").check(words)
-        if not words or words[0] in ("-h", "--help"):
-            print(HELP, end="")
-        elif words[0] in ("-V", "--version"):
-            print(f"lit-rlhf {__version__}")
-        elif words[0] in COMMANDS:
-            importlib.import_module(f"lit_rlhf.{COMMANDS[words[0]]}").main(words[1:])
-        elif words[0] not in LIGHTNING_COMMANDS and not words[0].startswith("-"):
-            from lit_rlhf.config_errors import unknown_command
-
-            raise UserError(unknown_command(words[0], [*LIGHTNING_COMMANDS, *COMMANDS]))
-        else:
-            from lit_rlhf import lightning_cli
-
-            lightning_cli.run(None if args is None else words)
+        try:
+            _run(words, from_command_line=args is None)
+        finally:
+            sys.stdout.flush()  # an output that nobody reads any longer is met here, not when Python exits
+    except BrokenPipeError:
+        if not _ignore_closed_output():
+            raise
+        if words and words[0] in LIGHTNING_COMMANDS:
+            _refuse("the program that reads this output has ended")
+        sys.exit(1)
     except UserError as error:
         _refuse(str(error))
     except Exception as error:
@@ -98,6 +93,41 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             _refuse(f"there is no {error.filename}: {error.strerror}")
         raise
+
+
+def _run(words: list[str], from_command_line: bool) -> None:
+    """Run the command that the first word names.
+
+    Raises:
+        UserError: if there is no such command, or if the command refuses its options.
+    """
+    command = words[0] if words else "--help"
+    if command in CHECKED:
+        importlib.import_module("lit_rlhf.early_check").check(words)
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command in ("-V", "--version"):
+        print(f"lit-rlhf {__version__}")
+    elif command in COMMANDS:
+        importlib.import_module(f"lit_rlhf.{COMMANDS[command]}").main(words[1:])
+    elif command in LIGHTNING_COMMANDS or command.startswith("-"):
+        from lit_rlhf import lightning_cli
+
+        lightning_cli.run(None if from_command_line else words)
+    else:
+        from lit_rlhf.config_errors import unknown_command
+
+        raise UserError(unknown_command(command, [*LIGHTNING_COMMANDS, *COMMANDS]))
+
+
+def _ignore_closed_output() -> bool:
+    """Return whether the program that reads the standard output has ended; if so, write nothing to it any longer."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    closed = bool(output.poll(0))  # without events to wait for, only errors are reported
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """Recipes are found by name in any folder, listed and printed, without the import of torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,17 @@ def test_an_unknown_recipe_is_not_printed(capsys):
 def test_the_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"lit-rlhf {__version__}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["recipes", "--help", "fit --config ppo --print_config"])
+def test_a_reader_that_ends_early_causes_no_traceback(words, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lit_rlhf.cli", *words.split()]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, check=False
+    )
+    os.close(writing)
+    message = b"lit-rlhf: error: the program that reads this output has ended\n" if words.startswith("fit") else b""
+    assert (done.returncode, done.stderr) == (1, message)
