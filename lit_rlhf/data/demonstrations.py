@@ -23,7 +23,7 @@ from lit_rlhf.data.encoding import Row, Rows
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.data.module import ResumableData, check_positive
 from lit_rlhf.data.records import Record, Records, Source, value_of
-from lit_rlhf.data.tokenize import Piece, check_length, prompt_piece, shared_prefix, token_rows, turns
+from lit_rlhf.data.tokenize import Piece, check_length, finished, prompt_piece, shared_prefix, token_rows, turns
 from lit_rlhf.errors import UserError
 from lit_rlhf.types import DemonstrationBatch
 
@@ -105,9 +105,9 @@ class DemonstrationEncoder:
         openings, wholes = (token_rows(tokenizer, pieces) for pieces in zip(*pairs, strict=True))
         rows = []
         for (_, piece), opening, whole in zip(pairs, openings, wholes, strict=True):
-            tokens = [*whole, tokenizer.eos_token_id] if isinstance(piece, str) else whole
+            prompt = shared_prefix(opening, whole)
+            tokens = finished(tokenizer, piece, whole, prompt)
             long = len(tokens) > self.max_tokens
-            prompt = shared_prefix(opening, tokens)
             rows.append({"kept": True, "cut": long, "tokens": tokens[: self.max_tokens], "prompt": prompt})
         return rows
 

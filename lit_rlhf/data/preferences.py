@@ -175,7 +175,10 @@ class PreferenceEncoder:
     def _rows(self, tokenizer: PreTrainedTokenizerBase, ranking: _Ranking, tokens: list[list[int]]) -> list[Row]:
         prompt, wholes = (tokens[0], tokens[1:]) if ranking.prompted else ([], tokens)
         pieces = ranking.pieces[-len(wholes) :]
-        wholes = [finished(tokenizer, piece, whole) for piece, whole in zip(pieces, wholes, strict=True)]
+        wholes = [
+            finished(tokenizer, piece, whole, shared_prefix(prompt, whole))
+            for piece, whole in zip(pieces, wholes, strict=True)
+        ]
         shared = shared_prefix(*wholes)
         responses = [
             (whole, _begin(shared_prefix(prompt, whole) if ranking.prompted else shared, whole)) for whole in wholes

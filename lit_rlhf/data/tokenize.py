@@ -97,19 +97,20 @@ def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where:
     return Turns(conversation, where, opened)
 
 
-def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
+def finished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int], begin: int = 0) -> list[int]:
     """Return the tokens of a prompt and its complete response, with an end-of-sequence token at the end.
 
     Args:
         tokenizer: The tokenizer.
         piece: The prompt with its response.
         tokens: The tokens that `token_rows` returned for the piece.
+        begin: The number of tokens of the prompt, if it is known; an end-of-sequence token among them ends nothing.
 
     >>> from lit_rlhf.data.reviews import tokenizer
     >>> finished(tokenizer(), "the soup was cold .", [60, 54, 68, 16, 3])
     [60, 54, 68, 16, 3, 1]
     """
-    return [*tokens, int(tokenizer.eos_token_id)] if isinstance(piece, str) else ended(tokenizer, tokens)
+    return [*tokens, int(tokenizer.eos_token_id)] if isinstance(piece, str) else ended(tokenizer, tokens, begin)
 
 
 def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[int]) -> list[int]:
@@ -131,16 +132,17 @@ def unfinished(tokenizer: PreTrainedTokenizerBase, piece: Piece, tokens: list[in
         return ended(tokenizer, tokens)[:-1]
 
 
-def ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+def ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int], begin: int = 0) -> list[int]:
     """Return a conversation's tokens up to and including the last end-of-sequence token, added if there is none.
 
-    The first token does not count, since some tokenizers open every text with the end-of-sequence token.
+    The first ``begin`` tokens do not count, and neither does the first of all, since some tokenizers open every text
+    with the end-of-sequence token.
 
     >>> from lit_rlhf.data.reviews import tokenizer
-    >>> ended(tokenizer(), [75, 68, 1, 3]), ended(tokenizer(), [75, 68])
-    ([75, 68, 1], [75, 68, 1])
+    >>> ended(tokenizer(), [75, 68, 1, 3]), ended(tokenizer(), [75, 1, 68], begin=2)
+    ([75, 68, 1], [75, 1, 68, 1])
     """
-    ends = [place for place, token in enumerate(tokens) if token == tokenizer.eos_token_id and place > 0]
+    ends = [place for place, token in enumerate(tokens) if token == tokenizer.eos_token_id and place >= max(begin, 1)]
     return tokens[: ends[-1] + 1] if ends else [*tokens, int(tokenizer.eos_token_id)]
 
 

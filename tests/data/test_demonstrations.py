@@ -66,6 +66,27 @@ def test_a_conversation_as_the_prompt(make, chat_tokenizer):
     assert trained == [["w2", "w3", "<eos>"]]
 
 
+@pytest.mark.parametrize(
+    ("user_end", "answer_end"),
+    [("", ""), ("<eos>", ""), ("", " w9"), ("", "<eos> w9")],
+    ids="neither user turn word".split(),
+)
+def test_a_conversation_ends_with_the_end_of_sequence_whatever_the_template_writes(
+    make, chat_tokenizer, user_end, answer_end
+):
+    chat_tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}<user> {{ message.content }}"
+        + user_end
+        + "{% else %}<assistant> {{ message.content }}"
+        + answer_end
+        + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    record = {"prompt": [{"role": "user", "content": "w1"}], "response": "w2"}
+    _, trained = texts(make(chat_tokenizer, [record], batch_size=1), chat_tokenizer)
+    assert trained == [["w2", *(["w9"] if answer_end == " w9" else []), "<eos>"]]
+
+
 def test_long_texts_are_truncated_at_the_end_and_counted(make, tokenizer, capsys):
     data = make(tokenizer, max_tokens=5)
     words, trained = texts(data, tokenizer)
