@@ -1,5 +1,6 @@
 import csv
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -304,7 +305,7 @@ def test_training_batches_are_shuffled_and_contain_every_pair(make, tokenizer):
             assert (prompt, chosen, rejected) == (f"<bos> w{number}", f"w{number + 1} <eos>", f"w{number + 2} <eos>")
     again = make(tokenizer, records, batch_size=5)
     again.load_state_dict({"yielded": 2})
-    rest = [batch.number.tolist() for batch in again.train_dataloader()]
+    rest = [batch.number.tolist() for batch in islice(again.train_dataloader(), 2)]
     assert rest == [batch.number.tolist() for batch in batches[2:]]
     assert data.state_dict() == {"yielded": 4, "drawn": 0}
 
