@@ -212,6 +212,8 @@ class IterationCheckpoint(ModelCheckpoint):
             own = max(own, _SAVE)
         request = module.max_over_ranks(own)[0] if trainer.world_size > 1 else own
         due = iteration % self.every_n == 0 or self._is_kept(iteration) or trainer.should_stop
+        if improved or trainer.should_stop:
+            module.prepare_export()
         if due or improved or request:
             self._write(trainer, iteration)
         if request == _INTERRUPT:

@@ -36,6 +36,7 @@ class ExportAtEnd(lightning.Callback):
         """
         assert isinstance(pl_module, AlignmentModule)
         check_weights(pl_module)
+        pl_module.prepare_export()
         self._is_written = True
         with pl_module.with_averaged_weights():
             self._export(trainer, pl_module)

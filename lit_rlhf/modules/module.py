@@ -135,6 +135,9 @@ class AlignmentModule(lightning.LightningModule):
         """Return a context in which the trained model has its averaged weights; without averaging, nothing changes."""
         return nullcontext() if self.averaged is None else self.averaged.in_use()
 
+    def prepare_export(self) -> None:
+        """Measure what the exported model needs besides its weights, on every process; by default, do nothing."""
+
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
 
@@ -286,13 +289,11 @@ class AlignmentModule(lightning.LightningModule):
 
     def is_last_step(self) -> bool:
         """Return whether the limits on iterations, steps and epochs make the current training step the last one."""
-        trainer, loop = self.trainer, self.trainer.fit_loop
+        trainer = self.trainer
         if trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
             return True
-        last_epoch = (
-            loop.max_epochs is not None and loop.max_epochs != -1 and trainer.current_epoch + 1 >= loop.max_epochs
-        )
-        return trainer.is_last_batch and last_epoch
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # -1 for no limit
+        return trainer.is_last_batch and 0 <= epochs <= trainer.current_epoch + 1
 
     def on_validation_epoch_start(self) -> None:
         """Reset the held-out metrics."""

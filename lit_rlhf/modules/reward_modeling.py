@@ -20,7 +20,7 @@ from lit_rlhf.progress import track
 from lit_rlhf.types import PreferenceBatch
 
 MEASURED = 1024
-"""The number of pairs or rankings of the training set whose scores are measured after the last step.
+"""The number of pairs or rankings of the training set whose scores are measured.
 
 The standard error of the mean of n independent scores is std/√n: 2.2 % of the standard deviation for the 2,048
 responses of 1,024 pairs, and at most 3.1 %, since two responses to the same prompt may score alike. The standard error
@@ -32,9 +32,10 @@ class RewardModeling(PreferenceModule):
     """Trains a decoder with a scalar head to give better responses higher scores at their last token.
 
     The loss of a pair is the Bradley–Terry loss, −log σ(r_chosen − r_rejected − margin), and the loss of a ranking is
-    the Plackett–Luce loss. The mean and the standard deviation of the scores are measured after the last step, on a
-    random sample of 1,024 pairs or rankings of the training set (on all of them if there are no more), and stored with
-    the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can normalise the scores.
+    the Plackett–Luce loss. The mean and the standard deviation of the scores are measured after the last step and for
+    each ``best.ckpt``, on a random sample of 1,024 pairs or rankings of the training set (on all of them if there are no
+    more), and stored with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can
+    normalise the scores. Checkpoints in the middle of a run have neither.
 
     Args:
         reward: The initial model: a folder, a hub id, or a configuration for random weights. It is a language model
@@ -60,8 +61,8 @@ class RewardModeling(PreferenceModule):
 
     role = "reward"
     reward: ScalarModel  # set by configure_model
-    score_mean: Tensor  # [] float64, the mean over a sample of the training set; NaN until the last step
-    score_std: Tensor  # [] float64, the standard deviation over the same sample; NaN until the last step
+    score_mean: Tensor  # [] float64, the mean over a sample of the training set; NaN if the weights are newer
+    score_std: Tensor  # [] float64, the standard deviation over the same sample; NaN if the weights are newer
 
     def __init__(
         self,
@@ -138,14 +139,21 @@ class RewardModeling(PreferenceModule):
         return after_tokens.gather(1, batch.lengths[:, None] - 1).squeeze(1)
 
     def after_step(self) -> None:
-        """After the last step, measure the scores' mean and standard deviation on a sample of the training set."""
+        """Forget the scores' mean and standard deviation of earlier weights; measure them after the last step."""
+        self.score_mean.fill_(torch.nan)
+        self.score_std.fill_(torch.nan)
         if self.is_last_step():
+            self._measure_sample()
+
+    def prepare_export(self) -> None:
+        """Measure the scores' mean and standard deviation, unless they have been measured with these weights."""
+        if self.score_mean.isnan():
             self._measure_sample()
 
     @torch.no_grad()
     def _measure_sample(self) -> None:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        with unsharded(self.reward):
+        with unsharded(self.reward), self.trainer.precision_plugin.forward_context():  # also outside training_step
             loader: Any = self.trainer.train_dataloader
             batches, count = loader.once(MEASURED), loader.batches_in_once(MEASURED)
             for batch in track(batches, "measure the scores", "batches", count):

@@ -183,6 +183,41 @@ def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit_p
         assert float(saved["score_std"]) == pytest.approx(std, abs=1e-6)
 
 
+class StopAfter(lightning.Callback):
+    """Stops the run after a validation, as ``EarlyStopping`` does."""
+
+    def __init__(self, validations):
+        self.left = validations
+
+    def on_validation_end(self, trainer, module):
+        self.left -= not trainer.sanity_checking
+        trainer.should_stop = self.left == 0
+
+
+def test_a_run_that_is_stopped_and_its_best_checkpoint_have_the_mean_and_deviation_too(make, fit_preferences, tmp_path):
+    records, recorder = low_pairs(24), Recorder()
+    module = make(max_tokens=64)
+    callbacks = [
+        StopAfter(3),
+        recorder,
+        ExportAtEnd(),
+        IterationCheckpoint(every_n=1, keep_every_n=1, monitor="val/loss"),
+    ]
+    trainer = fit_preferences(module, records, records, callbacks, max_epochs=9)
+    assert trainer.current_epoch < 5
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    states = {path.name: torch.load(path, weights_only=True)["state_dict"] for path in tmp_path.rglob("*.ckpt")}
+    loader = trainer.train_dataloader
+    for name, saved in [("last.ckpt", config), *((name, states[name]) for name in ("last.ckpt", "best.ckpt"))]:
+        module.load_state_dict(states[name])
+        scores = all_scores(module, loader.once())
+        assert float(saved["score_mean"]) == pytest.approx(scores.mean().item(), abs=1e-6)
+        assert float(saved["score_std"]) == pytest.approx(scores.std(unbiased=False).item(), abs=1e-6)
+    named = [states[name]["score_mean"].item() for name in ("last.ckpt", "best.ckpt")]
+    others = [state["score_mean"].item() for name, state in states.items() if state["score_mean"].item() not in named]
+    assert others and all(math.isnan(mean) for mean in others[:1])
+
+
 def test_a_larger_training_set_is_measured_on_a_sample(make, fit_preferences, monkeypatch):
     monkeypatch.setattr(reward_modeling, "MEASURED", 10)
     module = make(max_tokens=64)
