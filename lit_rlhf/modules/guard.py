@@ -28,8 +28,7 @@ class Guard:
 
     In every iteration, the actor that should have drawn the responses computes the log-probabilities of a sample of
     these responses. If the mean distance between the actor's and the engine's log-probabilities exceeds the bound, the
-    run stops. The usual causes are stale or damaged weights, another temperature, a truncated distribution (top-k,
-    top-p), and another prompt template.
+    run stops. The usual causes are stale or damaged weights, another temperature, and another prompt template.
 
     Args:
         responses: The number of responses that each process checks; 0 for no check.

@@ -67,7 +67,17 @@ class Rollouts(lightning.Callback):
     # ----------------------------------------------------------- a callback's hooks
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Forget the rollouts of an earlier run, and start the engine."""
+        """Forget the rollouts of an earlier run, and start the engine.
+
+        Raises:
+            UserError: if the run trains with responses from a restricted distribution.
+        """
+        for option, value, whole in (("top_k", self.sampling.top_k, 0), ("top_p", self.sampling.top_p, 1)):
+            if stage == "fit" and value != whole:
+                raise UserError(
+                    f"model.sampling.{option} is {value}, but training needs responses from the whole distribution, "
+                    f"whose log-probabilities it uses: set it to {whole}"
+                )
         self.landed.clear()
         self.saved.clear()
         module = cast(AlignmentModule, pl_module)
