@@ -150,8 +150,11 @@ class CollapseGuard(OnPolicyCallback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the first iteration's metrics, how long each condition has held, and what the guard has warned of."""
-        return {"first": self.first, "held": self.held, "warned": self.warned}
+        """Return the first iteration's metrics, how long each condition has held, and what the guard has warned of.
+
+        A run that the guard has stopped begins to count again, so that one that is resumed with other options goes on.
+        """
+        return {"first": self.first, "held": {} if self._error else self.held, "warned": self.warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the first iteration's metrics, how long each condition has held, and what the guard has warned of."""

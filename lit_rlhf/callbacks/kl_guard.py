@@ -109,8 +109,11 @@ class KLGuard(OnPolicyCallback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the KL of the latest consecutive iterations above the bound, and whether the guard has warned."""
-        return {"above": self.above, "warned": self.warned}
+        """Return the KL of the latest consecutive iterations above the bound, and whether the guard has warned.
+
+        A run that the guard has stopped begins to count again, so that one that is resumed with other options goes on.
+        """
+        return {"above": [] if self._error else self.above, "warned": self.warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore those values of the KL that exceed the present bound, and whether the guard has warned."""

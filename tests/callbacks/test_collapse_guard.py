@@ -95,8 +95,17 @@ def test_stop_ends_the_run_without_an_export(tmp_path, make_module, fit):
     with pytest.raises(UserError, match=r"^CollapseGuard: all scores are 0 in iterations 1 to 2; try the reward"):
         fit(module, callbacks, enable_progress_bar=True)
     assert len(recorder.metrics) == 2
-    assert int(read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]["iteration"]) == 2
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert int(read_checkpoint(last)["state_dict"]["iteration"]) == 2
     assert not (tmp_path / "export").exists()
+    callbacks = default_callbacks(CollapseGuard(iterations=2, action="stop"), IterationCheckpoint(every_n=5))
+    with pytest.raises(UserError, match=r"^CollapseGuard: all scores are 0 in iterations 3 to 4"):
+        fit(
+            make_module(rewards=[as_reward(zeros)], iterations=5),
+            callbacks,
+            ckpt_path=str(last),
+            enable_progress_bar=True,
+        )
 
 
 def test_from_the_command_line(tiny_model, tiny_prompts, tmp_path):

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_rlhf.callbacks import IterationCheckpoint, KLGuard
 from lit_rlhf.checkpoints import read_checkpoint
+from lit_rlhf.errors import UserError
 from lit_rlhf.testing import Recorder
 
 pytestmark = pytest.mark.usefixtures("without_plans")
@@ -37,7 +38,7 @@ def test_the_guard_from_the_command_line(tiny_model, tiny_prompts, tmp_path):
     assert iterations(tmp_path / "run") == [1, 2, 3]
     saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert int(saved["state_dict"]["iteration"]) == 3
-    assert len(saved["callbacks"]["KLGuard"]["above"]) == 2
+    assert saved["callbacks"]["KLGuard"]["above"] == []
     assert not (tmp_path / "run" / "export").exists()
     resumed = preloaded.run(*words, "1e9", "--ckpt_path", "last", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -53,6 +54,15 @@ def test_the_guard_counts_nats_per_token(make_module, fit):
     assert len([w for w in warned if "KLGuard" in str(w.message)]) == 1
     last = recorder.metrics[-1]
     assert guard.above == pytest.approx([last["objective/kl_to_ref"] / last["response/length"]])
+
+
+def test_a_stopped_run_that_is_resumed_counts_again(make_module, fit, tmp_path):
+    """The KL of iteration 1 is 0; the run is stopped after iterations 2 and 3, and the resumed one after 4 and 5."""
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for found, start in (("2 to 3", None), ("4 to 5", str(last))):
+        callbacks = [KLGuard(bound=1e-3, iterations=2), IterationCheckpoint()]
+        with pytest.raises(UserError, match=rf"^KLGuard: .* in iterations {found}, above the bound"):
+            fit(make_module(iterations=9), callbacks, ckpt_path=start)
 
 
 def test_an_iteration_below_the_bound_starts_the_count_again():
