@@ -49,6 +49,11 @@ class AdvantageEstimator(ABC):
     weights_by_ratio: ClassVar[bool] = False
     """Whether the advantages include importance weights for responses drawn from a policy other than the actor's."""
 
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether a reward of 1 more makes an advantage larger by as much for every prompt; by default, it does."""
+        return True
+
     @abstractmethod
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Return advantages and returns, each [B, T] and 0 outside the mask."""

@@ -62,6 +62,11 @@ class GroupNormalized(AdvantageEstimator):
     divide_by_std: bool = True
     needs_group: ClassVar[bool] = True
 
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the advantages are on the scale of the rewards: not if they are divided by a standard deviation."""
+        return not self.divide_by_std
+
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Return advantages and sampled, undiscounted returns, each [B, T]."""
         group = _Group(trajectory)
@@ -97,6 +102,11 @@ class BestOfN(AdvantageEstimator):
 
     centred: bool = False
     needs_group: ClassVar[bool] = True
+
+    @property
+    def keeps_scale(self) -> bool:
+        """False: the advantages say only which response is the best."""
+        return False
 
     def __call__(self, trajectory: Trajectory) -> Estimates:
         """Return advantages and sampled, undiscounted returns, each [B, T]."""

@@ -89,9 +89,9 @@ def check_shares(size: int, batch_size: int, *, shuffle: bool, world_size: int, 
 class ResumableLoader:
     """A loader that can resume after the last batch that it gave out; Lightning saves and restores its state.
 
-    Only a loader that shuffles resumes; a loader that does not shuffle begins every pass with the first batch. A resumed
-    pass yields as many batches as any other: Lightning, which knows how many of an epoch's batches it has had, and how
-    many it may have (``limit_train_batches``), ends the pass after the last of them.
+    Only a loader that shuffles resumes; a loader that does not shuffle begins every pass with the first batch. A
+    resumed pass yields as many batches as any other: Lightning, which knows how many of an epoch's batches it has had,
+    and how many it may have (``limit_train_batches``), ends the pass after the last of them.
 
     A training step may `draw` further batches from a loader that shuffles. They advance the position in the order of
     the rows, but are not part of the pass: a complete pass yields ``len(loader)`` batches besides them. An epoch, which

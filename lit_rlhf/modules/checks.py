@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lit_rlhf.algorithms.advantages import AdvantageEstimator
 from lit_rlhf.algorithms.corrections import Correction
-from lit_rlhf.algorithms.kl import FixedKL, KLController
+from lit_rlhf.algorithms.kl import FixedKL, KLController, ReferenceKL
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Engine, Sampling
 from lit_rlhf.models.loading import ModelSource
@@ -72,11 +72,7 @@ def check_settings(
             )
     name = type(advantages).__name__
     if scores.shaping.potential_every is not None:
-        if advantages.needs_group:
-            raise UserError(f"model.scores.potential_every has no effect with {name}, which compares whole responses")
-        if bootstrap_truncated or scores.can_fail:
-            other = "model.bootstrap_truncated" if bootstrap_truncated else "a reward with on_failure: leave_out"
-            raise UserError(f"model.scores.potential_every cannot be combined with {other}")
+        _check_potentials(scores, advantages, bootstrap_truncated)
     if advantages.weights_by_ratio and correction is not None and correction.uses_ratio:
         raise UserError(f"model.correction weights the tokens, as {name} already does: set it, or its level, to null")
     if advantages.needs_group:
@@ -89,6 +85,26 @@ def check_settings(
                 f"model.critic must be null with {name}, which compares the responses to a prompt: the critic's "
                 "training would cost memory and time, and nothing but model.bootstrap_truncated uses it"
             )
+
+
+def _check_potentials(scores: Scores, advantages: AdvantageEstimator, bootstrap_truncated: bool) -> None:
+    """Check that potentials have an effect, and leave the best policy as it is.
+
+    Raises:
+        UserError: if they have not, or do not.
+    """
+    if advantages.needs_group:
+        name = type(advantages).__name__
+        raise UserError(f"model.scores.potential_every has no effect with {name}, which compares whole responses")
+    if bootstrap_truncated or scores.can_fail:
+        other = "model.bootstrap_truncated" if bootstrap_truncated else "a reward with on_failure: leave_out"
+        raise UserError(f"model.scores.potential_every cannot be combined with {other}")
+    gamma = getattr(advantages, "gamma", 1.0)
+    if gamma != 1:
+        raise UserError(
+            "model.scores.potential_every leaves the best policy as it is only without a discount, but "
+            f"model.advantages.gamma is {gamma}: set it to 1"
+        )
 
 
 def _check_critic(critic: ModelSource | None, value_grad_scale: float, update: Update) -> None:
@@ -114,16 +130,28 @@ def _check_critic(critic: ModelSource | None, value_grad_scale: float, update: U
         )
 
 
-def check_without_reference(kl: KLController, reference: ModelSource | None) -> None:
-    """Check the settings of an on-policy module that has no reference, because its ``reference_kl`` is None.
+def check_reference(
+    reference_kl: ReferenceKL | None, kl: KLController, reference: ModelSource | None, advantages: AdvantageEstimator
+) -> None:
+    """Check that the settings of an on-policy module fit its use of the reference.
 
     Args:
+        reference_kl: How the KL to the reference is used; None for no reference.
         kl: The controller of the KL's coefficient.
         reference: The source of the reference; None for the initial actor.
+        advantages: The advantage estimator.
 
     Raises:
-        UserError: if a reference is named, or if the controller follows the KL to the reference.
+        UserError: if a reference is named, or the controller follows the KL to it, although there is none, or if one
+            part of the full KL would be on another scale than the other.
     """
+    if reference_kl is not None:
+        if reference_kl.is_full and reference_kl.where == "reward" and not advantages.keeps_scale:
+            raise UserError(
+                "model.reference_kl.estimator full in the reward has a part in the loss, on the scale of the rewards, "
+                f"but {type(advantages).__name__} changes the scale for each prompt: set where to loss, or take k1"
+            )
+        return
     if reference is not None:
         raise UserError(
             "model.reference names a model, but model.reference_kl is null, which leaves out the reference: remove one"

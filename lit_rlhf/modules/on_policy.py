@@ -27,7 +27,7 @@ from lit_rlhf.models.scoring import ScalarModel
 from lit_rlhf.models.sharding import owners, unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
 from lit_rlhf.modules.averaging import AveragedWeights, Averaging
-from lit_rlhf.modules.checks import check_settings, check_without_reference
+from lit_rlhf.modules.checks import check_reference, check_settings
 from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.dynamic_sampling import DynamicSampling, counted, draw_responses, drop_uncounted, responses_so_far
 from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
@@ -116,8 +116,7 @@ class OnPolicy(AlignmentModule):
         keep_out_of_checkpoints(self, ("reference.", "scores.rewards."))
         parts = self.scores, sampling, dynamic_sampling, engine, advantages, correction, update
         check_settings(*parts, critic, value_grad_scale, bootstrap_truncated)
-        if reference_kl is None:
-            check_without_reference(kl, reference)
+        check_reference(reference_kl, kl, reference, advantages)
 
     @abstractmethod
     def learn(self, experience: Experience, metrics: Metrics) -> None:

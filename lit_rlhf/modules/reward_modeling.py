@@ -33,9 +33,9 @@ class RewardModeling(PreferenceModule):
 
     The loss of a pair is the Bradley–Terry loss, −log σ(r_chosen − r_rejected − margin), and the loss of a ranking is
     the Plackett–Luce loss. The mean and the standard deviation of the scores are measured after the last step and for
-    each ``best.ckpt``, on a random sample of 1,024 pairs or rankings of the training set (on all of them if there are no
-    more), and stored with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can
-    normalise the scores. Checkpoints in the middle of a run have neither.
+    each ``best.ckpt``, on a random sample of 1,024 pairs or rankings of the training set (on all of them if there are
+    no more), and stored with the model, in ``config.score_mean`` and ``config.score_std``, so that `RewardModel` can
+    normalise the scores. Other checkpoints in the middle of a run have neither.
 
     Args:
         reward: The initial model: a folder, a hub id, or a configuration for random weights. It is a language model

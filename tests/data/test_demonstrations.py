@@ -69,7 +69,7 @@ def test_a_conversation_as_the_prompt(make, chat_tokenizer):
 @pytest.mark.parametrize(
     ("user_end", "answer_end"),
     [("", ""), ("<eos>", ""), ("", " w9"), ("", "<eos> w9")],
-    ids="neither user turn word".split(),
+    ids=["neither", "user", "turn", "word"],
 )
 def test_a_conversation_ends_with_the_end_of_sequence_whatever_the_template_writes(
     make, chat_tokenizer, user_end, answer_end

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.advantages import GAE, MonteCarlo
+from lit_rlhf.algorithms.group_baselines import GroupNormalized
 from lit_rlhf.algorithms.kl import AdaptiveKL, FixedKL, ReferenceKL
 from lit_rlhf.algorithms.masked import masked_sum
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty
@@ -374,11 +375,23 @@ def test_the_win_rate_against_itself_is_one_half(make_module, fit):
         ({"sampling": Sampling(temperature=0)}, "temperature must be positive"),
         ({"critic": None, "bootstrap_truncated": True}, "needs a critic"),
         ({"iterations": 0}, "iterations must be 1 or more"),
+        ({"advantages": GroupNormalized(), "critic": None, "sampling": Sampling(max_tokens=4, responses=2),
+          "reference_kl": ReferenceKL(estimator="full")}, "GroupNormalized changes the scale for each prompt"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_contradict_each_other(make_module, options, message):
     with pytest.raises(UserError, match=message):
         make_module(**options)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.9}])
+def test_a_restricted_distribution_is_refused_in_training_only(make_module, fit, prompt_file, options):
+    module = make_module(sampling=Sampling(max_tokens=4, **options), iterations=1)
+    (name,) = options
+    with pytest.raises(UserError, match=rf"^model.sampling.{name} is .* training needs responses from the whole"):
+        fit(module)
+    trainer = lightning.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    assert len(trainer.predict(module, datamodule=Prompts(predict=str(prompt_file)))) > 0
 
 
 def test_critic_from_reward_needs_a_reward_model(make_module):

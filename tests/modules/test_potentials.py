@@ -80,6 +80,7 @@ def test_responses_that_end_between_beginnings_are_not_scored_again(make_module,
         ({"advantages": GroupNormalized(), "critic": None, "sampling": Sampling(max_tokens=4, responses=2)},
          "model.scores.potential_every has no effect with GroupNormalized"),
         ({"bootstrap_truncated": True}, "cannot be combined with model.bootstrap_truncated"),
+        ({"advantages": GAE(gamma=0.99)}, "only without a discount, but model.advantages.gamma is 0.99: set it to 1"),
         ({"rewards": [RewardFunction(low_words, on_failure="leave_out")]}, "combined with a reward with on_failure"),
     ],
 )  # fmt: skip
