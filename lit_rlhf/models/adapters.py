@@ -189,12 +189,15 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, number: i
 
 
 def _initialize(model: nn.Module, name: str) -> None:
-    """Draw the initial weights of an adapter, which are the same whether or not the base's weights have been read."""
+    """Draw the initial weights of an adapter, which are the same whether or not the base's weights have been read.
+
+    DoRA's magnitudes get memory, but no values, if the base's weights have not been read: a saved adapter has its own.
+    """
     for layer in adapted_layers(model):
         if name not in layer.lora_A:
             continue
-        for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.is_meta:  # because the base's weights are on the meta device
+        for part in (layer.lora_A[name], layer.lora_B[name], *layer.lora_magnitude_vector.values()):
+            if any(parameter.is_meta for parameter in part.parameters()):  # because the base's weights are
                 part.to_empty(device="cpu")
         layer.reset_lora_parameters(name, True)
 

@@ -44,6 +44,12 @@ class AdaptedRoles:
                 "model.critic must be actor, reward, shared, null or an adapter of the actor's base, not "
                 f"{critic!r}, because model.adapter is set"
             )
+        below = self.saved.get("reward0" if critic == "reward" else "critic_start")
+        if below is not None and (lora.dora or below.config.use_dora):
+            raise UserError(
+                f"model.critic: DoRA cannot be combined with another adapter, here {below.source}; let the critic "
+                "start from the actor (model.critic: actor)"
+            )
         if sources.reference is not None:
             self._read("reference", sources.reference, "model.reference")
 

@@ -18,6 +18,9 @@ from lit_rlhf.models.adapters import LoRA, adapted_layers, adapter_parameters
 from lit_rlhf.models.loading import load_model, load_tokenizer
 from lit_rlhf.models.scoring import ScalarModel, load_critic, load_reward_model
 from lit_rlhf.models.trained_adapter import TrainedAdapter
+from lit_rlhf.models.weights import unread_weights
+from lit_rlhf.modules.adapted_roles import AdaptedRoles
+from lit_rlhf.modules.roles import RoleSources
 
 TOKENS = torch.tensor([[2, 6, 7, 8, 9, 1], [2, 9, 10, 11, 12, 13]])
 MASK = torch.arange(6).expand(2, 6) > 0
@@ -239,6 +242,29 @@ def test_a_damaged_adapter_is_refused_in_one_line(copied, kind, message, chained
 def test_dora_is_alone(tiny_adapter, below, dora, chained):
     with pytest.raises(UserError, match=r"model\.actor: DoRA cannot be combined with another adapter; first merge"):
         load_adapted(str(tiny_adapter(**below)), LoRA(dora=dora, chained=chained), "model.actor", trained=["actor"])
+
+
+def test_dora_of_another_role_is_whole_if_the_base_is_read_later(tiny_adapter, tiny_model):
+    """As on a GPU and with fsdp2, where the base's weights are read after all adapters have been added."""
+    saved = {"reward0": read_adapter(str(tiny_adapter(use_dora=True)), "rewards.model")}
+    make = partial(load_adapted, str(tiny_model("llama")), LoRA(rank=2), "model.actor", trained=["actor"], saved=saved)
+    at_once = make()
+    with unread_weights() as unread:
+        later = make()
+    unread.read(later, torch.device("cpu"))
+    expected = dict(at_once.named_parameters())
+    magnitudes = [name for name in expected if "lora_magnitude_vector.reward0" in name]
+    assert len(magnitudes) == len(adapted_layers(at_once))
+    for name, parameter in later.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize(("below", "dora"), [({"use_dora": True}, False), ({}, True)])
+def test_a_critic_above_dora_is_refused(tiny_adapter, tiny_model, below, dora):
+    start = str(tiny_adapter(task="score", **below))
+    sources = {"actor": str(tiny_model("llama")), "reference": None, "temperature": 1.0, "adapter": LoRA(dora=dora)}
+    with pytest.raises(UserError, match=r"model\.critic: DoRA cannot be combined with another adapter, here "):
+        AdaptedRoles(RoleSources(critic=start, **sources), LoRA(dora=dora))
 
 
 def test_an_adapter_without_a_head_is_no_reward_model(tiny_adapter):
