@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -24,11 +25,12 @@ from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import ModelSource
 from lit_rlhf.models.sharding import unsharded
 from lit_rlhf.modules.adapted_roles import load_adapted_roles
+from lit_rlhf.modules.engine_run import EngineRun
 from lit_rlhf.modules.forwards import response_logprobs
 from lit_rlhf.modules.frozen import keep_out_of_checkpoints
 from lit_rlhf.modules.incidents import check_sampled
 from lit_rlhf.modules.preference import PreferenceModule, pairs
-from lit_rlhf.modules.roles import RoleSources, load_roles
+from lit_rlhf.modules.roles import RoleSources, load_actor, load_roles
 from lit_rlhf.progress import track
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PreferenceBatch, PromptBatch
@@ -117,8 +119,13 @@ class DPO(PreferenceModule):
         self.cache_reference = cache_reference
         self.sampling = sampling
         self.engine = engine
+        self.engine_run = EngineRun(engine, partial(load_actor, actor, sampling.temperature, adapter))
         self._cached: Tensor | None = None  # [rankings of the training set, K], the reference's log-probabilities
         keep_out_of_checkpoints(self, ("reference.",))
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """Return the module's callback, which starts and closes the engine."""
+        return [self.engine_run]
 
     def configure_model(self) -> None:
         """Load the actor and the reference.

@@ -60,6 +60,7 @@ class AlignmentModule(lightning.LightningModule):
     max_tokens_option: ClassVar[str] = "model.max_tokens"
     """The name of the option that sets ``max_tokens``."""
 
+    shards_actor: ClassVar[bool] = True  # whether a strategy that shards models may shard the actor
     actor: Actor
     max_tokens: int  # the maximum number of tokens in a micro-batch; halved if memory runs out
     iteration: Tensor  # [] int64, saved in the checkpoint

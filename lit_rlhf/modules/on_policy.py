@@ -30,6 +30,7 @@ from lit_rlhf.modules.averaging import AveragedWeights, Averaging
 from lit_rlhf.modules.checks import check_reference, check_settings
 from lit_rlhf.modules.decoding import as_records, decode
 from lit_rlhf.modules.dynamic_sampling import DynamicSampling, counted, draw_responses, drop_uncounted, responses_so_far
+from lit_rlhf.modules.engine_run import EngineRun
 from lit_rlhf.modules.estimation import bootstrap_values, estimate_experience
 from lit_rlhf.modules.forwards import ActorOutputs, actor_outputs, critic_values, response_logprobs, rounds_float32
 from lit_rlhf.modules.frozen import keep_out_of_checkpoints
@@ -61,8 +62,6 @@ class OnPolicy(AlignmentModule):
 
     batch_type = PromptBatch
     max_tokens_option = "model.update.max_tokens"
-    shards_actor: ClassVar[bool] = True
-    """Whether a strategy that shards models may shard the actor."""
     copies: ClassVar[tuple[str, ...]] = ()  # the names of further new adapters, which are not trained
 
     critic: ScalarModel | None  # set by configure_model; None without a critic, or if it is a head on the actor's trunk
@@ -100,7 +99,8 @@ class OnPolicy(AlignmentModule):
         self.sampling = sampling
         self.dynamic_sampling = dynamic_sampling
         self.engine = engine
-        self.rollouts = Rollouts(engine, sampling, guard, partial(load_actor, actor, sampling.temperature, adapter))
+        self.engine_run = EngineRun(engine, partial(load_actor, actor, sampling.temperature, adapter))
+        self.rollouts = Rollouts(engine, sampling, guard)
         self.kl = kl
         self.reference_kl = reference_kl
         self.advantages = advantages
@@ -147,8 +147,8 @@ class OnPolicy(AlignmentModule):
             self.print(f"rewards: {self.scores.description}")  # the first process prints
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Return the module's only callback: the source of the rollouts, which starts and closes the engine."""
-        return [self.rollouts]
+        """Return the module's callbacks: the one that starts and closes the engine, and the source of the rollouts."""
+        return [self.engine_run, self.rollouts]
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:

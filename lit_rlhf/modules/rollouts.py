@@ -14,14 +14,13 @@ from lit_rlhf.batching import gather_rollout
 from lit_rlhf.data.loader import ResumableLoader
 from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Engine, Sampling
-from lit_rlhf.generation.engine import EngineContext, SpecialTokens
+from lit_rlhf.generation.engine import SpecialTokens
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.modules.guard import Guard, Mismatch, measure_mismatch
 from lit_rlhf.modules.incidents import check_logprobs
 from lit_rlhf.modules.metrics import Metrics
 from lit_rlhf.modules.module import AlignmentModule
 from lit_rlhf.randomness import Stream
-from lit_rlhf.strategies import FSDP, FSDP2
 from lit_rlhf.types import PromptBatch, Rollout
 
 
@@ -29,7 +28,6 @@ class Learner(Protocol):
     """The attributes of `OnPolicy` that this file uses and `AlignmentModule` lacks."""
 
     special_tokens: SpecialTokens
-    shards_actor: bool
     generate: Callable[[PromptBatch, Actor, Stream, int], Rollout]
 
 
@@ -44,22 +42,20 @@ class CheckedRollout:
 
 
 class Rollouts(lightning.Callback):
-    """The source of rollouts, each checked by the guard; as a callback, it starts and closes the engine.
+    """The source of rollouts, each checked by the guard.
 
-    With `Ahead`, checkpoints store the rollouts that no iteration has learned from yet.
+    As a callback, it stores in checkpoints the rollouts of `Ahead` that no iteration has learned from yet.
 
     Args:
         engine: The engine that generates the responses.
         sampling: The options for sampling.
         guard: The check of the engine's log-probabilities.
-        load_actor: A picklable function that loads a copy of the run's actor with the initial weights.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling, guard: Guard, load_actor: Callable[[], Actor]) -> None:
+    def __init__(self, engine: Engine, sampling: Sampling, guard: Guard) -> None:
         self.engine = engine
         self.sampling = sampling
         self.guard = guard
-        self.load_actor = load_actor
         self.ahead = engine if isinstance(engine, Ahead) and engine.lag else None
         self.landed: dict[int, CheckedRollout] = {}  # by iteration: generated, but not learned from yet
         self.saved: dict[int, dict[str, Any]] = {}  # by iteration: read from a checkpoint, with all processes' rows
@@ -67,7 +63,7 @@ class Rollouts(lightning.Callback):
     # ----------------------------------------------------------- a callback's hooks
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Forget the rollouts of an earlier run, and start the engine.
+        """Forget the rollouts of an earlier run.
 
         Raises:
             UserError: if the run trains with responses from a restricted distribution.
@@ -80,29 +76,6 @@ class Rollouts(lightning.Callback):
                 )
         self.landed.clear()
         self.saved.clear()
-        module = cast(AlignmentModule, pl_module)
-        context = EngineContext(
-            load_actor=self.load_actor,
-            tokenizer=module.tokenizer,
-            adapter=module.adapter,
-            source=str(module.source),
-            device=pl_module.device,
-            device_ids=tuple(trainer.device_ids),
-            process=trainer.local_rank,
-            precision=str(trainer.precision),
-            rounds_all_weights=isinstance(trainer.strategy, FSDP2 | FSDP) and cast(Learner, pl_module).shards_actor,
-        )
-        self.engine.start(context)
-
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Close the engine at the end of a run."""
-        self.engine.close()
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        """Close the engine when an error or Ctrl-C ends the run."""
-        self.engine.close()
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

@@ -6,6 +6,7 @@ LIT_RLHF_VLLM_PYTHON=vllm-env/bin/python .venv/bin/pytest tests/generation/test_
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from lit_rlhf.models.adapted import load_adapted
 from lit_rlhf.models.adapter_folders import write_adapter
 from lit_rlhf.models.adapters import LoRA, adapter_parameters
 from lit_rlhf.models.loading import RandomWeights, load_model, load_tokenizer
+from lit_rlhf.modules import DPO
 from lit_rlhf.randomness import Stream
 from lit_rlhf.testing import Recorder
 from lit_rlhf.types import PromptBatch
@@ -151,6 +153,28 @@ def test_adapters_are_sent_alone(make_module, fit, tmp_path, tiny_model):
         assert "/collective_rpc" not in paths
     assert [metrics["engine/mismatch_mean"] < 1e-5 for metrics in recorder.metrics] == [True] * 3
     assert abs(recorder.metrics[-1]["objective/kl_to_ref"]) > 1e-5  # the actor has changed
+    assert not list((tmp_path / "weights").glob("*"))
+
+
+def test_a_whole_reference_beside_adapters_is_refused(make_module, fit, tmp_path, tiny_model):
+    other = shutil.copytree(tiny_model("llama"), tmp_path / "other")
+    with serving() as server:
+        server.model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).eval()
+        engine = VLLMEngine(url=server.url, weights_dir=str(tmp_path / "weights"), connections=8)
+        module = make_module(reference=str(other), adapter=LoRA(rank=4), engine=engine, iterations=1)
+        with pytest.raises(UserError, match=r"^model\.reference is a whole model, but the server of model\.engine"):
+            fit(module, validation=True, val_check_interval=1, limit_val_batches=1)
+
+
+def test_dpo_measures_its_kl_on_responses_of_the_server(fit_preferences, tmp_path, tiny_model):
+    records = [{"prompt": f"w{i}", "chosen": f" w{i + 1}", "rejected": f" w{i + 2} w3"} for i in range(8)]
+    with serving() as server:
+        server.model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).eval()
+        engine = VLLMEngine(url=server.url, weights_dir=str(tmp_path / "weights"), connections=8)
+        module = DPO(actor=str(tiny_model("llama")), engine=engine, sampling=Sampling(max_tokens=5))
+        trainer = fit_preferences(module, records, records)
+        assert any(path == "/v1/completions" for path, _ in server.requests)
+    assert 0 < float(trainer.callback_metrics["val/length"]) <= 5
     assert not list((tmp_path / "weights").glob("*"))
 
 

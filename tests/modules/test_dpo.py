@@ -9,7 +9,7 @@ import torch
 from lit_rlhf.algorithms.preference_losses import IPO, Hinge, SimPO
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint
 from lit_rlhf.errors import UserError
-from lit_rlhf.generation import Sampling
+from lit_rlhf.generation import NativeEngine, Sampling
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.loading import RandomWeights, load_model
 from lit_rlhf.modules import DPO
@@ -235,6 +235,35 @@ def test_kl_to_the_reference(make, fit_preferences):
         fit_preferences(module, None, records, method="validate", data={"validation_batch_size": 7})
     )
     assert in_small_batches["kl_to_ref"] == pytest.approx(after["kl_to_ref"], abs=1e-4)
+
+
+class Started(NativeEngine):
+    """An engine that needs a start, and an end, as a server does."""
+
+    def start(self, context):
+        self.__dict__["contexts"] = [*self.__dict__.get("contexts", []), context]
+
+    def close(self):
+        self.__dict__["closed"] = self.__dict__.get("closed", 0) + 1
+
+    def generate(self, *arguments, **options):
+        assert len(self.__dict__["contexts"]) == 1 + self.__dict__.get("closed", 0)
+        return super().generate(*arguments, **options)
+
+
+def test_the_engine_is_started_and_closed(make, fit_preferences):
+    engine, records = Started(), rankings(8, seed=1)
+    module = make(engine=engine)
+    for runs, method in enumerate(("fit", "validate"), 1):
+        found = held_out(fit_preferences(module, records, records, method=method))
+        assert found["kl_to_ref"] >= 0
+        assert len(engine.__dict__["contexts"]) == engine.__dict__["closed"] == runs
+    context = engine.__dict__["contexts"][0]
+    assert context.tokenizer is module.tokenizer
+    fresh = make()
+    fresh.configure_model()
+    initial = context.load_actor().state_dict()
+    assert all(torch.equal(weight, initial[name]) for name, weight in fresh.actor.state_dict().items())
 
 
 def test_records_without_a_prompt_are_trained_but_have_no_kl(make, fit_preferences):
