@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
 from lit_rlhf import __version__
 from lit_rlhf.checkpoint_folders import DamagedError, check_files, read_index
@@ -39,6 +39,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     numbers = sorted(int(name.removeprefix("optimizer_")) for name in state if name.startswith("optimizer_"))
     optimizers = [by_number(state[f"optimizer_{number}"]) for number in numbers]
     return checkpoint | {"state_dict": state["state_dict"], "optimizer_states": optimizers}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read only the weights of a checkpoint; the states of optimizers, which are larger, need no memory.
+
+    Args:
+        path: The checkpoint, a file or a folder.
+
+    Raises:
+        UserError: as listed in `read_checkpoint`.
+    """
+    verify(path)
+    if path.is_dir():
+        return read_distributed_checkpoint(path, {"state_dict"})["state_dict"]
+    return read_plain(path, path)["state_dict"]
 
 
 def verify(path: Path, share: int = 0, shares: int = 1) -> None:

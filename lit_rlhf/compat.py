@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # torch
 
 
-def read_distributed_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read a whole ``torch.distributed.checkpoint`` folder in one process, without a process group.
+def read_distributed_checkpoint(folder: Path, keys: set[str] | None = None) -> dict[str, Any]:
+    """Read a ``torch.distributed.checkpoint`` folder, or only some keys of it, in one process, without a process group.
 
     Uses ``_EmptyStateDictLoadPlanner``, which takes names and shapes from the folder, and ``_load_state_dict``, which
     fills a nested dictionary. The public ``dcp_to_torch_save`` does the same, but writes a second copy to disk.
@@ -39,7 +39,7 @@ def read_distributed_checkpoint(folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, Any] = {}
-    _load_state_dict(state, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    _load_state_dict(state, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(keys), no_dist=True)
     return state
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lit_rlhf
-from lit_rlhf.checkpoints import read_checkpoint
+from lit_rlhf.checkpoints import read_weights
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import replacing
 from lit_rlhf.models.actor import Actor
@@ -99,7 +99,7 @@ def export(
     role = role or main_role
     if towards_start < 1:
         check_start(options, role)
-    state = read_checkpoint(path)["state_dict"]
+    state = read_weights(path)
     source = _source(options, main_role, run / "config.yaml")
     tokenizer = load_tokenizer(source, f"model.{main_role}")
     merge = merge and options.get("adapter") is not None

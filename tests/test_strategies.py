@@ -3,6 +3,8 @@ import torch
 
 from lit_rlhf.algorithms.objectives import Clip, KLPenalty
 from lit_rlhf.callbacks import IterationCheckpoint
+from lit_rlhf.checkpoints import read_checkpoint, read_weights
+from lit_rlhf.compat import read_distributed_checkpoint
 from lit_rlhf.modules import TRPO, PolicyGradient, Update
 from lit_rlhf.rewards import RewardFunction
 from lit_rlhf.strategies import FSDP
@@ -29,6 +31,12 @@ def test_an_optimizer_that_has_not_stepped_is_saved_at_step_0(one_process, fit, 
 
     expected, _ = finished("whole", every_n=2)
     found, folder = finished("saved", every_n=1)
+    saved = folder / "iteration-000002.ckpt"
+    assert saved.is_dir()
+    assert read_distributed_checkpoint(saved, {"state_dict"}).keys() == {"state_dict"}  # without the optimizers
+    weights, state = read_weights(saved), read_checkpoint(saved)["state_dict"]
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in state.items())
     resumed = make_module(iterations=2, update=Update(epochs=1, minibatches=1, critic_warmup=1))
     fit(resumed, strategy="fsdp2", devices=1, inference_mode=False, ckpt_path=str(folder / "iteration-000001.ckpt"))
     for name, weight in expected.items():
