@@ -35,6 +35,7 @@ def keep(parent: int, folder: str, command: list[str]) -> int:
     Raises:
         SystemExit: if this program receives SIGTERM; the command has then been ended, and the folder removed.
     """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks the parent for a checkpoint; the command ignores it, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -24,6 +24,7 @@ from lit_rlhf.generation.engine import Engine, EngineContext, Sampling, SpecialT
 from lit_rlhf.generation.shared import Layout, map_tensors, trained_weights
 from lit_rlhf.models.precision import store_in_bfloat16
 from lit_rlhf.models.scoring import freeze
+from lit_rlhf.models.weights import unread_weights
 from lit_rlhf.randomness import Stream
 from lit_rlhf.types import PromptBatch, Rollout
 
@@ -92,10 +93,12 @@ def serve(connection: Connection) -> None:
         torch.backends.cuda.matmul.fp32_precision = assignment.float32_precision
     device, half = assignment.context.device, assignment.context.precision == "bf16-mixed"
     assignment.engine.start(assignment.context)
-    actor = assignment.context.load_actor().to(device)
+    with unread_weights() as unread:
+        actor = assignment.context.load_actor()
     freeze(actor)
-    if half:
+    if half:  # before the weights are read, so that they never take more memory than they keep
         store_in_bfloat16(actor, all_weights=assignment.context.rounds_all_weights)
+    unread.read(actor, device)
     weights = trained_weights(actor)
     layout = Layout.of(weights)
     send(connection, layout)
@@ -128,7 +131,8 @@ def main(descriptor: int) -> None:
     Raises:
         SystemExit: if the actor cannot be loaded or a job fails; the error has then been sent to the parent.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent acts on them, and ends its workers
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = Connection(descriptor)
     try:

@@ -1,9 +1,12 @@
 """Generation ahead of training: which weights draw what, the same bits each time, and processes that end."""
 
+import functools
 import os
 import signal
 import threading
 import time
+from contextlib import suppress
+from multiprocessing import Pipe
 
 import lightning
 import preloaded
@@ -16,10 +19,12 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.generation import Ahead, Engine, NativeEngine, Sampling
 from lit_rlhf.generation.engine import EngineContext
 from lit_rlhf.generation.shared import Layout, map_tensors, open_shared_memory, trained_weights
+from lit_rlhf.generation.worker import Assignment, receive, send, serve
 from lit_rlhf.generation.workers import concatenate
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_model
+from lit_rlhf.models.weights import UnreadWeights
 from lit_rlhf.modules.roles import load_actor
 from lit_rlhf.randomness import Stream
 from lit_rlhf.testing import Recorder
@@ -230,6 +235,58 @@ def test_saving_does_not_change_the_samples_in_half_precision(make_module, fit, 
     mismatches = [[metrics["engine/mismatch_mean"] for metrics in run.metrics] for run in runs]
     assert mismatches[0] == mismatches[1] == mismatches[2]
     assert mismatches[0][-1] > 1e-4  # in bfloat16
+
+
+class Signalled(lightning.Callback):
+    """Sends to the first worker what SLURM sends to every process of a job, after the first iteration."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            (worker,) = pl_module.engine._detached.processes
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                os.kill(worker._process.pid, number)
+
+
+def test_signals_that_ask_the_parent_for_a_checkpoint_do_not_end_a_worker(run):
+    _, recorder, _ = run(Ahead(lag=1), callbacks=[Signalled()])
+    assert len(recorder.metrics) == 4
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_a_worker_never_holds_more_than_it_keeps(tiny_model, tiny_tokenizer, monkeypatch, lora):
+    """The weights are read in the type in which they stay, instead of in float32 first."""
+    unread, read = [], UnreadWeights.read
+
+    def watched(self, model, device):
+        unread.extend((parameter.is_meta, parameter.dtype) for parameter in model.parameters() if parameter.dim() == 2)
+        read(self, model, device)
+
+    monkeypatch.setattr(UnreadWeights, "read", watched)
+    folder = str(tiny_model("llama"))
+    context = EngineContext(
+        load_actor=functools.partial(load_actor, folder, 1.0, lora),
+        tokenizer=tiny_tokenizer,
+        device=torch.device("cpu"),
+        device_ids=(0,),
+        process=0,
+        precision="bf16-mixed",
+    )
+    settings = {"threads": 1, "float32_precision": "none", "deterministic": False, "warns_only": False}
+    parent, worker = Pipe()
+    send(parent, Assignment(engine=NativeEngine(), context=context, **settings))
+
+    def serve_until_closed():
+        with suppress(EOFError):
+            serve(worker)
+
+    serving = threading.Thread(target=serve_until_closed)
+    serving.start()
+    assert len(receive(parent).names) > 0
+    parent.close()
+    serving.join()
+    base = [dtype for is_meta, dtype in unread if is_meta]
+    assert len(base) == len(unread) - (0 if lora is None else 2 * 2 * 7)  # the adapter has its weights already
+    assert base.count(torch.bfloat16) >= 2 * 7  # the linear layers
 
 
 @pytest.mark.parametrize(("used", "expected"), [((0, 1), ["cuda:2", "cuda:3"]), ((2, 3), ["cuda:0", "cuda:1"])])
