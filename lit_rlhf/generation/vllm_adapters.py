@@ -12,7 +12,7 @@ from lit_rlhf.http import JSONClient
 from lit_rlhf.models.actor import Actor
 from lit_rlhf.models.adapted import starts_from
 from lit_rlhf.models.adapter_folders import base_of, find_adapter, write_adapter
-from lit_rlhf.models.adapters import LoRA, active_adapters, adapted_layers
+from lit_rlhf.models.adapters import LoRA, active_adapters, adapted_layers, whole_model
 from lit_rlhf.models.sharding import full_state_dict, owners
 from lit_rlhf.models.weights import unread_weights
 
@@ -100,7 +100,15 @@ class ServedAdapters:
             actor: The actor that owns the base, or an actor with a view of the base.
             weights: The result of `trained_weights`.
             folder: The folder to write; it is not made if the actor computes without adapters.
+
+        Raises:
+            UserError: if the actor is a whole model of its own.
         """
+        if not adapted_layers(whole_model(actor.model)):
+            raise UserError(
+                "model.reference is a whole model, but the server of model.engine has only the base of model.adapter, "
+                "so it cannot generate the reference's held-out responses: name the base, or an adapter of it"
+            )
         adapters = list(active_adapters(actor.model))
         if not adapters:
             return False
