@@ -73,12 +73,9 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     _configure_allocator()
     try:
-        try:
-            _run(words, from_command_line=args is None)
-        finally:
-            sys.stdout.flush()  # an output that nobody reads any longer is met here, not when Python exits
+        _run(words, from_command_line=args is None)
     except BrokenPipeError:
-        if not _ignore_closed_output():
+        if not _output_is_closed():
             raise
         if words and words[0] in LIGHTNING_COMMANDS:
             _refuse("the program that reads this output has ended")
@@ -93,6 +90,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             _refuse(f"there is no {error.filename}: {error.strerror}")
         raise
+    finally:
+        _end_output()
 
 
 def _run(words: list[str], from_command_line: bool) -> None:
@@ -120,14 +119,24 @@ def _run(words: list[str], from_command_line: bool) -> None:
         raise UserError(unknown_command(command, [*LIGHTNING_COMMANDS, *COMMANDS]))
 
 
-def _ignore_closed_output() -> bool:
-    """Return whether the program that reads the standard output has ended; if so, write nothing to it any longer."""
-    output = select.poll()
-    output.register(sys.stdout, 0)
-    closed = bool(output.poll(0))  # without events to wait for, only errors are reported
-    if closed:
+def _output_is_closed() -> bool:
+    """Return whether the program that reads the standard output has ended, as ``head`` does after its last line."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+    except (TypeError, ValueError, OSError):  # an output without a file
+        return False
+    return bool(output.poll(0))  # without events to wait for, only errors are reported
+
+
+def _end_output() -> None:
+    """Write what is left of the output, or drop it if nobody reads it any longer; Python would print an error."""
+    if sys.stdout is None:  # closed from the beginning
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return closed
 
 
 def _refuse(message: str) -> NoReturn:

@@ -79,4 +79,24 @@ def test_a_reader_that_ends_early_causes_no_traceback(words, unbuffered):
     )
     os.close(writing)
     message = b"lit-rlhf: error: the program that reads this output has ended\n" if words.startswith("fit") else b""
-    assert (done.returncode, done.stderr) == (1, message)
+    found = [(1, message)] if unbuffered else [(0, b""), (1, message)]  # what is buffered may be dropped at the end
+    assert (done.returncode, done.stderr) in found
+
+
+def test_without_an_output():
+    command = f"{sys.executable} -m lit_rlhf.cli --version >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_error_is_said_even_if_nobody_reads_the_output():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from lit_rlhf import cli; print('so far'); cli.main(['foo'])"
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"lit-rlhf: error: there is no command 'foo'")

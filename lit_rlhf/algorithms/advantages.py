@@ -51,7 +51,7 @@ class AdvantageEstimator(ABC):
 
     @property
     def keeps_scale(self) -> bool:
-        """Whether a reward of 1 more makes an advantage larger by as much for every prompt; by default, it does."""
+        """Whether the advantages are on the scale of the rewards, the same for every prompt; by default, they are."""
         return True
 
     @abstractmethod

@@ -224,7 +224,8 @@ class ReferenceKL:
             loss of each token, so that a token is not charged for the KL of later tokens.
         estimator: ``k1``, ``k2`` or ``k3`` of the sampled token, or ``full`` over the vocabulary, which costs further
             forward passes of the reference model. Use k1 or full in the reward, and k2 or full in the loss; as a loss
-            term, k1 has no gradient on average, and k3 has the gradient of the opposite KL, KL(π_ref ‖ π).
+            term, k1 has no gradient on average, and k3 has the gradient of the opposite KL, KL(π_ref ‖ π). ``full`` in
+            the reward does not go with advantages on another scale than the rewards (`GroupNormalized`, `BestOfN`).
 
     Raises:
         ValueError: if where is ``loss`` and estimator is ``k1``.

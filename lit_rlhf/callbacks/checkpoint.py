@@ -173,7 +173,10 @@ class IterationCheckpoint(ModelCheckpoint):
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Do nothing: checkpoints are saved by iteration, not by epoch."""
+        """Save a checkpoint if ``EarlyStopping`` ends the run here, and the last one lacks what an export needs."""
+        assert isinstance(pl_module, AlignmentModule)
+        if trainer.should_stop and pl_module.prepare_export():
+            self._write(trainer, iteration_of(pl_module))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save a checkpoint of the last iteration unless there is one, and stop handling Ctrl-C."""

@@ -175,8 +175,9 @@ class PreferenceEncoder:
     def _rows(self, tokenizer: PreTrainedTokenizerBase, ranking: _Ranking, tokens: list[list[int]]) -> list[Row]:
         prompt, wholes = (tokens[0], tokens[1:]) if ranking.prompted else ([], tokens)
         pieces = ranking.pieces[-len(wholes) :]
+        alike = shared_prefix(*wholes)
         wholes = [
-            finished(tokenizer, piece, whole, shared_prefix(prompt, whole))
+            finished(tokenizer, piece, whole, shared_prefix(prompt, whole) if ranking.prompted else alike)
             for piece, whole in zip(pieces, wholes, strict=True)
         ]
         shared = shared_prefix(*wholes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -96,7 +95,7 @@ def serve(connection: Connection) -> None:
     with unread_weights() as unread:
         actor = assignment.context.load_actor()
     freeze(actor)
-    if half:  # before the weights are read, so that they never take more memory than they keep
+    if half:  # before the weights are read, where they can be read later, so that they need no more memory at first
         store_in_bfloat16(actor, all_weights=assignment.context.rounds_all_weights)
     unread.read(actor, device)
     weights = trained_weights(actor)
@@ -131,8 +130,6 @@ def main(descriptor: int) -> None:
     Raises:
         SystemExit: if the actor cannot be loaded or a job fails; the error has then been sent to the parent.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent acts on them, and ends its workers
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = Connection(descriptor)
     try:

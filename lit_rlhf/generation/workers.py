@@ -31,6 +31,15 @@ from lit_rlhf.types import PromptBatch, Rollout
 Message = TypeVar("Message", Layout, Answer)
 
 
+_PROGRAM = """
+import signal
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent acts on them, and ends its workers
+    signal.signal(number, signal.SIG_IGN)
+from lit_rlhf.generation.worker import main  # takes seconds, in which a signal may come
+main({descriptor})
+"""
+
+
 class WorkerProcess:
     """A worker process, which gets an engine in its first message, and then generates responses, one job at a time.
 
@@ -46,7 +55,7 @@ class WorkerProcess:
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path))
         environment["OMP_NUM_THREADS"] = str(threads)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from lit_rlhf.generation.worker import main; main({other.fileno()})"],
+            [sys.executable, "-c", _PROGRAM.format(descriptor=other.fileno())],
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=(other.fileno(), *memories),

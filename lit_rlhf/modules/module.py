@@ -136,8 +136,9 @@ class AlignmentModule(lightning.LightningModule):
         """Return a context in which the trained model has its averaged weights; without averaging, nothing changes."""
         return nullcontext() if self.averaged is None else self.averaged.in_use()
 
-    def prepare_export(self) -> None:
-        """Measure what the exported model needs besides its weights, on every process; by default, do nothing."""
+    def prepare_export(self) -> bool:
+        """Measure what the exported model still needs besides its weights; return whether that was anything."""
+        return False
 
     def trained_model(self, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """Return the trained model as transformers saves it, and the weights to save.
@@ -338,7 +339,7 @@ class AlignmentModule(lightning.LightningModule):
             UserError: if the model cannot be loaded, or the strategy cannot be used (see `shard`).
         """
         strategy = strategy_of(self)
-        shard = self.shard if sharded else _unchanged
+        shard: Callable[[Any], Any] = self.shard if sharded else lambda model: model
         if strategy is None or isinstance(strategy, FSDP):
             return shard(build())
         device = torch.device("cpu") if isinstance(strategy, FSDP2) and strategy.cpu_offload else strategy.root_device
@@ -394,7 +395,3 @@ def iteration_of(module: lightning.LightningModule) -> int:
     """Return the number of iterations that a module has done; for callbacks, which receive a LightningModule."""
     assert isinstance(module, AlignmentModule)
     return int(module.iteration)
-
-
-def _unchanged(model: Any) -> Any:
-    return model

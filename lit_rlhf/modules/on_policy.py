@@ -147,8 +147,8 @@ class OnPolicy(AlignmentModule):
             self.print(f"rewards: {self.scores.description}")  # the first process prints
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Return the module's callbacks: the one that starts and closes the engine, and the source of the rollouts."""
-        return [self.engine_run, self.rollouts]
+        """Return the module's callbacks: the source of the rollouts, and the one that starts and closes the engine."""
+        return [self.rollouts, self.engine_run]
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:

@@ -145,10 +145,12 @@ class RewardModeling(PreferenceModule):
         if self.is_last_step():
             self._measure_sample()
 
-    def prepare_export(self) -> None:
-        """Measure the scores' mean and standard deviation, unless they have been measured with these weights."""
-        if self.score_mean.isnan():
+    def prepare_export(self) -> bool:
+        """Measure the scores' mean and deviation, unless that is done for these weights, or there is no training set."""
+        needed = self.trainer.train_dataloader is not None and bool(self.score_mean.isnan())
+        if needed:
             self._measure_sample()
+        return needed
 
     @torch.no_grad()
     def _measure_sample(self) -> None:

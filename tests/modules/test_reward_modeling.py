@@ -5,6 +5,7 @@ import random
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.callbacks import ExportAtEnd, IterationCheckpoint
@@ -183,40 +184,40 @@ def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit_p
         assert float(saved["score_std"]) == pytest.approx(std, abs=1e-6)
 
 
-class StopAfter(lightning.Callback):
-    """Stops the run after a validation, as ``EarlyStopping`` does."""
-
-    def __init__(self, validations):
-        self.left = validations
-
-    def on_validation_end(self, trainer, module):
-        self.left -= not trainer.sanity_checking
-        trainer.should_stop = self.left == 0
-
-
-def test_a_run_that_is_stopped_and_its_best_checkpoint_have_the_mean_and_deviation_too(make, fit_preferences, tmp_path):
-    records, recorder = low_pairs(24), Recorder()
-    module = make(max_tokens=64)
-    callbacks = [
-        StopAfter(3),
-        recorder,
-        ExportAtEnd(),
-        IterationCheckpoint(every_n=1, keep_every_n=1, monitor="val/loss"),
-    ]
-    trainer = fit_preferences(module, records, records, callbacks, max_epochs=9)
-    assert trainer.current_epoch < 5
+@pytest.mark.parametrize("every_n", [1, 100])
+@pytest.mark.parametrize("at_epoch_end", [False, None], ids=["after_validation", "default"])
+def test_a_model_that_is_stopped_and_the_best_one_have_mean_and_deviation(
+    make, fit_preferences, tmp_path, at_epoch_end, every_n
+):
+    """The second validation is not better than the first by 10, so it ends the run; the first one is the best."""
+    records, module = low_pairs(24), make(max_tokens=64)
+    stop = EarlyStopping("val/loss", patience=1, min_delta=10, check_on_train_epoch_end=at_epoch_end)
+    save = IterationCheckpoint(
+        every_n=every_n, keep_every_n=1 if every_n == 1 else None, monitor="val/loss", mode="max"
+    )
+    trainer = fit_preferences(module, records, records, [stop, ExportAtEnd(), save], max_epochs=9)
+    assert int(module.iteration) == 6
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     states = {path.name: torch.load(path, weights_only=True)["state_dict"] for path in tmp_path.rglob("*.ckpt")}
+    assert int(states["best.ckpt"]["iteration"]) == 3
     loader = trainer.train_dataloader
-    for name, saved in [("last.ckpt", config), *((name, states[name]) for name in ("last.ckpt", "best.ckpt"))]:
+    for name, saved in (("last.ckpt", config), ("last.ckpt", states["last.ckpt"]), ("best.ckpt", states["best.ckpt"])):
         module.load_state_dict(states[name])
         scores = all_scores(module, loader.once())
         assert float(saved["score_mean"]) == pytest.approx(scores.mean().item(), abs=1e-6)
         assert float(saved["score_std"]) == pytest.approx(scores.std(unbiased=False).item(), abs=1e-6)
-    named = [states[name]["score_mean"].item() for name in ("last.ckpt", "best.ckpt")]
-    others = [state["score_mean"].item() for name, state in states.items() if state["score_mean"].item() not in named]
-    assert others
-    assert all(math.isnan(mean) for mean in others)
+    others = [state["score_mean"] for state in states.values() if int(state["iteration"]) not in (3, 6)]
+    assert len(others) == (4 if every_n == 1 else 0)
+    assert all(mean.isnan() for mean in others)
+
+
+def test_a_finished_run_without_batches_is_exported_again(make, fit_preferences, tmp_path):
+    records, save = low_pairs(24), IterationCheckpoint(every_n=2, keep_every_n=2)
+    fit_preferences(make(max_tokens=64), records, None, [save], max_epochs=1)
+    start = str(tmp_path / "checkpoints" / "iteration-000002.ckpt")
+    options = {"max_epochs": 1, "limit_train_batches": 0, "ckpt_path": start}
+    fit_preferences(make(max_tokens=64), records, None, [ExportAtEnd()], **options)
+    assert "score_mean" not in json.loads((tmp_path / "export" / "config.json").read_text())
 
 
 def test_a_larger_training_set_is_measured_on_a_sample(make, fit_preferences, monkeypatch):
