@@ -146,7 +146,7 @@ class RewardModeling(PreferenceModule):
             self._measure_sample()
 
     def prepare_export(self) -> bool:
-        """Measure the scores' mean and deviation, unless that is done for these weights, or there is no training set."""
+        """Measure the scores' mean and deviation, unless that is done for these weights or there are no batches."""
         needed = self.trainer.train_dataloader is not None and bool(self.score_mean.isnan())
         if needed:
             self._measure_sample()
