@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_rlhf.algorithms.group_baselines import GroupNormalized
 from lit_rlhf.algorithms.kl import ReferenceKL
 from lit_rlhf.generation import Sampling
+from lit_rlhf.generation.sampling import draw
 from lit_rlhf.modules import DPO, TRPO, RewardModeling, TrustRegion, Update
 from lit_rlhf.rewards import RewardFunction, RewardModel
 from lit_rlhf.testing import Recorder
@@ -56,7 +57,7 @@ def train(make_module, fit, fit_preferences, tiny_model):
             module = {"dpo": DPO, "reward": RewardModeling}[kind](actor, iterations=iterations)
             fit_preferences(module, RANKINGS, RANKINGS, [recorder], deterministic=True)
             return
-        common = {"iterations": iterations, "sampling": Sampling(max_tokens=4, responses=2, top_p=0.9)}
+        common = {"iterations": iterations, "sampling": Sampling(max_tokens=4, responses=2)}
         if kind == "trpo":
             rewards, region = [RewardFunction(f"{__file__}:distinct_words")], TrustRegion(cg_iterations=1, backtracks=1)
             module = TRPO(actor=actor, rewards=rewards, region=region, update=Update(minibatches=1), **common)
@@ -68,6 +69,14 @@ def train(make_module, fit, fit_preferences, tiny_model):
         fit(module, [recorder], deterministic=True, limit_val_batches=1, validation=True)
 
     return run
+
+
+def test_a_restricted_distribution_raises_nothing_on_gpus():
+    """Training refuses such a distribution, but validation and prediction may have it."""
+    torch.use_deterministic_algorithms(True)
+    with RaisingOperations() as operations:
+        draw(torch.randn(4, 16), torch.rand(4, dtype=torch.float64), Sampling(top_k=5, top_p=0.9))
+    assert operations.seen == set()
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo", "trpo", "dpo", "reward"])

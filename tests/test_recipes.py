@@ -68,8 +68,9 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"lit-rlhf {__version__}\n"
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("words", ["recipes", "--help", "fit --config ppo --print_config"])
+@pytest.mark.parametrize(
+    ("words", "unbuffered"), [("recipes", "1"), ("--help", ""), ("fit --config ppo --print_config", "1")]
+)
 def test_a_reader_that_ends_early_causes_no_traceback(words, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)

@@ -184,8 +184,7 @@ def test_the_scores_mean_and_deviation_are_those_of_the_training_set(make, fit_p
         assert float(saved["score_std"]) == pytest.approx(std, abs=1e-6)
 
 
-@pytest.mark.parametrize("every_n", [1, 100])
-@pytest.mark.parametrize("at_epoch_end", [False, None], ids=["after_validation", "default"])
+@pytest.mark.parametrize(("at_epoch_end", "every_n"), [(False, 100), (None, 1)], ids=["after_validation", "default"])
 def test_a_model_that_is_stopped_and_the_best_one_have_mean_and_deviation(
     make, fit_preferences, tmp_path, at_epoch_end, every_n
 ):
@@ -246,8 +245,7 @@ def test_mean_and_deviation_are_measured_once_at_the_end(make, fit_preferences):
         assert [math.isnan(mean) for mean in watch.means] == [True] * (last - 1) + [False]
 
 
-@pytest.mark.parametrize(("limit", "epochs"), [(3, 3), (5, 2)])
-def test_a_limit_on_the_batches_of_an_epoch(make, fit_preferences, tmp_path, limit, epochs):
+def test_a_limit_on_the_batches_of_an_epoch(make, fit_preferences, tmp_path, limit=5, epochs=2):
     """An epoch has 8 batches; one that ends early leaves the next one as long; a resumed run has the same bits."""
     weights = []
     for start in (None, str(tmp_path / "checkpoints" / f"iteration-{limit + 1:06d}.ckpt")):
