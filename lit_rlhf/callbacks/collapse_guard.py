@@ -152,7 +152,7 @@ class CollapseGuard(OnPolicyCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the first iteration's metrics, how long each condition has held, and what the guard has warned of.
 
-        A run that the guard has stopped begins to count again, so that one that is resumed with other options goes on.
+        After the guard has stopped a run, the count starts again, so that the run can be resumed with other options.
         """
         return {"first": self.first, "held": {} if self._error else self.held, "warned": self.warned}
 

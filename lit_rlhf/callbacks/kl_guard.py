@@ -111,7 +111,7 @@ class KLGuard(OnPolicyCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the KL of the latest consecutive iterations above the bound, and whether the guard has warned.
 
-        A run that the guard has stopped begins to count again, so that one that is resumed with other options goes on.
+        After the guard has stopped a run, the count starts again, so that the run can be resumed with other options.
         """
         return {"above": [] if self._error else self.above, "warned": self.warned}
 

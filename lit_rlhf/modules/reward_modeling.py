@@ -146,7 +146,7 @@ class RewardModeling(PreferenceModule):
             self._measure_sample()
 
     def prepare_export(self) -> bool:
-        """Measure the scores' mean and deviation, unless that is done for these weights or there are no batches."""
+        """Measure the mean and deviation of the scores if these weights have none yet and there is a training set."""
         needed = self.trainer.train_dataloader is not None and bool(self.score_mean.isnan())
         if needed:
             self._measure_sample()
