@@ -176,14 +176,11 @@ class PreferenceEncoder:
         prompt, wholes = (tokens[0], tokens[1:]) if ranking.prompted else ([], tokens)
         pieces = ranking.pieces[-len(wholes) :]
         alike = shared_prefix(*wholes)
-        wholes = [
-            finished(tokenizer, piece, whole, shared_prefix(prompt, whole) if ranking.prompted else alike)
-            for piece, whole in zip(pieces, wholes, strict=True)
-        ]
-        shared = shared_prefix(*wholes)
-        responses = [
-            (whole, _begin(shared_prefix(prompt, whole) if ranking.prompted else shared, whole)) for whole in wholes
-        ]
+        responses = []
+        for piece, tokenized in zip(pieces, wholes, strict=True):
+            begin = shared_prefix(prompt, tokenized) if ranking.prompted else alike
+            whole = finished(tokenizer, piece, tokenized, begin)
+            responses.append((whole, _begin(begin, whole)))
         parts = list(combinations(responses, 2)) if self.as_pairs else [tuple(responses)]
         return [self._row(prompt, part, ranking) for part in parts]
 
